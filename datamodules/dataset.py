@@ -90,6 +90,7 @@ class TableDataset(Dataset):
         source: where pixels come from; anything with `load(row)` as ImageSource has it.
         mean, std: of the normalisation, for pixels in [0, 1].
         augmentation: applied to draws only.
+        pixels: samples also carry `pixels`, the resized image as uint8 (3, H, W).
     """
 
     def __init__(
@@ -99,11 +100,12 @@ class TableDataset(Dataset):
         mean: Sequence[float],
         std: Sequence[float],
         augmentation: Augmentation | None = None,
+        pixels: bool = False,
     ) -> None:
-        self.rows, self.source, self.augmentation = list(rows), source, augmentation
+        self.rows, self.source, self.augmentation, self.pixels = list(rows), source, augmentation, pixels
         levels = torch.arange(256, dtype=torch.float32)[:, None] / 255
         table = (levels - torch.tensor(mean)) / torch.tensor(std)
-        self._normalised = np.ascontiguousarray(table.numpy().T)  # (3, 256): one look-up per pixel is exact and fast
+        self.normalised = np.ascontiguousarray(table.numpy().T)  # (3, 256): one look-up per pixel is exact and fast
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -115,9 +117,9 @@ class TableDataset(Dataset):
         if self.augmentation is not None and isinstance(index, Draw):
             image, mask = self.augmentation(image, mask, row.category, index.seed)
         pixels = np.empty((3, *image.shape[:2]), np.float32)
-        for channel, values in enumerate(self._normalised):
+        for channel, values in enumerate(self.normalised):
             np.take(values, image[..., channel], out=pixels[channel], mode="clip")
-        return {
+        sample = {
             "image": torch.from_numpy(pixels),
             "mask": torch.from_numpy(np.array(mask)[None]),
             "has_mask": row.label == 0 or bool(row.mask_paths),
@@ -128,6 +130,9 @@ class TableDataset(Dataset):
             "id": row.id,
             "path": row.image_path,
         }
+        if self.pixels:
+            sample["pixels"] = torch.from_numpy(image.transpose(2, 0, 1).copy())
+        return sample
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:

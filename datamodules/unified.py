@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import lightning as L
@@ -17,11 +18,12 @@ from torch.utils.data import DataLoader, DistributedSampler
 from datamodules.augmentation import Augmentation
 from datamodules.dataset import UNKNOWN, ImageSource, Row, TableDataset, collate, table_rows
 from datamodules.errors import DataError
+from datamodules.feature_cache import CachedBatches, FeatureCache, cached_loader
 from datamodules.images import BIT_DEPTHS, REMARKABLE, check_resize, infer_bit_depth, read_header
 from datamodules.problems import WARNING, describe
 from datamodules.readers import Listing, list_dataset, raise_on_errors
 from datamodules.sampling import EvalSampler, TrainSampler, check_sampling
-from datamodules.table import SampleTable, category_keys, concatenate, fingerprint, hold_out
+from datamodules.table import SPLITS, SampleTable, category_keys, concatenate, fingerprint, hold_out
 from datamodules.tree import IMAGE_SUFFIXES
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -141,6 +143,10 @@ class UnifiedDataModule(L.LightningDataModule):
         self.fingerprint = ""
         self.fingerprints: dict[str, str] = {}
         self._source: ImageSource | None = None
+        self._cache: FeatureCache | None = None
+        self._resident: dict[tuple[int, int], CachedBatches] = {}
+        self._resident_on: torch.device | None = None
+        self._resident_limit = 0
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -222,6 +228,17 @@ class UnifiedDataModule(L.LightningDataModule):
         if notes:
             warnings.warn(f"{label}: " + "; ".join(notes), stacklevel=3)
 
+    def provenance(self) -> list[dict[str, Any]]:
+        """Per dataset: name, fingerprint and categories, for the run record."""
+        return [
+            {"name": str(name), "fingerprint": self.fingerprints[str(name)], "categories": list(dict.fromkeys(rows["category"]))}
+            for name, rows in self.table.groupby("dataset", sort=False)
+        ]
+
+    def dataset_of(self) -> dict[str, str]:
+        """Category key -> dataset, in table order."""
+        return dict(zip(category_keys(self.table), self.table["dataset"], strict=True))
+
     # -- loaders ---------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader:
@@ -251,6 +268,12 @@ class UnifiedDataModule(L.LightningDataModule):
             raise DataError(f"No test image in {', '.join(config.root for config in self.datasets)}.")
         return self._eval_loader(rows)
 
+    def image_batch(self, ids: Sequence[int]) -> dict[str, Any]:
+        """One batch of chosen images, by id, read from disk whether or not features are cached."""
+        rows = {row.id: row for split in SPLITS for row in self._rows(split)}
+        dataset = TableDataset([rows[i] for i in ids], self._source, self.mean, self.std)
+        return collate([dataset[position] for position in range(len(dataset))])
+
     def predict_dataloader(self) -> DataLoader:
         """Images under `predict_root`: label -1, anomaly_type "unknown", category "", no masks."""
         if self.predict_root is None:
@@ -272,10 +295,49 @@ class UnifiedDataModule(L.LightningDataModule):
         dataset = TableDataset(rows, self._source, self.mean, self.std)
         return self._loader(dataset, EvalSampler(dataset, *self._place()), self.eval_batch_size)
 
+    # -- cached features -------------------------------------------------------------------------------------------
+
+    def all_images(self, first: int, batch_size: int) -> DataLoader:
+        """Every image of the table from id ``first`` on, in the order of ids, each with its uint8 ``pixels`` (3, H, W)."""
+        rows = sorted((row for split in SPLITS for row in self._rows(split)), key=lambda row: row.id)[first:]
+        dataset = TableDataset(rows, self._source, self.mean, self.std, pixels=True)
+        return DataLoader(
+            dataset, batch_size, num_workers=self._workers(), collate_fn=collate, worker_init_fn=_quiet_worker
+        )
+
+    def serve_from(self, cache: FeatureCache, device: torch.device, resident_bytes: int) -> None:
+        """From now on training, validation and test batches carry ``features`` from the cache instead of images.
+
+        Args:
+            cache: An entry for this table.
+            device: Where training happens; training features of up to ``resident_bytes`` are copied there once.
+            resident_bytes: 0 reads every batch from disk.
+
+        Raises:
+            DamagedCacheError: a row fails its checksum; rows that stay on disk are checked when first read.
+        """
+        self._cache, self._resident_on, self._resident_limit = cache, device, resident_bytes
+        self._resident.clear()
+        for split in SPLITS:
+            if rows := self._rows(split):
+                self._served(rows)
+
+    def _served(self, rows: list[Row]) -> CachedBatches:
+        """The rows' batches, copied to the device if they fit; made once per split."""
+        key = (rows[0].id, len(rows))
+        if key not in self._resident:
+            needed = len(rows) * sum(level[0].nbytes for level in self._cache.levels)
+            normalised = TableDataset(rows, self._source, self.mean, self.std).normalised
+            device = self._resident_on if needed <= self._resident_limit else None
+            self._resident[key] = CachedBatches(self._cache, rows, normalised, device)
+        return self._resident[key]
+
     def _loader(
         self, dataset: TableDataset, sampler: DistributedSampler, batch_size: int, drop_last: bool = False
     ) -> DataLoader:
         workers = self._workers()
+        if self._cache is not None and dataset.rows[0].label != UNKNOWN:
+            return cached_loader(self._served(dataset.rows), sampler, batch_size, drop_last, workers)
         return DataLoader(
             dataset,
             batch_size=batch_size,
