@@ -81,7 +81,13 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     threads = max(1, prepare.cores() // workers)
     jobs = prepare.jobs(sweep, cells, variables, sets, prepare.Weights(sweep, variables, say), threads)
     varying = sweep_file.varying(cells) or sweep.varying
-    display = Display(console, f"{sweep.name} ({variables['PROFILE']})", varying, min(workers, len(jobs)))
+    display = Display(
+        console,
+        f"{sweep.name} ({variables['PROFILE']})",
+        varying,
+        sweep.metric.get("name", ""),
+        min(workers, len(jobs)),
+    )
     runner = Runner(
         jobs, display, workers, gpus, retry_failed=options.retry_failed, data_roots=[data.root for data in sets]
     )

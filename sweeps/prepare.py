@@ -39,28 +39,28 @@ def datasets(sweep: SweepFile, variables: Mapping[str, str]) -> list[Dataset]:
     named: list[Mapping[str, Any]] = []
     for path in command.configs(sweep.command, variables):
         named = lookup(read_config(path), "data.init_args.datasets") or named
-    name, root = variables.get("DATASET"), variables.get("DATA_ROOT")
-    categories = variables.get("CATEGORIES")
-    if name:
-        known = {entry["name"]: entry["root"] for entry in named if "name" in entry and "root" in entry}
-        root = root or known.get(name) or (str(SYNTHETIC) if name == "synthetic" else None)
-        if root is None:
-            raise SweepError(f"DATASET={name} needs DATA_ROOT=<its folder>.")
-        named = [{"name": name, "root": root}]
-    elif root and len(named) == 1:
-        named = [{**named[0], "root": root}]
-    elif root:
-        raise SweepError(f"DATA_ROOT={root} needs DATASET=<name>, because the profile names {len(named)} data sets.")
-    return [
-        Dataset(entry["name"], Path(entry["root"]), _categories(categories or entry.get("categories")))
-        for entry in named
-    ]
+    names, roots, categories = (_parts(variables.get(key)) for key in ("DATASET", "DATA_ROOT", "CATEGORIES"))
+    if len(names) != len(roots):
+        raise SweepError(
+            f"DATASET names {len(names)} data sets and DATA_ROOT {len(roots)} folders; give one folder for each, like "
+            f"DATASET=mvtec_ad DATA_ROOT=/data/mvtec."
+        )
+    if categories and len(names) != 1:
+        raise SweepError(f"CATEGORIES={','.join(categories)} needs exactly one DATASET; found {len(names)}.")
+    if names:
+        named = [
+            {"name": name, "root": root, "categories": categories} for name, root in zip(names, roots, strict=True)
+        ]
+    return [Dataset(entry["name"], Path(entry["root"]), _parts(entry.get("categories")) or None) for entry in named]
 
 
-def _categories(value: Any) -> tuple[str, ...] | None:
-    if isinstance(value, str):
-        value = [part.strip() for part in value.split(",") if part.strip()]
-    return tuple(value) if value else None
+def _parts(value: Any) -> tuple[str, ...]:
+    """The parts of a comma list or a list."""
+    return (
+        tuple(part.strip() for part in value.split(",") if part.strip())
+        if isinstance(value, str)
+        else tuple(value or ())
+    )
 
 
 def data(sets: list[Dataset], profile: str, say: Callable[[str], None]) -> None:
