@@ -14,7 +14,7 @@ from sweeps import command
 from sweeps.errors import SweepError
 from sweeps.identity import OVERRIDES, Dataset, Identifier, lookup, read_config
 from sweeps.runner import Job
-from sweeps.state import WORK, Lock
+from sweeps.state import WORK, Lock, read_json, write_json
 from sweeps.sweep_file import Cell, SweepFile
 
 SYNTHETIC = Path("data/synthetic")
@@ -97,11 +97,15 @@ def _make_synthetic(root: Path, say: Callable[[str], None]) -> None:
 
 
 class Weights:
-    """Decides ``auto`` weights once per backbone and sweep, so that no two cells differ in them by chance."""
+    """Decides ``auto`` weights once per backbone and sweep, so that no two cells differ in them by chance.
+
+    The decision is kept in the sweep's working folder and holds for later runs of the sweep too.
+    """
 
     def __init__(self, sweep: SweepFile, variables: Mapping[str, str], say: Callable[[str], None]) -> None:
         self._variables = variables
         self._say = say
+        self._kept = WORK / sweep.name / "weights.json"
         self._decided: dict[str, str] = {}
         self._profile: dict[str, Any] = {}
         for path in command.configs(sweep.command, variables):
@@ -119,7 +123,8 @@ class Weights:
                 "WEIGHTS=auto needs the backbone's name: BACKBONE=<timm tag> or backbone.name in the profile."
             )
         if tag not in self._decided:
-            self._decided[tag] = self._decide(tag)
+            self._decided[tag] = read_json(self._kept).get(tag) or self._decide(tag)
+            self._tell(tag)
         return self._decided[tag]
 
     def _decide(self, tag: str) -> str:
@@ -128,11 +133,17 @@ class Weights:
         lines = outcome.stdout.split()
         if outcome.returncode or not lines or lines[-1] not in ("imagenet", "random"):
             raise SweepError(f"`{' '.join(words[1:])}` could not decide the weights of {tag}; its message is above.")
-        if lines[-1] == "random":
-            self._say(f"[bold yellow]{tag} has RANDOM weights[/]: no ImageNet weights in the cache or from the hub.")
-        else:
-            self._say(f"{tag} has ImageNet weights.")
+        write_json(self._kept, {**read_json(self._kept), tag: lines[-1]})
         return lines[-1]
+
+    def _tell(self, tag: str) -> None:
+        if self._decided[tag] == "imagenet":
+            self._say(f"{tag} has ImageNet weights.")
+        else:
+            self._say(
+                f"[bold yellow]{tag} has RANDOM weights[/]: when this sweep began, ImageNet's were neither cached "
+                f"nor to be had from the hub. WEIGHTS=imagenet insists on them."
+            )
 
 
 def jobs(
