@@ -83,12 +83,11 @@ def sweep_table(
     keys = _known_keys(records, sweep)
     entries, headers, strays = _sweep_rows(spec, records, sweep, keys)
     plan: list[tuple[Entry, str]] = []
-    for dataset in datasets or [""]:
-        plan += [(column, column.where.get("dataset", dataset)) for column in spec.columns]
-    if len(datasets) > 1:  # a column of its own data set, or of none (costs), stands once
-        plan = list(
-            dict.fromkeys((c, d) if c.where.get("metric") not in names.COSTS else (c, datasets[0]) for c, d in plan)
-        )
+    for number, dataset in enumerate(datasets or [""]):
+        for column in spec.columns:
+            once = "dataset" in column.where or column.where.get("metric") in names.COSTS
+            if number == 0 or not once:
+                plan.append((column, column.where.get("dataset", dataset)))
     columns, cells = [], [[] for _ in entries]
     for column, dataset in plan:
         group = (
@@ -201,8 +200,12 @@ def shouts(records: Iterable[StoredRecord]) -> list[str]:
         found.append("PROTOCOL as_released: these numbers follow the released code, test-set choices included.")
     if any(stored.record.provenance.get("git_dirty") for stored in records):
         found.append("Some runs were made from code with uncommitted changes.")
-    notes = dict.fromkeys(note for stored in records for note in stored.record.notes)
-    return [*found, *notes]
+    return found
+
+
+def _run_notes(records: Iterable[StoredRecord]) -> list[str]:
+    """What the runs themselves had to say, once each."""
+    return list(dict.fromkeys(note for stored in records for note in stored.record.notes))
 
 
 def _merge(spec: Spec, row: Entry, column: Entry) -> dict[str, str]:
@@ -387,6 +390,7 @@ def _finish(table: Table, spec: Spec, pool: Pool) -> None:
     if table.source != "published":
         parts.append(describe_runs(used))
         table.warnings += shouts(used)
+        table.notes += _run_notes(used)
     if any(row.default for row in table.rows):
         parts.append("In brackets: distance to the default row (★).")
     table.caption = " ".join(parts)

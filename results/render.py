@@ -45,7 +45,7 @@ def number_text(value: Value | None, column: Column, show_n: bool = False) -> st
         text += f" ({gap})"
     if show_n and value.n is not None:
         text += f" [n={value.n}]"
-    return text
+    return text.replace("-", "−") if not column.scientific else text
 
 
 def signed(value: float, digits: int) -> str:
