@@ -6,6 +6,7 @@ Coordinates: x to the right, y down, the image spans [-1, 1] in both, heights ar
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import cv2
@@ -120,6 +121,27 @@ class Canvas:
         self.height = np.zeros((n, n), np.float32)
         self.gloss = np.zeros((n, n), np.float32)
         self.surface = np.zeros((n, n), np.float32)
+        self.backdrop: np.ndarray | None = None
+        """Albedo (n, n, 3) of what lies below the product, seen where a piece of it is gone; None if it fills the view."""
+
+    def copy(self) -> Canvas:
+        """An independent canvas with the same content."""
+        other = copy.copy(self)
+        for name in ("albedo", "height", "gloss", "surface"):
+            setattr(other, name, getattr(self, name).copy())
+        return other
+
+    def keep_backdrop(self) -> None:
+        """Declare what is painted so far as lying below the product."""
+        self.backdrop = self.albedo.copy()
+
+    def cut(self, window: Window, cover: np.ndarray) -> None:
+        """Take the product away where `cover` is 1, down to the backdrop."""
+        part = self.albedo[window.at]
+        part += cover[..., None] * (self.backdrop[window.at] - part)
+        self.gloss[window.at] *= 1 - cover
+        self.surface[window.at] *= 1 - cover
+        self.height[window.at] *= 1 - cover
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -16,8 +15,8 @@ import numpy as np
 
 from datamodules.errors import DataError, did_you_mean
 from datamodules.synthetic.canvas import blur, expose
-from datamodules.synthetic.categories import CATEGORIES
-from datamodules.synthetic.defects import LOGICAL, STRUCTURAL
+from datamodules.synthetic.categories import CATEGORIES, LOGICAL
+from datamodules.synthetic.defects import STRUCTURAL
 
 VERSION = 1
 """Raised whenever the generator's pictures change: results on different versions do not compare."""
@@ -101,7 +100,8 @@ def _twins(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     kind = CATEGORIES[category]
     scene = kind.draw(_stream(seed, category, part, index))
-    clean = scene.render(size).photograph(scene.light)
+    canvas = scene.render(size)
+    clean = canvas.photograph(scene.light)
     noise = _stream(seed, category, part, index, 1)
     state = noise.bit_generator.state
     twin = expose(clean, scene.light, noise)
@@ -110,10 +110,9 @@ def _twins(
     for attempt in range(20):
         rng = _stream(seed, category, part, index, 2, attempt)
         if defect in LOGICAL:
-            edit = {"missing_part": "without_part", "extra_part": "with_extra_part"}.get(defect, "with_misplaced_part")
-            flawed = getattr(scene, edit)(rng).render(size)
+            flawed = scene.edited(defect, rng).render(size)
         else:
-            flawed = scene.render(size)
+            flawed = canvas.copy()
             STRUCTURAL[defect](flawed, rng, min(1.0, severity + 0.05 * attempt))
         seen = flawed.photograph(scene.light)
         mask = _changed(seen, clean)
@@ -167,7 +166,7 @@ def _write_category(root: Path, plan: Plan, name: str) -> None:
         )
     for index in range(plan.test):
         _write(folder / "test" / "good" / f"{index:03d}.png", render_normal(name, plan.seed, "test", index, plan.size))
-    for defect in kind.structural + kind.logical:
+    for defect in kind.defects:
         for index, severity in enumerate(_severities(plan.defects)):
             image, mask, _ = render_defect(name, plan.seed, defect, index, plan.size, severity)
             _write(folder / "test" / defect / f"{index:03d}.png", image)
@@ -212,8 +211,3 @@ def describe(plan: Plan) -> dict:
         "categories": list(plan.names),
         "anomaly_types": ANOMALY_TYPES,
     }
-
-
-def choose(names: Sequence[str] | None) -> tuple[str, ...]:
-    """Category names, all of them for None."""
-    return tuple(names or sorted(CATEGORIES))
