@@ -1,4 +1,4 @@
-"""Command line: `python -m datamodules synthetic OUT` and `python -m datamodules check --dataset NAME --data-root PATH`."""
+"""Command line: `python -m datamodules check --dataset NAME --data-root PATH` and `... synthetic OUT`."""
 
 from __future__ import annotations
 

@@ -215,7 +215,7 @@ def smear(canvas: Canvas, rng: np.random.Generator, severity: float) -> None:
     angle = rng.uniform(0, np.pi)
     middle = length // 2
     reach = np.array([np.cos(angle), np.sin(angle)]) * middle
-    ends = [tuple(int(round(middle + sign * part)) for part in reach) for sign in (-1, 1)]
+    ends = [tuple(round(middle + sign * float(part)) for part in reach) for sign in (-1, 1)]
     cv2.line(kernel, ends[0], ends[1], 1.0, 1)
     dragged = cv2.filter2D(canvas.albedo, -1, kernel / kernel.sum(), borderType=cv2.BORDER_REFLECT)[window.at]
     canvas.paint(window, amount, dragged)

@@ -6,6 +6,7 @@ have in position, turn, size, finish and light; and what may be missing, added o
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import cv2
@@ -19,13 +20,13 @@ class Frame:
     """The product's own coordinates in the picture: where it lies, how it is turned and how large it is."""
 
     def __init__(self, rng: np.random.Generator, shift: float, turn: float, zoom: float) -> None:
-        self.x, self.y = rng.uniform(-shift, shift, 2)
+        self.x, self.y = rng.uniform(-shift, shift, 2).tolist()
         self.angle = float(rng.uniform(-turn, turn))
         self.scale = float(np.exp(rng.normal(0, zoom)))
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         """Picture coordinates of a point of the product."""
-        c, s = np.cos(self.angle), np.sin(self.angle)
+        c, s = math.cos(self.angle), math.sin(self.angle)
         return self.x + self.scale * (c * x - s * y), self.y + self.scale * (s * x + c * y)
 
     def local(self, window: Window, canvas_x: float = 0.0, canvas_y: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
@@ -35,12 +36,12 @@ class Frame:
 
     def part(self, rng: np.random.Generator, kind: str, draw, x: float, y: float, turn: float = 0.0, **more) -> Part:
         px, py = self.at(x, y)
-        return Part(kind, draw, px, py, self.angle + turn, self.scale, draw_seed(rng), **more)
+        return Part(kind, draw, float(px), float(py), self.angle + turn, self.scale, draw_seed(rng), **more)
 
 
 def moved(part: Part, x: float, y: float, turn: float = 0.0) -> Part:
     """The same part displaced by (x, y) in its product's frame and turned further."""
-    c, s = np.cos(part.angle), np.sin(part.angle)
+    c, s = math.cos(part.angle), math.sin(part.angle)
     return replace(
         part,
         x=part.x + part.scale * (c * x - s * y),
@@ -131,7 +132,6 @@ def pill_tray(rng: np.random.Generator) -> Scene:
         )
         canvas.gloss[:] = 0.18
         canvas.height[:] = 0.10
-        canvas.surface[:] = 1
         u, v = frame.local(whole)
         canvas.height -= 0.06 * step(box(u, v, 0.93, 0.80, 0.12), -0.02, 0.02)
         for x in columns:
@@ -409,8 +409,8 @@ def star(canvas: Canvas, part: Part, rng: np.random.Generator) -> None:
     window = canvas.window(part.x, part.y, 0.52 * part.scale)
     x, y = rotate(window.x / part.scale, window.y / part.scale, part.angle)
     radius, angle = np.hypot(x, y), np.arctan2(y, x)
-    folded = np.abs(((angle * 5 / (2 * np.pi)) % 1.0) - 0.5) * 2 * np.pi / 5
-    edge = radius * (np.cos(np.pi / 5 - folded) + 0.9 * np.sin(np.pi / 5 - folded)) - 0.25
+    off_tip = np.abs((angle * 5 / (2 * np.pi) + 0.5) % 1.0 - 0.5) * (2 * np.pi / 5)
+    edge = radius * (math.sin(0.32) * np.cos(off_tip) + math.cos(0.32) * np.sin(off_tip)) - 0.27 * math.sin(0.32)
     canvas.paint(window, canvas.cover(edge), (0.90, 0.88, 0.82), gloss=0.5)
     canvas.paint(window, canvas.cover(np.abs(radius - 0.40) - 0.016), (0.90, 0.88, 0.82), gloss=0.5)
     canvas.paint(window, canvas.cover(np.abs(radius - 0.35) - 0.007), (0.80, 0.62, 0.25), gloss=0.6)

@@ -6,6 +6,8 @@ have.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from datamodules.synthetic.canvas import Canvas, box, fractal_noise, rotate, smooth_noise, step
@@ -14,8 +16,8 @@ from datamodules.synthetic.scene import Scene, draw_light, draw_seed
 
 def fabric(rng: np.random.Generator) -> Scene:
     """Plain weave, blue warp over cream weft, slightly rotated and stretched."""
-    angle, period = rng.normal(0, 0.04), 0.115 * np.exp(rng.normal(0, 0.04))
-    phase = rng.uniform(0, 1, 2)
+    angle, period = rng.normal(0, 0.04), 0.115 * math.exp(rng.normal(0, 0.04))
+    phase = rng.uniform(0, 1, 2).tolist()
 
     def weave(canvas: Canvas, rng: np.random.Generator) -> None:
         whole = canvas.everywhere()
@@ -24,8 +26,7 @@ def fabric(rng: np.random.Generator) -> Scene:
         u, v = u / period + phase[0] * 2, v / period + phase[1] * 2
         column, row = np.floor(u).astype(int), np.floor(v).astype(int)
         fu, fv = u - column - 0.5, v - row - 0.5
-        over = np.cos(np.pi * u - np.pi / 2) * np.cos(np.pi * v - np.pi / 2)
-        sign = np.where((column + row) % 2 == 0, 1.0, -1.0)
+        sign = np.where((column + row) % 2 == 0, np.float32(1), np.float32(-1))
         warp = 0.55 * sign * np.cos(np.pi * fv) * np.cos(np.pi * fu * 0.7) + np.sqrt(
             np.clip(1 - (2.05 * fu) ** 2, 0, 1)
         )
@@ -33,7 +34,6 @@ def fabric(rng: np.random.Generator) -> Scene:
             np.clip(1 - (2.05 * fv) ** 2, 0, 1)
         )
         top = np.maximum(warp, weft).astype(np.float32)
-        del over
         yarn = rng.normal(0, 0.06, (2, 128)).astype(np.float32)
         is_warp = step(warp - weft, -0.05, 0.05)[..., None]
         blue = (
@@ -88,8 +88,8 @@ def wood(rng: np.random.Generator) -> Scene:
 
 def tiles(rng: np.random.Generator) -> Scene:
     """Glazed terrazzo tiles with grout between them."""
-    angle, pitch = rng.normal(0, 0.02), 0.98 * np.exp(rng.normal(0, 0.02))
-    origin = rng.uniform(-0.12, 0.12, 2)
+    angle, pitch = rng.normal(0, 0.02), 0.98 * math.exp(rng.normal(0, 0.02))
+    origin = rng.uniform(-0.12, 0.12, 2).tolist()
 
     def floor(canvas: Canvas, rng: np.random.Generator) -> None:
         whole = canvas.everywhere()
