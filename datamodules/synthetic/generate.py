@@ -158,19 +158,46 @@ def _write(path: Path, image: np.ndarray) -> None:
 
 
 def _write_category(root: Path, plan: Plan, name: str) -> None:
-    cv2.setNumThreads(1)
-    kind, folder = CATEGORIES[name], root / name
-    for index in range(plan.train):
-        _write(
-            folder / "train" / "good" / f"{index:03d}.png", render_normal(name, plan.seed, "train", index, plan.size)
-        )
-    for index in range(plan.test):
-        _write(folder / "test" / "good" / f"{index:03d}.png", render_normal(name, plan.seed, "test", index, plan.size))
-    for defect in kind.defects:
+    cv2.setNumThreads(1)  # the categories run in parallel
+    loco = plan.layout == "mvtec_loco"
+    folder = root / name
+    counts = {"train": plan.train, "validation": max(1, plan.train // 6) if loco else 0, "test": plan.test}
+    for part, number in counts.items():
+        for index in range(number):
+            image = render_normal(name, plan.seed, part, index, plan.size)
+            _write(folder / part / "good" / f"{index:03d}.png", image)
+    if loco:
+        text = json.dumps(_defects_config(plan.size), indent=2)
+        (folder / "defects_config.json").write_text(text + "\n", encoding="utf-8")
+    written = dict.fromkeys(("structural", "logical"), 0)
+    for defect in CATEGORIES[name].defects:
         for index, severity in enumerate(_severities(plan.defects)):
             image, mask, _ = render_defect(name, plan.seed, defect, index, plan.size, severity)
-            _write(folder / "test" / defect / f"{index:03d}.png", image)
-            _write(folder / "ground_truth" / defect / f"{index:03d}_mask.png", mask.astype(np.uint8) * 255)
+            if loco:
+                kind = ANOMALY_TYPES[defect]
+                stem, home = f"{written[kind]:03d}", f"{kind}_anomalies"
+                written[kind] += 1
+                value, mask_name = _PIXEL_VALUES[defect], f"{stem}/000.png"
+            else:
+                stem, home, value, mask_name = f"{index:03d}", defect, 255, f"{index:03d}_mask.png"
+            _write(folder / "test" / home / f"{stem}.png", image)
+            _write(folder / "ground_truth" / home / mask_name, mask.astype(np.uint8) * np.uint8(value))
+
+
+_PIXEL_VALUES = {defect: 255 - number for number, defect in enumerate(ANOMALY_TYPES)}
+
+
+def _defects_config(size: int) -> list[dict]:
+    """Structural defects must be found whole; of a logical one an area of 0.4 % of the image is enough."""
+    return [
+        {
+            "defect_name": defect,
+            "pixel_value": value,
+            "saturation_threshold": 1.0 if ANOMALY_TYPES[defect] == "structural" else round(0.004 * size * size),
+            "relative_saturation": ANOMALY_TYPES[defect] == "structural",
+        }
+        for defect, value in _PIXEL_VALUES.items()
+    ]
 
 
 def generate(root: str | Path, plan: Plan | None = None, workers: int | None = None) -> Path:

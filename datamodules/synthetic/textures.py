@@ -15,40 +15,29 @@ from datamodules.synthetic.scene import Scene, draw_light, draw_seed
 
 
 def fabric(rng: np.random.Generator) -> Scene:
-    """Plain weave, blue warp over cream weft, slightly rotated and stretched."""
-    angle, period = rng.normal(0, 0.04), 0.115 * math.exp(rng.normal(0, 0.04))
-    phase = rng.uniform(0, 1, 2).tolist()
+    """Two-and-one twill, blue warp over pale weft, slightly rotated and stretched."""
+    angle, period = rng.normal(0, 0.04), 0.088 * math.exp(rng.normal(0, 0.03))
+    phase = rng.uniform(0, 3, 2).tolist()
 
     def weave(canvas: Canvas, rng: np.random.Generator) -> None:
         whole = canvas.everywhere()
-        wobble = 0.012 * smooth_noise(rng, canvas.shape, 4), 0.012 * smooth_noise(rng, canvas.shape, 4)
-        u, v = rotate(whole.x + wobble[0], whole.y + wobble[1], angle)
-        u, v = u / period + phase[0] * 2, v / period + phase[1] * 2
-        column, row = np.floor(u).astype(int), np.floor(v).astype(int)
+        drift = 0.01 * smooth_noise(rng, canvas.shape, 4), 0.01 * smooth_noise(rng, canvas.shape, 4)
+        u, v = rotate(whole.x + drift[0], whole.y + drift[1], angle)
+        u, v = u / period + phase[0], v / period + phase[1]
+        column, row = np.floor(u), np.floor(v)
         fu, fv = u - column - 0.5, v - row - 0.5
-        sign = np.where((column + row) % 2 == 0, np.float32(1), np.float32(-1))
-        warp = 0.55 * sign * np.cos(np.pi * fv) * np.cos(np.pi * fu * 0.7) + np.sqrt(
-            np.clip(1 - (2.05 * fu) ** 2, 0, 1)
-        )
-        weft = -0.55 * sign * np.cos(np.pi * fu) * np.cos(np.pi * fv * 0.7) + np.sqrt(
-            np.clip(1 - (2.05 * fv) ** 2, 0, 1)
-        )
-        top = np.maximum(warp, weft).astype(np.float32)
-        yarn = rng.normal(0, 0.06, (2, 128)).astype(np.float32)
-        is_warp = step(warp - weft, -0.05, 0.05)[..., None]
-        blue = (
-            np.asarray((0.20, 0.29, 0.47), np.float32)
-            * (1 + yarn[0][column % 128] + 0.10 * np.sin(9 * (fu + 0.6 * v)))[..., None]
-        )
-        cream = (
-            np.asarray((0.76, 0.71, 0.60), np.float32)
-            * (1 + yarn[1][row % 128] + 0.06 * np.sin(9 * (fv + 0.6 * u)))[..., None]
-        )
-        canvas.albedo[:] = is_warp * blue + (1 - is_warp) * cream
-        canvas.albedo *= (0.5 + 0.5 * np.clip(top / 1.3, 0, 1) ** 0.7)[..., None] * (
-            1 + 0.05 * fractal_noise(rng, canvas.shape, 6)
-        )[..., None]
-        canvas.height[:] = 0.018 * top + 0.002 * fractal_noise(rng, canvas.shape, 64, 2)
+        turn = (column - row) % 3  # 0: the weft lies on top; 2, then 1: a warp float over two rows
+        weft_on_top = turn == 0
+        across = np.where(weft_on_top, fv, fu)
+        along = np.where(weft_on_top, fu * 2, fv + np.where(turn == 1, np.float32(0.5), np.float32(-0.5)))
+        round_ = np.sqrt(np.clip(1 - (1.9 * across) ** 2, 0, 1)) * (1 - 0.45 * along * along)
+        twist = np.sin(np.where(weft_on_top, 14 * u + 7 * fv, 14 * v + 7 * fu))
+        yarn = rng.normal(0, 0.05, (2, 64)).astype(np.float32)
+        shade = np.where(weft_on_top, yarn[0][row.astype(int) % 64], yarn[1][column.astype(int) % 64])
+        shade = (1 + shade + 0.07 * twist) * (0.38 + 0.62 * round_) * (1 + 0.04 * fractal_noise(rng, canvas.shape, 5))
+        pale, blue = np.asarray((0.74, 0.73, 0.70), np.float32), np.asarray((0.27, 0.36, 0.52), np.float32)
+        canvas.albedo[:] = np.where(weft_on_top[..., None], pale, blue) * shade[..., None]
+        canvas.height[:] = 0.016 * round_ + 0.0015 * twist
         canvas.surface[:] = 1
 
     return Scene(weave, draw_seed(rng), draw_light(rng, elevation=0.95))
