@@ -17,7 +17,7 @@ import torch
 
 def fill(name: str, shape: list[int]) -> torch.Tensor:
     """The recorded runs' numbers: float32 standard normals that depend on the name alone."""
-    generator = np.random.RandomState(zlib.crc32(name.encode()))  # noqa: NPY002 (the recordings used this generator)
+    generator = np.random.RandomState(zlib.crc32(name.encode()))
     return torch.from_numpy(np.asarray(generator.standard_normal(shape), dtype=np.float32))
 
 

@@ -240,6 +240,15 @@ def test_every_parameter_is_trained():
         assert all(parameter.grad is not None for parameter in network.parameters())
 
 
+def test_mixed_precision_reconstructs_the_same_within_its_precision():
+    network = small().eval()
+    exact = network(features())[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = network(features())[0]
+    assert torch.equal(mixed.target, exact.target)
+    torch.testing.assert_close(mixed.reconstruction.float(), exact.reconstruction, atol=0.1, rtol=0.1)
+
+
 def test_masks_and_codes_are_buffers_that_do_not_bloat_checkpoints():
     network = small(position="sine")
     assert not any("mask" in name or "position" in name for name in network.state_dict())
