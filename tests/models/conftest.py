@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+# The networks here are tiny: on a shared machine more threads only wait for each other.
+torch.set_num_threads(1)
+
 
 def fill(name: str, shape: list[int]) -> torch.Tensor:
     """The recorded runs' numbers: float32 standard normals that depend on the name alone."""
