@@ -88,10 +88,11 @@ def _tables(options: argparse.Namespace) -> int:
         except (ConflictError, SpecError, ValueError) as error:
             refused.append(str(error))
             continue
-        written += _write(table, options.out, suffix)
+        if table.source == "published" or table.has_runs:
+            written += _write(table, options.out, suffix)
+    written += _write(auditing.audit_table(auditing.audit()), options.out, "")
     main_file = options.out / "tables.tex"
     main_file.write_text(render.latex_document([p.name for p in written if p.suffix == ".tex"]), encoding="utf-8")
-    _write(auditing.audit_table(auditing.audit()), options.out, "")
     console.print(
         f"{len(written)} files in {options.out}; all LaTeX tables in one document: {main_file}", highlight=False
     )
@@ -109,18 +110,14 @@ def _everything(records: Sequence[StoredRecord], options: argparse.Namespace):
                 lambda s=sweep, m=mine: build_sweep(spec_for_sweep(s), m, load_sweep(s, options.sweeps), False),
                 suffix,
             )
-    methods = {stored.record.method for stored in records}
     for name in spec_names():
         spec = find_spec(name)
-        if spec.rows is None or spec.kind == "curves":
+        if spec.rows is None or spec.kind == "curves" or "source" not in spec.where:
             continue
         yield lambda s=spec: paper_table(s, "published"), ".published"
-        wanted = {spec.where.get("method"), *(e.where.get("method") for e in (*spec.rows, *spec.columns))}
-        dataset = {spec.where.get("dataset"), *(e.where.get("dataset") for e in (*spec.rows, *spec.columns))}
-        if methods & wanted and any(d["name"] in dataset for s in records for d in s.record.datasets):
-            for kind, mine in kinds(records):
-                suffix = f".both.{kind}" if kind else ".both"
-                yield lambda s=spec, m=mine: paper_table(s, "both", m), suffix
+        for kind, mine in kinds(records):
+            suffix = f".both.{kind}" if kind else ".both"
+            yield lambda s=spec, m=mine: paper_table(s, "both", m), suffix
 
 
 def _audit(options: argparse.Namespace) -> int:

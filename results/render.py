@@ -23,7 +23,6 @@ CSV_COLUMNS = (
     "published_std", "published_gap", "value", "std", "n", "gap", "difference", "mark", "default", "missing", "records",
 )  # fmt: skip
 _PREAMBLE = r"""\documentclass{article}
-\usepackage[T1]{fontenc}
 \usepackage[utf8]{inputenc}
 \usepackage{booktabs,graphicx}
 \usepackage[a4paper,margin=2cm]{geometry}
@@ -183,7 +182,7 @@ def latex(table: Table, standalone: bool = False) -> str:
         [f"\\textbf{{{tex(warning)}}}" for warning in table.warnings] + [tex(table.title.rstrip(".") + ".")]
     )
     lines.append(f"\\caption{{{caption} {tex(' '.join([table.caption, *table.notes]))}}}")
-    lines.append(f"\\label{{tab:{table.name.replace('_', '-')}}}")
+    lines.append(f"\\label{{tab:{table.name.replace('_', '-')}}}\\smallskip")
     lines += ["\\resizebox{\\linewidth}{!}{%"] * wide
     lines.append(f"\\begin{{tabular}}{{{'l' * len(table.row_headers)}{'r' * len(table.columns)}}}")
     lines.append("\\toprule")

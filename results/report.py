@@ -167,7 +167,7 @@ def _papers(records: Sequence[StoredRecord], shown: dict[str, StoredRecord]) -> 
 def _beside(spec: Spec, records: Sequence[StoredRecord], kind: str, shown: dict[str, StoredRecord]) -> str:
     """The paper's table with our runs beside it, or nothing if no run fits any of its places."""
     table = paper_table(spec, "both", records)
-    if all(cell.runs is None or cell.runs.mean is None for line in table.cells for cell in line):
+    if not table.has_runs:
         return ""
     _use(table, records, shown)
     pictures = ""
