@@ -315,7 +315,8 @@ class AnomalyMetrics(Metric):
                 results, whole = evaluation.run(self.pooled, any(name in OVERLAP_METRICS for name in self.metrics))
                 for i, result in zip(part, results, strict=True):
                     single[i] |= self._pixel_values(result, images[i][1])
-                pooled[dataset] |= self._pixel_values(whole, labels)
+                if self.pooled:
+                    pooled[dataset] |= self._pixel_values(whole, labels)
 
         scopes = {("category", categories[i].dataset, categories[i].name): single[i] for i in present}
         for dataset, part in parts.items():
