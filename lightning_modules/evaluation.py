@@ -76,7 +76,8 @@ class Evaluation(L.Callback):
         self.result = results[""]
         table = pd.concat([result.table for result in results.values()], ignore_index=True)
         # With several datasets a category's key is dataset/category; the table has a column for each.
-        table["category"] = [key.removeprefix(f"{dataset}/") for dataset, key in zip(table.dataset, table.category)]
+        keys = zip(table.dataset, table.category, strict=True)
+        table["category"] = [category.removeprefix(f"{dataset}/") for dataset, category in keys]
         self.result.table = table
         self.image_scores = pd.DataFrame(self._rows, columns=["id", "category", "label", "image_score", "path"])
         if trainer.is_global_zero:
