@@ -156,7 +156,7 @@ def category_tables(
 
 
 def describe_runs(records: Sequence[StoredRecord]) -> str:
-    """The sentences that a reader needs to judge numbers from runs: protocol, seeds, backbone, weights, data, commit."""
+    """What a reader needs to judge numbers from runs: protocol, seeds, backbone, weights, data, commit."""
     if not records:
         return "No run fits this table yet."
     seeds = sorted({stored.record.seed for stored in records})
@@ -256,9 +256,8 @@ def _full_key(short: str, known: Sequence[str], where: str) -> str:
         return matches[0]
     if matches:
         raise SpecError(f"table {where}: {short!r} may be {' or '.join(matches)}; write more of it")
-    raise SpecError(
-        f"table {where}: the sweep has no parameter {short!r}{_nearest(short, [key.rpartition('.')[2] for key in known])}"
-    )
+    close = _nearest(short, [key.rpartition(".")[2] for key in known])
+    raise SpecError(f"table {where}: the sweep has no parameter {short!r}{close}")
 
 
 def _known_keys(records: Sequence[StoredRecord], sweep: SweepFile | None) -> list[str]:

@@ -148,7 +148,7 @@ class StoredRecord:
 
     @cached_property
     def scores(self) -> dict[tuple[str, str, str, str, str], tuple[float, str]]:
-        """(variant, scope, dataset, category, metric) -> (value, reason); a ``dataset/category`` key loses its prefix."""
+        """(variant, scope, dataset, category, metric) -> (value, reason); ``dataset/`` before a category is cut."""
         columns = self.columns
         keys = zip(*(columns[name] for name in METRIC_COLUMNS[:5]), strict=True)
         pairs = zip(columns["value"], columns["reason"], strict=True)
@@ -212,7 +212,7 @@ class RecordSet(Sequence[StoredRecord]):
 
 
 def plain_category(dataset: str, category: str) -> str:
-    """The category's own name, also if it was recorded as ``dataset/category`` because data sets were trained together."""
+    """The category's own name, also if it was recorded as ``dataset/category`` (data sets trained together)."""
     return category.removeprefix(f"{dataset}/") if dataset else category
 
 

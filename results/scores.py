@@ -142,9 +142,9 @@ def seed_means(records: Iterable[StoredRecord], query: Query) -> dict[int, dict[
     result: dict[int, dict[str, float]] = defaultdict(dict)
     for stored in records:
         for (variant, scope, dataset, category, metric), (value, _) in stored.scores.items():
-            if (variant, scope, dataset, metric) == (query.variant, "category", query.dataset, query.metric):
-                if not math.isnan(value):
-                    result[stored.record.seed][category] = value
+            wanted = (variant, scope, dataset, metric) == (query.variant, "category", query.dataset, query.metric)
+            if wanted and not math.isnan(value):
+                result[stored.record.seed][category] = value
     return dict(result)
 
 
@@ -254,12 +254,13 @@ def axis_value(stored: StoredRecord, axis: str, dataset: str = "") -> str:
         return record.resize
     together = [d for d in record.datasets if record.setting == "unified" or d["name"] == dataset]
     return "; ".join(
-        f"{d['name']} ({len(d['categories'])} categories{_one(d['categories'])}), fingerprint {str(d['fingerprint'])[:10]}"
+        f"{d['name']} ({len(d['categories'])} categories{_few(d['categories'])}), "
+        f"fingerprint {str(d['fingerprint'])[:10]}"
         for d in together
     )
 
 
-def _one(categories: Sequence[str]) -> str:
+def _few(categories: Sequence[str]) -> str:
     return f": {', '.join(categories)}" if len(categories) <= 3 else ""
 
 
@@ -295,7 +296,7 @@ def check_table(used: Sequence[tuple[Query, StoredRecord]], varies: Iterable[str
 
 
 def check_cell(records: Sequence[StoredRecord], query: Query) -> None:
-    """Raise ConflictError unless the records are the same experiment but for the seed (or the category, one model each)."""
+    """Raise ConflictError unless the records are one experiment but for the seed (or the category, one model each)."""
     if len(records) < 2:
         return
     check_table([(query, stored) for stored in records], where="one cell")
