@@ -84,13 +84,17 @@ class RLR(nn.Module):
         windows = windows or [window_side(size) for size in sizes]
         for name, values in (("channels", channels), ("widths", widths), ("windows", windows)):
             if len(values) != len(sizes):
-                raise ValueError(f"{name} has {len(values)} entries for {len(sizes)} levels, {list(values)}; give one each")
+                raise ValueError(
+                    f"{name} has {len(values)} entries for {len(sizes)} levels, {list(values)}; give one each"
+                )
         if corruption not in ("jitter", "masking", "none"):
             raise ValueError(f"corruption is {corruption!r}; choose jitter, masking or none")
         if not 0 <= corruption_probability <= 1:
             raise ValueError(f"corruption_probability is {corruption_probability}; it is a share, from 0 to 1")
         if corruption == "masking" and corruption_probability == 1:
-            raise ValueError("corruption masking with corruption_probability 1 zeroes every token; choose a smaller share")
+            raise ValueError(
+                "corruption masking with corruption_probability 1 zeroes every token; choose a smaller share"
+            )
         self.pool = nn.AvgPool2d(3, stride=1, padding=1) if pooling else nn.Identity()
         self.corruption, self.jitter_scale, self.probability = corruption, jitter_scale, corruption_probability
         self.levels = nn.ModuleList(
