@@ -344,7 +344,7 @@ class WindowAttention(nn.Module):
         if block_rows is None:
             block_rows = height if height * width <= DENSE_TOKENS else max(1, BLOCK_TOKENS // width)
         self.height, self.width, self.rows = height, width, min(block_rows, height)
-        self.reach = height - self.rows  # how many rows before and after its own a block reads
+        self.reach = (height - 1) // self.rows * self.rows  # how many rows before and after its own a block reads
         if inside:
             self.reach = min(half, self.reach)
         row_distance = torch.arange(self.rows)[:, None] - torch.arange(-self.reach, self.rows + self.reach)
