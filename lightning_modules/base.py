@@ -89,6 +89,10 @@ class ReconstructionModule(L.LightningModule):
 
     method: ClassVar[str]
     recipe: ClassVar[Recipe]
+    needs_images: ClassVar[bool] = False
+    """Whether the network reads the images besides their features."""
+    preparation: str = "none"
+    """What :meth:`prepare` does, in words that change whenever it does; part of the feature cache's key."""
     network: nn.Module
 
     def __init__(
@@ -102,6 +106,13 @@ class ReconstructionModule(L.LightningModule):
         self._unchecked_loss: tuple[Tensor, Mapping[str, Any], int] | None = None
 
     # ---- what a method may change ------------------------------------------------------------------------------------
+
+    def prepare(self, levels: list[Tensor]) -> list[Tensor]:
+        """Whatever precedes everything trainable and random: (B, C_l, H_l, W_l) levels in and out, no parameters.
+
+        Its results are cached with the features, so that it is paid once per image.
+        """
+        return levels
 
     def reconstruct(self, batch: Mapping[str, Any]) -> list[Pair]:
         """Pairs of (target, reconstruction), one per level the method reconstructs, lowest level first."""
@@ -121,8 +132,8 @@ class ReconstructionModule(L.LightningModule):
     # ---- what no method changes --------------------------------------------------------------------------------------
 
     def features(self, batch: Mapping[str, Any]) -> list[Tensor]:
-        """The backbone's levels, each (B, C_l, H_l, W_l) float32: from the batch if it carries them, else computed."""
-        return batch["features"] if "features" in batch else self.extractor(batch["image"])
+        """The prepared levels, each (B, C_l, H_l, W_l) float32: from the batch if it carries them, else computed."""
+        return batch["features"] if "features" in batch else self.prepare(self.extractor(batch["image"]))
 
     def forward(self, images: Tensor) -> ScoredMaps:
         """Anomaly maps and image scores of normalised images (B, 3, H, W)."""

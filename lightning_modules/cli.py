@@ -31,6 +31,7 @@ import datamodules
 import lightning_modules
 from lightning_modules import heatmaps
 from lightning_modules.base import ReconstructionModule
+from lightning_modules.caching import CacheConfig, attach
 from lightning_modules.callbacks import History, Predictions, Progress
 from lightning_modules.evaluation import Evaluation, TestCurve
 from lightning_modules.run import RunConfig, provenance, sweep_parameters
@@ -110,6 +111,7 @@ class UniReconCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(RunConfig, "run")
+        parser.add_class_arguments(CacheConfig, "cache")
 
     # ---- filling in --------------------------------------------------------------------------------------------------
 
@@ -203,6 +205,7 @@ class UniReconCLI(LightningCLI):
         return kwargs
 
     def before_fit(self) -> None:
+        attach(self.model, self.datamodule, self._get(self.config_init, "cache"), self.trainer.strategy.root_device)
         self._training_started = time.perf_counter()
 
     def after_fit(self) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from lightning_modules.base import ImageSize, OptimizerConfig, Recipe, ReconstructionModule
 from models.backbones import BackboneConfig
 from models.head import HeadConfig
+from models.neck import resize_concatenate
 from models.uniad import UniADNetwork
 
 
@@ -39,4 +42,10 @@ class UniAD(ReconstructionModule):
         **network,
     ) -> None:
         super().__init__(backbone, head, optimizer, image_size)
-        self.network = UniADNetwork(self.extractor.channels, self.extractor.sizes(self.image_size), **network)
+        self.grid = self.extractor.sizes(self.image_size)[-1]
+        self.preparation = f"levels resized to {self.grid} with aligned corners and concatenated"
+        self.network = UniADNetwork([sum(self.extractor.channels)], [self.grid], **network)
+
+    def prepare(self, levels: list[Tensor]) -> list[Tensor]:
+        """The neck: all levels resized to the highest level's grid and concatenated over channels."""
+        return [resize_concatenate(levels, self.grid, align_corners=True)]
