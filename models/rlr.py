@@ -31,7 +31,7 @@ DENSE_TOKENS = 1024  # grids up to this many tokens attend in one call; larger o
 BLOCK_TOKENS = 512
 
 
-class RLR(nn.Module):
+class RLRNetwork(nn.Module):
     """Reconstructs each feature level by its own `LevelNetwork`; levels share nothing.
 
     Args:
@@ -45,11 +45,11 @@ class RLR(nn.Module):
         blocks: the parallel attentions of a layer, out of
             `lca` (Y reads R, inside the window), `mlka` (values of Y routed by keys of R, outside the window),
             `ca` (Y reads all of R), `msa` (self-attention of Y outside the window), `sa` (plain self-attention of Y).
-        fusion: how the attentions are summed: `alpha` (constants: alpha for lca and ca, 1 for the rest),
-            `theta` (learnable scalars per layer and attention, unconstrained) or `gate_net` (softmax weights per sample
-            from the layer input's mean and maximum over tokens, by one small net that the level's layers share).
-        alpha: 2 in the released code; the paper's supplement gives no value.
-        theta_start: theta's initial value: `ones` (released: starts as alpha = 1) or `alpha` (starts as fusion alpha).
+        fusion: how the attentions are summed. `alpha`: constants, alpha for lca and ca, 1 for the rest. `theta`:
+            learnable scalars per layer and attention, unconstrained, all starting at 1 (released, so it starts as
+            alpha = 1). `theta_from_alpha`: the same, starting at alpha's constants. `gate_net`: softmax weights per
+            sample from the layer input's mean and maximum over tokens, by a small net that the level's layers share.
+        alpha: 2 in the released code; the paper's supplement gives no value. Not used by theta and gate_net.
         references: K, the number of references per level. LCA is evaluated for each and summed.
         key_reference: the reference that `mlka` and `ca` read if K > 1: `last` (released, where a loop variable
             overwrites the reference), `first`, or `mean` of the embedded references.
@@ -69,9 +69,8 @@ class RLR(nn.Module):
         layers: int = 4,
         heads: int = 8,
         blocks: Sequence[Literal["lca", "ca", "msa", "mlka", "sa"]] = ("lca", "mlka"),
-        fusion: Literal["alpha", "theta", "gate_net"] = "alpha",
+        fusion: Literal["alpha", "theta", "theta_from_alpha", "gate_net"] = "alpha",
         alpha: float = 2.0,
-        theta_start: Literal["ones", "alpha"] = "ones",
         references: int = 1,
         key_reference: Literal["last", "first", "mean"] = "last",
         pooling: bool = True,
@@ -98,23 +97,22 @@ class RLR(nn.Module):
         self.pool = nn.AvgPool2d(3, stride=1, padding=1) if pooling else nn.Identity()
         self.corruption, self.jitter_scale, self.probability = corruption, jitter_scale, corruption_probability
         self.levels = nn.ModuleList(
-            LevelNetwork(
-                c, size, width, window, layers, heads, blocks, fusion, alpha, theta_start, references, key_reference
-            )
+            LevelNetwork(c, size, width, window, layers, heads, blocks, fusion, alpha, references, key_reference)
             for c, size, width, window in zip(channels, sizes, widths, windows, strict=True)
         )
 
     def forward(self, features: Sequence[Tensor]) -> list[Pair]:
         """Levels (B, C_l, H_l, W_l) float -> per level the pooled clean features and their reconstruction, as large."""
-        pairs = []
-        for network, feature in zip(self.levels, features, strict=True):
-            target = self.pool(feature)
-            tokens = target.flatten(2).transpose(1, 2)
-            if self.training:
-                tokens = self._corrupt(tokens)
-            reconstruction = network(tokens).transpose(1, 2).reshape(target.shape)
-            pairs.append(Pair(target, reconstruction))
-        return pairs
+        return [self.reconstruct(network, feature) for network, feature in zip(self.levels, features, strict=True)]
+
+    def reconstruct(self, network: LevelNetwork, feature: Tensor) -> Pair:
+        """One level's network and its feature map (B, C, H, W) -> pooled clean target and reconstruction, as large."""
+        target = self.pool(feature)
+        tokens = target.flatten(2).transpose(1, 2)
+        if self.training:
+            tokens = self._corrupt(tokens)
+        reconstruction = network(tokens).transpose(1, 2).reshape(target.shape)
+        return Pair(target, reconstruction)
 
     def _corrupt(self, tokens: Tensor) -> Tensor:
         if self.corruption == "jitter":
@@ -122,10 +120,6 @@ class RLR(nn.Module):
         if self.corruption == "masking":
             return token_masking(tokens, self.probability)
         return tokens
-
-    def diversity(self, normaliser: Literal["released", "pairs"] = "released") -> list[Tensor]:
-        """The diversity term of each level, a scalar: see `LevelNetwork.diversity`."""
-        return [network.diversity(normaliser) for network in self.levels]
 
 
 class LevelNetwork(nn.Module):
@@ -142,14 +136,13 @@ class LevelNetwork(nn.Module):
         blocks: Sequence[str] = ("lca", "mlka"),
         fusion: str = "alpha",
         alpha: float = 2.0,
-        theta_start: str = "ones",
         references: int = 1,
         key_reference: str = "last",
         block_rows: int | None = None,
     ) -> None:
         super().__init__()
         self.blocks = tuple(name for name in BLOCKS if name in blocks)
-        self._check(size, width, window, heads, blocks, fusion, theta_start, references, key_reference)
+        self._check(size, width, window, heads, blocks, fusion, references, key_reference)
         self.key_reference = key_reference
         self.embedding = Embedding(channels, width, size)
         self.reference: nn.Parameter | None = None
@@ -160,7 +153,7 @@ class LevelNetwork(nn.Module):
         self.window = WindowAttention(size, window, inside=True, block_rows=block_rows)
         self.elsewhere = WindowAttention(size, window, inside=False, block_rows=block_rows)
         self.layers = nn.ModuleList(Layer(width, heads, self.blocks) for _ in range(layers))
-        self.fusion = Fusion(fusion, self.blocks, layers, width, alpha, theta_start)
+        self.fusion = Fusion(fusion, self.blocks, layers, width, alpha)
         self.norm = nn.LayerNorm(width)
         self.projection = nn.Linear(width, channels)
 
@@ -201,7 +194,6 @@ class LevelNetwork(nn.Module):
         heads: int,
         blocks: Sequence[str],
         fusion: str,
-        theta_start: str,
         references: int,
         key_reference: str,
     ) -> None:
@@ -209,8 +201,7 @@ class LevelNetwork(nn.Module):
         if unknown or not blocks:
             raise ValueError(f"blocks is {list(blocks)}; choose one or more of {', '.join(BLOCKS)}")
         for name, value, allowed in (
-            ("fusion", fusion, ("alpha", "theta", "gate_net")),
-            ("theta_start", theta_start, ("ones", "alpha")),
+            ("fusion", fusion, ("alpha", "theta", "theta_from_alpha", "gate_net")),
             ("key_reference", key_reference, ("last", "first", "mean")),
         ):
             if value not in allowed:
@@ -272,16 +263,14 @@ class Layer(nn.Module):
 class Fusion(nn.Module):
     """The weights of a layer's attentions, in the order of `BLOCKS`: constants, learnable scalars or a softmax gate."""
 
-    def __init__(
-        self, kind: str, blocks: Sequence[str], layers: int, width: int, alpha: float, theta_start: str
-    ) -> None:
+    def __init__(self, kind: str, blocks: Sequence[str], layers: int, width: int, alpha: float) -> None:
         super().__init__()
         constants = torch.tensor([alpha if name in CROSS_BLOCKS else 1.0 for name in blocks])
         self.kind = kind
         if kind == "alpha":
             self.register_buffer("alpha", constants, persistent=False)
-        elif kind == "theta":
-            start = torch.ones_like(constants) if theta_start == "ones" else constants
+        elif kind in ("theta", "theta_from_alpha"):
+            start = constants if kind == "theta_from_alpha" else torch.ones_like(constants)
             self.theta = nn.Parameter(start.repeat(layers, 1))
         else:
             self.net = nn.Sequential(
@@ -292,10 +281,10 @@ class Fusion(nn.Module):
         """Layer index and its input (B, L, d) -> weights (blocks,), or (blocks, B, 1, 1) from the gate."""
         if self.kind == "alpha":
             return self.alpha
-        if self.kind == "theta":
-            return self.theta[layer]
-        gate = self.net(torch.cat([y.mean(1), y.amax(1)], dim=-1))
-        return gate.T[:, :, None, None]
+        if self.kind == "gate_net":
+            gate = self.net(torch.cat([y.mean(1), y.amax(1)], dim=-1))
+            return gate.T[:, :, None, None]
+        return self.theta[layer]
 
 
 class Embedding(nn.Module):
@@ -407,5 +396,5 @@ def _random_tokens(tokens: Tensor, share: float) -> Tensor:
 
 def level_loss(pair: Pair) -> Tensor:
     """MSE over batch, places and channels plus the mean over places of 1 - cosine over channels: a scalar."""
-    target, reconstruction = pair
+    target, reconstruction = pair.target.float(), pair.reconstruction.float()
     return F.mse_loss(reconstruction, target) + (1 - F.cosine_similarity(reconstruction, target, dim=1)).mean()

@@ -15,8 +15,8 @@ from models.masks import neighbor_mask, window_mask
 from models.reconstruction import Pair
 from models.released_rlr import load_released_level
 from models.rlr import (
-    RLR,
     LevelNetwork,
+    RLRNetwork,
     WindowAttention,
     feature_jitter,
     level_loss,
@@ -196,7 +196,7 @@ def test_a_foreign_checkpoint_is_refused_by_name():
 
 
 def test_the_published_setting_has_the_published_number_of_parameters():
-    network = RLR((72, 200), ((32, 32), (16, 16)))
+    network = RLRNetwork((72, 200), ((32, 32), (16, 16)))
     counts = [sum(p.numel() for p in level.parameters()) for level in network.levels]
     assert counts == [4_341_832, 17_172_680]
     assert [tuple(level.reference.shape) for level in network.levels] == [(1, 1024, 72), (1, 256, 200)]
@@ -315,7 +315,7 @@ def test_theta_started_at_alpha_is_the_constant_model_and_started_at_one_is_alph
         network.load_state_dict(state, strict=False)
         return network(tokens)
 
-    assert torch.equal(output(fusion="theta", theta_start="alpha"), output(fusion="alpha"))
+    assert torch.equal(output(fusion="theta_from_alpha"), output(fusion="alpha"))
     assert torch.equal(output(fusion="theta"), output(fusion="alpha", alpha=1.0))
     assert not torch.allclose(output(fusion="theta"), output(fusion="alpha"))
 
@@ -361,7 +361,7 @@ def test_diversity_is_the_mean_cosine_over_pairs_and_half_of_it_as_released():
 
 
 def test_targets_are_the_pooled_clean_features_also_while_the_input_is_corrupted():
-    network = RLR((3, 5), ((8, 8), (4, 4)), widths=(16, 16), layers=1, heads=2)
+    network = RLRNetwork((3, 5), ((8, 8), (4, 4)), widths=(16, 16), layers=1, heads=2)
     features = [torch.randn(2, 3, 8, 8), torch.randn(2, 5, 4, 4)]
     pairs = network.train()(features)
     for feature, pair in zip(features, pairs, strict=True):
@@ -377,7 +377,7 @@ def test_targets_are_the_pooled_clean_features_also_while_the_input_is_corrupted
 
 
 def test_levels_share_nothing():
-    network = RLR((3, 5), ((8, 8), (4, 4)), widths=(16, 16), layers=1, heads=2)
+    network = RLRNetwork((3, 5), ((8, 8), (4, 4)), widths=(16, 16), layers=1, heads=2)
     pairs = network([torch.randn(2, 3, 8, 8), torch.randn(2, 5, 4, 4)])
     level_loss(pairs[0]).backward()
     assert all(p.grad is not None for p in network.levels[0].parameters())
@@ -386,7 +386,7 @@ def test_levels_share_nothing():
 
 def test_the_default_widths_are_the_released_ones_for_three_levels_and_other_image_sizes():
     for sizes in (((64, 64), (32, 32), (16, 16)), ((56, 84), (28, 42), (14, 21)), ((57, 57), (29, 29), (15, 15))):
-        network = RLR((2, 2, 2), sizes, layers=1)
+        network = RLRNetwork((2, 2, 2), sizes, layers=1)
         assert [level.projection.in_features for level in network.levels] == [128, 256, 512]
 
 
@@ -423,9 +423,8 @@ def test_the_loss_is_mse_plus_one_minus_cosine():
         ({"blocks": ()}, "one or more"),
         ({"references": 2, "blocks": ("mlka",)}, "needs lca"),
         ({"references": 0}, "at least 1"),
-        ({"fusion": "beta"}, "alpha, theta, gate_net"),
+        ({"fusion": "beta"}, "alpha, theta, theta_from_alpha, gate_net"),
         ({"key_reference": "all"}, "last, first, mean"),
-        ({"theta_start": "two"}, "ones, alpha"),
         ({"width": 18}, "multiple"),
     ],
 )
@@ -445,4 +444,4 @@ def test_an_impossible_level_is_refused_with_the_reason(options, message):
 )
 def test_an_impossible_network_is_refused_with_the_reason(options, message):
     with pytest.raises(ValueError, match=message):
-        RLR((3, 5), ((8, 8), (4, 4)), **options)
+        RLRNetwork((3, 5), ((8, 8), (4, 4)), **options)
