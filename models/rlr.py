@@ -13,6 +13,7 @@ Where the released code decides something that the paper leaves open, the option
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -143,11 +144,11 @@ class LevelNetwork(nn.Module):
         super().__init__()
         self.blocks = tuple(name for name in BLOCKS if name in blocks)
         self._check(size, width, window, heads, blocks, fusion, references, key_reference)
-        self.key_reference = key_reference
+        self.references, self.key_reference = references, key_reference
         self.embedding = Embedding(channels, width, size)
         self.reference: nn.Parameter | None = None
         if set(self.blocks) & set(REFERENCE_BLOCKS):
-            self.reference = nn.Parameter(torch.randn(references, size[0] * size[1], channels))
+            self.reference = nn.Parameter(torch.randn(1, references * size[0] * size[1], channels))
             self.reference_embedding = Embedding(channels, width, size)
         # Masks are built once for the level; its layers share them.
         self.window = WindowAttention(size, window, inside=True, block_rows=block_rows)
@@ -160,11 +161,15 @@ class LevelNetwork(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (B, L, C) float, row-major over the grid -> reconstructed tokens (B, L, C)."""
         y = self.embedding(tokens)
-        references = None if self.reference is None else self.reference_embedding(self.reference)  # (K, L, d)
+        references = None if self.reference is None else self.reference_embedding(self._raw_references())  # (K, L, d)
         key = None if references is None else self._key(references)  # (1, L, d)
         for index, layer in enumerate(self.layers):
             y = layer(y, references, key, self.window, self.elsewhere, self.fusion(index, y))
         return self.projection(self.norm(y))
+
+    def _raw_references(self) -> Tensor:
+        """The K references in feature space, (K, L, C)."""
+        return self.reference[0].unflatten(0, (self.references, -1))
 
     def _key(self, references: Tensor) -> Tensor:
         if self.key_reference == "mean":
@@ -179,11 +184,12 @@ class LevelNetwork(nn.Module):
         """
         if normaliser not in ("released", "pairs"):
             raise ValueError(f"normaliser is {normaliser!r}; choose released or pairs")
-        count = 0 if self.reference is None else len(self.reference)
+        count = self.references
         if count < 2:
             return self.projection.bias.new_zeros(())
         first, second = torch.triu_indices(count, count, offset=1)
-        cosines = F.cosine_similarity(self.reference[first], self.reference[second], dim=-1).mean(1)
+        references = self._raw_references()
+        cosines = F.cosine_similarity(references[first], references[second], dim=-1).mean(1)
         return cosines.sum() / (count * (count - 1)) if normaliser == "released" else cosines.mean()
 
     def _check(
@@ -376,7 +382,7 @@ def window_side(size: tuple[int, int]) -> int:
 
 def feature_jitter(tokens: Tensor, scale: float, probability: float) -> Tensor:
     """tokens (B, L, C) + Gaussian noise of standard deviation scale * ||token|| / C, in all but a random
-    floor((1 - probability) * L) tokens of each sample (released code)."""
+    floor((1 - probability) * L) tokens of each sample (released code; `models.jitter` draws once per batch instead)."""
     deviation = scale * tokens.norm(dim=-1, keepdim=True) / tokens.shape[-1]
     deviation = deviation.masked_fill(_random_tokens(tokens, 1 - probability), 0)
     return tokens + deviation * torch.randn_like(tokens)
@@ -398,3 +404,31 @@ def level_loss(pair: Pair) -> Tensor:
     """MSE over batch, places and channels plus the mean over places of 1 - cosine over channels: a scalar."""
     target, reconstruction = pair.target.float(), pair.reconstruction.float()
     return F.mse_loss(reconstruction, target) + (1 - F.cosine_similarity(reconstruction, target, dim=1)).mean()
+
+
+# The authors' parameter names of one level, and ours (see `models.released`).
+_RELEASED_NAMES = (
+    (r"ref_mca", "reference"),
+    (r"embedding\.project_embedding\.project\.(weight|bias)", r"embedding.project.\1"),
+    (r"ref_mca_embedding\.project_embedding\.project\.(weight|bias)", r"reference_embedding.project.\1"),
+    (r"encoder\.encode_layers\.(\d+)\.mca\.(.+)", r"layers.\1.attention.lca.\2"),
+    (r"encoder\.encode_layers\.(\d+)\.nsa\.(.+)", r"layers.\1.attention.mlka.\2"),
+    (r"encoder\.encode_layers\.(\d+)\.(ca|msa|sa)\.(.+)", r"layers.\1.attention.\2.\3"),
+    (r"encoder\.encode_layers\.(\d+)\.(norm[12])\.(weight|bias)", r"layers.\1.\2.\3"),
+    (r"encoder\.encode_layers\.(\d+)\.ffn\.fc1\.(weight|bias)", r"layers.\1.ffn.0.\2"),
+    (r"encoder\.encode_layers\.(\d+)\.ffn\.fc2\.(weight|bias)", r"layers.\1.ffn.2.\2"),
+    (r"encoder\.norm\.(weight|bias)", r"norm.\1"),
+    (r"encoder\.gate", "fusion.theta"),
+    (r"projection\.(weight|bias)", r"projection.\1"),
+)
+
+
+def released_name(name: str) -> str | None:
+    """The authors' name of a parameter of one level -> its name in `LevelNetwork`.
+
+    Each level is a network of its own: import it with `load_released(network.levels[i], state_of_that_level)`.
+    """
+    for pattern, ours in _RELEASED_NAMES:
+        if match := re.fullmatch(pattern, name):
+            return match.expand(ours)
+    return None
