@@ -20,7 +20,7 @@ DEPTHS = (3, 4, 6, 3)
 class VisualDecoder(nn.Module):
     """Stages of residual basic blocks, each followed by bilinear up-sampling by 2, from the coarsest map to the image.
 
-    A finer map is projected by a 1x1 convolution and added at the first stage that is at least as large as it.
+    Each map is projected by a 1x1 convolution with batch norm and added at the first stage that is as large as it.
 
     Args:
         channels: C of each map.
@@ -42,7 +42,7 @@ class VisualDecoder(nn.Module):
         if len(channels) != len(sizes) or not sizes:
             raise ValueError(f"Give channels and size of every map, found {list(channels)} and {list(sizes)}.")
         self.image_size = tuple(image_size)
-        stage_sizes = [min(sizes)]
+        stage_sizes = [tuple(min(sizes))]
         while 2 * stage_sizes[-1][0] < self.image_size[0] or 2 * stage_sizes[-1][1] < self.image_size[1]:
             stage_sizes.append((2 * stage_sizes[-1][0], 2 * stage_sizes[-1][1]))
         self.stage_sizes = stage_sizes
@@ -53,7 +53,8 @@ class VisualDecoder(nn.Module):
         ]
         widths = [max(16, width >> stage) for stage in range(len(stage_sizes))]
         self.lateral = nn.ModuleList(
-            nn.Conv2d(c, widths[entry], 1) for c, entry in zip(channels, self.entries, strict=True)
+            nn.Sequential(nn.Conv2d(c, widths[entry], 1, bias=False), nn.BatchNorm2d(widths[entry]))
+            for c, entry in zip(channels, self.entries, strict=True)
         )
         self.stages = nn.ModuleList()
         for stage, stage_width in enumerate(widths):
