@@ -1,19 +1,19 @@
 """Up-sampling followed by convolutions without activations, computed at the resolution of its input.
 
-UniAS ends every level in a bilinear up-sampling (by 8 at the finest level) and three 3x3 convolutions with nothing between
-them (released code). All four steps are linear, so they are one linear map of the small token grid, and most of the work done
-at the large resolution is redundant: at 112x112 the three convolutions cost 15.5 GMAC an image, the same map computed below
-costs 0.4 GMAC an image and 0.8 GMAC a batch, and no 256-channel tensor of the large size is ever stored.
+UniAS ends every level in a bilinear up-sampling (by 8 at the finest level) and three 3x3 convolutions with nothing
+between them (released code). All four steps are linear, so they are one linear map of the small token grid, and most
+of the work done at the large resolution is redundant: at 112x112 the three convolutions cost 15.1 GMAC an image, the
+same map computed below 0.4 GMAC an image and 0.8 GMAC a batch, and no 256-channel tensor of the large size is stored.
 
-How. Up-sampling and the taps of a zero-padded convolution are separable, so with U the one-dimensional interpolation matrix
-and S_d the shift by d in {-1, 0, 1} that drops what leaves the image (this is the zero padding), the output is
+How. Up-sampling and the taps of a zero-padded convolution are separable, so with U the one-dimensional interpolation
+matrix and S_d the shift by d in {-1, 0, 1} that drops what leaves the image (this is the zero padding), the output is
 
     sum over taps (t1, t2, t3)  W3[t3] W2[t2] W1[t1]  q  applied between  (S S S U)_rows  and  (S S S U)_columns
 
-where the channel matrices act on the small grid. Among the 27 products S S S only 13 differ, so the 729 tap combinations fall
-into 13 x 13 groups whose channel matrices are added up first. Biases pass through the later convolutions as an image that
-is constant except two pixels from the border. Nothing is approximated: results and gradients are those of the plain
-convolutions up to the order of the additions.
+where the channel matrices act on the small grid. Among the 27 products S S S only 13 differ, so the 729 tap
+combinations fall into 13 x 13 groups whose channel matrices are added up first. Biases pass through the later
+convolutions as an image that is constant except two pixels from the border. Nothing is approximated: results and
+gradients are those of the plain convolutions up to the order of the additions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 
 class UpsampleConvolutions(nn.Module):
-    """Bilinear up-sampling (align_corners true), then 3x3 convolutions `in -> in -> in -> out`, zero padding, no activation.
+    """Bilinear up-sampling with aligned corners, then 3x3 convolutions in -> in -> in -> out without activations.
 
     `folded=None` folds where it saves work (an area at least eight times the input's); `True` and `False` force a path.
     Both paths have the same parameters and the same result.
@@ -92,7 +92,7 @@ class UpsampleConvolutions(nn.Module):
         return torch.einsum("pi,qj,ijoc->pqoc", self.rows_triples, self.columns_triples, three)
 
     def _bias_image(self) -> Tensor:
-        """What the biases alone give, (1, out, *out_size): exact on a 5x5 image, whose centre pixel is every inner pixel."""
+        """What the biases alone give, (1, out, *out_size): that of a 5x5 image, its centre repeated, is exact."""
         first, second, third = self.convolutions
         small = first.bias.view(1, -1, 1, 1).expand(1, -1, 5, 5)
         small = third(second(small))

@@ -1,16 +1,18 @@
 """UniAS: Towards Accurate Unified Anomaly Segmentation (WACV 2025, arXiv 2501.12295).
 
-The supplement and its overview figure describe the method; the released code (github.com/Mwxinnn/UniAS) adds the feature
-noise, the pyramid, the neighbour mask and the level embedding, about which the paper says nothing: they are on by default.
-Where the two contradict each other the choice is an argument: `sar` and the loss's `cosine_term`.
+The supplement and its overview figure describe the method; the released code (github.com/Mwxinnn/UniAS) adds the
+feature noise, the pyramid, the neighbour mask and the level embedding, about which the paper says nothing: they are on by
+default. Where the two contradict each other the choice is an argument: `sar` and the loss's `cosine_term`.
 
-Levels are counted 1 (finest) to L (coarsest) in the order in which the backbone gives them; with EfficientNet-B4 at 224x224
-they are 24x112x112, 32x56x56, 56x28x28 and 160x14x14. Letters: B batch, L levels, w width, (h, v) token grid, n = h * v tokens.
+Levels are counted 1 (finest) to L (coarsest) in the order in which the backbone gives them; with EfficientNet-B4 at
+224x224 they are 24x112x112, 32x56x56, 56x28x28 and 160x14x14. Letters: B batch, L levels, w width, (h, v) token grid,
+n = h * v tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -35,28 +37,36 @@ CosineTerm = Literal["distance", "as_released"]
 class UniASNetwork(nn.Module):
     """Reconstructs the filtered features of several levels from coarse to fine.
 
-    channels, sizes: channels and (height, width) of every level, finest first. The token grid is the size of the coarsest
-        level, and every other size must be a whole multiple of it.
-    levels: the levels that are reconstructed (supplement Table 4); None = all. Only these have a Transformer layer, a head
-        and a target. The pyramid is unchanged for them: its levels below the lowest of `levels`, which could reach no
-        output, are not built.
-    width, heads, feedforward, dropout: of all attention layers (supplement: 256, 4, 2048; released code: 0.1). The width is
-        a multiple of 32.
-    channel_heads: of the channel attention, whose tokens have n dimensions; None = the largest divisor of n up to `heads`.
-    encoder_layers: of the encoder on top of the pyramid (released code).
-    neighbor_size: side, or (height, width), of the window hidden in spatial attention; None = nothing is hidden.
-    feature_filter: `gaussian` (3x3, sigma 1, reflected border), `average` (3x3, zeros outside count) or `none`.
-    concatenate_residual: give the network what the Gaussian took away beside what it left; None = yes for `gaussian`. The
-        other filters have no such variant.
-    noise_scale, noise_probability: feature noise in training, see `FeatureNoise`.
-    noise_at_test: keep the noise on in evaluation, which the released code does on its path without a filter.
-    sar: how the first query is made, see `SampleAwareQuery`. `released` is the default because the authors' checkpoints
-        and parameter count need it.
-    attention: `dual` (supplement) or `spatial` (the released VisA configuration).
-    cross_first: cross-attention before self-attention (released configuration).
-    hybrid: what follows every Transformer layer, see `hybrid_block`.
-    folded_heads: compute the heads at the size of the token grid, see `UpsampleConvolutions`; None = where it saves work.
-    compute_dtype: `bfloat16` runs the trained layers in autocast. Targets and outputs are float32 in either case.
+    Args:
+        channels: Channels of every level, finest first.
+        sizes: (height, width) of every level, finest first. The token grid is the size of the coarsest level, and every
+            other size must be a whole multiple of it.
+        levels: The levels that are reconstructed (supplement Table 4); None = all. Only these have a Transformer layer,
+            a head and a target. The pyramid is unchanged for them, except that its levels below the lowest of
+            `levels`, which reach no output, are not built.
+        width: Token width (supplement: 256), a multiple of 32.
+        heads: Heads of the attention over positions (supplement: 4).
+        channel_heads: Heads of the attention over channels, whose tokens have n dimensions; None = the largest divisor
+            of n up to `heads`.
+        feedforward: Hidden width of every feed-forward block (supplement: 2048).
+        dropout: In attention weights, residual branches and feed-forward blocks (released code: 0.1).
+        encoder_layers: Of the encoder on top of the pyramid (released code: 3).
+        neighbor_size: Side, or (height, width), of the window hidden in attention over positions (released code: 7);
+            None = nothing is hidden.
+        feature_filter: `gaussian` (3x3, sigma 1, reflected border), `average` (3x3, zeros outside count) or `none`.
+        concatenate_residual: Give the network what the Gaussian took away beside what it left; None = yes for
+            `gaussian`. The other filters have no such variant.
+        noise_scale: Of the feature noise in training, see `FeatureNoise` (released code: 20).
+        noise_probability: Of the feature noise, per level and batch (released code: 0.5).
+        noise_at_test: Keep the noise in evaluation, as the released code does on its path without a filter.
+        sar: How the first query is made, see `SampleAwareQuery`. `released` is the default because the authors'
+            checkpoints and parameter count need it; `supplement`, `off` and `capacity_control` are the others.
+        attention: `dual` (supplement) or `spatial` (the released VisA configuration).
+        cross_first: Cross-attention before self-attention (released configuration).
+        hybrid: What follows every Transformer layer: `none`, `conv3`, `mg_cnn` or `mgg_cnn`, see `hybrid_block`.
+        folded_heads: Compute the heads at the size of the token grid, with the same result, see
+            `UpsampleConvolutions`; None = where it saves work.
+        compute_dtype: `bfloat16` runs the trained layers in autocast; targets and outputs are float32 in either case.
     """
 
     def __init__(
@@ -148,7 +158,7 @@ class UniASNetwork(nn.Module):
         return self.sizes[level - 1][0] // self.grid[0], self.sizes[level - 1][1] // self.grid[1]
 
     def forward(self, features: Sequence[Tensor]) -> list[Pair]:
-        """features: (B, C_l, H_l, W_l) for every level, finest first. Returns the pairs of `levels`, finest first, float32."""
+        """Pairs of `levels`, finest first, float32, from features (B, C_l, H_l, W_l) of every level, finest first."""
         self._check_features(features)
         inputs, targets = self.filter(features)
         if self.training or self.noise_at_test:
@@ -173,7 +183,7 @@ class UniASNetwork(nn.Module):
         expected = [(count, *size) for count, size in zip(self.channels, self.sizes, strict=True)]
         if found != expected:
             raise ValueError(
-                f"UniAS was built for features (channels, height, width) {expected}, finest level first, found {found}. "
+                f"UniAS was built for features (channels, height, width) {expected}, finest first, but found {found}. "
                 "Give images of the size that the network was built for."
             )
 
@@ -181,8 +191,8 @@ class UniASNetwork(nn.Module):
 def reconstruction_loss(pairs: Sequence[Pair], weight: float = 10.0, cosine_term: CosineTerm = "distance") -> Tensor:
     """weight * sum over levels of (mean squared error + cosine term), a float32 scalar.
 
-    cosine_term: `distance` = mean over positions of 1 - cos, as the overview figure says; `as_released` = mean of cos, the
-        sign that the released code computes, with which a perfect reconstruction costs 1 per level.
+    cosine_term: `distance` = mean over positions of 1 - cos, as the overview figure says; `as_released` = mean of
+        cos, the sign that the released code computes, with which a perfect reconstruction costs 1 per level.
     weight: released code, 10 for MVTec AD and 1 for VisA.
     """
     _check_choice("cosine_term", cosine_term, CosineTerm)
@@ -198,8 +208,8 @@ def reconstruction_loss(pairs: Sequence[Pair], weight: float = 10.0, cosine_term
 class FeatureFiltering(nn.Module):
     """Input X and target T of every level from its features F (supplement Table 3, columns Filter and Concat).
 
-    `none` and `average` give X = T; `gaussian` gives T = G(F) and X = T, or X = [T ; F - T] with the residual concatenated,
-    which doubles the channels. The target never holds the residual.
+    `none` and `average` give X = T; `gaussian` gives T = G(F) and X = T, or X = [T ; F - T] with the residual
+    concatenated, which doubles the channels. The target never holds the residual.
     """
 
     def __init__(self, kind: FeatureFilter = "gaussian", concatenate_residual: bool | None = None) -> None:
@@ -229,7 +239,7 @@ class FeatureFiltering(nn.Module):
 
 
 class FeatureNoise(nn.Module):
-    """Adds N(0, 1) * scale * |X(pixel)| / C to a level with a probability, drawn once per level and batch (released code)."""
+    """Adds N(0, 1) * scale * |X(pixel)| / C to a level, or not: one draw per level and batch (released code)."""
 
     def __init__(self, scale: float = 20.0, probability: float = 0.5) -> None:
         super().__init__()
@@ -310,8 +320,8 @@ class EncoderLayer(nn.Module):
 class PatchEmbedding(nn.Module):
     """One token per patch (supplement: patches of 8, 4, 2, 1), (B, w, H_l, W_l) -> (B, n, w).
 
-    steps: levels below the coarsest: the patch convolution of the levels 3, 2, 1 has 1, 1.5 and 2 times the width (released
-    code); the coarsest level has none. A 1x1 convolution follows.
+    steps: levels below the coarsest: the patch convolution of the levels 3, 2, 1 has 1, 1.5 and 2 times the width
+    (released code); the coarsest level has none. A 1x1 convolution follows.
     """
 
     def __init__(self, width: int, steps: int, patch: tuple[int, int]) -> None:
@@ -331,10 +341,10 @@ class SampleAwareQuery(nn.Module):
     """The first query (B, n, w): a learned table, reweighted for every sample (SAR).
 
     `off`: the table alone, the same for every sample.
-    `supplement`: W_s * W_c * table; W_c = sigmoid(MLP(avg + max over positions)), W_s = sigmoid(conv7x7([avg ; max] over
-        channels)) of the highest patch embedding.
-    `released`: (W_c + W_s) * table of twice the size, fused by an MGG-CNN; the weights come from a 3x3 convolution of the
-        pyramid's top, and the MLP is applied to avg and max apart, before they are added.
+    `supplement`: W_s * W_c * table; W_c = sigmoid(MLP(avg + max over positions)), W_s = sigmoid(conv7x7([avg ; max]
+        over channels)) of the highest patch embedding.
+    `released`: (W_c + W_s) * table of twice the size, fused by an MGG-CNN; the weights come from a 3x3 convolution of
+        the pyramid's top, and the MLP is applied to avg and max apart, before they are added.
     `capacity_control`: `released` with W_c = W_s = 1: its table and fusion, but nothing about the sample.
     """
 
@@ -383,8 +393,8 @@ class SampleAwareQuery(nn.Module):
 class DualAttentionLayer(nn.Module):
     """Spatial attention over n tokens of w, plus channel attention over w tokens of n (supplement; released code).
 
-    query, embedding: (B, n, w) -> (B, n, w), the sum of the two branches, without a norm. Only the spatial branch has a mask
-    and a position code for its query.
+    query, embedding: (B, n, w) -> (B, n, w), the sum of the two branches, without a norm. Only the spatial branch has
+    a mask and a position code for its query.
     """
 
     def __init__(
@@ -462,8 +472,8 @@ class FeedForward(nn.Sequential):
 def hybrid_block(kind: Hybrid, width: int) -> nn.Module:
     """What follows a Transformer layer, (B, w, h, v) -> (B, w, h, v) (supplement Table 3, column Hybrid).
 
-    `none`: nothing. `conv3`: one 3x3 convolution. `mg_cnn`: four branches of growing receptive field, added. `mgg_cnn`: each
-    branch gated by a GELU before the sum. No block has a residual connection.
+    `none`: nothing. `conv3`: one 3x3 convolution. `mg_cnn`: four branches of growing receptive field, added.
+    `mgg_cnn`: each branch gated by a GELU before the sum. No block has a residual connection.
     """
     _check_choice("hybrid", kind, Hybrid)
     if kind == "none":
@@ -475,7 +485,7 @@ def hybrid_block(kind: Hybrid, width: int) -> nn.Module:
 
 
 class MultiGranularity(nn.Module):
-    """MG-CNN and, gated, MGG-CNN: branches with receptive fields 1, 3, 5 and 7, each linear, with GELU at the end if gated."""
+    """MG-CNN and, gated, MGG-CNN: linear branches with receptive fields 1, 3, 5 and 7, each ending in a GELU if gated."""
 
     def __init__(self, in_channels: int, out_channels: int, gated: bool) -> None:
         super().__init__()
@@ -537,10 +547,11 @@ def _check_levels(levels: Sequence[int] | None, count: int) -> list[int]:
 def _check_sizes(channels: Sequence[int], sizes: Sequence[tuple[int, int]]) -> None:
     if len(channels) != len(sizes):
         raise ValueError(f"channels and sizes must name the same levels, found {len(channels)} and {len(sizes)}.")
-    (rows, columns), finest_first = sizes[-1], all(a >= b for a, b in zip(sizes, sizes[1:], strict=False))
+    rows, columns = sizes[-1]
+    finest_first = all(finer >= coarser for finer, coarser in pairwise(sizes))
     if not finest_first or any(height % rows or width % columns for height, width in sizes):
         raise ValueError(
-            "UniAS cuts every level into as many patches as the coarsest level has pixels, so each size must be a whole multiple "
-            f"of the coarsest one, finest first; found {list(sizes)}. Choose an image size that is a multiple of the "
-            "coarsest level's stride (16 for EfficientNet-B4)."
+            "UniAS cuts every level into as many patches as the coarsest level has pixels, so each size must be a whole "
+            f"multiple of the coarsest one, finest first; found {list(sizes)}. Choose an image size that is a multiple of "
+            "the coarsest level's stride (16 for EfficientNet-B4)."
         )
