@@ -79,9 +79,13 @@ class HeadConfig:
         if self.fusion_stride < 1:
             raise ValueError(f"head.fusion_stride must be at least 1, found {self.fusion_stride}.")
         if self.smoothing_sigma < 0:
-            raise ValueError(f"head.smoothing_sigma must not be negative, found {self.smoothing_sigma} (0 = no smoothing).")
+            raise ValueError(
+                f"head.smoothing_sigma must not be negative, found {self.smoothing_sigma} (0 = no smoothing)."
+            )
         if self.smoothing_kernel is not None and not self.smoothing_sigma:
-            raise ValueError("head.smoothing_kernel is set but head.smoothing_sigma is 0, so nothing would be smoothed.")
+            raise ValueError(
+                "head.smoothing_kernel is set but head.smoothing_sigma is 0, so nothing would be smoothed."
+            )
         if self.level_kernels and len(self.level_kernels) != len(self.level_sigmas):
             raise ValueError(
                 f"head.level_kernels has {len(self.level_kernels)} values and head.level_sigmas has "

@@ -1,8 +1,8 @@
 """UniAS: Towards Accurate Unified Anomaly Segmentation (WACV 2025, arXiv 2501.12295).
 
 The supplement and its overview figure describe the method; the released code (github.com/Mwxinnn/UniAS) adds the
-feature noise, the pyramid, the neighbour mask and the level embedding, about which the paper says nothing: they are on by
-default. Where the two contradict each other the choice is an argument: `sar` and the loss's `cosine_term`.
+feature noise, the pyramid, the neighbour mask and the level embedding, about which the paper says nothing: they are on
+by default. Where the two contradict each other the choice is an argument: `sar` and the loss's `cosine_term`.
 
 Levels are counted 1 (finest) to L (coarsest) in the order in which the backbone gives them; with EfficientNet-B4 at
 224x224 they are 24x112x112, 32x56x56, 56x28x28 and 160x14x14. Letters: B batch, L levels, w width, (h, v) token grid,
@@ -485,7 +485,7 @@ def hybrid_block(kind: Hybrid, width: int) -> nn.Module:
 
 
 class MultiGranularity(nn.Module):
-    """MG-CNN and, gated, MGG-CNN: linear branches with receptive fields 1, 3, 5 and 7, each ending in a GELU if gated."""
+    """MG-CNN and, gated, MGG-CNN: linear branches with receptive fields 1, 3, 5, 7, each with a final GELU if gated."""
 
     def __init__(self, in_channels: int, out_channels: int, gated: bool) -> None:
         super().__init__()
@@ -551,7 +551,7 @@ def _check_sizes(channels: Sequence[int], sizes: Sequence[tuple[int, int]]) -> N
     finest_first = all(finer >= coarser for finer, coarser in pairwise(sizes))
     if not finest_first or any(height % rows or width % columns for height, width in sizes):
         raise ValueError(
-            "UniAS cuts every level into as many patches as the coarsest level has pixels, so each size must be a whole "
-            f"multiple of the coarsest one, finest first; found {list(sizes)}. Choose an image size that is a multiple of "
-            "the coarsest level's stride (16 for EfficientNet-B4)."
+            "UniAS cuts every level into as many patches as the coarsest level has pixels, so each size must be a "
+            f"whole multiple of the coarsest one, finest first; found {list(sizes)}. Choose an image size that is a "
+            "multiple of the coarsest level's stride (16 for EfficientNet-B4)."
         )
