@@ -162,7 +162,10 @@ def _build(config: BackboneConfig, weights: str) -> tuple[nn.Module, dict[str, s
         tag = f".{cfg['tag']}" if cfg.get("tag") else ""
         provenance["source"] = f"timm {cfg.get('architecture', config.name)}{tag}"
         provenance["sha256"] = state_sha256(net.state_dict())
-        if tuple(cfg.get("mean", IMAGENET_MEAN)) != IMAGENET_MEAN or tuple(cfg.get("std", IMAGENET_STD)) != IMAGENET_STD:
+        if (
+            tuple(cfg.get("mean", IMAGENET_MEAN)) != IMAGENET_MEAN
+            or tuple(cfg.get("std", IMAGENET_STD)) != IMAGENET_STD
+        ):
             provenance["note"] = f"weights expect mean {tuple(cfg['mean'])}, std {tuple(cfg['std'])}"
     else:
         net = _create(config)
@@ -242,7 +245,9 @@ def _pad(net: nn.Module, config: BackboneConfig) -> None:
         block = net.blocks[2][0]
         block.conv_dw = _with_zero_padding(block.conv_dw, 2)
     elif config.padding == "reflect":
-        convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)]
+        convolutions = [
+            module for module in net.modules() if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)
+        ]
         if not convolutions or any(type(module) is not nn.Conv2d for module in convolutions):
             raise ValueError(
                 f'backbone.padding="reflect" replaces the zero padding of ordinary 3x3 convolutions, and {config.name} '

@@ -1,8 +1,37 @@
-"""Names of UniAS's parameters in the authors' checkpoints (github.com/Mwxinnn/UniAS, the MVTec configuration)."""
+"""Import of the UniAS authors' checkpoints (github.com/Mwxinnn/UniAS), of the MVTec and of the VisA configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+
+from torch import Tensor
+
+from models.unias import UniASNetwork
+
+
+def load_released(network: UniASNetwork, state: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Fill a network of all levels with the part of a released state dict whose names start with `prefix`.
+
+    Raises KeyError for a name that the released code does not have or if the prefix matches nothing, and RuntimeError
+    (PyTorch's own, naming the tensors) if names or shapes do not fit the network: for the released VisA configuration
+    build it with `attention="spatial"`.
+    """
+    names = released_names(len(network.channels), len(network.pyramid.encoder))
+    converted = {}
+    for name, value in state.items():
+        if not name.startswith(prefix):
+            continue
+        name = name.removeprefix(prefix)
+        if name not in names:
+            near = get_close_matches(name, names, n=1)
+            raise KeyError(
+                f'"{name}" is no name of a released UniAS checkpoint; the nearest is "{(near or list(names))[0]}".'
+            )
+        converted[names[name]] = value
+    if not converted:
+        raise KeyError(f'No name of the checkpoint starts with "{prefix}"; it has {", ".join(list(state)[:4])}, ...')
+    network.load_state_dict(converted)
 
 
 def released_names(levels: int = 4, encoder_layers: int = 3) -> dict[str, str]:
