@@ -1,6 +1,7 @@
 """From (target, reconstruction) pairs to an anomaly map and an image score.
 
-    pairs -> distance per level -> [affine] -> resize -> blur per level -> fusion -> resize to the image -> smoothing -> score
+    pairs -> distance per level -> [affine] -> resize -> blur per level -> fusion -> resize to the image
+          -> smoothing -> image score
 
 Every step is a named option; a method's defaults are its paper's choices. Everything is computed in float32, also
 under autocast: a map in half precision has so few distinct values that ranking metrics would tie.
@@ -98,7 +99,7 @@ class HeadConfig:
 
 
 class ScoredMaps(NamedTuple):
-    """maps: float32 (B, H, W); image_scores: float32 (B,); level_maps: float32 (B, H_l, W_l) per level, raw distances."""
+    """maps: float32 (B, H, W); image_scores: float32 (B,); level_maps: raw distances, float32 (B, H_l, W_l) each."""
 
     maps: Tensor
     image_scores: Tensor
@@ -106,7 +107,7 @@ class ScoredMaps(NamedTuple):
 
 
 def distance_map(pair: Pair, distance: Distance, cosine_weight: float = 1.0) -> Tensor:
-    """Distance of target and reconstruction at every position: float32 (B, H, W), 0 = equal. Names as in `HeadConfig`."""
+    """Distance of target and reconstruction at every position, float32 (B, H, W); names as in `HeadConfig`."""
     target, reconstruction = pair.target.float(), pair.reconstruction.float()
     if target.shape != reconstruction.shape:
         raise ValueError(
