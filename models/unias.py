@@ -11,7 +11,8 @@ n = h * v tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 from models.attention import MultiHeadAttention
 from models.blur import GaussianBlur
+from models.jitter import FeatureJitter
 from models.linear_head import UpsampleConvolutions
 from models.masks import neighbor_mask
 from models.positions import normalized_sine_position
@@ -34,7 +36,7 @@ ComputeDtype = Literal["float32", "bfloat16"]
 CosineTerm = Literal["distance", "as_released"]
 
 
-class UniASNetwork(nn.Module):
+class UniAS(nn.Module):
     """Reconstructs the filtered features of several levels from coarse to fine.
 
     Args:
@@ -52,13 +54,13 @@ class UniASNetwork(nn.Module):
         dropout: In attention weights, residual branches and feed-forward blocks (released code: 0.1).
         encoder_layers: Of the encoder on top of the pyramid (released code: 3).
         neighbor_size: Side, or (height, width), of the window hidden in attention over positions (released code: 7);
-            None = nothing is hidden.
+            0 = nothing is hidden.
         feature_filter: `gaussian` (3x3, sigma 1, reflected border), `average` (3x3, zeros outside count) or `none`.
         concatenate_residual: Give the network what the Gaussian took away beside what it left; None = yes for
             `gaussian`. The other filters have no such variant.
-        noise_scale: Of the feature noise in training, see `FeatureNoise` (released code: 20).
-        noise_probability: Of the feature noise, per level and batch (released code: 0.5).
-        noise_at_test: Keep the noise in evaluation, as the released code does on its path without a filter.
+        jitter_scale: Of the noise on the network's input in training (released code: 20), see `models.jitter`.
+        jitter_probability: Of that noise, drawn per level and batch (released code: 0.5).
+        jitter_at_test: Keep the noise in evaluation, as the released code does on its path without a filter.
         sar: How the first query is made, see `SampleAwareQuery`. `released` is the default because the authors'
             checkpoints and parameter count need it; `supplement`, `off` and `capacity_control` are the others.
         attention: `dual` (supplement) or `spatial` (the released VisA configuration).
@@ -80,12 +82,12 @@ class UniASNetwork(nn.Module):
         feedforward: int = 2048,
         dropout: float = 0.1,
         encoder_layers: int = 3,
-        neighbor_size: int | tuple[int, int] | None = 7,
+        neighbor_size: int | tuple[int, int] = 7,
         feature_filter: FeatureFilter = "gaussian",
         concatenate_residual: bool | None = None,
-        noise_scale: float = 20.0,
-        noise_probability: float = 0.5,
-        noise_at_test: bool = False,
+        jitter_scale: float = 20.0,
+        jitter_probability: float = 0.5,
+        jitter_at_test: bool = False,
         sar: SampleAwareReweighting = "released",
         attention: Attention = "dual",
         cross_first: bool = True,
@@ -100,16 +102,16 @@ class UniASNetwork(nn.Module):
         if width % 32 or width % heads:
             raise ValueError(f"width must be a multiple of 32 and of heads={heads}, found {width}.")
         self.channels = [int(c) for c in channels]
-        self.sizes = [(int(height), int(width_)) for height, width_ in sizes]
+        self.sizes = [(int(rows), int(columns)) for rows, columns in sizes]
         self.grid = self.sizes[-1]
         self.levels = _check_levels(levels, len(self.channels))
         self.compute_dtype = compute_dtype
-        self.noise_at_test = noise_at_test
+        self.jitter_at_test = jitter_at_test
         _check_sizes(self.channels, self.sizes)
         top, tokens = len(self.channels), self.grid[0] * self.grid[1]
 
         self.filter = FeatureFiltering(feature_filter, concatenate_residual)
-        self.noise = FeatureNoise(noise_scale, noise_probability)
+        self.jitter = FeatureJitter(jitter_scale, jitter_probability, dim=1)
         self.pyramid = FeaturePyramid(
             [count * self.filter.expansion for count in self.channels],
             self.sizes,
@@ -127,10 +129,10 @@ class UniASNetwork(nn.Module):
         self.query = SampleAwareQuery(width, self.grid, sar)
         self.query_position = nn.Parameter(torch.randn(tokens, width))
         self.register_buffer("position", normalized_sine_position(width, self.grid), persistent=False)
-        visible = None if neighbor_size is None else neighbor_mask(self.grid, neighbor_size)
+        visible = neighbor_mask(self.grid, neighbor_size) if neighbor_size else None
         self.register_buffer("visible", visible, persistent=False)
 
-        def per_level(build) -> nn.ModuleDict:
+        def per_level(build: Callable[[int], nn.Module]) -> nn.ModuleDict:
             return nn.ModuleDict({str(level): build(level) for level in self.levels})
 
         channel_heads = channel_heads or max(count for count in range(1, heads + 1) if tokens % count == 0)
@@ -163,8 +165,7 @@ class UniASNetwork(nn.Module):
         """Pairs of `levels`, finest first, float32, from features (B, C_l, H_l, W_l) of every level, finest first."""
         self._check_features(features)
         inputs, targets = self.filter(features)
-        if self.training or self.noise_at_test:
-            inputs = self.noise(inputs)
+        inputs = [self.jitter(x) for x in inputs]
         with torch.autocast(features[0].device.type, torch.bfloat16, enabled=self.compute_dtype == "bfloat16"):
             pyramid = self.pyramid([x.contiguous(memory_format=torch.channels_last) for x in inputs])
             embedded = {
@@ -179,6 +180,12 @@ class UniASNetwork(nn.Module):
                 query = _to_tokens(self.hybrids[key](_to_grid(query, self.grid)))
                 reconstructions[level] = self.heads[key](_to_grid(self.norm(query), self.grid)).float()
         return [Pair(targets[level - 1].float(), reconstructions[level]) for level in self.levels]
+
+    def train(self, mode: bool = True) -> UniAS:
+        super().train(mode)
+        if self.jitter_at_test:
+            self.jitter.train()
+        return self
 
     def _check_features(self, features: Sequence[Tensor]) -> None:
         found = [tuple(level.shape[1:]) for level in features]
@@ -238,26 +245,6 @@ class FeatureFiltering(nn.Module):
         if self.kind == "gaussian":
             return self.blur(level)
         return F.avg_pool2d(level, 3, stride=1, padding=1) if self.kind == "average" else level
-
-
-class FeatureNoise(nn.Module):
-    """Adds N(0, 1) * scale * |X(pixel)| / C to a level, or not: one draw per level and batch (released code)."""
-
-    def __init__(self, scale: float = 20.0, probability: float = 0.5) -> None:
-        super().__init__()
-        if scale < 0 or not 0 <= probability <= 1:
-            raise ValueError(
-                "noise_scale must not be negative and noise_probability must lie in [0, 1], "
-                f"found {scale} and {probability}."
-            )
-        self.scale, self.probability = scale, probability
-
-    def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
-        return [self._disturb(x) if torch.rand(()) < self.probability else x for x in levels]
-
-    def _disturb(self, x: Tensor) -> Tensor:
-        size = torch.linalg.vector_norm(x, dim=1, keepdim=True) * (self.scale / x.shape[1])
-        return x + torch.randn_like(x) * size
 
 
 class FeaturePyramid(nn.Module):
@@ -557,3 +544,57 @@ def _check_sizes(channels: Sequence[int], sizes: Sequence[tuple[int, int]]) -> N
             f"whole multiple of the coarsest one, finest first; found {list(sizes)}. Choose an image size that is a "
             "multiple of the coarsest level's stride (16 for EfficientNet-B4)."
         )
+
+
+# The released code counts levels from the coarsest, from 0; only its pyramid counts them from the finest, from 1.
+_ENCODER = r"pixel_decoder\.transformer\.encoder\.layers\.(\d+)\."
+_BLOCK = r"predictor\.transformer_block\.(\d)\.(Spatial|Channel)"
+_RELEASED = (
+    (r"pixel_decoder\.input_proj\.", r"pyramid.top_projection."),
+    (r"pixel_decoder\.layer_4\.", r"pyramid.top_output."),
+    (r"pixel_decoder\.adapter_(\d)\.norm\.", r"pyramid.lateral.\1.1."),
+    (r"pixel_decoder\.adapter_(\d)\.", r"pyramid.lateral.\1.0."),
+    (r"pixel_decoder\.layer_(\d)\.norm\.", r"pyramid.output.\1.1."),
+    (r"pixel_decoder\.layer_(\d)\.", r"pyramid.output.\1.0."),
+    (_ENCODER + r"self_attn\.", r"pyramid.encoder.\1.attention.block."),
+    (_ENCODER + r"norm1\.", r"pyramid.encoder.\1.attention.norm."),
+    (_ENCODER + r"linear1\.", r"pyramid.encoder.\1.feedforward.block.0."),
+    (_ENCODER + r"linear2\.", r"pyramid.encoder.\1.feedforward.block.3."),
+    (_ENCODER + r"norm2\.", r"pyramid.encoder.\1.feedforward.norm."),
+    (r"predictor\.patch_embed\.(\d)\.proj\.", r"patch_embeddings.<\1>.patches."),
+    (r"predictor\.input_proj\.(\d)\.", r"patch_embeddings.<\1>.projection."),
+    (r"predictor\.level_embed_src\.weight$", r"level_embedding"),
+    (r"predictor\.spatial_query_feat\.weight$", r"query.table"),
+    (r"predictor\.spatial_query_embed\.weight$", r"query_position"),
+    (r"predictor\.feature_projector\.", r"query.guide."),
+    (r"predictor\.query_processor\.channel_weight\.agg\.layers\.0\.", r"query.channel_weight.0."),
+    (r"predictor\.query_processor\.channel_weight\.agg\.layers\.1\.", r"query.channel_weight.2."),
+    (r"predictor\.query_processor\.channel_weight\.agg\.layers\.2\.", r"query.channel_weight.4."),
+    (r"predictor\.query_processor\.spatial_weight\.conv\.", r"query.spatial_weight."),
+    (r"predictor\.query_processor\.adaptor\.conv([01])\.", r"query.fusion.branches.\1.0."),
+    (r"predictor\.query_processor\.adaptor\.conv([23])\.", r"query.fusion.branches.\1."),
+    (r"predictor\.layer_adaptors\.(\d)\.conv([01])\.", r"hybrids.<\1>.branches.\2.0."),
+    (r"predictor\.layer_adaptors\.(\d)\.conv([23])\.", r"hybrids.<\1>.branches.\2."),
+    (_BLOCK + r"CrossAttnLayer\.multihead_attn\.", r"transformers.<\1>.\2.cross.block."),
+    (_BLOCK + r"CrossAttnLayer\.norm\.", r"transformers.<\1>.\2.cross.norm."),
+    (_BLOCK + r"SelfAttnLayer\.self_attn\.", r"transformers.<\1>.\2.own.block."),
+    (_BLOCK + r"SelfAttnLayer\.norm\.", r"transformers.<\1>.\2.own.norm."),
+    (_BLOCK + r"FFNLayer\.linear1\.", r"transformers.<\1>.\2.feedforward.block.0."),
+    (_BLOCK + r"FFNLayer\.linear2\.", r"transformers.<\1>.\2.feedforward.block.3."),
+    (_BLOCK + r"FFNLayer\.norm\.", r"transformers.<\1>.\2.feedforward.norm."),
+    (r"predictor\.decoder_norm\.", r"norm."),
+    (r"predictor\.out_agg\.(\d)\.1\.", r"heads.<\1>.convolutions.0."),
+    (r"predictor\.out_agg\.(\d)\.2\.", r"heads.<\1>.convolutions.1."),
+    (r"predictor\.out_agg\.(\d)\.3\.", r"heads.<\1>.convolutions.2."),
+)
+
+
+def released_name(name: str) -> str | None:
+    """The name here of a parameter of the authors' pixel decoder and predictor; None if it has none."""
+    for pattern, replacement in _RELEASED:
+        if re.match(pattern, name):
+            own = (
+                re.sub(pattern, replacement, name, count=1).replace("Spatial", "spatial").replace("Channel", "channel")
+            )
+            return re.sub(r"<(\d)>", lambda index: str(4 - int(index[1])), own)
+    return None

@@ -14,15 +14,15 @@ from torch.nn import functional as F
 from models.head import AnomalyHead, HeadConfig
 from models.masks import neighbor_mask
 from models.reconstruction import Pair
-from models.released_unias import load_released, released_names
+from models.released import load_released
 from models.unias import (
     FeatureFiltering,
-    FeatureNoise,
     MultiGranularity,
     SampleAwareQuery,
-    UniASNetwork,
+    UniAS,
     hybrid_block,
     reconstruction_loss,
+    released_name,
 )
 
 PARITY = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
@@ -39,7 +39,7 @@ HEAD = HeadConfig(
 )
 
 
-def small(**options) -> UniASNetwork:
+def small(**options) -> UniAS:
     torch.manual_seed(0)
     defaults = {
         "channels": [4, 5, 6, 7],
@@ -50,10 +50,10 @@ def small(**options) -> UniASNetwork:
         "encoder_layers": 1,
         "neighbor_size": 3,
     }
-    return UniASNetwork(**(defaults | options))
+    return UniAS(**(defaults | options))
 
 
-def features_of(network: UniASNetwork, batch: int = 2) -> list[torch.Tensor]:
+def features_of(network: UniAS, batch: int = 2) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [
         torch.randn(batch, count, *size, generator=generator)
@@ -84,8 +84,9 @@ def test_authors_checkpoints_give_the_authors_reconstructions_maps_and_loss(case
     keys = json.loads((PARITY / case["file"].replace(".npz", "_keys.json")).read_text())
     options = {name: case["hparams"][name] for name in ("neighbor_size", "heads") if name in case["hparams"]}
     options["attention"] = "dual" if any("Channel" in name for name in keys) else "spatial"
-    network = UniASNetwork([shape[1] for _, shape in shapes], [shape[2:] for _, shape in shapes], **options).eval()
-    load_released(network, released_state(keys, case["key_prefix"]), case["key_prefix"])
+    network = UniAS([shape[1] for _, shape in shapes], [shape[2:] for _, shape in shapes], **options).eval()
+    imported = load_released(network, released_state(keys, case["key_prefix"]))
+    assert not imported.unused
     targets = [torch.from_numpy(fill(f"target:{case['tag']}{level}", shape)) for level, shape in shapes]
     residuals = [torch.from_numpy(0.3 * fill(f"residual:{case['tag']}{level}", shape)) for level, shape in shapes]
     inputs = [torch.cat(pair, dim=1) for pair in zip(targets, residuals, strict=True)]
@@ -110,24 +111,17 @@ def test_authors_checkpoints_give_the_authors_reconstructions_maps_and_loss(case
         assert np.abs(array - reference).max() <= 1e-4 * np.abs(reference).max(), name
 
 
-def test_importer_names_a_parameter_that_it_does_not_know():
-    network = small()
-    with pytest.raises(KeyError, match=r"decoder_norm.wait.*nearest is .predictor.decoder_norm.weight"):
-        load_released(network, {"predictor.decoder_norm.wait": torch.zeros(32)})
-    with pytest.raises(KeyError, match="starts with"):
-        load_released(network, {"other.weight": torch.zeros(1)}, prefix="model.")
-
-
-def test_importer_covers_every_parameter_once():
-    names = released_names()
-    assert sorted(names.values()) == sorted(UniASNetwork(*MVTEC).state_dict())
+def test_importer_finds_every_parameter_once():
+    keys = json.loads((PARITY / "unias_keys.json").read_text())
+    assert sorted(map(released_name, keys)) == sorted(UniAS(*MVTEC).state_dict())
+    assert released_name("backbone.conv_stem.weight") is None
 
 
 # Sizes of the MVTec setting (specification of the released code)
 
 
 def test_parameter_counts_are_the_released_ones():
-    network = UniASNetwork(*MVTEC)
+    network = UniAS(*MVTEC)
     count = {
         name: sum(p.numel() for n, p in network.named_parameters() if n == name or n.startswith(f"{name}."))
         for name in ("pyramid", "patch_embeddings", "transformers", "hybrids", "norm", "heads", "query", "query.guide")
@@ -152,7 +146,7 @@ def test_parameter_counts_are_the_released_ones():
 
 
 def test_neighbour_mask_hides_the_7x7_window_around_every_token():
-    hidden = ~UniASNetwork(*MVTEC, width=32).visible
+    hidden = ~UniAS(*MVTEC, width=32).visible
     assert hidden.shape == (196, 196)
     assert bool(hidden.diagonal().all())
     assert int(hidden[0].sum()) == 16
@@ -185,7 +179,7 @@ VARIANTS = {
     "no hybrid": {"hybrid": "none"},
     "conv3": {"hybrid": "conv3"},
     "mg_cnn": {"hybrid": "mg_cnn"},
-    "no mask": {"neighbor_size": None},
+    "no mask": {"neighbor_size": 0},
     "rectangular mask": {"neighbor_size": (1, 3)},
     "folded": {"folded_heads": True, "levels": [1, 2, 3]},
     "bfloat16": {"compute_dtype": "bfloat16"},
@@ -216,7 +210,7 @@ def test_every_parameter_of_every_variant_learns_and_outputs_fit_their_levels(op
     ],
 )
 def test_other_backbones_and_sizes_are_taken_as_they_come(channels, sizes):
-    network = UniASNetwork(channels, sizes, width=32, feedforward=16, encoder_layers=1, neighbor_size=3).eval()
+    network = UniAS(channels, sizes, width=32, feedforward=16, encoder_layers=1, neighbor_size=3).eval()
     with torch.no_grad():
         pairs = network(features_of(network, batch=1))
     assert [tuple(pair.reconstruction.shape[1:]) for pair in pairs] == [
@@ -275,18 +269,12 @@ def test_filters_are_those_of_the_paper_and_targets_never_hold_the_residual():
     assert torch.equal(target, level)
 
 
-def test_noise_has_the_released_strength_and_leaves_targets_and_evaluation_alone():
+def test_jitter_has_the_released_strength_and_leaves_targets_and_evaluation_alone():
     torch.manual_seed(0)
+    network = small(jitter_scale=20.0, jitter_probability=1.0, feature_filter="none")
     level = torch.full((1, 48, 200, 200), 2.0)
-    (noisy,) = FeatureNoise(20.0, 1.0)([level])
-    assert (noisy - level).std().item() == pytest.approx(20 * 2 * 48**0.5 / 48, rel=0.01)
-    assert (noisy - level).mean().abs().item() < 0.1
-    (kept,) = FeatureNoise(20.0, 0.0)([level])
-    assert kept is level
-    drawn = [FeatureNoise(20.0, 0.25)([torch.ones(1, 1, 1, 1)])[0].item() != 1 for _ in range(2000)]
-    assert np.mean(drawn) == pytest.approx(0.25, abs=0.04)
-
-    network = small(noise_probability=1.0, feature_filter="none")
+    noise = network.jitter(level) - level
+    assert noise.std().item() == pytest.approx(20 * 2 * 48**0.5 / 48, rel=0.01)
     features = features_of(network)
     for mode in (network.train(), network.eval()):
         for pair, level in zip(mode(features), features, strict=True):
@@ -296,8 +284,25 @@ def test_noise_has_the_released_strength_and_leaves_targets_and_evaluation_alone
     assert all(torch.equal(a.reconstruction, b.reconstruction) for a, b in zip(first, second, strict=True))
 
 
-def test_released_test_time_noise_is_there_only_when_asked_for():
-    network = small(noise_probability=1.0, feature_filter="none", noise_at_test=True).eval()
+def test_every_level_draws_for_itself_whether_it_is_jittered():
+    torch.manual_seed(0)
+    network = small(jitter_probability=0.5).train()
+    seen = set()
+    original = network.pyramid.forward
+    clean = [network.filter([level])[0][0] for level in features_of(network)]
+
+    def look(inputs):
+        seen.add(tuple(not torch.equal(x, y) for x, y in zip(inputs, clean, strict=True)))
+        return original(inputs)
+
+    network.pyramid.forward = look
+    for _ in range(30):
+        network(features_of(network))
+    assert len(seen) > 8  # of 16 combinations
+
+
+def test_released_noise_at_test_time_is_there_only_when_asked_for():
+    network = small(jitter_probability=1.0, feature_filter="none", jitter_at_test=True).eval()
     with torch.no_grad():
         first, second = (network(features_of(network))[0].reconstruction for _ in range(2))
     assert not torch.allclose(first, second)
@@ -389,7 +394,7 @@ def test_a_subset_of_levels_trains_only_what_reaches_its_output():
         ({"levels": [2, 2]}, "different numbers"),
         ({"width": 40}, "multiple of 32"),
         ({"neighbor_size": 9}, "hides every token"),
-        ({"noise_probability": 2.0}, "must lie in"),
+        ({"jitter_probability": 2.0}, "must lie in"),
         ({"sizes": [(32, 32), (16, 16), (8, 8), (5, 5)]}, "whole multiple of the coarsest"),
         ({"channels": [4, 5, 6]}, "same levels"),
     ],
