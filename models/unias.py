@@ -32,7 +32,6 @@ FeatureFilter = Literal["none", "average", "gaussian"]
 SampleAwareReweighting = Literal["off", "supplement", "released", "capacity_control"]
 Attention = Literal["dual", "spatial"]
 Hybrid = Literal["none", "conv3", "mg_cnn", "mgg_cnn"]
-ComputeDtype = Literal["float32", "bfloat16"]
 CosineTerm = Literal["distance", "as_released"]
 
 
@@ -68,7 +67,6 @@ class UniAS(nn.Module):
         hybrid: What follows every Transformer layer: `none`, `conv3`, `mg_cnn` or `mgg_cnn`, see `hybrid_block`.
         folded_heads: Compute the heads at the size of the token grid, with the same result, see
             `UpsampleConvolutions`; None = where it saves work.
-        compute_dtype: `bfloat16` runs the trained layers in autocast; targets and outputs are float32 in either case.
     """
 
     def __init__(
@@ -93,19 +91,16 @@ class UniAS(nn.Module):
         cross_first: bool = True,
         hybrid: Hybrid = "mgg_cnn",
         folded_heads: bool | None = None,
-        compute_dtype: ComputeDtype = "float32",
     ) -> None:
         super().__init__()
         _check_choice("sar", sar, SampleAwareReweighting)
         _check_choice("attention", attention, Attention)
-        _check_choice("compute_dtype", compute_dtype, ComputeDtype)
         if width % 32 or width % heads:
             raise ValueError(f"width must be a multiple of 32 and of heads={heads}, found {width}.")
         self.channels = [int(c) for c in channels]
         self.sizes = [(int(rows), int(columns)) for rows, columns in sizes]
         self.grid = self.sizes[-1]
         self.levels = _check_levels(levels, len(self.channels))
-        self.compute_dtype = compute_dtype
         self.jitter_at_test = jitter_at_test
         _check_sizes(self.channels, self.sizes)
         top, tokens = len(self.channels), self.grid[0] * self.grid[1]
@@ -162,23 +157,25 @@ class UniAS(nn.Module):
         return self.sizes[level - 1][0] // self.grid[0], self.sizes[level - 1][1] // self.grid[1]
 
     def forward(self, features: Sequence[Tensor]) -> list[Pair]:
-        """Pairs of `levels`, finest first, float32, from features (B, C_l, H_l, W_l) of every level, finest first."""
+        """Pairs of `levels`, finest first, from features (B, C_l, H_l, W_l) of every level, finest first.
+
+        Under autocast the trained layers run in its dtype; targets and reconstructions are float32 all the same.
+        """
         self._check_features(features)
         inputs, targets = self.filter(features)
         inputs = [self.jitter(x) for x in inputs]
-        with torch.autocast(features[0].device.type, torch.bfloat16, enabled=self.compute_dtype == "bfloat16"):
-            pyramid = self.pyramid([x.contiguous(memory_format=torch.channels_last) for x in inputs])
-            embedded = {
-                level: self.patch_embeddings[str(level)](pyramid[level]) + embedding
-                for level, embedding in zip(reversed(self.levels), self.level_embedding, strict=True)
-            }
-            query = self.query(pyramid[len(self.channels)], embedded[self.levels[-1]])
-            reconstructions = {}
-            for level in reversed(self.levels):  # coarse to fine, supplement Fig. 1
-                key = str(level)
-                query = self.transformers[key](query, embedded[level], self.query_position, self.position, self.visible)
-                query = _to_tokens(self.hybrids[key](_to_grid(query, self.grid)))
-                reconstructions[level] = self.heads[key](_to_grid(self.norm(query), self.grid)).float()
+        pyramid = self.pyramid([x.contiguous(memory_format=torch.channels_last) for x in inputs])
+        embedded = {
+            level: self.patch_embeddings[str(level)](pyramid[level]) + embedding
+            for level, embedding in zip(reversed(self.levels), self.level_embedding, strict=True)
+        }
+        query = self.query(pyramid[len(self.channels)], embedded[self.levels[-1]])
+        reconstructions = {}
+        for level in reversed(self.levels):  # coarse to fine, supplement Fig. 1
+            key = str(level)
+            query = self.transformers[key](query, embedded[level], self.query_position, self.position, self.visible)
+            query = _to_tokens(self.hybrids[key](_to_grid(query, self.grid)))
+            reconstructions[level] = self.heads[key](_to_grid(self.norm(query), self.grid)).float()
         return [Pair(targets[level - 1].float(), reconstructions[level]) for level in self.levels]
 
     def train(self, mode: bool = True) -> UniAS:
