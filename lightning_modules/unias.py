@@ -32,7 +32,8 @@ class UniAS(ReconstructionModule):
         loss_weight: Of the whole loss (released: 10 on MVTec AD, 1 on VisA).
         cosine_term: ``distance`` (1 - cos, the paper's figure) or ``as_released`` (its opposite sign).
         select: Subsets of levels, as ``4+3``, whose maps are also multiplied and scored at test: variants of the one
-            training.
+            training. A subset with a level that is not reconstructed is left out, so that one list serves all rows of
+            an ablation of ``levels``.
         network: Arguments of :class:`models.unias.UniAS`.
     """
 
@@ -68,7 +69,12 @@ class UniAS(ReconstructionModule):
         super().__init__(backbone, _of_levels(head, levels, len(backbone.levels)), optimizer, image_size)
         self.network = unias.UniAS(self.extractor.channels, self.extractor.sizes(self.image_size), **network)
         self.loss_weight, self.cosine_term = loss_weight, cosine_term
-        self.subsets = {f"levels={subset}": _positions(subset, levels) for subset in select}
+        wanted = {subset: _subset(subset, len(backbone.levels)) for subset in select}
+        self.subsets = {
+            f"levels={subset}": [levels.index(level) for level in chosen]
+            for subset, chosen in wanted.items()
+            if set(chosen) <= set(levels)
+        }
 
     def loss(self, pairs: list[Pair]) -> Tensor:
         """Mean squared error plus cosine term, summed over the levels."""
@@ -97,13 +103,12 @@ def _of_levels(head: HeadConfig, levels: Sequence[int], count: int) -> HeadConfi
     return replace(head, **chosen)
 
 
-def _positions(subset: str, levels: Sequence[int]) -> list[int]:
-    """Positions among the reconstructed levels of a subset written as ``4+3``."""
-    parts = subset.split("+")
-    unknown = [part for part in parts if part not in map(str, levels)]
-    if unknown or len(set(parts)) != len(parts):
+def _subset(text: str, count: int) -> list[int]:
+    """The levels of a subset written as ``4+3``, out of 1 to ``count``."""
+    parts = text.split("+")
+    if len(set(parts)) != len(parts) or any(part not in map(str, range(1, count + 1)) for part in parts):
         raise ValueError(
-            f"select has the subset {subset!r}; write different levels out of {', '.join(map(str, levels))} with a "
-            "plus between them, for example 4+3."
+            f"select has the subset {text!r}; write different levels from 1 to {count} with a plus between them, for "
+            "example 4+3."
         )
-    return [levels.index(int(part)) for part in parts]
+    return [int(part) for part in parts]

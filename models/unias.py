@@ -28,8 +28,8 @@ from models.masks import neighbor_mask
 from models.positions import normalized_sine_position
 from models.reconstruction import Pair
 
-FeatureFilter = Literal["none", "average", "gaussian"]
-SampleAwareReweighting = Literal["off", "supplement", "released", "capacity_control"]
+FeatureFilter = Literal["none", "average", "gaussian", "gaussian_residual"]
+SampleAwareReweighting = Literal["none", "supplement", "released", "capacity_control"]
 Attention = Literal["dual", "spatial"]
 Hybrid = Literal["none", "conv3", "mg_cnn", "mgg_cnn"]
 CosineTerm = Literal["distance", "as_released"]
@@ -54,14 +54,13 @@ class UniAS(nn.Module):
         encoder_layers: Of the encoder on top of the pyramid (released code: 3).
         neighbor_size: Side, or (height, width), of the window hidden in attention over positions (released code: 7);
             0 = nothing is hidden.
-        feature_filter: `gaussian` (3x3, sigma 1, reflected border), `average` (3x3, zeros outside count) or `none`.
-        concatenate_residual: Give the network what the Gaussian took away beside what it left; None = yes for
-            `gaussian`. The other filters have no such variant.
+        feature_filter: What the network sees and reconstructs, see `FeatureFiltering`: `gaussian_residual`
+            (supplement), `gaussian`, `average` or `none`.
         jitter_scale: Of the noise on the network's input in training (released code: 20), see `models.jitter`.
         jitter_probability: Of that noise, drawn per level and batch (released code: 0.5).
         jitter_at_test: Keep the noise in evaluation, as the released code does on its path without a filter.
         sar: How the first query is made, see `SampleAwareQuery`. `released` is the default because the authors'
-            checkpoints and parameter count need it; `supplement`, `off` and `capacity_control` are the others.
+            checkpoints and parameter count need it; `supplement`, `none` and `capacity_control` are the others.
         attention: `dual` (supplement) or `spatial` (the released VisA configuration).
         cross_first: Cross-attention before self-attention (released configuration).
         hybrid: What follows every Transformer layer: `none`, `conv3`, `mg_cnn` or `mgg_cnn`, see `hybrid_block`.
@@ -81,8 +80,7 @@ class UniAS(nn.Module):
         dropout: float = 0.1,
         encoder_layers: int = 3,
         neighbor_size: int | tuple[int, int] = 7,
-        feature_filter: FeatureFilter = "gaussian",
-        concatenate_residual: bool | None = None,
+        feature_filter: FeatureFilter = "gaussian_residual",
         jitter_scale: float = 20.0,
         jitter_probability: float = 0.5,
         jitter_at_test: bool = False,
@@ -105,7 +103,7 @@ class UniAS(nn.Module):
         _check_sizes(self.channels, self.sizes)
         top, tokens = len(self.channels), self.grid[0] * self.grid[1]
 
-        self.filter = FeatureFiltering(feature_filter, concatenate_residual)
+        self.filter = FeatureFiltering(feature_filter)
         self.jitter = FeatureJitter(jitter_scale, jitter_probability, dim=1)
         self.pyramid = FeaturePyramid(
             [count * self.filter.expansion for count in self.channels],
@@ -214,34 +212,28 @@ def reconstruction_loss(pairs: Sequence[Pair], weight: float = 10.0, cosine_term
 class FeatureFiltering(nn.Module):
     """Input X and target T of every level from its features F (supplement Table 3, columns Filter and Concat).
 
-    `none` and `average` give X = T; `gaussian` gives T = G(F) and X = T, or X = [T ; F - T] with the residual
-    concatenated, which doubles the channels. The target never holds the residual.
+    `none`: X = T = F. `average`: X = T = mean over 3x3, where zeros outside count (released code). `gaussian`: X = T =
+    G(F), 3x3, sigma 1, reflected border. `gaussian_residual`: T = G(F), X = [T ; F - T], twice the channels.
     """
 
-    def __init__(self, kind: FeatureFilter = "gaussian", concatenate_residual: bool | None = None) -> None:
+    def __init__(self, kind: FeatureFilter = "gaussian_residual") -> None:
         super().__init__()
         _check_choice("feature_filter", kind, FeatureFilter)
-        if concatenate_residual and kind != "gaussian":
-            raise ValueError(
-                f'concatenate_residual is only defined for feature_filter "gaussian", found "{kind}". '
-                "Leave it out, or set it to false."
-            )
         self.kind = kind
-        self.concatenate_residual = kind == "gaussian" if concatenate_residual is None else concatenate_residual
-        self.expansion = 2 if self.concatenate_residual else 1
-        self.blur = GaussianBlur(1.0, 3, border="reflect") if kind == "gaussian" else None
+        self.expansion = 2 if kind == "gaussian_residual" else 1
+        self.blur = GaussianBlur(1.0, 3, border="reflect") if kind.startswith("gaussian") else None
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """(B, C_l, H_l, W_l) per level -> inputs (B, C_l or 2 C_l, H_l, W_l), targets (B, C_l, H_l, W_l)."""
         targets = [self._smooth(level) for level in features]
-        if not self.concatenate_residual:
+        if self.expansion == 1:
             return targets, targets
         return [torch.cat([t, f - t], dim=1) for f, t in zip(features, targets, strict=True)], targets
 
     def _smooth(self, level: Tensor) -> Tensor:
-        if self.kind == "gaussian":
-            return self.blur(level)
-        return F.avg_pool2d(level, 3, stride=1, padding=1) if self.kind == "average" else level
+        if self.kind == "average":
+            return F.avg_pool2d(level, 3, stride=1, padding=1)
+        return level if self.kind == "none" else self.blur(level)
 
 
 class FeaturePyramid(nn.Module):
@@ -326,7 +318,7 @@ class PatchEmbedding(nn.Module):
 class SampleAwareQuery(nn.Module):
     """The first query (B, n, w): a learned table, reweighted for every sample (SAR).
 
-    `off`: the table alone, the same for every sample.
+    `none`: the table alone, the same for every sample.
     `supplement`: W_s * W_c * table; W_c = sigmoid(MLP(avg + max over positions)), W_s = sigmoid(conv7x7([avg ; max]
         over channels)) of the highest patch embedding.
     `released`: (W_c + W_s) * table of twice the size, fused by an MGG-CNN; the weights come from a 3x3 convolution of
@@ -354,7 +346,7 @@ class SampleAwareQuery(nn.Module):
     def forward(self, top: Tensor, embedding: Tensor) -> Tensor:
         """top: the pyramid's coarsest output (B, w, h, v). embedding: the coarsest patch embedding (B, n, w)."""
         B, n, w = embedding.shape
-        if self.sar == "off":
+        if self.sar == "none":
             return self.table.expand(B, n, w)
         if self.sar == "supplement":
             mean, peak = embedding.mean(1), embedding.amax(1)

@@ -170,8 +170,8 @@ VARIANTS = {
     "levels 4 and 1": {"levels": [4, 1]},
     "no filter": {"feature_filter": "none"},
     "average": {"feature_filter": "average"},
-    "gaussian alone": {"concatenate_residual": False},
-    "sar off": {"sar": "off"},
+    "gaussian alone": {"feature_filter": "gaussian"},
+    "no sar": {"sar": "none"},
     "sar supplement": {"sar": "supplement"},
     "sar control": {"sar": "capacity_control"},
     "spatial attention": {"attention": "spatial"},
@@ -259,7 +259,7 @@ def test_filters_are_those_of_the_paper_and_targets_never_hold_the_residual():
     (with_residual,), (target,) = FeatureFiltering()([level])
     assert torch.allclose(target, blurred, atol=1e-6)
     assert torch.allclose(with_residual, torch.cat([blurred, level - blurred], 1), atol=1e-6)
-    (alone,), (target,) = FeatureFiltering("gaussian", False)([level])
+    (alone,), (target,) = FeatureFiltering("gaussian")([level])
     assert torch.allclose(alone, blurred, atol=1e-6)
     assert torch.equal(alone, target)
     (inputs,), (target,) = FeatureFiltering("average")([level])
@@ -326,7 +326,7 @@ def test_sar_of_the_supplement_is_the_product_of_both_weights():
 
 
 def test_sar_controls_know_nothing_about_the_sample():
-    for sar in ("off", "capacity_control"):
+    for sar in ("none", "capacity_control"):
         query, top, embedding = query_of(sar)
         out = query(top, embedding)
         assert out.shape == (4, 6, 8)
@@ -385,10 +385,10 @@ def test_a_subset_of_levels_trains_only_what_reaches_its_output():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sar": "of"}, "sar is .of.; choose one of off, supplement, released, capacity_control"),
+        ({"sar": "off"}, "sar is .off.; choose one of none, supplement, released, capacity_control"),
         ({"hybrid": "conv"}, "choose one of none, conv3"),
         ({"attention": "both"}, "choose one of dual, spatial"),
-        ({"feature_filter": "average", "concatenate_residual": True}, "only defined for feature_filter .gaussian."),
+        ({"feature_filter": "gauss"}, "none, average, gaussian, gaussian_residual"),
         ({"levels": [0, 1]}, "from 1 .finest. to 4"),
         ({"levels": []}, "from 1 .finest. to 4"),
         ({"levels": [2, 2]}, "different numbers"),
