@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_modules.base import ReconstructionModule
 from lightning_modules.callbacks import History
-from lightning_modules.metrics import AnomalyMetrics, MetricResult
+from lightning_modules.metrics import AnomalyMetrics, MetricResult, RegionCache
 from models.head import ScoredMaps
 
 SHOWN = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_aupro", "dsc")
@@ -46,6 +46,7 @@ class Evaluation(L.Callback):
         self.image_scores: pd.DataFrame | None = None
         self._metrics: dict[str, AnomalyMetrics] = {}
         self._rows: list[tuple[int, str, int, float, str]] = []
+        self._regions = RegionCache()
 
     def on_test_epoch_start(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
         self._metrics, self._rows = {}, []
@@ -61,7 +62,9 @@ class Evaluation(L.Callback):
     ) -> None:
         for variant, scored in outputs.items():
             if variant not in self._metrics:
-                self._metrics[variant] = _new_metrics(trainer, module)
+                self._metrics[variant] = AnomalyMetrics(
+                    trainer.datamodule.dataset_of(), regions=self._regions, variant=variant
+                )
             update_metrics(self._metrics[variant], batch, scored)
         scores: Tensor = outputs[""].image_scores
         self._rows += zip(
@@ -71,7 +74,10 @@ class Evaluation(L.Callback):
     def on_test_epoch_end(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
         results = {variant: metrics.compute() for variant, metrics in self._metrics.items()}
         self.result = results[""]
-        self.result.table = pd.concat([r.table.assign(variant=v) for v, r in results.items()], ignore_index=True)
+        table = pd.concat([result.table for result in results.values()], ignore_index=True)
+        # With several datasets a category's key is dataset/category; the table has a column for each.
+        table["category"] = [key.removeprefix(f"{dataset}/") for dataset, key in zip(table.dataset, table.category)]
+        self.result.table = table
         self.image_scores = pd.DataFrame(self._rows, columns=["id", "category", "label", "image_score", "path"])
         if trainer.is_global_zero:
             print_metrics(self.result.table)
@@ -89,6 +95,7 @@ class TestCurve(L.Callback):
         self.every = every
         self.select = select
         self.best: tuple[float, int, dict[str, Tensor]] | None = None
+        self._regions = RegionCache()
 
     @torch.no_grad()
     def on_train_epoch_end(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
@@ -96,7 +103,8 @@ class TestCurve(L.Callback):
         if (epoch + 1) % self.every and epoch + 1 != trainer.max_epochs:
             return
         names = ["image_auroc", "pixel_auroc"]
-        metrics = _new_metrics(trainer, module, names if self.select in (None, *names) else [*names, self.select])
+        names += [self.select] if self.select not in (None, *names) else []
+        metrics = AnomalyMetrics(trainer.datamodule.dataset_of(), names, pooled=False, regions=self._regions)
         module.eval()
         for batch in trainer.datamodule.test_dataloader():
             batch = trainer.strategy.batch_to_device(batch)
@@ -120,10 +128,6 @@ class TestCurve(L.Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best = state["best"]
-
-
-def _new_metrics(trainer: L.Trainer, module: ReconstructionModule, names: list[str] | None = None) -> AnomalyMetrics:
-    return AnomalyMetrics(datasets=trainer.datamodule.dataset_of(), metrics=names).to(module.device)
 
 
 def print_metrics(table: pd.DataFrame) -> None:

@@ -9,7 +9,7 @@ import sys
 from rich.console import Console
 from rich.markup import escape
 
-from sweeps import listing, prepare, sweep_file
+from sweeps import listing, preflight, prepare, sweep_file
 from sweeps.display import Display
 from sweeps.errors import SweepError
 from sweeps.runner import Job, Runner, check_writable
@@ -74,14 +74,29 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     variables = prepare.environment(options.profile)
     cells = sweep_file.select(sweep.cells(options.seeds, options.count, options.sampler_seed), options.only, sweep.path)
     check_writable(WORK)
-    sets = prepare.datasets(sweep, variables)
-    prepare.data(sets, variables["PROFILE"], say)
-    gpus = prepare.gpus(options.gpus)
-    workers = len(gpus) or options.workers or min(4, prepare.cores())
-    threads = max(1, prepare.cores() // workers)
-    jobs = prepare.jobs(sweep, cells, variables, sets, prepare.Weights(sweep, variables, say), threads)
+    # The check takes seconds; on a sweep's first run it goes on beside the other preparations.
+    check = preflight.Check(sweep, cells, variables) if not (WORK / sweep.name).exists() else None
+    try:
+        sets = prepare.datasets(sweep, variables)
+        prepare.data(sets, variables["PROFILE"], say)
+        gpus = prepare.gpus(options.gpus)
+        workers = len(gpus) or options.workers or min(4, prepare.cores())
+        threads = max(1, prepare.cores() // workers)
+        jobs = prepare.jobs(sweep, cells, variables, sets, prepare.Weights(sweep, variables, say), threads)
+        if not all(job.finished() for job in jobs):
+            check = check or preflight.Check(sweep, cells, variables)
+            check.finish()
+    finally:
+        if check is not None:
+            check.stop()
     varying = sweep_file.varying(cells) or sweep.varying
-    display = Display(console, f"{sweep.name} ({variables['PROFILE']})", varying, min(workers, len(jobs)))
+    display = Display(
+        console,
+        f"{sweep.name} ({variables['PROFILE']})",
+        varying,
+        sweep.metric.get("name", ""),
+        min(workers, len(jobs)),
+    )
     runner = Runner(
         jobs, display, workers, gpus, retry_failed=options.retry_failed, data_roots=[data.root for data in sets]
     )
