@@ -38,7 +38,6 @@ from lightning_modules.evaluation import Evaluation, TestCurve
 from lightning_modules.run import RunConfig, provenance, sweep_parameters
 from results.records import RunRecord, write_record
 
-
 EXPECTED_WARNINGS = (
     ".*LightningCLI's args parameter is intended",  # the environment's arguments stand between the given ones
     ".*LeafSpec.*is deprecated",  # inside Lightning

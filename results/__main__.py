@@ -15,7 +15,7 @@ from results import render
 from results.build import SOURCES, category_tables, paper_table, sweep_table
 from results.curves import curve_table
 from results.records import DamagedRecordWarning, RecordError, RecordSet, StoredRecord, read_records
-from results.scores import ConflictError, select
+from results.scores import ConflictError, kinds, select
 from results.spec import Spec, SpecError, find_spec, spec_for_sweep, spec_names
 from results.sweep_file import SweepFile, read_sweep
 from results.table import Table
@@ -88,31 +88,36 @@ def _tables(options: argparse.Namespace) -> int:
         except (ConflictError, SpecError, ValueError) as error:
             refused.append(str(error))
             continue
-        written += _write(table, options.out, suffix)
+        if table.source == "published" or table.has_runs:
+            written += _write(table, options.out, suffix)
+    written += _write(auditing.audit_table(auditing.audit()), options.out, "")
     main_file = options.out / "tables.tex"
     main_file.write_text(render.latex_document([p.name for p in written if p.suffix == ".tex"]), encoding="utf-8")
-    _write(auditing.audit_table(auditing.audit()), options.out, "")
-    console.print(f"{len(written)} files in {options.out}; all LaTeX tables in one document: {main_file}", highlight=False)
+    console.print(
+        f"{len(written)} files in {options.out}; all LaTeX tables in one document: {main_file}", highlight=False
+    )
     for problem in refused:
         errors.print(f"[bold red]refused:[/] {problem}", highlight=False, soft_wrap=True)
     return 2 if refused else 0
 
 
-def _everything(records: Sequence[StoredRecord], options: argparse.Namespace):  # noqa: ANN202
+def _everything(records: Sequence[StoredRecord], options: argparse.Namespace):
     """(how to build it, suffix of its files) for every table that can be built."""
     for sweep in sorted({stored.record.sweep for stored in records if stored.record.cell}):
-        mine = [stored for stored in records if stored.record.sweep == sweep]
-        yield lambda s=sweep, m=mine: build_sweep(spec_for_sweep(s), m, load_sweep(s, options.sweeps), False), ""
-    methods = {stored.record.method for stored in records}
+        for kind, mine in kinds([stored for stored in records if stored.record.sweep == sweep]):
+            suffix = f".{kind}" if kind else ""
+            yield (
+                lambda s=sweep, m=mine: build_sweep(spec_for_sweep(s), m, load_sweep(s, options.sweeps), False),
+                suffix,
+            )
     for name in spec_names():
         spec = find_spec(name)
-        if spec.rows is None or spec.kind == "curves":
+        if spec.rows is None or spec.kind == "curves" or "source" not in spec.where:
             continue
         yield lambda s=spec: paper_table(s, "published"), ".published"
-        wanted = {spec.where.get("method"), *(e.where.get("method") for e in (*spec.rows, *spec.columns))}
-        dataset = {spec.where.get("dataset"), *(e.where.get("dataset") for e in (*spec.rows, *spec.columns))}
-        if methods & wanted and any(d["name"] in dataset for s in records for d in s.record.datasets):
-            yield lambda s=spec: paper_table(s, "both", records), ".both"
+        for kind, mine in kinds(records):
+            suffix = f".both.{kind}" if kind else ".both"
+            yield lambda s=spec, m=mine: paper_table(s, "both", m), suffix
 
 
 def _audit(options: argparse.Namespace) -> int:
@@ -138,10 +143,16 @@ def _figures(options: argparse.Namespace) -> int:
     """Figures of one sweep."""
     from results import figures
 
-    sweep, spec, records = load_sweep(options.name, options.sweeps), spec_for_sweep(options.name), _records(options, options.name)
+    sweep, spec, records = (
+        load_sweep(options.name, options.sweeps),
+        spec_for_sweep(options.name),
+        _records(options, options.name),
+    )
     paths = []
     if spec.kind == "curves":
-        paths.append(figures.save(figures.curves_figure(spec, records, sweep), options.out / f"{options.name}.{options.suffix}"))
+        paths.append(
+            figures.save(figures.curves_figure(spec, records, sweep), options.out / f"{options.name}.{options.suffix}")
+        )
     else:
         table = build_sweep(spec, records, sweep, False)
         bars = figures.ablation_bars(table, records)
@@ -161,7 +172,9 @@ def _report(options: argparse.Namespace) -> int:
     from results.report import write_report
 
     records = _records(options) if options.root.is_dir() else RecordSet(())
-    path = write_report(options.out if options.out.suffix == ".html" else options.out / "report.html", records, options.sweeps)
+    path = write_report(
+        options.out if options.out.suffix == ".html" else options.out / "report.html", records, options.sweeps
+    )
     console.print(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB)", highlight=False)
     return 0
 
@@ -187,13 +200,13 @@ def load_sweep(name: str, folder: Path) -> SweepFile | None:
     return read_sweep(path) if path.is_file() else None
 
 
-def _records(options: argparse.Namespace, sweep: str | None = None) -> list[StoredRecord]:
+def _records(options: argparse.Namespace, sweep: str | None = None) -> RecordSet:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DamagedRecordWarning)
         found = read_records(options.root, sweep)
     for damaged in found.damaged:
         errors.print(f"[bold red]damaged record, left out:[/] {damaged}", highlight=False, soft_wrap=True)
-    return select(found, options.profile, options.protocol, options.runs or ())
+    return RecordSet(tuple(select(found, options.profile, options.protocol, options.runs or ())), found.damaged)
 
 
 def _filters(options: argparse.Namespace) -> str:
@@ -238,7 +251,9 @@ def _parser() -> argparse.ArgumentParser:
     records.add_argument("--sweeps", type=Path, default=Path("sweeps"), help="folder of the sweep files")
     records.add_argument("--profile", help="only runs of this profile (demo, paper)")
     records.add_argument("--protocol", help="only runs of this protocol (clean, as_released)")
-    records.add_argument("--runs", action="append", metavar="PATTERN", help="only runs whose sweep/run fits; may be repeated")
+    records.add_argument(
+        "--runs", action="append", metavar="PATTERN", help="only runs whose sweep/run fits; may be repeated"
+    )
     output = argparse.ArgumentParser(add_help=False)
     output.add_argument("--out", type=Path, default=OUT, help="folder for the files")
     output.add_argument("--format", choices=render.FORMATS, help="print this format and write nothing")
@@ -248,7 +263,7 @@ def _parser() -> argparse.ArgumentParser:
         help="spread of a mean row: over seeds of the mean, or root mean square of the categories' (as ULSAD prints)",
     )  # fmt: skip
 
-    def add(name: str, command, parents, text: str) -> argparse.ArgumentParser:  # noqa: ANN001
+    def add(name: str, command, parents, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, parents=parents, help=text, description=command.__doc__)
         sub.set_defaults(command=command)
         return sub

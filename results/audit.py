@@ -131,7 +131,9 @@ def _repeats(numbers: Mapping[tuple[str, ...], Printed]) -> list[Finding]:
             column = {k[2:]: n.value for k, n in numbers.items() if (k[0], k[1], k[6]) == (source, table, metric)}
             for (dataset, *rest), value in column.items():
                 own = numbers[(source, targets[dataset], dataset, *rest)].value
-                twins = [other for (other, *same), v in column.items() if same == rest and other != dataset and v == value]
+                twins = [
+                    other for (other, *same), v in column.items() if same == rest and other != dataset and v == value
+                ]
                 what = f"{_what(dataset, '', rest[1], '', metric)} against the mean row of Table {targets[dataset]}"
                 if math.isclose(value, own):
                     findings.append(Finding("repeat", source, table, what, value, own, "exact"))
@@ -158,7 +160,11 @@ def _summaries(numbers: Mapping[tuple[str, ...], Printed]) -> list[Finding]:
 
 
 def _what(dataset: str, category: str, method: str, variant: str, metric: str) -> str:
-    parts = [names.dataset_label(dataset), names.category_label(category) if category else "", names.method_label(method)]
+    parts = [
+        names.dataset_label(dataset),
+        names.category_label(category) if category else "",
+        names.method_label(method),
+    ]
     parts += [variant, names.metric_label(metric)]
     return " · ".join(part for part in parts if part)
 
@@ -191,4 +197,13 @@ def audit_table(findings: list[Finding]) -> Table:
     )
     caption = f"{total} checks of printed numbers. {summary}."
     headers = ("Source", "Table", "Check", "Number")
-    return Table("audit", "Where the papers' tables disagree with themselves", "published", headers, rows, columns, cells, caption)
+    return Table(
+        "audit",
+        "Where the papers' tables disagree with themselves",
+        "published",
+        headers,
+        rows,
+        columns,
+        cells,
+        caption,
+    )

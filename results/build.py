@@ -46,7 +46,7 @@ def paper_table(
         raise SpecError(f"{spec.name} has no printed counterpart; use --source runs")
     printed = read_published() if published is None else published
     pool = Pool(records, rms_std)
-    keys = _known_keys(records, None)
+    keys = _known_keys([stored for stored in records if stored.record.sweep == spec.sweep], None)
     rows = [Row(row.labels, row.group, row.rule, row.default) for row in spec.rows]
     columns = [_column(column, spec) for column in spec.columns]
     cells = [[Cell(key=_merge(spec, row, column)) for column in spec.columns] for row in spec.rows]
@@ -160,7 +160,7 @@ def describe_runs(records: Sequence[StoredRecord]) -> str:
     if not records:
         return "No run fits this table yet."
     seeds = sorted({stored.record.seed for stored in records})
-    spread = f"± sample standard deviation over seeds {_list(seeds)} (n = {len(seeds)})"
+    spread = f"± sample standard deviation over seeds {_list(seeds)} (n = {len(seeds)} unless stated)"
     if len(seeds) == 1:
         spread = f"one seed ({seeds[0]}), so no spread"
     parts = [f"Percent, mean over categories, {spread}."]
@@ -256,7 +256,9 @@ def _full_key(short: str, known: Sequence[str], where: str) -> str:
         return matches[0]
     if matches:
         raise SpecError(f"table {where}: {short!r} may be {' or '.join(matches)}; write more of it")
-    raise SpecError(f"table {where}: the sweep has no parameter {short!r}{_nearest(short, known)}")
+    raise SpecError(
+        f"table {where}: the sweep has no parameter {short!r}{_nearest(short, [key.rpartition('.')[2] for key in known])}"
+    )
 
 
 def _known_keys(records: Sequence[StoredRecord], sweep: SweepFile | None) -> list[str]:
@@ -347,7 +349,7 @@ def _missing_seeds(entries: Sequence[Entry], records: Sequence[StoredRecord]) ->
         have = {s.record.seed for s, key in keys if wanted <= {value for _, value in key} and _within(cell, key)}
         if have and have != seeds:
             lines.append(
-                f"{describe_cell(cell)}: seed {_list(sorted(seeds - have))} is missing, seed {_list(sorted(have))} is there"
+                f"{describe_cell(cell)}: seed {_list(sorted(seeds - have))} is missing (there: {_list(sorted(have))})"
             )
     return lines
 
@@ -362,17 +364,23 @@ def _within(cell: Mapping[str, Any], key: frozenset) -> bool:
 
 
 def _missing_values(table: Table) -> list[str]:
-    """One line per row and reason for the dashes of our runs."""
-    lines = []
+    """The dashes of our runs: one line per reason for columns that are missing in every row, else one per row."""
+    names_of = [f"{column.group} {column.label}".strip() for column in table.columns]
+    whole: dict[str, list[str]] = {}
+    for j, name in enumerate(names_of):
+        reasons = {line[j].runs.reason if line[j].runs and line[j].runs.mean is None else "" for line in table.cells}
+        if len(table.rows) > 1 and len(reasons) == 1 and reasons != {""}:
+            whole.setdefault(reasons.pop(), []).append(name)
+    lines = [f"{', '.join(columns)}: {reason}" for reason, columns in whole.items()]
+    told = {name for columns in whole.values() for name in columns}
     for row, line in zip(table.rows, table.cells, strict=True):
-        reasons: dict[str, list[str]] = {}
-        for column, cell in zip(table.columns, line, strict=True):
-            if cell.runs is not None and cell.runs.mean is None:
-                name = f"{column.group} {column.label}".strip()
-                reasons.setdefault(cell.runs.reason, []).append(name)
+        reasons_of: dict[str, list[str]] = {}
+        for name, cell in zip(names_of, line, strict=True):
+            if cell.runs is not None and cell.runs.mean is None and name not in told:
+                reasons_of.setdefault(cell.runs.reason, []).append(name)
         title = " / ".join(part for part in (row.group, *row.labels) if part)
-        for reason, columns in reasons.items():
-            which = "all columns" if len(columns) == len(table.columns) and len(columns) > 1 else ", ".join(columns)
+        for reason, columns in reasons_of.items():
+            which = "all columns" if len(columns) == len(names_of) and len(columns) > 1 else ", ".join(columns)
             lines.append(f"{title}: {which}: {reason}")
     return lines
 

@@ -68,7 +68,9 @@ def choose(records: Sequence[StoredRecord], selector: str) -> list[StoredRecord]
     if colon:
         mine = [stored for stored in records if stored.record.sweep == sweep]
         if not mine:
-            raise ValueError(f"no records of sweep {sweep!r}{_nearest(sweep, sorted({s.record.sweep for s in records}))}")
+            raise ValueError(
+                f"no records of sweep {sweep!r}{_nearest(sweep, sorted({s.record.sweep for s in records}))}"
+            )
         for condition in _split_conditions(text):
             key, equals, value = condition.partition("=")
             if not equals:
@@ -76,7 +78,9 @@ def choose(records: Sequence[StoredRecord], selector: str) -> list[StoredRecord]
             known = sorted({name for stored in mine for name in stored.record.cell})
             names = [name for name in known if name == key or name.endswith(f".{key}")]
             if len(names) != 1:
-                raise ValueError(f"{selector!r}: {key!r} is not one parameter of {sweep}{_nearest(key, known)}")
+                raise ValueError(
+                    f"{selector!r}: {key!r} is not one parameter of {sweep}{_nearest(key, [name.rpartition('.')[2] for name in known])}"
+                )
             found = [s for s in mine if canonical(s.record.cell.get(names[0])) == canonical(value)]
             if not found:
                 values = sorted({str(stored.record.cell.get(names[0])) for stored in mine})
@@ -90,7 +94,9 @@ def choose(records: Sequence[StoredRecord], selector: str) -> list[StoredRecord]
     else:
         mine = [stored for stored in records if stored.record.method == selector and not stored.record.cell]
     if not mine:
-        known = sorted({s.record.method for s in records if not s.record.cell} | {f"{s.record.sweep}/*" for s in records})
+        known = sorted(
+            {s.record.method for s in records if not s.record.cell} | {f"{s.record.sweep}/*" for s in records}
+        )
         raise ValueError(f"no records fit {selector!r}{_nearest(selector, known)}")
     return mine
 
@@ -115,14 +121,18 @@ def compare(
     for records in (records_a, records_b):
         check_cell(records, query)
     if {stored.name for stored in records_a} & {stored.name for stored in records_b}:
-        raise ConflictError([("A and B share records", {a: [s.name for s in records_a], b: [s.name for s in records_b]})])
+        raise ConflictError(
+            [("A and B share records", {a: [s.name for s in records_a], b: [s.name for s in records_b]})]
+        )
     # The recipe of a method may differ, what is measured may not.
     varies = ("backbone", "weights", "image size", "resize", "setting")
     check_table([(query, stored) for stored in (*records_a, *records_b)], varies, "one comparison")
     values_a, values_b = seed_means(records_a, query), seed_means(records_b, query)
     seeds = tuple(sorted(set(values_a) & set(values_b)))
     if not seeds:
-        raise ValueError(f"A has seeds {sorted(values_a)}, B has {sorted(values_b)} for {metric}: none in common to pair")
+        raise ValueError(
+            f"A has seeds {sorted(values_a)}, B has {sorted(values_b)} for {metric}: none in common to pair"
+        )
     by_seed = [values_a[seed] for seed in seeds] + [values_b[seed] for seed in seeds]
     categories = tuple(sorted(set.intersection(*(set(values) for values in by_seed))))
     lost = sorted(set.union(*(set(values) for values in by_seed)) - set(categories))
@@ -137,7 +147,9 @@ def compare(
     left = sorted((set(values_a) | set(values_b)) - set(seeds))
     notes = [f"Seeds without a partner, left out: {', '.join(map(str, left))}."] if left else []
     notes += _caveats(over_categories, over_seeds, records_a, records_b)
-    return Comparison(a, b, metric, dataset, mean_a, mean_b, seeds, categories, over_categories, over_seeds, tuple(notes))
+    return Comparison(
+        a, b, metric, dataset, mean_a, mean_b, seeds, categories, over_categories, over_seeds, tuple(notes)
+    )
 
 
 def paired(unit: str, differences: Sequence[tuple[str, float]]) -> Paired:
@@ -176,14 +188,22 @@ def _caveats(
     ]
     for result in (categories, seeds):
         if result.n < 2:
-            notes.append(f"One {result.unit} allows no test over {'categories' if result.unit == 'category' else 'seeds'}.")
+            notes.append(
+                f"One {result.unit} allows no test over {'categories' if result.unit == 'category' else 'seeds'}."
+            )
         elif result.smallest > 0.05:
             notes.append(
                 f"With n = {result.n} the Wilcoxon test over {'categories' if result.unit == 'category' else 'seeds'} cannot "
                 f"give p below {result.smallest:.3g}, whatever the data."
             )
     recipes = {
-        (s.record.backbone["name"], str(s.record.backbone["weights"]), s.record.image_size, s.record.resize, s.record.setting)
+        (
+            s.record.backbone["name"],
+            str(s.record.backbone["weights"]),
+            s.record.image_size,
+            s.record.resize,
+            s.record.setting,
+        )
         for s in (*records_a, *records_b)
     }
     if len(recipes) > 1:
@@ -220,7 +240,9 @@ def report(result: Comparison) -> str:
         interval = "–" if r.interval is None else f"{r.interval[0]:+.2f} … {r.interval[1]:+.2f}"
         cells = [_p(r.p_t), _p(r.p_wilcoxon), _number(r.effect), _number(r.rank)]
         name = "categories" if r.unit == "category" else "seeds"
-        lines.append(f"| {name} | {r.n} | {r.difference:+.2f} | {interval} | {' | '.join(cells)} | {r.wins} / {r.losses} |")
+        lines.append(
+            f"| {name} | {r.n} | {r.difference:+.2f} | {interval} | {' | '.join(cells)} | {r.wins} / {r.losses} |"
+        )
     ordered = sorted(result.over_categories.differences, key=lambda pair: pair[1])
     lines += ["", "Per category: " + ", ".join(f"{name} {value:+.2f}" for name, value in ordered) + ".", ""]
     return "\n".join(lines + [f"- {note}" for note in result.notes]) + "\n"
@@ -232,5 +254,3 @@ def _p(value: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:+.2f}"
-
-

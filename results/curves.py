@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from results.build import _sweep_rows, describe_runs, shouts
 from results.build import _known_keys as known_keys
+from results.build import _sweep_rows, describe_runs, shouts
 from results.records import StoredRecord
 from results.scores import Query, check_cell, check_table
 from results.spec import Spec
@@ -71,7 +71,10 @@ def curve_table(spec: Spec, records: Sequence[StoredRecord], sweep: SweepFile | 
     entries, headers, _ = _sweep_rows(spec, records, sweep, known_keys(records, sweep))
     columns = [Column("first", "Loss", "loss", scientific=True), Column("final", "Loss", "loss", scientific=True)]
     for group in ("Image AUROC", "Pixel AUROC"):
-        columns += [Column(label, group, "threshold", 0 if label == "epoch" else 1) for label in ("peak", "epoch", "final", "drop")]
+        columns += [
+            Column(label, group, "threshold", 0 if label == "epoch" else 1)
+            for label in ("peak", "epoch", "final", "drop")
+        ]
     rows, cells, missing, last_epochs = [], [], [], set()
     for entry, (label, mine) in zip(entries, cell_curves(spec, records, sweep), strict=True):
         rows.append(Row(entry.labels, default=entry.default))
@@ -113,7 +116,9 @@ def _summary(name: str, curves: Sequence[Curve], records: Sequence[StoredRecord]
         ]
     names = tuple(sorted(stored.name for stored in records))
     return [
-        Value(statistics.fmean(column), statistics.stdev(column) if len(column) > 1 else None, len(column), records=names)
+        Value(
+            statistics.fmean(column), statistics.stdev(column) if len(column) > 1 else None, len(column), records=names
+        )
         for column in columns
     ]
 

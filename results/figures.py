@@ -39,12 +39,11 @@ def save(figure: Figure, path: str | Path) -> Path:
 
 
 def svg(figure: Figure) -> str:
-    """The figure as an SVG element, to stand inside a page."""
+    """The figure as an SVG document, its text as outlines."""
     stream = io.StringIO()
     with rc_context(STYLE):
         figure.savefig(stream, format="svg", bbox_inches="tight", metadata=_metadata(".svg"))
-    text = stream.getvalue()
-    return text[text.index("<svg") :]
+    return stream.getvalue()
 
 
 def _metadata(suffix: str) -> dict[str, None]:
@@ -77,7 +76,7 @@ def curves_figure(spec: Spec, records: Sequence[StoredRecord], sweep: SweepFile 
             axis.set_title(label)
             axis.set_xlabel("epoch")
             axis.tick_params(axis="y", colors=BLUE)
-            right.set_ylim(40, 101)
+            right.set_ylim(min(45.0, right.dataLim.y0 - 2), 101)
             if number % columns == 0:
                 axis.set_ylabel("training loss", color=BLUE)
             if number % columns == columns - 1 or number == len(cells) - 1:
@@ -174,7 +173,7 @@ def against_published(table: Table, metric: str) -> Figure | None:
 
 
 def cost_against_quality(table: Table, records: Sequence[StoredRecord], metric: str, price: str) -> Figure | None:
-    """A point per row: a cost (log axis) against a score; None if fewer than two rows state both."""
+    """A point per row: a cost against a score; None if fewer than two rows state both or the cost is alike."""
     by_name = {stored.name: stored for stored in records}
     index = next((j for j, c in enumerate(table.columns) if c.metric == metric), None)
     points = []
@@ -184,18 +183,32 @@ def cost_against_quality(table: Table, records: Sequence[StoredRecord], metric: 
             continue
         prices = [cost(by_name[name], price) for name in value.records if name in by_name]
         if prices and None not in prices:
-            points.append((sum(prices) / len(prices), value, " · ".join(text for text in row.labels if text), row.default))
+            points.append(
+                (sum(prices) / len(prices), value, " · ".join(text for text in row.labels if text), row.default)
+            )
     if len(points) < 2:
+        return None
+    prices = [point[0] for point in points]
+    if max(prices) < 1.2 * min(prices):  # the same cost but for noise: nothing to weigh
         return None
     label, unit, _ = COSTS[price]
     with rc_context(STYLE):
-        figure = Figure(figsize=(4.6, 3.2), layout="constrained")
+        figure = Figure(figsize=(5.4, 3.4), layout="constrained")
         axis = figure.subplots()
-        for x, value, text, default in points:
-            axis.errorbar(x, value.mean, yerr=value.std, fmt="*" if default else "o", color=BLUE, ms=9 if default else 5, capsize=2)
-            axis.annotate(text, (x, value.mean), xytext=(5, 3), textcoords="offset points", size=7)
-        axis.set_xscale("log")
+        for x, value, _, default in points:
+            style = {"fmt": "*", "ms": 10} if default else {"fmt": "o", "ms": 5}
+            axis.errorbar(x, value.mean, yerr=value.std, color=BLUE, capsize=2, elinewidth=0.8, **style)
+        if max(prices) > 4 * min(prices):
+            axis.set_xscale("log")
         axis.margins(0.15)
-        axis.set_xlabel(f"{label} [{unit}], log axis")
+        lowest, highest = axis.get_ylim()
+        taken: list[tuple[float, float]] = []
+        for x, value, text, _ in sorted(points, key=lambda point: point[1].mean):
+            y = value.mean  # labels of neighbours are moved up until they can be read
+            while any(abs(y - other) < 0.05 * (highest - lowest) and 0.6 < x / at < 1.7 for at, other in taken):
+                y += 0.01 * (highest - lowest)
+            taken.append((x, y))
+            axis.text(x, y, f"   {text}", size=7, va="center")
+        axis.set_xlabel(f"{label} [{unit}]")
         axis.set_ylabel(f"{metric_label(metric)} [%]")
     return figure

@@ -23,7 +23,6 @@ CSV_COLUMNS = (
     "published_std", "published_gap", "value", "std", "n", "gap", "difference", "mark", "default", "missing", "records",
 )  # fmt: skip
 _PREAMBLE = r"""\documentclass{article}
-\usepackage[T1]{fontenc}
 \usepackage[utf8]{inputenc}
 \usepackage{booktabs,graphicx}
 \usepackage[a4paper,margin=2cm]{geometry}
@@ -31,7 +30,7 @@ _PREAMBLE = r"""\documentclass{article}
 
 
 def number_text(value: Value | None, column: Column, show_n: bool = False) -> str:
-    """``97.1 ± 0.3 (−1.2)``, with ``[n=2]`` where the seeds differ between cells; a dash if there is no value."""
+    """``97.1 ± 0.3 (−1.2)``, with ``[n=2]`` where fewer seeds than elsewhere; a dash if there is no value."""
     if value is None or value.mean is None:
         return DASH
     if column.scientific:
@@ -58,7 +57,7 @@ def signed(value: float, digits: int) -> str:
 
 def cell_text(cell: Cell, table: Table, column: Column, decorate: Callable[[str, str], str]) -> str:
     """A cell's text; `decorate(text, mark)` puts best and second best in the output's own way."""
-    show_n = len(table.seeds) > 1
+    show_n = bool(cell.runs) and cell.runs.n is not None and cell.runs.n < max(table.seeds, default=0)
     shown = []
     if table.source == "both" and cell.published is not None and cell.runs is not None:
         shown.append(decorate(number_text(cell.published, column), cell.published.mark))
@@ -183,7 +182,7 @@ def latex(table: Table, standalone: bool = False) -> str:
         [f"\\textbf{{{tex(warning)}}}" for warning in table.warnings] + [tex(table.title.rstrip(".") + ".")]
     )
     lines.append(f"\\caption{{{caption} {tex(' '.join([table.caption, *table.notes]))}}}")
-    lines.append(f"\\label{{tab:{table.name.replace('_', '-')}}}")
+    lines.append(f"\\label{{tab:{table.name.replace('_', '-')}}}\\smallskip")
     lines += ["\\resizebox{\\linewidth}{!}{%"] * wide
     lines.append(f"\\begin{{tabular}}{{{'l' * len(table.row_headers)}{'r' * len(table.columns)}}}")
     lines.append("\\toprule")
@@ -274,12 +273,17 @@ def _html_cell(cell: Cell, table: Table, column: Column, row: Row) -> str:
     title = html.escape("\n".join(line for line in lines if line), quote=True)
     sort = "" if value.mean is None else f"{value.mean:.10g}"
     if cell.runs is not None and cell.runs.records:
-        text = f'<a href="#record-{_id(cell.runs.records[0])}" data-records="{html.escape(" ".join(cell.runs.records))}">{text}</a>'
+        text = f'<a href="#{record_id(cell.runs.records[0])}" data-records="{html.escape(" ".join(cell.runs.records))}">{text}</a>'
     return f'<td data-sort="{sort}" title="{title}">{text}</td>'
 
 
+def record_id(name: str) -> str:
+    """Anchor of a record's block in the report; report.js makes the same."""
+    return f"record-{_id(name)}"
+
+
 def _id(name: str) -> str:
-    return html.escape(name.replace("/", "--").replace("=", "-").replace(",", "-"), quote=True)
+    return name.replace("/", "--").replace("=", "-").replace(",", "-")
 
 
 def _labels(row: Row) -> list[str]:

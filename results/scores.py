@@ -219,6 +219,16 @@ def select(
     ]
 
 
+def kinds(records: Sequence[StoredRecord]) -> list[tuple[str, list[StoredRecord]]]:
+    """The records by profile and protocol, which no table mixes; the name is empty if there is only one kind."""
+    found: dict[tuple[str, str], list[StoredRecord]] = {}
+    for stored in records:
+        found.setdefault((stored.record.profile, stored.record.protocol), []).append(stored)
+    if len(found) == 1:
+        return [("", next(iter(found.values())))]
+    return [(f"{profile}.{protocol}", mine) for (profile, protocol), mine in sorted(found.items())]
+
+
 def axis_value(stored: StoredRecord, axis: str, dataset: str = "") -> str:
     """A record's value on one of the axes on which records must agree, as shown in messages."""
     record = stored.record

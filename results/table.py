@@ -93,6 +93,11 @@ class Table:
         """The numbers of seeds that occur; one value means that it can be said once, in the caption."""
         return {cell.runs.n for row in self.cells for cell in row if cell.runs is not None and cell.runs.n is not None}
 
+    @property
+    def has_runs(self) -> bool:
+        """Whether any of our runs stands in the table."""
+        return any(cell.runs is not None and cell.runs.mean is not None for row in self.cells for cell in row)
+
 
 def mark_values(table: Table, compare: str) -> None:
     """Mark best and second best in place.

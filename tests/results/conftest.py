@@ -1,6 +1,5 @@
 """Run records for the tests of this room, written by the project's own writer."""
 
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -58,6 +57,12 @@ class Runs:
 
     def read(self, sweep=None):
         return list(read_records(self.root, sweep))
+
+
+@pytest.fixture(scope="session")
+def runs_at():
+    """Makes the writer for a folder of one's own, for fixtures that live longer than a test."""
+    return Runs
 
 
 @pytest.fixture

@@ -65,7 +65,11 @@ def test_one_seed_gives_no_seed_test_and_says_so(runs):
 
 @pytest.mark.parametrize(
     ("changes", "axis"),
-    [({"protocol": "as_released"}, "protocol"), ({"profile": "paper"}, "profile"), ({"metrics": {"version": "9"}}, "metric")],
+    [
+        ({"protocol": "as_released"}, "protocol"),
+        ({"profile": "paper"}, "profile"),
+        ({"metrics": {"version": "9"}}, "metric"),
+    ],
 )
 def test_runs_under_another_protocol_are_not_compared(runs, changes, axis):
     add(runs, "unias", 0.02)
