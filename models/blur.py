@@ -1,0 +1,84 @@
+"""Separable Gaussian blur with the two border rules that the papers' code uses.
+
+* "reflect": the mirror stands on the edge pixel, which is not repeated: d c b | a b c d | c b a. This is torch's and
+  kornia's "reflect" and SciPy's "mirror". UniAS (feature filter, level maps) and ULSAD (maps) need it.
+* "symmetric": the mirror stands on the pixel's outer edge, which is repeated: c b a | a b c d | d c b. This is SciPy's
+  default, which SciPy calls "reflect". RLR needs it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Border = Literal["reflect", "symmetric"]
+
+
+def gaussian_taps(sigma: float, kernel: int | None = None, truncate: float = 4.0) -> Tensor:
+    """Normalised taps, float64 (kernel,).
+
+    sigma: standard deviation in pixels. kernel: odd number of taps; without it the half-width is
+    int(truncate * sigma + 0.5), as in SciPy. Raises ValueError for sigma <= 0 or an even kernel.
+    """
+    if not (sigma > 0 and math.isfinite(sigma)):
+        raise ValueError(f"The Gaussian's sigma must be a positive number of pixels, found {sigma}.")
+    if kernel is None:
+        kernel = 2 * int(truncate * sigma + 0.5) + 1
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"The Gaussian's kernel must be a positive odd number of pixels, found {kernel}.")
+    offsets = torch.arange(kernel, dtype=torch.float64) - kernel // 2
+    taps = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    return taps / taps.sum()
+
+
+def border_index(length: int, pad: int, border: Border) -> Tensor:
+    """Source indices, int64 (length + 2 * pad,), that extend an axis by `pad` on both sides, however short it is."""
+    positions = torch.arange(-pad, length + pad)
+    if border == "symmetric":
+        folded = positions.remainder(2 * length)
+        return torch.where(folded < length, folded, 2 * length - 1 - folded)
+    if length == 1:
+        return torch.zeros_like(positions)
+    folded = positions.remainder(2 * (length - 1))
+    return torch.where(folded < length, folded, 2 * (length - 1) - folded)
+
+
+class GaussianBlur(nn.Module):
+    """Blur over the last two axes of a tensor (..., H, W); the taps are a buffer outside the state dict.
+
+    Arguments as in `gaussian_taps`, and `border` as in the module's text. Half-precision input is blurred in, and
+    comes back as, float32, also under autocast; other dtypes are kept.
+    """
+
+    taps: Tensor
+
+    def __init__(
+        self, sigma: float, kernel: int | None = None, truncate: float = 4.0, border: Border = "reflect"
+    ) -> None:
+        super().__init__()
+        if border not in ("reflect", "symmetric"):
+            raise ValueError(f'Unknown border rule "{border}"; choose "reflect" or "symmetric".')
+        self.sigma = sigma
+        self.border = border
+        self.register_buffer("taps", gaussian_taps(sigma, kernel, truncate).float(), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.dtype in (torch.float16, torch.bfloat16):
+            images = images.float()
+        pad = self.taps.numel() // 2
+        height, width = images.shape[-2:]
+        rows = border_index(height, pad, self.border).to(images.device)
+        columns = border_index(width, pad, self.border).to(images.device)
+        taps = self.taps.to(images.dtype)
+        with torch.autocast(images.device.type, enabled=False):
+            planes = images.reshape(-1, 1, height, width)
+            planes = F.conv2d(planes.index_select(2, rows), taps[None, None, :, None])
+            planes = F.conv2d(planes.index_select(3, columns), taps[None, None, None, :])
+        return planes.reshape(images.shape)
+
+    def extra_repr(self) -> str:
+        return f"sigma={self.sigma:g}, kernel={self.taps.numel()}, border={self.border}"
