@@ -1,0 +1,392 @@
+"""Frozen multi-level features from any timm backbone.
+
+A level l = 1, 2, ... is entry l - 1 of timm's `features_only` list, lowest (largest map) first: for EfficientNet-B4
+levels 1..4 have strides 2, 4, 8, 16; for WideResNet50-2 level 3 is layer2 (stride 8) and level 4 is layer3 (stride 16).
+
+    python -m models.backbones TAG [--weights auto]
+
+prints on its last line `imagenet` or `random`: what the weights `auto` come to on this machine now.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from models.weight_files import check_finite, check_fit, few, file_sha256, read_state_dict, state_sha256
+
+Padding = Literal["default", "same", "released", "reflect"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+AUTO_TIMEOUT = 30.0  # seconds
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Which features.
+
+    name: timm model, best by its full tag (`tf_efficientnet_b4.aa_in1k`), because a bare name means whatever weights
+        timm prefers today (for `tf_efficientnet_b4`: NoisyStudent, which no paper here uses).
+    levels: ascending level numbers, 1 = lowest.
+    weights: `imagenet` (the tag's weights, from timm's cache or hub), `random` (seeded), `auto` (imagenet if it can be
+        had within a short time-out, else random) or the path of a .pth or .safetensors file.
+    padding: `default` (timm's); `same` (TensorFlow's, for EfficientNet and MobileNet families, timm's pad_type);
+        `released` (UniAD, UniAS, HVQ-Trans: the static padding that their EfficientNet-B4 computed for its native 380
+        pixels, exact for image sizes divisible by 16, and by 32 at level 5); `reflect` (all 3x3 convolutions are padded
+        by reflection: DFR's VGG).
+    seed: of the weights `random`.
+    """
+
+    name: str
+    levels: tuple[int, ...]
+    weights: str = "imagenet"
+    padding: Padding = "default"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(self.levels))
+        if not self.levels or any(low >= high for low, high in zip(self.levels, self.levels[1:], strict=False)):
+            raise ValueError(
+                f"backbone.levels must name one or more levels in ascending order without repetition, found "
+                f"{list(self.levels)}."
+            )
+        if self.levels[0] < 1:
+            raise ValueError(f"backbone.levels are numbered from 1, the lowest; found {list(self.levels)}.")
+        if self.padding not in get_args(Padding):
+            raise ValueError(f'backbone.padding is "{self.padding}"; choose one of {", ".join(get_args(Padding))}.')
+
+
+class FeatureExtractor(nn.Module):
+    """Images in, levels out: frozen, without gradient, and in eval mode whatever `train()` says.
+
+    Attributes: channels and strides, one int per level; provenance: name, weights (`imagenet`, `random` or `file`),
+    source, sha256, padding and note, all strings, for the run record.
+    """
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.config = config
+        weights = config.weights
+        if weights == "auto":
+            weights = resolve_auto(config.name)
+        self.net, self.provenance = _build(config, weights)
+        self.net.requires_grad_(False).eval()
+        self.channels: list[int] = list(self.net.feature_info.channels())
+        self.strides: list[int] = [int(stride) for stride in self.net.feature_info.reduction()]
+        self._channels_last = str(getattr(self.net, "output_fmt", "NCHW")).upper().endswith("NHWC")
+        self._sizes: dict[tuple[int, int], list[tuple[int, int]]] = {}
+
+    def train(self, mode: bool = True) -> FeatureExtractor:
+        """Stays in eval mode: running statistics and stochastic depth of a frozen backbone must not move."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """images: (B, 3, H, W), normalised as the weights expect. Returns (B, C_l, H_l, W_l) per level, lowest first."""
+        levels = self.net(images)
+        return [level.permute(0, 3, 1, 2) for level in levels] if self._channels_last else list(levels)
+
+    def sizes(self, image_size: int | tuple[int, int]) -> list[tuple[int, int]]:
+        """(height, width) of each level's map for images of `image_size`, without computing anything."""
+        size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
+        if size not in self._sizes:
+            tensors = {**dict(self.net.named_parameters()), **dict(self.net.named_buffers())}
+            ghosts = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+            with torch.no_grad():
+                levels = torch.func.functional_call(self.net, ghosts, torch.empty(1, 3, *size, device="meta"))
+            axes = (1, 2) if self._channels_last else (2, 3)
+            self._sizes[size] = [(level.shape[axes[0]], level.shape[axes[1]]) for level in levels]
+        return self._sizes[size]
+
+    def extra_repr(self) -> str:
+        return f"{self.provenance['name']}, levels={self.config.levels}, weights={self.provenance['weights']}"
+
+
+def resolve_auto(name: str, timeout: float = AUTO_TIMEOUT) -> str:
+    """`imagenet` if timm delivers the weights of `name` within `timeout` seconds from its cache or hub, else `random`.
+
+    The attempt runs in a process of its own, so that a hub that hangs can be given up; what it fetched stays in timm's
+    cache. HF_HUB_OFFLINE=1 is honoured: then only the cache counts.
+    """
+    environment = {"HF_HUB_ETAG_TIMEOUT": "5", "HF_HUB_DOWNLOAD_TIMEOUT": "10", **os.environ}
+    code = "import sys, timm; timm.create_model(sys.argv[1], pretrained=True)"
+    try:
+        attempt = subprocess.run(
+            [sys.executable, "-c", code, name], env=environment, capture_output=True, text=True, timeout=timeout
+        )
+    except subprocess.TimeoutExpired:
+        return "random"
+    return "imagenet" if attempt.returncode == 0 else "random"
+
+
+def _build(config: BackboneConfig, weights: str) -> tuple[nn.Module, dict[str, str]]:
+    provenance = {
+        "name": config.name,
+        "weights": weights if weights in ("imagenet", "random") else "file",
+        "source": weights,
+        "sha256": "",
+        "padding": config.padding,
+        "note": "",
+    }
+    if weights == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            net = _create(config)
+            _calibrate(net, config.seed)
+        provenance["source"] = f"seed {config.seed}"
+        provenance["note"] = "random weights"
+        # Parameters only: the calibrated statistics differ in the last bits from machine to machine.
+        provenance["sha256"] = state_sha256(dict(net.named_parameters()))
+        warnings.warn(
+            f"RANDOM WEIGHTS: the backbone {config.name} was never trained (seed {config.seed}"
+            + (", because `auto` found no ImageNet weights" if config.weights == "auto" else "")
+            + "). Its results say nothing about a method's published accuracy.",
+            stacklevel=3,
+        )
+    elif weights == "imagenet":
+        net = _create(config, pretrained=True)
+        cfg = net.pretrained_cfg
+        tag = f".{cfg['tag']}" if cfg.get("tag") else ""
+        provenance["source"] = f"timm {cfg.get('architecture', config.name)}{tag}"
+        provenance["sha256"] = state_sha256(net.state_dict())
+        if tuple(cfg.get("mean", IMAGENET_MEAN)) != IMAGENET_MEAN or tuple(cfg.get("std", IMAGENET_STD)) != IMAGENET_STD:
+            provenance["note"] = f"weights expect mean {tuple(cfg['mean'])}, std {tuple(cfg['std'])}"
+    else:
+        net = _create(config)
+        unused = load_backbone_file(net, weights, config.name)
+        provenance["sha256"] = file_sha256(weights)
+        provenance["source"] = os.path.basename(weights)
+        provenance["note"] = f"unused in the file: {few(unused)}" if unused else ""
+    _pad(net, config)
+    _prune(net)
+    return net, provenance
+
+
+def _create(config: BackboneConfig, pretrained: bool = False) -> nn.Module:
+    architecture, _, tag = config.name.partition(".")
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        raise ValueError(
+            f'timm {timm.__version__} knows no backbone "{config.name}".'
+            + (f" Did you mean {', '.join(near)}?" if near else " `timm.list_models()` names them all.")
+        )
+    options: dict[str, object] = {"pad_type": "same"} if config.padding == "same" else {}
+    try:
+        levels = _level_table(architecture)
+        if config.levels[-1] > len(levels):
+            raise ValueError(
+                f"Backbone {config.name} has levels 1 to {len(levels)}, found backbone.levels={list(config.levels)}. "
+                + "; ".join(f"level {i}: {c} channels, stride {s}" for i, (c, s) in enumerate(levels, 1))
+                + "."
+            )
+        return timm.create_model(
+            config.name,
+            pretrained=pretrained,
+            features_only=True,
+            out_indices=tuple(level - 1 for level in config.levels),
+            **options,
+        )
+    except TypeError as error:
+        if "pad_type" in str(error):
+            raise ValueError(
+                f'backbone.padding="same" is timm\'s pad_type, which {config.name} does not have (the EfficientNet and '
+                "MobileNet families do). Use padding `default`."
+            ) from error
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) or not pretrained:
+            raise
+        raise RuntimeError(
+            f"timm could not deliver the ImageNet weights of {config.name} ({type(error).__name__}: {error}). Give "
+            "backbone.weights=<path of a .pth or .safetensors file>, or `auto` to fall back to random weights."
+        ) from error
+
+
+def _level_table(architecture: str) -> list[tuple[int, int]]:
+    """(channels, stride) of every level of an architecture, built without memory."""
+    with torch.device("meta"):
+        info = timm.create_model(architecture, features_only=True).feature_info
+    return [(entry["num_chs"], entry["reduction"]) for entry in info.info]
+
+
+def _prune(net: nn.Module) -> None:
+    """timm's EfficientNet and MobileNet extractors compute all stages; drop those above the highest level asked for."""
+    stages = getattr(net, "_stage_out_idx", None)
+    blocks = getattr(net, "blocks", None)
+    if stages and isinstance(blocks, nn.Sequential) and getattr(net, "feature_hooks", None) is None:
+        del blocks[max(stages) :]
+
+
+def _pad(net: nn.Module, config: BackboneConfig) -> None:
+    if config.padding == "released":
+        if config.name.partition(".")[0] != "tf_efficientnet_b4":
+            raise ValueError(
+                f'backbone.padding="released" is the static padding of the EfficientNet-B4 that UniAD and UniAS '
+                f"released, and has no meaning for {config.name}. Use it with tf_efficientnet_b4.aa_in1k, or padding "
+                "`default`."
+            )
+        # Of all strided convolutions only this one is padded differently for 380 pixels: (2, 2) instead of (1, 2).
+        block = net.blocks[2][0]
+        block.conv_dw = _with_zero_padding(block.conv_dw, 2)
+    elif config.padding == "reflect":
+        convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)]
+        if not convolutions or any(type(module) is not nn.Conv2d for module in convolutions):
+            raise ValueError(
+                f'backbone.padding="reflect" replaces the zero padding of ordinary 3x3 convolutions, and {config.name} '
+                + ("pads them dynamically." if convolutions else "has none.")
+                + " Use padding `default`."
+            )
+        for module in convolutions:
+            module.padding_mode = "reflect"
+
+
+def _with_zero_padding(conv: nn.Conv2d, padding: int) -> nn.Conv2d:
+    replacement = nn.Conv2d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        stride=conv.stride,
+        padding=padding,
+        groups=conv.groups,
+        bias=conv.bias is not None,
+    )
+    replacement.load_state_dict(conv.state_dict())
+    return replacement
+
+
+@torch.no_grad()
+def _calibrate(net: nn.Module, seed: int) -> None:
+    """Make an untrained network's features usable in eval mode.
+
+    With batch-norm statistics at their start (0, 1) and residual branches that start at zero, a deep network's features
+    vanish, explode or ignore most layers. So the zeroed batch-norm scales become 1 and the statistics are measured once
+    on seeded 1/f noise, whose spectrum is that of photographs, in the range of normalised images.
+    """
+    norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    generator = torch.Generator().manual_seed(seed)
+    size = 160
+    spectrum = torch.fft.rfft2(torch.randn(8, 3, size, size, generator=generator))
+    distance = torch.hypot(torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None]).clamp_min(1 / size)
+    noise = torch.fft.irfft2(spectrum / distance, s=(size, size))
+    noise = (noise - noise.mean(dim=(2, 3), keepdim=True)) / noise.std(dim=(2, 3), keepdim=True)
+    momenta = [norm.momentum for norm in norms]
+    net.eval()
+    for norm in norms:
+        if norm.weight is not None and not norm.weight.any():
+            nn.init.ones_(norm.weight)
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative average, here of one batch
+        norm.train()
+    net(noise)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+
+
+def load_backbone_file(net: nn.Module, path: str, name: str) -> list[str]:
+    """Load a weight file into a timm feature extractor and return the file's names that were not used.
+
+    Wrapping prefixes (`module.`, `backbone.`, ...) are found by themselves; a plain classifier's names are matched to
+    timm's flattened ones (`features.0` -> `features_0`); lukemelas' EfficientNet names are understood. Raises ValueError
+    when the file matches little, lacks a tensor, differs in shape or holds NaN.
+    """
+    where = f"The weight file {path} for backbone {name}"
+    source = _from_lukemelas(read_state_dict(path), net)
+    wanted = {key: value for key, value in net.state_dict().items() if not key.endswith("num_batches_tracked")}
+    names = _match_names(list(wanted), list(source))
+    if len(names) < len(wanted) / 2:
+        raise ValueError(
+            f"{where} matches only {len(names)} of the network's {len(wanted)} tensors. The file has {few(source, 4)}; "
+            f"the network wants {few(wanted, 4)}. Is it another architecture's file?"
+        )
+    found = {key: source[names[key]] for key in wanted if key in names}
+    check_fit(found, wanted, where)
+    check_finite({names[key]: value for key, value in found.items()}, where)
+    net.load_state_dict({key: value.to(wanted[key].dtype) for key, value in found.items()}, strict=False)
+    used = set(names.values())
+    return [key for key in source if key not in used and not key.endswith("num_batches_tracked")]
+
+
+def _match_names(wanted: list[str], available: list[str]) -> dict[str, str]:
+    """Network name -> file name, for the wrapping prefix under which most names agree (dots and underscores alike)."""
+
+    def flat(name: str) -> str:
+        return name.replace(".", "_")
+
+    # timm's wrapper of transformers puts everything under one attribute.
+    inner = "model." if all(name.startswith("model.") for name in wanted) else ""
+    by_flat = {flat(name): name for name in available}
+    prefixes = {""}
+    for name in available:
+        parts = name.split(".")
+        prefixes.update(".".join(parts[:depth]) + "." for depth in range(1, min(len(parts), 4)))
+
+    best: dict[str, str] = {}
+    for prefix in sorted(prefixes, key=len):
+        keys = ((name, flat(prefix + name.removeprefix(inner))) for name in wanted)
+        matches = {name: by_flat[key] for name, key in keys if key in by_flat}
+        if len(matches) > len(best):
+            best = matches
+    return best
+
+
+def _from_lukemelas(source: Mapping[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
+    """Names of the EfficientNet port that UniAD and UniAS load, in timm's; other names are left alone."""
+    blocks = getattr(net, "blocks", None)
+    if blocks is None or not any("_blocks.0._depthwise_conv" in name for name in source):
+        return dict(source)
+    positions = [(stage, block) for stage, blocks_of in enumerate(blocks) for block in range(len(blocks_of))]
+    plain = {"_depthwise_conv": "conv_dw", "_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand"}
+    without_expansion = {**plain, "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+    with_expansion = {
+        **plain,
+        "_expand_conv": "conv_pw",
+        "_bn0": "bn1",
+        "_bn1": "bn2",
+        "_project_conv": "conv_pwl",
+        "_bn2": "bn3",
+    }
+    expanded = {int(found[1]) for name in source if (found := re.search(r"_blocks\.(\d+)\._expand_conv", name))}
+
+    def translate(name: str) -> str:
+        if found := re.search(r"_blocks\.(\d+)\.(_\w+)\.(\w+)$", name):
+            index, module, leaf = int(found[1]), found[2], found[3]
+            modules = with_expansion if index in expanded else without_expansion
+            if index < len(positions) and module in modules:
+                stage, block = positions[index]
+                return f"blocks.{stage}.{block}.{modules[module]}.{leaf}"
+        if found := re.search(r"(?:^|\.)(_conv_stem|_bn0)\.(\w+)$", name):
+            return f"{'conv_stem' if found[1] == '_conv_stem' else 'bn1'}.{found[2]}"
+        return name
+
+    return {translate(name): value for name, value in source.items()}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m models.backbones", description=__doc__)
+    parser.add_argument("tag", help="timm model, for example tf_efficientnet_b4.aa_in1k")
+    parser.add_argument("--weights", default="auto", choices=("auto", "imagenet", "random"))
+    parser.add_argument("--timeout", type=float, default=AUTO_TIMEOUT, help="seconds to wait for the weights")
+    options = parser.parse_args(arguments)
+    if not timm.is_model(options.tag.partition(".")[0]):
+        parser.error(f'timm {timm.__version__} knows no backbone "{options.tag}".')
+    print(resolve_auto(options.tag, options.timeout) if options.weights == "auto" else options.weights)
+
+
+if __name__ == "__main__":
+    main()
