@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.head import distance_map
+from models.neck import resize_concatenate
 from models.reconstruction import Pair
 
 LOSS_TERMS = ("pl", "pg", "pg_d", "lg")
@@ -86,14 +88,7 @@ class FeatureAggregator(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """[(B, C1, H, W), (B, C2, h, w)] float, finer first -> (B, c*, H, W)."""
-        fine, coarse = features
-        if coarse.shape[-2] > fine.shape[-2]:
-            raise ValueError(
-                f"the first level is {tuple(fine.shape[-2:])} and the second {tuple(coarse.shape[-2:])}: levels must "
-                "be given from fine to coarse"
-            )
-        coarse = F.interpolate(coarse, size=fine.shape[-2:], mode="bilinear", align_corners=False)
-        x = torch.cat([fine, coarse], dim=1)
+        x = resize_concatenate(features, features[0].shape[-2:], align_corners=False)
         if self.channels == self.concatenated:
             return x
         if self.concatenated % self.channels == 0:
@@ -172,7 +167,7 @@ class ChannelStatistics(nn.Module):
         self._rebuild(warn=True)
 
     def set(self, group: str, mean: Tensor, std: Tensor) -> None:
-        """Replace everything by one group with known mean and std (any shape with C values), e.g. a released model's."""
+        """Replace everything by one group with known mean and std (C values each), e.g. a released model's."""
         mean, std = mean.detach().double().flatten().cpu(), std.detach().double().flatten().cpu()
         if mean.numel() != self.channels or std.numel() != self.channels:
             raise ValueError(f"expected {self.channels} channels, got mean {mean.numel()} and std {std.numel()}")
@@ -359,16 +354,12 @@ def feature_attention(keys: Tensor, queries: Tensor) -> Tensor:
     return out.squeeze(1).transpose(1, 2).reshape(B, C, H, W)
 
 
-def distance_map(target: Tensor, reconstruction: Tensor, direction: float) -> Tensor:
-    """l_v + lambda l_d at every position: mean squared difference of the channels plus `direction` x (1 - cosine).
+def ulsad_distance(pair: Pair, direction: float) -> Tensor:
+    """D at every position (Eq. 1, 7): mean squared difference of the channels plus `direction` x (1 - cosine).
 
-    (B, C, h, w) twice -> (B, h, w) float32. lambda = 0 leaves the cosine out altogether (paper, Eq. 1 and 7).
+    Pair of (B, C, h, w) -> (B, h, w) float32. lambda = 0 leaves the cosine out altogether.
     """
-    target, reconstruction = target.float(), reconstruction.float()
-    distance = (target - reconstruction).square().mean(dim=1)
-    if direction:
-        distance = distance + direction * (1.0 - F.cosine_similarity(target, reconstruction, dim=1, eps=1e-8))
-    return distance
+    return distance_map(pair, "mse_cosine", direction) if direction else distance_map(pair, "squared_mean")
 
 
 class ULSADFeatures(NamedTuple):
@@ -475,13 +466,13 @@ class ULSAD(nn.Module):
         """Each chosen term, unweighted scalars (all weights are 1: their sum is the training loss)."""
         losses = {}
         if "pl" in self.terms:
-            losses["pl"] = distance_map(features.target, features.local, self.lambda_l).mean()
+            losses["pl"] = ulsad_distance(Pair(features.target, features.local), self.lambda_l).mean()
         if "pg" in self.terms:
-            losses["pg"] = distance_map(*self.attention_pair(features), self.lambda_g).mean()
+            losses["pg"] = ulsad_distance(self.attention_pair(features), self.lambda_g).mean()
         if "pg_d" in self.terms:
-            losses["pg_d"] = distance_map(features.target, features.autoencoded, self.lambda_g).mean()
+            losses["pg_d"] = ulsad_distance(Pair(features.target, features.autoencoded), self.lambda_g).mean()
         if "lg" in self.terms:
-            losses["lg"] = distance_map(features.autoencoded, features.imitation, self.lambda_g).mean()
+            losses["lg"] = ulsad_distance(Pair(features.autoencoded, features.imitation), self.lambda_g).mean()
         return losses
 
     def pairs(self, features: ULSADFeatures) -> list[Pair]:
@@ -497,11 +488,9 @@ class ULSAD(nn.Module):
 
     def branch_maps(self, pairs: Sequence[Pair]) -> Tensor:
         """Pairs of `forward` -> (B, branches, h, w) float32 distance maps on the feature grid."""
-        return torch.stack([distance_map(*p, d) for p, d in zip(pairs, self.directions, strict=True)], dim=1)
+        return torch.stack([ulsad_distance(p, d) for p, d in zip(pairs, self.directions, strict=True)], dim=1)
 
-    def forward(
-        self, features: Sequence[Tensor], images: Tensor, groups: Sequence[str] | None = None
-    ) -> list[Pair]:
+    def forward(self, features: Sequence[Tensor], images: Tensor, groups: Sequence[str] | None = None) -> list[Pair]:
         """Backbone levels [(B, C1, h, w), (B, C2, h', w')], images (B, 3, H, W) -> pairs, one per branch."""
         return self.pairs(self.encode(self.aggregator(features), images, groups))
 
@@ -542,3 +531,56 @@ def resolve_global_map(global_map: str, terms: Sequence[str]) -> str:
     if global_map == "none" and "pl" not in terms:
         raise ValueError("global_map 'none' without the local term pl leaves no anomaly map")
     return global_map
+
+
+# Released parameter names -> names here. The released networks are called featae (psi) and img_encoder (phi).
+_RELEASED_PARTS = {
+    **{f"featae.conv{i + 1}": f"local_network.encoder.{3 * i}" for i in range(3)},
+    **{f"featae.bn{i + 1}": f"local_network.encoder.{3 * i + 1}" for i in range(3)},
+    **{f"featae.deconv{i + 1}": f"local_network.decoder.{3 * i}" for i in range(3)},
+    **{f"featae.bn{i + 4}": f"local_network.decoder.{3 * i + 1}" for i in range(3)},
+    **{f"img_encoder.enconv{i + 1}": f"global_network.encoder.{i}.0" for i in range(6)},
+    **{f"img_encoder.bn2d{i + 1}": f"global_network.encoder.{i}.1" for i in range(6)},
+    **{f"img_encoder.deconv{i + 1}": f"global_network.decoder.{i}.0" for i in range(5)},
+    **{f"img_encoder.bn2d{i + 7}": f"global_network.decoder.{i}.1" for i in range(6)},
+    "img_encoder.deconv7": "global_network.decoder.5.0",
+    "img_encoder.deconv8": "global_network.output",
+}
+
+
+def load_released_ulsad(network: ULSAD, state: Mapping[str, Tensor], group: str = "released") -> dict[str, float]:
+    """Load a released checkpoint's state dict (optionally under a common key prefix) into `network`.
+
+    Returns the checkpoint's quantiles {"qa_local", "qb_local", "qa_global", "qb_global"}; all four are 0 ("not set")
+    in every released checkpoint but the last epoch's. Raises ValueError naming missing and unknown keys; keys of the
+    backbone and of the image normalisation are skipped, they are fixed.
+    """
+    anchor = "mean_std.mean"
+    found = [key for key in state if key == anchor or key.endswith("." + anchor)]
+    if len(found) != 1:
+        raise ValueError(
+            f"a released ULSAD checkpoint has one entry {anchor}, found {len(found)}; "
+            f"its first keys are {', '.join(list(state)[:3])}"
+        )
+    prefix = found[0][: -len(anchor)]
+    own, values, unknown = {}, {}, []
+    for key, value in state.items():
+        name = key.removeprefix(prefix)
+        part, _, leaf = name.rpartition(".")
+        if part in _RELEASED_PARTS:
+            own[f"{_RELEASED_PARTS[part]}.{leaf}"] = value
+        elif part in ("quantiles", "mean_std"):
+            values[leaf] = value
+        elif name.startswith(("featae.", "img_encoder.")):
+            unknown.append(key)
+    expected = {key for key in network.state_dict() if key.startswith(("local_network.", "global_network."))}
+    missing = sorted(expected - set(own))
+    unknown += sorted(set(own) - expected)
+    if missing or unknown:
+        raise ValueError(
+            "not a released ULSAD checkpoint for this network: "
+            f"missing {missing[:5] or 'nothing'}, unexpected {unknown[:5] or 'nothing'}"
+        )
+    network.statistics.set(group, values["mean"], values["std"])
+    network.load_state_dict(own, strict=False)
+    return {name: float(values[name]) for name in ("qa_local", "qb_local", "qa_global", "qb_global")}
