@@ -6,6 +6,7 @@ PY := $(VENV)/bin/python
 
 METHOD ?= uniad
 PROFILE ?= demo
+# Read by the command line itself, so that make, the sweep runner and `wandb agent` steer a run in the same way.
 export PROFILE DATASET DATA_ROOT CATEGORIES BACKBONE WEIGHTS WANDB
 
 .DEFAULT_GOAL := help
@@ -29,4 +30,26 @@ test: setup  ## Run every test.
 lint: setup  ## Check style with ruff.
 	$(PY) -m ruff check .
 
-.PHONY: help setup test lint
+train: setup  ## Train and evaluate once: METHOD= PROFILE= DATASET= DATA_ROOT= [CATEGORIES= BACKBONE= WEIGHTS= RUN= ARGS=].
+	$(PY) -m lightning_modules fit --config sweeps/profiles/$(PROFILE)/$(METHOD).yaml $(if $(RUN),--run.name=$(RUN)) $(ARGS)
+
+predict: setup  ## Heat maps of any images with a trained run: RUN=<record folder> IMAGES=<folder>.
+	$(PY) -m lightning_modules predict --config $(RUN)/config.yaml --data.init_args.predict_root=$(IMAGES) $(ARGS)
+
+check-data: setup  ## Count a dataset's images and list every problem: DATASET= DATA_ROOT= [CATEGORIES=].
+	$(PY) -m datamodules check --dataset $(DATASET) --data-root $(DATA_ROOT) $(if $(CATEGORIES),--categories $(CATEGORIES))
+
+synthetic: setup  ## Make the embedded benchmark in data/synthetic.
+	$(PY) -m datamodules synthetic data/synthetic
+
+sweep: setup  ## Run an ablation and rebuild its table: ABLATION= [PROFILE= WORKERS= GPUS= SEEDS= ONLY= RETRY_FAILED=1].
+	$(PY) -m sweeps run $(ABLATION) $(if $(WORKERS),--workers $(WORKERS)) $(if $(GPUS),--gpus $(GPUS)) \
+		$(if $(SEEDS),--seeds $(SEEDS)) $(if $(ONLY),--only $(ONLY)) $(if $(RETRY_FAILED),--retry-failed)
+
+sweeps: setup  ## List all ablations.
+	$(PY) -m sweeps list
+
+bench-metrics: setup  ## Time our metrics against other libraries.
+	$(PY) -m lightning_modules.metrics.benchmark
+
+.PHONY: help setup test lint train predict check-data synthetic sweep sweeps bench-metrics

@@ -1,0 +1,201 @@
+"""What every method shares: frozen features in, pairs of target and reconstruction, anomaly maps out.
+
+A method is a subclass that names its paper's recipe and builds its network; see ``lightning_modules/uniad.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.backbones import BackboneConfig, FeatureExtractor
+from models.head import AnomalyHead, HeadConfig, ScoredMaps
+from models.reconstruction import Pair
+
+ImageSize = int | tuple[int, int]
+"""Side of a square image, or (height, width), in pixels."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a paper fixes outside its network; a configuration that leaves these open gets these values.
+
+    Args:
+        resize: Resize rule of the data module (``pil_bilinear``, ``pil_lanczos``, ``pil_nearest``, ``opencv_bilinear``).
+        batch_size: Images per training step and process.
+        max_epochs: Training epochs.
+        gradient_clip_val: Largest total L2 norm of the gradient; None for no clipping.
+        best_on_test: The metric and the interval in epochs by which the released code picks its checkpoint on the test
+            set. Only the protocol ``as_released`` does so.
+    """
+
+    resize: str
+    batch_size: int
+    max_epochs: int
+    gradient_clip_val: float | None = None
+    best_on_test: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimiser and step schedule over all trainable parameters.
+
+    Args:
+        name: ``adamw`` (decoupled weight decay) or ``adam`` (L2 form).
+        lr: Learning rate. It is not scaled with the number of processes.
+        betas: Adam's two decay rates.
+        weight_decay: Weight decay, applied to every trainable tensor.
+        lr_drops: Epoch indices (from 0) at whose start the learning rate is multiplied by ``lr_gamma``.
+        lr_gamma: Factor of each drop.
+    """
+
+    name: str = "adamw"
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    lr_drops: tuple[int, ...] = ()
+    lr_gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.name not in ("adamw", "adam"):
+            raise ValueError(f"optimizer.name is {self.name!r}; allowed are 'adamw' and 'adam'.")
+        if self.lr <= 0:
+            raise ValueError(f"optimizer.lr is {self.lr}; it must be positive.")
+
+
+class NonFiniteLossError(RuntimeError):
+    """The training loss became NaN or infinite."""
+
+
+class ReconstructionModule(L.LightningModule):
+    """Base of all methods: a frozen backbone, a network that reconstructs its features, a head that scores the residual.
+
+    Subclasses set ``method`` and ``recipe``, assign ``self.network`` in the constructor and override :meth:`loss` when
+    the paper's loss is not the mean squared error.
+
+    Args:
+        backbone: The frozen feature extractor.
+        head: Distance, fusion, smoothing and image score.
+        optimizer: Optimiser and schedule.
+        image_size: Size of the input images in pixels.
+    """
+
+    method: ClassVar[str]
+    recipe: ClassVar[Recipe]
+    needs_images: ClassVar[bool] = False
+    """Whether the network reads the images besides their features."""
+    preparation: str = "none"
+    """What :meth:`prepare` does, in words that change whenever it does; part of the feature cache's key."""
+    network: nn.Module
+
+    def __init__(
+        self, backbone: BackboneConfig, head: HeadConfig, optimizer: OptimizerConfig, image_size: ImageSize
+    ) -> None:
+        super().__init__()
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        self.extractor = FeatureExtractor(backbone)
+        self.head = AnomalyHead(head)
+        self.optimizer_config = optimizer
+        self._unchecked_loss: tuple[Tensor, Mapping[str, Any], int] | None = None
+
+    # ---- what a method may change ------------------------------------------------------------------------------------
+
+    def prepare(self, levels: list[Tensor]) -> list[Tensor]:
+        """Whatever precedes everything trainable and random: (B, C_l, H_l, W_l) levels in and out, no parameters.
+
+        Its results are cached with the features, so that it is paid once per image.
+        """
+        return levels
+
+    def reconstruct(self, batch: Mapping[str, Any]) -> list[Pair]:
+        """Pairs of (target, reconstruction), one per level the method reconstructs, lowest level first."""
+        return self.network(self.features(batch))
+
+    def loss(self, pairs: list[Pair]) -> Tensor:
+        """Training loss, a float32 scalar: mean squared error, summed over the pairs."""
+        return torch.stack([F.mse_loss(pair.reconstruction.float(), pair.target.float()) for pair in pairs]).sum()
+
+    def evaluate(self, batch: Mapping[str, Any]) -> dict[str, ScoredMaps]:
+        """Anomaly maps (B, H, W) and image scores (B,) by name; "" is the method itself.
+
+        Further names are other readings of the same forward pass, each scored and recorded as a variant of the run.
+        """
+        return {"": self.head(self.reconstruct(batch), self.image_size)}
+
+    # ---- what no method changes --------------------------------------------------------------------------------------
+
+    def features(self, batch: Mapping[str, Any]) -> list[Tensor]:
+        """The prepared levels, each (B, C_l, H_l, W_l) float32: from the batch if it carries them, else computed."""
+        return batch["features"] if "features" in batch else self.prepare(self.extractor(batch["image"]))
+
+    def forward(self, images: Tensor) -> ScoredMaps:
+        """Anomaly maps and image scores of normalised images (B, 3, H, W)."""
+        return self.evaluate({"image": images})[""]
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        self._check_loss()
+        loss = self.loss(self.reconstruct(batch))
+        self._unchecked_loss = (loss.detach(), batch, self.global_step)
+        self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(batch["label"]), prog_bar=True)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self._check_loss()
+
+    def _check_loss(self) -> None:
+        """Looks at the previous step's loss, which is ready by now, so that the device is never made to wait."""
+        if self._unchecked_loss is None:
+            return
+        (loss, batch, step), self._unchecked_loss = self._unchecked_loss, None
+        if math.isfinite(loss.item()):
+            return
+        files = "\n  ".join(f"{c}: {p}" for c, p in zip(batch["category"], batch["path"], strict=True))
+        raise NonFiniteLossError(
+            f"The training loss is {loss.item()} at step {step} (epoch {self.current_epoch}). The batch held\n  {files}\n"
+            "Look for damaged images or non-finite features among them, or lower the learning rate "
+            "(--model.init_args.optimizer.lr)."
+        )
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        self.log("val/loss", self.loss(self.reconstruct(batch)), batch_size=len(batch["label"]), sync_dist=True)
+
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, ScoredMaps]:
+        return self.evaluate(batch)
+
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> ScoredMaps:
+        return self.evaluate(batch)[""]
+
+    def configure_optimizers(self) -> Any:
+        config = self.optimizer_config
+        kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = kind(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+        if not config.lr_drops:
+            return optimizer
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(config.lr_drops), gamma=config.lr_gamma)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
+
+    # ---- checkpoints: without the frozen backbone, bound to it by its hash --------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for name in [name for name in checkpoint["state_dict"] if name.startswith("extractor.")]:
+            del checkpoint["state_dict"][name]
+        checkpoint["backbone"] = self.extractor.provenance
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained_on, now = checkpoint["backbone"], self.extractor.provenance
+        if trained_on["sha256"] != now["sha256"]:
+            raise ValueError(
+                f"The checkpoint was trained on the features of {trained_on['name']} with weights {trained_on['weights']} "
+                f"(sha256 {trained_on['sha256'][:12]}), but the backbone at hand is {now['name']} with weights "
+                f"{now['weights']} (sha256 {now['sha256'][:12]}). Give the same backbone and weights."
+            )
+        own = self.extractor.state_dict(prefix="extractor.")
+        checkpoint["state_dict"] = {**checkpoint["state_dict"], **own}

@@ -1,0 +1,102 @@
+"""Small companions of a training: its history, its progress file, the files of a prediction."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from lightning_modules.base import ReconstructionModule
+from models.head import ScoredMaps
+
+
+class History(L.Callback):
+    """Keeps every metric logged at the end of an epoch; survives a resume through the checkpoint."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, int, str, float]] = []
+        self.epochs_seen = 0
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.epochs_seen += 1
+        for name, value in trainer.callback_metrics.items():
+            self.add(trainer, name, float(value))
+
+    def add(self, trainer: L.Trainer, name: str, value: float) -> None:
+        """Adds one point of a curve at the present epoch."""
+        self.rows.append((trainer.current_epoch, trainer.global_step, name, value))
+
+    def table(self) -> pd.DataFrame:
+        """Long table: epoch (from 0), step (optimiser steps), metric, value."""
+        return pd.DataFrame(self.rows, columns=["epoch", "step", "metric", "value"])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rows = [tuple(row) for row in state["rows"]]
+
+
+class Progress(L.Callback):
+    """Writes ``{"epoch": done, "epochs": all, "metrics": {...}}`` to a file after every epoch, for the sweep runner."""
+
+    def __init__(self, path: Path, history: History) -> None:
+        self.path = path
+        self.history = history
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        metrics = {name: value for _, _, name, value in self.history.rows}
+        state = {"epoch": trainer.current_epoch + 1, "epochs": trainer.max_epochs, "metrics": metrics}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(state))
+        temporary.replace(self.path)
+
+
+class Predictions(L.Callback):
+    """Writes what ``predict`` finds: ``scores.csv``, the raw float32 maps (``.npy``) and heat maps over the images.
+
+    All heat maps share one colour scale, given by ``low`` and ``high`` or else by the first batch's range, so that a
+    normal image stays dark.
+    """
+
+    def __init__(self, folder: Path, low: float | None = None, high: float | None = None) -> None:
+        self.folder = folder
+        self.range = None if low is None or high is None else (low, high)
+        self._scores: list[tuple[str, float]] = []
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        module: ReconstructionModule,
+        outputs: ScoredMaps,
+        batch: Mapping[str, Any],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        from lightning_modules.heatmaps import overlay, to_rgb
+
+        maps = outputs.maps.float().cpu().numpy()
+        self.range = self.range or (float(np.median(maps)), float(maps.max()))
+        images = to_rgb(batch["image"], trainer.datamodule.mean, trainer.datamodule.std)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for n, path in enumerate(batch["path"]):
+            name = f"{int(batch['id'][n]):06d}-{Path(path).stem}"
+            np.save(self.folder / f"{name}.npy", maps[n])
+            Image.fromarray(overlay(images[n], maps[n], *self.range)).save(self.folder / f"{name}.jpg", quality=90)
+            self._scores.append((path, float(outputs.image_scores[n])))
+
+    def on_predict_end(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
+        suffix = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
+        with open(self.folder / f"scores{suffix}.csv", "w", newline="") as file:
+            csv.writer(file).writerows([("image", "image_score"), *self._scores])

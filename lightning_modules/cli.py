@@ -1,0 +1,300 @@
+"""The command line: ``python -m lightning_modules fit|validate|test|predict``.
+
+``fit`` trains, scores the test set with the last epoch's weights and leaves a run record. What a configuration leaves
+open is filled from the method's recipe; what the environment names (``DATASET``, ``DATA_ROOT``, ``CATEGORIES``,
+``BACKBONE``, ``WEIGHTS``) stands between the configuration files and the explicit arguments, so that ``make``, the local
+sweep runner and ``wandb agent`` steer a run in the same way.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pkgutil
+import sys
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+import datamodules
+import lightning_modules
+from lightning_modules import heatmaps
+from lightning_modules.base import ReconstructionModule
+from lightning_modules.caching import CacheConfig, attach
+from lightning_modules.callbacks import History, Predictions, Progress
+from lightning_modules.evaluation import Evaluation, TestCurve
+from lightning_modules.run import RunConfig, provenance, sweep_parameters
+from results.records import RunRecord, write_record
+
+
+def import_methods() -> dict[str, type[ReconstructionModule]]:
+    """All methods by name: every subclass of :class:`ReconstructionModule` found in this package's files."""
+    found = {}
+    for info in pkgutil.iter_modules(lightning_modules.__path__):
+        if info.ispkg or info.name == "__main__":
+            continue
+        module = importlib.import_module(f"lightning_modules.{info.name}")
+        for value in vars(module).values():
+            if isinstance(value, type) and issubclass(value, ReconstructionModule) and "method" in vars(value):
+                found[value.method] = value
+    return found
+
+
+def environment_arguments(environment: Mapping[str, str]) -> list[str]:
+    """Command-line arguments for what the environment names.
+
+    ``DATASET`` and ``DATA_ROOT`` may be comma lists of equal length for several datasets at once; ``CATEGORIES`` then
+    is not allowed, since it would not say whose they are.
+
+    Raises:
+        SystemExit: the variables contradict each other.
+    """
+    names = [name for name in environment.get("DATASET", "").split(",") if name]
+    roots = [root for root in environment.get("DATA_ROOT", "").split(",") if root]
+    categories = [category for category in environment.get("CATEGORIES", "").split(",") if category]
+    if len(names) != len(roots):
+        raise SystemExit(
+            f"DATASET names {len(names)} dataset(s) ({', '.join(names) or 'none'}) but DATA_ROOT {len(roots)} folder(s) "
+            f"({', '.join(roots) or 'none'}): give one folder per dataset, for example DATASET=mvtec_ad DATA_ROOT=/data/mvtec."
+        )
+    if categories and len(names) != 1:
+        raise SystemExit(f"CATEGORIES={','.join(categories)} needs exactly one DATASET; found {len(names)}.")
+    arguments = []
+    if names:
+        datasets: list[dict[str, Any]] = [{"name": n, "root": r} for n, r in zip(names, roots, strict=True)]
+        if categories:
+            datasets[0]["categories"] = categories
+        arguments.append(f"--data.init_args.datasets={json.dumps(datasets)}")
+    for variable, key in (("BACKBONE", "name"), ("WEIGHTS", "weights")):
+        if environment.get(variable):
+            arguments.append(f"--model.init_args.backbone.{key}={environment[variable]}")
+    return arguments
+
+
+def with_environment(arguments: list[str], environment: Mapping[str, str]) -> list[str]:
+    """The arguments with those of the environment after the last ``--config``, so that explicit ones still win."""
+    position = min(1, len(arguments))
+    for index, argument in enumerate(arguments):
+        if argument == "--config":
+            position = index + 2
+        elif argument.startswith("--config="):
+            position = index + 1
+    return [*arguments[:position], *environment_arguments(environment), *arguments[position:]]
+
+
+class UniReconCLI(LightningCLI):
+    """LightningCLI in subclass mode for model and data, with recipes, run folders and records."""
+
+    def __init__(self, args: list[str]) -> None:
+        self.started = datetime.now().astimezone()
+        super().__init__(
+            ReconstructionModule,
+            datamodules.UnifiedDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            seed_everything_default=0,
+            trainer_defaults={"use_distributed_sampler": False, "num_sanity_val_steps": 0, "log_every_n_steps": 10},
+            args=args,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(RunConfig, "run")
+        parser.add_class_arguments(CacheConfig, "cache")
+
+    # ---- filling in --------------------------------------------------------------------------------------------------
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        model = _class(config.model.class_path)
+        recipe = model.recipe
+        data, trainer = config.data.init_args, config.trainer
+        size = config.model.init_args.image_size
+        if data.image_size is not None and data.image_size != size:
+            raise SystemExit(
+                f"data.init_args.image_size is {data.image_size} but the model's is {size}: set --model.init_args.image_size "
+                "only; the data follows it."
+            )
+        data.image_size = size
+        for name in ("resize", "batch_size"):
+            if data.get(name) is None:
+                data[name] = getattr(recipe, name)
+        if not data.datasets:
+            raise SystemExit("No dataset is named: set DATASET and DATA_ROOT, or --data.init_args.datasets.")
+        for name in ("max_epochs", "gradient_clip_val"):
+            if trainer.get(name) is None:
+                trainer[name] = getattr(recipe, name)
+        data.seed = config.seed_everything
+        if config.run.name is None:
+            config.run.name = f"{model.method}-{self.started:%Y%m%d-%H%M%S}-seed{config.seed_everything}"
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        self.run_config: RunConfig = self._get(self.config_init, "run")
+        if self.subcommand in ("fit", "test") and self.run_config.record.exists() and not self.run_config.overwrite:
+            raise SystemExit(
+                f"{self.run_config.record} is already a finished run: choose another --run.name, or --run.overwrite=true."
+            )
+        given = self._get(self.config_init, "trainer")
+        self.evaluation, self.history = Evaluation(), History()
+        callbacks = [*(given.get("callbacks") or []), self.evaluation, self.history, *self._callbacks()]
+        if given.get("logger") is None:
+            kwargs["logger"] = self._wandb_logger()
+        if given.get("plugins") is None and SLURMEnvironment.detect():
+            kwargs["plugins"] = [SLURMEnvironment(auto_requeue=False)]
+        return super().instantiate_trainer(callbacks=callbacks, default_root_dir=str(self.run_config.work), **kwargs)
+
+    def _callbacks(self) -> list[L.Callback]:
+        run, model = self.run_config, self.model
+        callbacks: list[L.Callback] = [RichProgressBar(leave=False)] if sys.stdout.isatty() else []
+        if self.subcommand == "predict":
+            return [*callbacks, Predictions(run.work / "predictions")]
+        if self.subcommand != "fit":
+            return callbacks
+        epochs = self._get(self.config_init, "trainer")["max_epochs"]
+        every, select = run.curve_every, None
+        if run.protocol == "as_released":
+            if model.recipe.best_on_test is None:
+                raise SystemExit(f"{model.method} has no protocol as_released; its recipe names no selection on the test set.")
+            select, released_every = model.recipe.best_on_test
+            every = every or released_every
+        if every:
+            callbacks.append(TestCurve(self.history, every, select))
+        checkpoint = ModelCheckpoint(
+            run.work / "checkpoints",
+            filename="last",
+            every_n_epochs=max(1, epochs // 100),
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+        return [*callbacks, Progress(run.work / "progress.json", self.history), checkpoint]
+
+    def _wandb_logger(self) -> Any:
+        from lightning.pytorch.loggers import WandbLogger
+
+        run = self.run_config
+        run.work.mkdir(parents=True, exist_ok=True)
+        return WandbLogger(
+            project=os.environ.get("WANDB_PROJECT", "unirecon"),
+            name=run.name,
+            group=os.environ.get("WANDB_RUN_GROUP", run.sweep),
+            save_dir=str(run.work),
+            config={"cli": json.loads(self._parser(self.subcommand).dump(self.config[self.subcommand], format="json"))},
+        )
+
+    # ---- running -----------------------------------------------------------------------------------------------------
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        last = self.run_config.work / "checkpoints" / "last.ckpt"
+        if subcommand == "fit" and kwargs.get("ckpt_path") is None and last.is_file():
+            rank_zero_info(f"Going on from {last}")
+            kwargs["ckpt_path"] = str(last)
+        if subcommand == "predict":
+            kwargs["return_predictions"] = False
+        return kwargs
+
+    def before_fit(self) -> None:
+        attach(self.model, self.datamodule, self._get(self.config_init, "cache"), self.trainer.strategy.root_device)
+        self._training_started = time.perf_counter()
+
+    def after_fit(self) -> None:
+        if self.trainer.interrupted:
+            return
+        self.training_seconds = time.perf_counter() - self._training_started
+        self.trainer.save_checkpoint(self.run_config.work / "checkpoints" / "last.ckpt")
+        self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+        self.after_test()
+
+    def after_test(self) -> None:
+        if not self.trainer.is_global_zero:
+            return
+        attachments: dict[str, bytes | str] = {"image_scores.csv": self.evaluation.image_scores.to_csv(index=False)}
+        if self.run_config.heatmaps:
+            self.model.eval()
+            scores = self.evaluation.image_scores
+            attachments |= heatmaps.draw(self.model, self.datamodule, heatmaps.choose(scores), scores)
+        config_text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+        path = write_record(
+            Path(self.run_config.results) / "runs",
+            self.record(),
+            self.evaluation.result.table,
+            self.history.table(),
+            config_text,
+            attachments=attachments,
+            overwrite=self.run_config.overwrite,
+        )
+        rank_zero_info(f"Run record: {path}")
+
+    def record(self) -> RunRecord:
+        """What this run was, for its record."""
+        model, data, trainer = self.model, self.datamodule, self.trainer
+        backbone = model.extractor.provenance
+        notes = [f"{key}: {note}" for key, note in (("backbone", backbone.get("note")),) if note]
+        epochs = trainer.current_epoch
+        started = provenance(model.device) | {
+            "started": self.started.isoformat(timespec="seconds"),
+            "wall_seconds": round((datetime.now().astimezone() - self.started).total_seconds(), 1),
+            "epochs": epochs,
+            "seconds_per_epoch": round(getattr(self, "training_seconds", 0.0) / max(1, self.history.epochs_seen), 3),
+            "peak_memory_bytes": _peak_memory(model.device),
+            "world_size": trainer.world_size,
+            "effective_batch_size": data.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
+            "precision": str(trainer.precision),
+        }
+        return RunRecord(
+            run=self.run_config.name,
+            sweep=self.run_config.sweep,
+            cell=sweep_parameters(),
+            method=model.method,
+            profile=os.environ.get("PROFILE") or "custom",
+            protocol=self.run_config.protocol,
+            setting="unified",
+            seed=self.config[self.subcommand].seed_everything,
+            image_size=model.image_size,
+            resize=data.resize,
+            backbone=backbone,
+            datasets=data.provenance(),
+            metrics={"version": self.evaluation.result.version, "definitions": self.evaluation.result.definitions},
+            parameters={"trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)},
+            provenance=started,
+            notes=notes,
+        )
+
+
+def _class(path: str) -> type:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Largest memory use so far in bytes: of the device, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line; leaves with 143 after SIGTERM, so that a pre-empted run is not taken for a finished one."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    online = os.environ.get("WANDB") == "online" or "WANDB_SWEEP_ID" in os.environ
+    os.environ.setdefault("WANDB_MODE", "online" if online else "offline")
+    torch.set_float32_matmul_precision("highest")
+    import_methods()
+    try:
+        UniReconCLI(with_environment(arguments, os.environ))
+    except SIGTERMException:
+        sys.exit(143)

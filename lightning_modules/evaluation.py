@@ -1,0 +1,148 @@
+"""Scoring the test set: final metrics of every variant, and the training curve."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import pandas as pd
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from lightning_modules.base import ReconstructionModule
+from lightning_modules.callbacks import History
+from lightning_modules.metrics import AnomalyMetrics, MetricResult
+from models.head import ScoredMaps
+
+SHOWN = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_aupro", "dsc")
+"""Columns of the table printed after an evaluation; the record holds all metrics."""
+
+
+def update_metrics(metrics: AnomalyMetrics, batch: Mapping[str, Any], scored: ScoredMaps) -> None:
+    """Adds one batch's maps and scores to the metrics."""
+    metrics.update(
+        scored.maps,
+        batch["mask"][:, 0],
+        scored.image_scores,
+        batch["label"],
+        batch["category"],
+        batch["id"],
+        has_mask=batch["has_mask"],
+    )
+
+
+class Evaluation(L.Callback):
+    """Collects maps and scores during ``trainer.test`` and computes every metric at its end.
+
+    After the test, :attr:`result` holds one long table over all variants and :attr:`image_scores` one row per image.
+    """
+
+    def __init__(self) -> None:
+        self.result: MetricResult | None = None
+        self.image_scores: pd.DataFrame | None = None
+        self._metrics: dict[str, AnomalyMetrics] = {}
+        self._rows: list[tuple[int, str, int, float, str]] = []
+
+    def on_test_epoch_start(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
+        self._metrics, self._rows = {}, []
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        module: ReconstructionModule,
+        outputs: dict[str, ScoredMaps],
+        batch: Mapping[str, Any],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        for variant, scored in outputs.items():
+            if variant not in self._metrics:
+                self._metrics[variant] = _new_metrics(trainer, module)
+            update_metrics(self._metrics[variant], batch, scored)
+        scores: Tensor = outputs[""].image_scores
+        self._rows += zip(
+            batch["id"].tolist(), batch["category"], batch["label"].tolist(), scores.tolist(), batch["path"], strict=True
+        )
+
+    def on_test_epoch_end(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
+        results = {variant: metrics.compute() for variant, metrics in self._metrics.items()}
+        self.result = results[""]
+        self.result.table = pd.concat([r.table.assign(variant=v) for v, r in results.items()], ignore_index=True)
+        self.image_scores = pd.DataFrame(self._rows, columns=["id", "category", "label", "image_score", "path"])
+        if trainer.is_global_zero:
+            print_metrics(self.result.table)
+
+
+class TestCurve(L.Callback):
+    """Image and pixel AUROC on the test set every ``every`` epochs while training, for a curve.
+
+    With ``select`` (protocol ``as_released`` only) the weights of the best epoch by that metric, ties going to the later
+    epoch, are put back when training ends.
+    """
+
+    def __init__(self, history: History, every: int, select: str | None = None) -> None:
+        self.history = history
+        self.every = every
+        self.select = select
+        self.best: tuple[float, int, dict[str, Tensor]] | None = None
+
+    @torch.no_grad()
+    def on_train_epoch_end(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
+        epoch = trainer.current_epoch
+        if (epoch + 1) % self.every and epoch + 1 != trainer.max_epochs:
+            return
+        names = ["image_auroc", "pixel_auroc"]
+        metrics = _new_metrics(trainer, module, names if self.select in (None, *names) else [*names, self.select])
+        module.eval()
+        for batch in trainer.datamodule.test_dataloader():
+            batch = trainer.strategy.batch_to_device(batch)
+            update_metrics(metrics, batch, module.evaluate(batch)[""])
+        module.train()
+        table = metrics.compute().table
+        means = table[(table.scope == "mean") & (table.dataset == "")].set_index("metric").value
+        for name, value in means.items():
+            self.history.add(trainer, f"curve/{name}", float(value))
+        for logger in trainer.loggers:
+            logger.log_metrics({f"curve/{name}": float(value) for name, value in means.items()}, trainer.global_step)
+        if self.select is not None and (self.best is None or means[self.select] >= self.best[0]):
+            self.best = (float(means[self.select]), epoch, copy.deepcopy(module.network.state_dict()))
+
+    def on_train_end(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
+        if self.best is not None:
+            module.network.load_state_dict(self.best[2])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best = state["best"]
+
+
+def _new_metrics(trainer: L.Trainer, module: ReconstructionModule, names: list[str] | None = None) -> AnomalyMetrics:
+    data = trainer.datamodule
+    datasets = dict(zip(data.table.category_key, data.table.dataset, strict=True))
+    return AnomalyMetrics(datasets=datasets, metrics=names).to(module.device)
+
+
+def print_metrics(table: pd.DataFrame) -> None:
+    """Prints the per-category metrics in percent, the means below, and why a number is missing."""
+    console = Console()
+    reasons: dict[str, None] = {}
+    for variant, rows in table.groupby("variant", sort=False):
+        shown = Table(title=variant or None, caption="percent; mean = unweighted over categories; pooled = one ranking over all")
+        shown.add_column("category")
+        columns = [name for name in SHOWN if name in set(rows.metric)]
+        for name in columns:
+            shown.add_column(name, justify="right")
+        for (scope, dataset, category), group in rows.groupby(["scope", "dataset", "category"], sort=False):
+            values = group.set_index("metric").value
+            label = category or f"{scope}{f' of {dataset}' if dataset else ''}"
+            shown.add_row(label, *("-" if pd.isna(values[c]) else f"{100 * values[c]:.2f}" for c in columns))
+            reasons |= dict.fromkeys(f"{label}: {r}" for r in group.reason.dropna().unique() if r)
+        console.print(shown)
+    for reason in reasons:
+        console.print(f"- {reason}", highlight=False)

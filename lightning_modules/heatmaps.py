@@ -1,0 +1,108 @@
+"""Pictures of anomaly maps: image, ground truth, map of each level, fused map; chosen by rule, on one scale per category."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lightning_modules.base import ReconstructionModule
+from models.head import ScoredMaps
+
+RANKS = ("worst", "median", "best")
+
+
+def choose(image_scores: pd.DataFrame) -> dict[int, str]:
+    """Image ids to draw: of every category the anomalous image with the lowest, median and highest image score.
+
+    Args:
+        image_scores: One row per test image with ``id``, ``category``, ``label`` (0 or 1) and ``image_score``.
+
+    Returns:
+        id -> rank (``worst``, ``median``, ``best``); a category with fewer anomalous images gives fewer.
+    """
+    chosen: dict[int, str] = {}
+    for _, rows in image_scores[image_scores.label == 1].groupby("category", sort=False):
+        ordered = rows.sort_values(["image_score", "id"]).id.to_numpy()
+        for rank, position in zip(RANKS, (0, len(ordered) // 2, len(ordered) - 1), strict=True):
+            chosen.setdefault(int(ordered[position]), rank)
+    return chosen
+
+
+@torch.no_grad()
+def draw(
+    module: ReconstructionModule, data: Any, ranks: Mapping[int, str], image_scores: pd.DataFrame
+) -> dict[str, bytes | str]:
+    """Draws the chosen test images, one picture per category, and an index of them.
+
+    Args:
+        module: The trained method, in eval mode.
+        data: The data module; images are read through :meth:`UnifiedDataModule.test_batch`.
+        ranks: Image id -> rank, from :func:`choose`.
+        image_scores: The scores of all test images.
+
+    Returns:
+        File name below ``heatmaps/`` -> JPEG bytes, and ``heatmaps/index.csv`` for the report.
+    """
+    files: dict[str, bytes | str] = {}
+    index = []
+    chosen = image_scores[image_scores.id.isin(list(ranks))]
+    for category, rows in chosen.groupby("category", sort=False):
+        ids = sorted(rows.id, key=lambda i: RANKS.index(ranks[i]))
+        batch = data.test_batch(ids)
+        scored = module.evaluate({k: v.to(module.device) if isinstance(v, Tensor) else v for k, v in batch.items()})[""]
+        titles = [f"{ranks[i]} {batch['defect'][n]}" for n, i in enumerate(ids)]
+        name = f"{category.replace('/', '-')}.jpg"
+        files[f"heatmaps/{name}"] = _picture(to_rgb(batch["image"], data.mean, data.std), batch["mask"], scored, titles)
+        score = rows.set_index("id").image_score
+        for n, i in enumerate(ids):
+            caption = f"{category}: {ranks[i]} by image score, {batch['defect'][n]}"
+            index.append((batch["dataset"][n], category.split("/")[-1], ranks[i], batch["defect"][n], score[i], name, caption))
+    columns = ["dataset", "category", "rank", "defect", "image_score", "file", "caption"]
+    files["heatmaps/index.csv"] = pd.DataFrame(index, columns=columns).to_csv(index=False)
+    return files
+
+
+def to_rgb(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Normalised images (B, 3, H, W) back to uint8 RGB (B, H, W, 3)."""
+    mean, std = torch.as_tensor(mean).view(3, 1, 1), torch.as_tensor(std).view(3, 1, 1)
+    return (images.cpu() * std + mean).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def overlay(image: np.ndarray, anomaly_map: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Heat map over a greyed image, uint8 (H, W, 3); ``low`` and ``high`` are the ends of the colour scale."""
+    scaled = np.clip((anomaly_map - low) / max(high - low, 1e-12), 0, 1)
+    heat = matplotlib.colormaps["inferno"](scaled)[..., :3] * 255
+    grey = image.mean(-1, keepdims=True)
+    return (0.35 * grey + 0.65 * heat).round().astype(np.uint8)
+
+
+def _picture(images: np.ndarray, masks: Tensor, scored: ScoredMaps, titles: Sequence[str]) -> bytes:
+    """One JPEG: a row per image; columns image, ground truth, the levels from the highest to the lowest, fused map."""
+    maps = scored.maps.float().cpu().numpy()
+    levels = [level.float().cpu().numpy() for level in reversed(scored.level_maps)] if len(scored.level_maps) > 1 else []
+    columns = ["image", "ground truth", *(f"map {n + 1} of {len(levels)}" for n in range(len(levels))), "anomaly map"]
+    figure = Figure(figsize=(1.7 * len(columns), 1.75 * len(images)), dpi=90, layout="constrained")
+    axes = figure.subplots(len(images), len(columns), squeeze=False)
+    for row, title in enumerate(titles):
+        axes[row, 0].imshow(images[row])
+        axes[row, 1].imshow(masks[row, 0].cpu().numpy(), cmap="gray", vmin=0, vmax=1)
+        for column, level in enumerate(levels, start=2):
+            axes[row, column].imshow(level[row], cmap="inferno", vmin=level.min(), vmax=level.max())
+        axes[row, -1].imshow(overlay(images[row], maps[row], maps.min(), maps.max()))
+        axes[row, 0].set_ylabel(title, fontsize=7)
+    for axis, column in zip(axes[0], columns, strict=True):
+        axis.set_title(column, fontsize=8)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="jpg", pil_kwargs={"quality": 85})
+    return buffer.getvalue()

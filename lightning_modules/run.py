@@ -1,0 +1,97 @@
+"""One run: its name, its folders, where it came from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+PROTOCOLS = ("clean", "as_released")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Name, place and protocol of a run.
+
+    Args:
+        name: The run's folder below ``results/runs/<sweep>/``; by default the method, the time and the seed.
+        sweep: The sweep that the run belongs to; ``single`` for runs of their own.
+        results: The folder that holds ``runs/`` (records) and ``work/`` (checkpoints, logs).
+        protocol: ``clean``: full test set, last epoch, nothing chosen on test images. ``as_released``: what the method's
+            released code does, to compare with its printed numbers; every table says so.
+        curve_every: Score the test set every so many epochs for a training curve (image and pixel AUROC); 0 for never.
+            Under the protocol ``clean`` the curve is only watched: nothing is chosen by it.
+        heatmaps: Draw heat maps of the worst, the median and the best image of each category.
+        overwrite: Replace a finished run of the same name.
+    """
+
+    name: str | None = None
+    sweep: str = "single"
+    results: str = "results"
+    protocol: str = "clean"
+    curve_every: int = 0
+    heatmaps: bool = True
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(f"run.protocol is {self.protocol!r}; allowed are {', '.join(PROTOCOLS)}.")
+        if self.curve_every < 0:
+            raise ValueError(f"run.curve_every is {self.curve_every}; give 0 (no curve) or a number of epochs.")
+        for key, value in (("name", self.name), ("sweep", self.sweep)):
+            if value is not None and (not value or Path(value).name != value or value.startswith(".")):
+                raise ValueError(f"run.{key} is {value!r}; it names a folder: give letters, digits, '-', '_', '=', '.'.")
+
+    @property
+    def record(self) -> Path:
+        """Folder of the finished run's record."""
+        return Path(self.results) / "runs" / self.sweep / self.name
+
+    @property
+    def work(self) -> Path:
+        """Folder of the run's checkpoints and logs."""
+        return Path(self.results) / "work" / self.sweep / self.name
+
+
+def sweep_parameters() -> dict[str, Any]:
+    """The sweep's parameters of this run, as ``wandb agent`` and the local runner hand them over; empty outside a sweep."""
+    path = os.environ.get("WANDB_SWEEP_PARAM_PATH")
+    if not path or not Path(path).is_file():
+        return {}
+    entries = yaml.safe_load(Path(path).read_text()) or {}
+    return {key: entry["value"] for key, entry in entries.items() if isinstance(entry, dict) and "value" in entry}
+
+
+def code_version() -> tuple[str, bool]:
+    """(git commit of the code or "unknown", whether files differ from it)."""
+    here = Path(__file__).resolve().parents[1]
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown", False
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Where a number comes from: commit, versions, machine, command."""
+    commit, dirty = code_version()
+    packages = ("torch", "lightning", "timm", "torchmetrics", "albumentations", "numpy", "scipy", "pandas")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else (platform.processor() or platform.machine())
+    return {
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
+        "device": f"{device.type}: {name}",
+        "command": " ".join(["python -m lightning_modules", *sys.argv[1:]]),
+    }

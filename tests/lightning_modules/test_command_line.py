@@ -1,0 +1,47 @@
+"""The command line gives a run what its environment, its profile and its recipe say, in that order of weakness."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightning_modules.cli import environment_arguments, with_environment
+
+
+def test_environment_stands_between_the_configuration_files_and_explicit_arguments():
+    given = ["fit", "--config", "a.yaml", "--config=b.yaml", "--model.init_args.backbone.weights=random"]
+    assert with_environment(given, {"WEIGHTS": "imagenet"}) == [
+        *given[:4],
+        "--model.init_args.backbone.weights=imagenet",
+        given[4],
+    ]
+
+
+def test_without_variables_arguments_are_left_alone():
+    given = ["test", "--run.name=x"]
+    assert with_environment(given, {"DATASET": "", "BACKBONE": ""}) == given
+
+
+def test_one_dataset_with_categories_becomes_one_argument():
+    arguments = environment_arguments({"DATASET": "mvtec_ad", "DATA_ROOT": "/d", "CATEGORIES": "bottle,cable"})
+    assert arguments == [
+        '--data.init_args.datasets=[{"name": "mvtec_ad", "root": "/d", "categories": ["bottle", "cable"]}]'
+    ]
+
+
+def test_several_datasets_pair_with_their_roots_in_order():
+    (argument,) = environment_arguments({"DATASET": "mvtec_ad,visa", "DATA_ROOT": "/m,/v"})
+    assert argument.endswith('[{"name": "mvtec_ad", "root": "/m"}, {"name": "visa", "root": "/v"}]')
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"DATASET": "mvtec_ad"}, "DATA_ROOT 0 folder"),
+        ({"DATASET": "a,b", "DATA_ROOT": "/a"}, "DATASET names 2 dataset"),
+        ({"CATEGORIES": "x"}, "needs exactly one DATASET"),
+        ({"DATASET": "a,b", "DATA_ROOT": "/a,/b", "CATEGORIES": "x"}, "needs exactly one DATASET"),
+    ],
+)
+def test_contradicting_variables_are_refused_with_what_was_found(environment, message):
+    with pytest.raises(SystemExit, match=message):
+        environment_arguments(environment)
