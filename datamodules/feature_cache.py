@@ -107,7 +107,10 @@ class FeatureCache:
         """Compares rows that were not read before with their checksums; raises DamagedCacheError."""
         for row in rows[~self._checked[rows]]:
             if _checksum(self._arrays(), row) != self._checksums[row]:
-                raise DamagedCacheError(f"{self.folder}: row {row} fails its checksum.")
+                (self.folder / "meta.json").unlink(missing_ok=True)  # without it the entry is never opened again
+                raise DamagedCacheError(
+                    f"{self.folder}: row {row} is damaged (checksum). The entry is given up; the next run builds it anew."
+                )
             self._checked[row] = True
 
     def _arrays(self) -> list[np.ndarray]:

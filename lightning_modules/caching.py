@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -72,8 +71,7 @@ def attach(model: ReconstructionModule, data: UnifiedDataModule, config: CacheCo
         try:
             data.serve_from(cache, device, int(config.resident_gb * 2**30))
         except DamagedCacheError as error:
-            rank_zero_warn(f"{error} It is built anew.")
-            shutil.rmtree(cache.folder)
+            rank_zero_warn(str(error))
             data.serve_from(_open(root, spec, model, data, config, device), device, int(config.resident_gb * 2**30))
     except CacheTooLargeError as error:
         rank_zero_info(f"No feature cache: it {error}. Images are read and the backbone runs in every step.")
@@ -94,7 +92,7 @@ def _open(
         loader = data.all_images(first, BATCH)
         for batch in track(loader, "Backbone features", disable=not sys.stdout.isatty(), transient=True):
             levels = model.prepare(model.extractor(batch["image"].to(device)))
-            yield levels, batch["mask"], batch.get("pixels")
+            yield levels, batch["mask"], batch["pixels"] if spec.images else None
         model.extractor.to(home)
 
     return open_or_build(root, spec, len(data.table), compute, int(config.budget_gb * 2**30))

@@ -123,9 +123,7 @@ class TestCurve(L.Callback):
 
 
 def _new_metrics(trainer: L.Trainer, module: ReconstructionModule, names: list[str] | None = None) -> AnomalyMetrics:
-    data = trainer.datamodule
-    datasets = dict(zip(data.table.category_key, data.table.dataset, strict=True))
-    return AnomalyMetrics(datasets=datasets, metrics=names).to(module.device)
+    return AnomalyMetrics(datasets=trainer.datamodule.dataset_of(), metrics=names).to(module.device)
 
 
 def print_metrics(table: pd.DataFrame) -> None:

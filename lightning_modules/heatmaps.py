@@ -44,7 +44,7 @@ def draw(
 
     Args:
         module: The trained method, in eval mode.
-        data: The data module; images are read through :meth:`UnifiedDataModule.test_batch`.
+        data: The data module; images are read through :meth:`UnifiedDataModule.image_batch`.
         ranks: Image id -> rank, from :func:`choose`.
         image_scores: The scores of all test images.
 
@@ -56,15 +56,16 @@ def draw(
     chosen = image_scores[image_scores.id.isin(list(ranks))]
     for category, rows in chosen.groupby("category", sort=False):
         ids = sorted(rows.id, key=lambda i: RANKS.index(ranks[i]))
-        batch = data.test_batch(ids)
+        batch = data.image_batch(ids)
         scored = module.evaluate({k: v.to(module.device) if isinstance(v, Tensor) else v for k, v in batch.items()})[""]
-        titles = [f"{ranks[i]} {batch['defect'][n]}" for n, i in enumerate(ids)]
+        defects = [data.table["defect"][i] for i in ids]
+        titles = [f"{ranks[i]}: {defect}" for i, defect in zip(ids, defects, strict=True)]
         name = f"{category.replace('/', '-')}.jpg"
         files[f"heatmaps/{name}"] = _picture(to_rgb(batch["image"], data.mean, data.std), batch["mask"], scored, titles)
         score = rows.set_index("id").image_score
         for n, i in enumerate(ids):
-            caption = f"{category}: {ranks[i]} by image score, {batch['defect'][n]}"
-            index.append((batch["dataset"][n], category.split("/")[-1], ranks[i], batch["defect"][n], score[i], name, caption))
+            caption = f"{category}: {ranks[i]} by image score, {defects[n]}"
+            index.append((batch["dataset"][n], category.split("/")[-1], ranks[i], defects[n], score[i], name, caption))
     columns = ["dataset", "category", "rank", "defect", "image_score", "file", "caption"]
     files["heatmaps/index.csv"] = pd.DataFrame(index, columns=columns).to_csv(index=False)
     return files

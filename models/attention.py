@@ -20,7 +20,9 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, d_model: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         if heads < 1 or d_model % heads:
-            raise ValueError(f"The number of heads must divide the token width, found d_model={d_model}, heads={heads}.")
+            raise ValueError(
+                f"The number of heads must divide the token width, found d_model={d_model}, heads={heads}."
+            )
         self.heads = heads
         self.dropout = dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * d_model, d_model))

@@ -1,6 +1,7 @@
 """From (target, reconstruction) pairs to an anomaly map and an image score.
 
-    pairs -> distance per level -> [affine] -> resize -> blur per level -> fusion -> resize to the image -> smoothing -> score
+    pairs -> distance per level -> [affine] -> resize -> blur per level -> fusion -> resize to the image
+          -> smoothing -> image score
 
 Every step is a named option; a method's defaults are its paper's choices. Everything is computed in float32, also
 under autocast: a map in half precision has so few distinct values that ranking metrics would tie.
@@ -79,9 +80,13 @@ class HeadConfig:
         if self.fusion_stride < 1:
             raise ValueError(f"head.fusion_stride must be at least 1, found {self.fusion_stride}.")
         if self.smoothing_sigma < 0:
-            raise ValueError(f"head.smoothing_sigma must not be negative, found {self.smoothing_sigma} (0 = no smoothing).")
+            raise ValueError(
+                f"head.smoothing_sigma must not be negative, found {self.smoothing_sigma} (0 = no smoothing)."
+            )
         if self.smoothing_kernel is not None and not self.smoothing_sigma:
-            raise ValueError("head.smoothing_kernel is set but head.smoothing_sigma is 0, so nothing would be smoothed.")
+            raise ValueError(
+                "head.smoothing_kernel is set but head.smoothing_sigma is 0, so nothing would be smoothed."
+            )
         if self.level_kernels and len(self.level_kernels) != len(self.level_sigmas):
             raise ValueError(
                 f"head.level_kernels has {len(self.level_kernels)} values and head.level_sigmas has "
@@ -94,7 +99,7 @@ class HeadConfig:
 
 
 class ScoredMaps(NamedTuple):
-    """maps: float32 (B, H, W); image_scores: float32 (B,); level_maps: float32 (B, H_l, W_l) per level, raw distances."""
+    """maps: float32 (B, H, W); image_scores: float32 (B,); level_maps: raw distances, float32 (B, H_l, W_l) each."""
 
     maps: Tensor
     image_scores: Tensor
@@ -102,7 +107,7 @@ class ScoredMaps(NamedTuple):
 
 
 def distance_map(pair: Pair, distance: Distance, cosine_weight: float = 1.0) -> Tensor:
-    """Distance of target and reconstruction at every position: float32 (B, H, W), 0 = equal. Names as in `HeadConfig`."""
+    """Distance of target and reconstruction at every position, float32 (B, H, W); names as in `HeadConfig`."""
     target, reconstruction = pair.target.float(), pair.reconstruction.float()
     if target.shape != reconstruction.shape:
         raise ValueError(

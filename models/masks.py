@@ -24,7 +24,9 @@ def window_mask(grid: tuple[int, int], window: int | tuple[int, int]) -> Tensor:
     height, width = grid
     rows_window, columns_window = _two(window)
     if min(rows_window, columns_window) < 1:
-        raise ValueError(f"The window must be at least 1 token wide, found {window}. To switch masking off, use no mask.")
+        raise ValueError(
+            f"The window must be at least 1 token wide, found {window}. To switch masking off, use no mask."
+        )
     rows, columns = torch.arange(height), torch.arange(width)
     near_row = (rows[:, None] - rows).abs() <= rows_window // 2  # (height, height)
     near_column = (columns[:, None] - columns).abs() <= columns_window // 2  # (width, width)

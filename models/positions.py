@@ -58,9 +58,10 @@ def normalized_sine_position(d_model: int, grid: tuple[int, int], temperature: f
 
 
 def integer_sine_position(d_model: int, grid: tuple[int, int], base: float = 10000.0) -> Tensor:
-    """RLR's sine code: integer coordinates from 0, not normalised; [column half ; row half], sine and cosine interleaved.
+    """RLR's sine code: integer coordinates from 0, not normalised; [column half ; row half].
 
-    Returns float32 (L, d): channel 0 along a row is sin(0), sin(1), ..., channel d / 2 the same along a column.
+    Within a half sine and cosine are interleaved as in `normalized_sine_position`. Returns float32 (L, d): channel 0 along a row is sin(0), sin(1), ..., channel d / 2 the
+    same along a column.
     """
     if d_model % 4:
         raise ValueError(f"A 2-D sine code needs d_model divisible by 4, found {d_model}.")
@@ -74,3 +75,16 @@ def integer_sine_position(d_model: int, grid: tuple[int, int], base: float = 100
     columns = axis(width)[None].expand(height, -1, -1)
     rows = axis(height)[:, None].expand(-1, width, -1)
     return torch.cat([columns, rows], dim=-1).flatten(0, 1).float()
+
+
+class SinePosition2d(nn.Module):
+    """A fixed code as a buffer outside the state dict, used like `LearnedPosition2d`: `forward()` returns (L, d)."""
+
+    code: Tensor
+
+    def __init__(self, d_model: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.register_buffer("code", normalized_sine_position(d_model, grid), persistent=False)
+
+    def forward(self) -> Tensor:
+        return self.code

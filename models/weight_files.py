@@ -14,7 +14,7 @@ _NESTS = ("state_dict", "model_state_dict", "state_dict_ema", "model_state", "mo
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The named tensors of a `.pth`/`.pt`/`.tar`/`.ckpt`/`.bin` (torch, tensors only) or `.safetensors` file, on the CPU.
+    """The named tensors of a `.safetensors` file, or of any other as torch saved it, on the CPU.
 
     Looks through the usual nesting ("state_dict", "model", ...). Raises FileNotFoundError for a missing file and
     ValueError for one that cannot be read or holds no named tensors.

@@ -1,0 +1,106 @@
+"""Augmentation of training images by category: image and mask together, through albumentations.
+
+An entry of `AUGMENTATIONS` maps a category (without its dataset) to a list of albumentations transforms, applied in
+order after the resize; an empty list leaves the category as it is. A method's recipe names an entry.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from datamodules.errors import DataError, did_you_mean
+
+if TYPE_CHECKING:
+    import albumentations
+
+    Policy = Callable[[str], Sequence[albumentations.BasicTransform]]
+
+# UniAS (WACV 2025), released code: hflip and vflip with p = 0.3, then a rotation drawn from {0, 90, 180, 270} degrees.
+_MVTEC_FLIP = frozenset(
+    ["bottle", "carpet", "grid", "hazelnut", "metal_nut", "pill", "screw", "tile", "wood", "zipper"],
+)
+_MVTEC_ROTATE = frozenset(["bottle", "carpet", "hazelnut", "screw", "tile", "wood"])
+_VISA_HFLIP = frozenset(["candle", "macaroni2", "capsules", "chewinggum", "fryum", "macaroni1", "pipe_fryum"])
+_VISA_VFLIP = frozenset(["macaroni2", "capsules", "chewinggum", "fryum", "pipe_fryum"])
+_VISA_ROTATE = frozenset(["macaroni2", "capsules", "fryum"])
+
+
+def _library():
+    """albumentations, imported late: it takes a second, and by default asks the network for a newer version."""
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    import albumentations
+
+    return albumentations
+
+
+def _flips_and_rotations(
+    category: str, hflip: frozenset[str], vflip: frozenset[str], rotate: frozenset[str]
+) -> list[albumentations.BasicTransform]:
+    library = _library()
+    transforms: list[albumentations.BasicTransform] = []
+    if category in hflip:
+        transforms.append(library.HorizontalFlip(p=0.3))
+    if category in vflip:
+        transforms.append(library.VerticalFlip(p=0.3))
+    if category in rotate:
+        transforms.append(library.RandomRotate90(p=1.0))  # p = 1 is uniform over the four angles, 0 among them
+    return transforms
+
+
+def _unias_mvtec(category: str) -> list[albumentations.BasicTransform]:
+    """UniAS on MVTec AD as meant: hazelnut is augmented. cable, capsule, leather, toothbrush, transistor are not."""
+    return _flips_and_rotations(category, _MVTEC_FLIP, _MVTEC_FLIP, _MVTEC_ROTATE)
+
+
+def _unias_mvtec_released(category: str) -> list[albumentations.BasicTransform]:
+    """UniAS on MVTec AD as released: its lists spell "hazel_nut", so hazelnut is never augmented."""
+    return [] if category == "hazelnut" else _unias_mvtec(category)
+
+
+def _unias_visa(category: str) -> list[albumentations.BasicTransform]:
+    """UniAS on VisA."""
+    return _flips_and_rotations(category, _VISA_HFLIP, _VISA_VFLIP, _VISA_ROTATE)
+
+
+AUGMENTATIONS: dict[str, Policy] = {
+    "none": lambda category: [],
+    "unias_mvtec": _unias_mvtec,
+    "unias_mvtec_released": _unias_mvtec_released,
+    "unias_visa": _unias_visa,
+}
+
+
+class Augmentation:
+    """A named policy, made ready for the categories of a run.
+
+    Args:
+        name: entry of AUGMENTATIONS.
+        categories: category keys of the run; `dataset/category` is looked up by its category.
+    """
+
+    def __init__(self, name: str, categories: Sequence[str]) -> None:
+        if name not in AUGMENTATIONS:
+            raise DataError(f"Unknown augmentation {name!r}. {did_you_mean(name, AUGMENTATIONS)}")
+        policy = AUGMENTATIONS[name]
+        lists = {key: policy(key.rpartition("/")[2]) for key in categories}
+        self._pipelines = {key: _library().Compose(list(steps)) for key, steps in lists.items() if steps}
+        if name != "none" and not self._pipelines:
+            raise DataError(f"Augmentation {name!r} has nothing for any of the categories {', '.join(categories)}.")
+
+    def __call__(self, image: np.ndarray, mask: np.ndarray, key: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Augment one sample: image uint8 (H, W, 3) and mask bool (H, W), the same geometry for both.
+
+        The result depends on the arguments alone. A transform that changes the size raises DataError.
+        """
+        pipeline = self._pipelines.get(key)
+        if pipeline is None:
+            return image, mask
+        pipeline.set_random_seed(seed)
+        result = pipeline(image=image, mask=mask.view(np.uint8))
+        if result["image"].shape != image.shape:
+            raise DataError(f"The augmentation of {key!r} turns images by 90 degrees: image_size must be square.")
+        return result["image"], result["mask"].view(bool)

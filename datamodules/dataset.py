@@ -1,0 +1,149 @@
+"""Rows of the sample table -> samples -> batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from datamodules.augmentation import Augmentation
+from datamodules.images import read_pair, resize_image, resize_mask
+from datamodules.sampling import Draw
+from datamodules.table import SampleTable, category_keys
+
+UNKNOWN = -1
+"""Label of an image of which nothing is known (prediction on a folder)."""
+
+
+class Row(NamedTuple):
+    """What a batch tells of an image besides its pixels."""
+
+    id: int
+    dataset: str
+    category: str
+    label: int
+    anomaly_type: str
+    image_path: str
+    mask_paths: tuple[str, ...]
+
+
+def table_rows(table: SampleTable, split: str) -> list[Row]:
+    """Rows of one split in table order; `category` is the category key."""
+    keys = category_keys(table)
+    return [
+        Row(row.id, row.dataset, key, row.label, row.anomaly_type, row.image_path, row.mask_paths)
+        for row, key in zip(table.itertuples(index=False), keys, strict=True)
+        if row.split == split
+    ]
+
+
+class ImageSource:
+    """Loads a row's image and mask at the size of the run.
+
+    Args:
+        size: (height, width).
+        resize: name of an image resize.
+        bit_depths: dataset -> significant bits of its 16-bit images.
+        thresholds: dataset -> value above which a mask pixel is defective (default 0).
+        cache_bytes: how much of the resized images to keep in memory, first come first kept.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        resize: str,
+        bit_depths: dict[str, int] | None = None,
+        thresholds: dict[str, int] | None = None,
+        cache_bytes: int = 0,
+    ) -> None:
+        self.size, self.resize = size, resize
+        self._bit_depths, self._thresholds = bit_depths or {}, thresholds or {}
+        self._cache: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._room = cache_bytes
+
+    def load(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
+        """Image uint8 (H, W, 3) and mask bool (H, W); both are shared with the cache, so never write into them."""
+        cached = self._cache.get(row.image_path)
+        if cached is not None:
+            return cached
+        bits, threshold = self._bit_depths.get(row.dataset), self._thresholds.get(row.dataset, 0)
+        image, mask = read_pair(row.image_path, row.mask_paths, bits, threshold)
+        loaded = (
+            resize_image(image, self.size, self.resize),
+            np.zeros(self.size, bool) if mask is None else resize_mask(mask, self.size),
+        )
+        needed = loaded[0].nbytes + loaded[1].nbytes
+        if needed <= self._room:
+            self._room -= needed
+            self._cache[row.image_path] = loaded
+        return loaded
+
+
+class TableDataset(Dataset):
+    """Samples of some rows. Indexed by position, or by a `Draw` that also carries the seed of the augmentation.
+
+    Args:
+        rows: the images.
+        source: where pixels come from; anything with `load(row)` as ImageSource has it.
+        mean, std: of the normalisation, for pixels in [0, 1].
+        augmentation: applied to draws only.
+        pixels: samples also carry `pixels`, the resized image as uint8 (3, H, W).
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        source: ImageSource,
+        mean: Sequence[float],
+        std: Sequence[float],
+        augmentation: Augmentation | None = None,
+        pixels: bool = False,
+    ) -> None:
+        self.rows, self.source, self.augmentation, self.pixels = list(rows), source, augmentation, pixels
+        levels = torch.arange(256, dtype=torch.float32)[:, None] / 255
+        table = (levels - torch.tensor(mean)) / torch.tensor(std)
+        self.normalised = np.ascontiguousarray(table.numpy().T)  # (3, 256): one look-up per pixel is exact and fast
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int | Draw) -> dict[str, Any]:
+        """A sample: `image` float32 (3, H, W) normalised, `mask` bool (1, H, W), and the fields of a batch."""
+        row = self.rows[index.row if isinstance(index, Draw) else index]
+        image, mask = self.source.load(row)
+        if self.augmentation is not None and isinstance(index, Draw):
+            image, mask = self.augmentation(image, mask, row.category, index.seed)
+        pixels = np.empty((3, *image.shape[:2]), np.float32)
+        for channel, values in enumerate(self.normalised):
+            np.take(values, image[..., channel], out=pixels[channel], mode="clip")
+        sample = {
+            "image": torch.from_numpy(pixels),
+            "mask": torch.from_numpy(np.array(mask)[None]),
+            "has_mask": row.label == 0 or bool(row.mask_paths),
+            "label": row.label,
+            "category": row.category,
+            "dataset": row.dataset,
+            "anomaly_type": row.anomaly_type,
+            "id": row.id,
+            "path": row.image_path,
+        }
+        if self.pixels:
+            sample["pixels"] = torch.from_numpy(image.transpose(2, 0, 1).copy())
+        return sample
+
+
+def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Stack samples: tensors to (B, ...), numbers to int64 (B,), truth values to bool (B,), texts to lists."""
+    batch: dict[str, Any] = {}
+    for name in samples[0]:
+        values = [sample[name] for sample in samples]
+        if isinstance(values[0], torch.Tensor):
+            batch[name] = torch.stack(values)
+        elif isinstance(values[0], str):
+            batch[name] = values
+        else:
+            batch[name] = torch.tensor(values)
+    return batch

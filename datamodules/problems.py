@@ -1,0 +1,35 @@
+"""Findings about a dataset on disk, collected while it is read and while it is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+ERROR, WARNING = "error", "warning"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One finding: `kind` is a fixed phrase to group by, `message` a sentence for people, `files` the evidence."""
+
+    severity: str
+    kind: str
+    category: str
+    message: str
+    files: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.severity}: {self.category}: {self.kind}: {self.message}"
+
+
+def describe(problems: Sequence[Problem], limit: int = 20) -> str:
+    """The problems as indented lines with up to `limit` of them, and how many were left out."""
+    lines = []
+    for problem in problems[:limit]:
+        lines.append(f"  {problem}")
+        lines += [f"      {file}" for file in problem.files[:5]]
+        if len(problem.files) > 5:
+            lines.append(f"      ... and {len(problem.files) - 5} more files")
+    if len(problems) > limit:
+        lines.append(f"  ... and {len(problems) - limit} more problems")
+    return "\n".join(lines)

@@ -1,0 +1,159 @@
+"""What a dataset reader is, and the register that finds one by name."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import ClassVar
+
+from datamodules.errors import DataError, did_you_mean
+from datamodules.problems import ERROR, Problem, describe
+from datamodules.table import Sample, SampleTable, build_table
+from datamodules.tree import is_category, list_folders
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Images of one category as the dataset's authors published them."""
+
+    train: int
+    test_good: int
+    structural: int
+    logical: int = 0
+    val: int = 0
+
+
+class DatasetReader(abc.ABC):
+    """Turns one dataset, in the layout its users download, into samples. One subclass per file in this package."""
+
+    name: ClassVar[str]
+    layout: ClassVar[str]
+    """One line for error messages: what the root must hold."""
+    homepage: ClassVar[str] = ""
+    counts: ClassVar[Mapping[str, Counts]] = {}
+    """Public counts per category; empty where there are none."""
+    mask_threshold: ClassVar[int] = 0
+    """Mask values above it are defective, at native resolution."""
+
+    def locate(self, root: Path) -> Path:
+        """The folder that holds the categories, given what the user named; override where archives add a level."""
+        return root
+
+    def categories(self, root: Path) -> list[str]:
+        """Names of the categories under `root`, sorted; empty if the layout is not there."""
+        return [folder.name for folder in list_folders(root) if is_category(folder)]
+
+    @abc.abstractmethod
+    def read_category(self, root: Path, category: str, problems: list[Problem]) -> list[Sample]:
+        """Samples of one category; findings are appended to `problems`."""
+
+
+READERS: dict[str, DatasetReader] = {}
+
+
+def register(reader: type[DatasetReader]) -> type[DatasetReader]:
+    """Class decorator: make a reader available under its name."""
+    READERS[reader.name] = reader()
+    return reader
+
+
+def load_readers() -> dict[str, DatasetReader]:
+    """All readers by name; imports every module beside this one, so that a new dataset is one new file."""
+    for module in iter_modules([str(Path(__file__).parent)]):
+        import_module(f"{__package__}.{module.name}")
+    return READERS
+
+
+def get_reader(name: str) -> DatasetReader:
+    """The reader of a dataset; an unknown name raises DataError with the nearest one."""
+    readers = load_readers()
+    if name not in readers:
+        raise DataError(
+            f"Unknown dataset {name!r}. {did_you_mean(name, readers)} Your own images are read by 'folder'."
+        )
+    return readers[name]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A dataset as found on disk, before any image is opened."""
+
+    reader: DatasetReader
+    root: Path
+    table: SampleTable
+    problems: tuple[Problem, ...]
+    available: tuple[str, ...]
+    """Every category under the root, whether asked for or not."""
+
+
+def list_dataset(
+    name: str, root: str | Path, categories: Sequence[str] | None = None, label: str | None = None
+) -> Listing:
+    """Read a dataset's file names, without opening images.
+
+    Args:
+        name: reader, e.g. mvtec_ad.
+        root: folder of the dataset.
+        categories: subset to read, None for all. The result is ordered by name, whatever order is asked for.
+        label: name of the dataset in the table, default `name`.
+
+    Raises:
+        DataError: unknown dataset or category, or a root without the dataset's layout.
+    """
+    reader = get_reader(name)
+    given = Path(root).expanduser()
+    if not given.is_dir():
+        raise DataError(f"{name}: the root {given} is not a folder. {_how_to_get(reader)}")
+    base = reader.locate(given)
+    available = reader.categories(base)
+    if not available:
+        raise DataError(f"{name}: no category under {given}. {_what_is_there(given)} {_how_to_get(reader)}")
+    chosen = available if categories is None else sorted(set(categories))
+    if not chosen:
+        raise DataError(f"{name}: the list of categories is empty; leave it out to use all: {', '.join(available)}.")
+    for category in chosen:
+        if category not in available:
+            raise DataError(f"{name}: no category {category!r} under {base}. {did_you_mean(category, available)}")
+    problems: list[Problem] = []
+    samples: list[Sample] = []
+    for category in chosen:
+        found = reader.read_category(base, category, problems)
+        if not any(sample.split == "train" for sample in found):
+            what = f"no normal training image under {base}; the layout is: {reader.layout}"
+            problems.append(Problem(ERROR, "category without normals", category, what, (str(base),)))
+        samples.extend(found)
+    return Listing(reader, base, build_table(label or name, samples), tuple(problems), tuple(available))
+
+
+def raise_on_errors(listing: Listing) -> None:
+    """Raise DataError with every error of the listing, if it has any."""
+    errors = [problem for problem in listing.problems if problem.severity == ERROR]
+    if errors:
+        raise DataError(
+            f"{listing.reader.name} in {listing.root} cannot be used as it is:\n{describe(errors)}\n"
+            "Everything is listed by: "
+            f"python -m datamodules check --dataset {listing.reader.name} --data-root {listing.root}"
+        )
+
+
+def _how_to_get(reader: DatasetReader) -> str:
+    source = f" It can be had from {reader.homepage}" if reader.homepage else ""
+    return f"{reader.name} is laid out as: {reader.layout}.{source}"
+
+
+def _what_is_there(root: Path) -> str:
+    if is_category(root):
+        return (
+            f"The root itself is laid out like one category: name its parent folder and categories={root.name}, "
+            "or use the dataset 'folder'."
+        )
+    folders = list_folders(root)
+    for folder in folders:
+        if any(is_category(inner) for inner in list_folders(folder)):
+            return f"Its folder {folder.name} holds categories: did you mean {folder}?"
+    names = ", ".join(folder.name for folder in folders[:8]) or "no folder"
+    return f"It holds {names}."

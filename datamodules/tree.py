@@ -1,0 +1,177 @@
+"""Walking image folders and pairing masks with images by name: the pieces that the readers share."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from datamodules.problems import ERROR, WARNING, Problem
+from datamodules.table import GOOD, Sample
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+NORMAL_NAMES = (GOOD, "ok", "normal")
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Image files directly in `folder` by suffix, hidden ones (.DS_Store, ._001.png) left out, sorted by name."""
+    if not folder.is_dir():
+        return []
+    found = (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    return sorted((p for p in found if p.is_file()), key=lambda p: p.name)
+
+
+def list_folders(folder: Path) -> list[Path]:
+    """Folders directly in `folder`, hidden ones left out, sorted by name."""
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")), key=lambda p: p.name)
+
+
+def is_category(folder: Path) -> bool:
+    """Whether a folder looks like one category of an MVTec-like tree."""
+    return (folder / "train").is_dir()
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Masks by image. `masks` holds an entry for each image; images without a mask have an empty tuple."""
+
+    masks: dict[Path, tuple[Path, ...]]
+    orphans: tuple[Path, ...]
+    duplicates: tuple[tuple[Path, ...], ...]
+
+    @property
+    def unpaired(self) -> tuple[Path, ...]:
+        return tuple(image for image, masks in self.masks.items() if not masks)
+
+
+def pair_masks(images: Sequence[Path], folder: Path, endings: Sequence[str] = ("_mask", "")) -> Pairing:
+    """Pair each image with the masks in `folder` by name, never by order.
+
+    The mask of `007.jpg` is a file `007<ending>.<any image suffix>`, where an ending earlier in `endings` wins, or else
+    every file in a folder `007/`. If several suffixes exist, .png wins; the losers are reported as duplicates.
+    """
+    by_stem: dict[str, list[Path]] = defaultdict(list)
+    for mask in list_images(folder):
+        by_stem[mask.stem].append(mask)
+    folders = {path.name: path for path in list_folders(folder)}
+    used: set[Path] = set()
+    duplicates: list[tuple[Path, ...]] = []
+    masks: dict[Path, tuple[Path, ...]] = {}
+    for image in images:
+        candidates = [mask for ending in endings for mask in by_stem.get(image.stem + ending, [])]
+        if candidates:
+            best_stem = candidates[0].stem
+            best = min((m for m in candidates if m.stem == best_stem), key=lambda m: (m.suffix.lower() != ".png", m))
+            masks[image] = (best,)
+            if len(candidates) > 1:
+                duplicates.append((best, *(m for m in candidates if m != best)))
+            used.update(candidates)
+        elif image.stem in folders:
+            masks[image] = tuple(list_images(folders[image.stem]))
+            used.update(masks[image])
+        else:
+            masks[image] = ()
+    on_disk = [*list_images(folder), *(mask for name in folders.values() for mask in list_images(name))]
+    return Pairing(masks, tuple(mask for mask in on_disk if mask not in used), tuple(duplicates))
+
+
+def pairing_problems(category: str, defect: str, pairing: Pairing, strict: bool) -> list[Problem]:
+    """What is wrong with a pairing. With `strict` (public datasets) a missing mask is an error, else a warning.
+
+    Masks that all fail to pair are an error either way: that is a naming mistake, not missing annotation.
+    """
+    problems = []
+    unpaired, orphans = pairing.unpaired, pairing.orphans
+    nothing_pairs = bool(orphans) and len(unpaired) == len(pairing.masks) > 0
+    if unpaired:
+        what = f"{len(unpaired)} of {len(pairing.masks)} images of defect {defect!r} have no mask"
+        if nothing_pairs:
+            what += f", although {len(orphans)} masks lie there: name the mask of 007.jpg 007_mask.png or 007.png"
+        else:
+            what += "; pixel metrics leave them out"
+        severity = ERROR if strict or nothing_pairs else WARNING
+        problems.append(Problem(severity, "missing mask", category, what, tuple(map(str, unpaired))))
+    if orphans:
+        what = f"{len(orphans)} masks of defect {defect!r} belong to no image"
+        problems.append(Problem(WARNING, "orphan mask", category, what, tuple(map(str, orphans))))
+    for kept, *others in pairing.duplicates:
+        what = f"{kept.name} is used, {', '.join(o.name for o in others)} is not"
+        problems.append(Problem(WARNING, "duplicate mask", category, what, tuple(map(str, (kept, *others)))))
+    return problems
+
+
+def duplicate_stem_problems(category: str, images: Sequence[Path], anomalous: bool) -> list[Problem]:
+    """Images of one folder that differ in their suffix only: an error where a mask must be paired, else a warning."""
+    by_stem: dict[str, list[Path]] = defaultdict(list)
+    for image in images:
+        by_stem[image.stem].append(image)
+    return [
+        Problem(
+            ERROR if anomalous else WARNING,
+            "duplicate stem",
+            category,
+            f"{' and '.join(p.name for p in same)} differ in their suffix only: each counts as an image of its own",
+            tuple(map(str, same)),
+        )
+        for same in by_stem.values()
+        if len(same) > 1
+    ]
+
+
+def read_tree(
+    category: str,
+    folder: Path,
+    problems: list[Problem],
+    *,
+    endings: Sequence[str] = ("_mask", ""),
+    strict: bool = True,
+    anomaly_type: dict[str, str] | None = None,
+    flat: bool = False,
+) -> list[Sample]:
+    """Samples of one category in an MVTec-like tree; findings are appended to `problems`.
+
+    `train/good`, optional `validation/good` (or `val/good`), `test/<good|defect>`, `ground_truth/<defect>`; good may be
+    called ok or normal. Each part is found by joining names to `folder`, so words in parent folders do not matter.
+
+    Args:
+        endings: what a mask's stem adds to its image's stem.
+        strict: whether a missing mask is an error.
+        anomaly_type: defect -> structural or logical; a defect not named is structural.
+        flat: whether training images may lie in `train` itself, without `good`.
+    """
+    samples: list[Sample] = []
+
+    def normals(split: str, part: Path) -> None:
+        images = [image for name in NORMAL_NAMES for image in list_images(part / name)]
+        if flat and not images:
+            images = list_images(part)
+        problems.extend(duplicate_stem_problems(category, images, anomalous=False))
+        samples.extend(Sample(category, split, GOOD, GOOD, str(image)) for image in images)
+
+    normals("train", folder / "train")
+    for name in ("validation", "val"):
+        normals("val", folder / name)
+    ignored = [p.name for p in list_folders(folder / "train") if p.name not in NORMAL_NAMES]
+    if ignored:
+        what = f"train holds {', '.join(ignored)}, which is left out: only good, ok or normal is trained on"
+        problems.append(Problem(WARNING, "unused folder", category, what, (str(folder / "train"),)))
+    for part in list_folders(folder / "test"):
+        images = list_images(part)
+        if part.name in NORMAL_NAMES:
+            normals_of_test = [Sample(category, "test", GOOD, GOOD, str(image)) for image in images]
+            problems.extend(duplicate_stem_problems(category, images, anomalous=False))
+            samples.extend(normals_of_test)
+            continue
+        problems.extend(duplicate_stem_problems(category, images, anomalous=True))
+        pairing = pair_masks(images, folder / "ground_truth" / part.name, endings)
+        if strict or (folder / "ground_truth").is_dir():
+            problems.extend(pairing_problems(category, part.name, pairing, strict))
+        kind = (anomaly_type or {}).get(part.name, "structural")
+        samples.extend(
+            Sample(category, "test", part.name, kind, str(image), tuple(map(str, pairing.masks[image])))
+            for image in images
+        )
+    return samples

@@ -1,0 +1,116 @@
+"""``python -m sweeps run|list``: ablations on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+from rich.console import Console
+from rich.markup import escape
+
+from sweeps import listing, prepare, sweep_file
+from sweeps.display import Display
+from sweeps.errors import SweepError
+from sweeps.runner import Job, Runner, check_writable
+from sweeps.state import DONE, FAILED, WORK
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit code (0 good, 1 cells failed, 2 wrong input, 130 interrupted)."""
+    options = _parser().parse_args(arguments)
+    console = Console(soft_wrap=not sys.stdout.isatty())
+    try:
+        return options.function(options, console)
+    except SweepError as error:
+        Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m sweeps", description="Run the ablations in sweeps/.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run every cell of an ablation and print its table")
+    run.set_defaults(function=_run)
+    run.add_argument("ablation", help="name of a file in sweeps/, or a path to a sweep file")
+    run.add_argument("--profile", help="folder in sweeps/profiles/ (default: $PROFILE or demo)")
+    run.add_argument("--workers", type=_positive, help="cells at a time without GPUs (default: up to 4, one per core)")
+    run.add_argument(
+        "--gpus", help="GPU numbers like 0,1, one cell at a time on each, or none (default: all there are)"
+    )
+    run.add_argument("--seeds", type=_numbers, help="seeds like 0,1,2; every cell runs once with each")
+    run.add_argument(
+        "--only", action="append", default=[], metavar="KEY=VALUE", help="only these cells; may be repeated"
+    )
+    run.add_argument("--retry-failed", action="store_true", help="run the cells again that failed before")
+    run.add_argument("--count", type=_positive, help="cells of a random search (default: run_cap of the file)")
+    run.add_argument("--sampler-seed", type=int, default=0, help="seed of a random search")
+    run.add_argument("--no-table", action="store_true", help="do not print the table at the end")
+
+    show = commands.add_parser("list", help="all ablations with their cells and cost, or the cells of one")
+    show.set_defaults(function=listing.show)
+    show.add_argument("ablation", nargs="?", help="list the cells of this ablation")
+    show.add_argument("--profile", help="folder in sweeps/profiles/ (default: $PROFILE or demo)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return number
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.replace(",", " ").split()]
+
+
+def _run(options: argparse.Namespace, console: Console) -> int:
+    def say(text: str) -> None:
+        console.print(text, highlight=False)
+
+    sweep = sweep_file.load(options.ablation)
+    variables = prepare.environment(options.profile)
+    cells = sweep_file.select(sweep.cells(options.seeds, options.count, options.sampler_seed), options.only, sweep.path)
+    check_writable(WORK)
+    sets = prepare.datasets(sweep, variables)
+    prepare.data(sets, variables["PROFILE"], say)
+    gpus = prepare.gpus(options.gpus)
+    workers = len(gpus) or options.workers or min(4, prepare.cores())
+    threads = max(1, prepare.cores() // workers)
+    jobs = prepare.jobs(sweep, cells, variables, sets, prepare.Weights(sweep, variables, say), threads)
+    varying = sweep_file.varying(cells) or sweep.varying
+    display = Display(console, f"{sweep.name} ({variables['PROFILE']})", varying, min(workers, len(jobs)))
+    runner = Runner(
+        jobs, display, workers, gpus, retry_failed=options.retry_failed, data_roots=[data.root for data in sets]
+    )
+    runner.run()
+    complete = _report(jobs, display)
+    if runner.interrupted:
+        display.say(f"Go on with: make sweep ABLATION={options.ablation}")
+        return 130
+    table = 0
+    if not options.no_table:
+        words = [sys.executable, "-m", "results", "sweep", sweep.name, "--profile", variables["PROFILE"]]
+        table = subprocess.run(words, env=variables).returncode
+    return table if complete else 1
+
+
+def _report(jobs: list[Job], display: Display) -> bool:
+    """Tell what is missing and why; return whether every cell is done."""
+    missing = [job for job in jobs if job.state != DONE]
+    for job in missing:
+        if job.state == FAILED:
+            display.say(f"\n[bold red]failed[/] {display.label(job)}  (exit code {job.exit_code}, log {job.log})")
+            for line in job.log_lines:
+                display.say(f"  [dim]|[/] {escape(line)}")
+    if any(job.state == FAILED for job in missing):
+        display.say("\nAfter mending the cause, run the same sweep with RETRY_FAILED=1.")
+    if missing:
+        display.say(f"[bold]{len(missing)} of {len(jobs)} cells have no result.[/]")
+    return not missing
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""A cell as a process: own process group, log file, death with the runner."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform.startswith("linux") else None
+GRACE = 5.0  # seconds that a cell's helpers may outlive it
+
+
+class CellProcess:
+    """Starts a command in its own process group with its output appended to a log.
+
+    A terminal's Ctrl-C does not reach it, so the runner decides how it stops. On Linux the kernel sends it SIGTERM when
+    the runner dies, however that happens. Must be made in the main thread: the kernel's signal follows the thread.
+    """
+
+    def __init__(self, words: list[str], environment: dict[str, str], log: Path, inherit: int | None = None) -> None:
+        parent = os.getpid()
+
+        def prepare() -> None:
+            os.setpgid(0, 0)
+            if _LIBC is not None:
+                _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+                if os.getppid() != parent:
+                    os._exit(128 + signal.SIGTERM)
+
+        with log.open("ab") as output:
+            output.write(f"$ {' '.join(words)}\n".encode())
+            output.flush()
+            self._process = subprocess.Popen(
+                words,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                preexec_fn=prepare,
+                pass_fds=() if inherit is None else (inherit,),
+            )
+        self.pid = self._process.pid
+        self._ended: float | None = None
+
+    def poll(self) -> int | None:
+        """Exit code once the process and its group are gone, else None; helpers that stay are killed after a grace."""
+        code = self._process.poll()
+        if code is None:
+            return None
+        if self._ended is None:
+            self._ended = time.monotonic()
+        if self._group_lives():
+            if time.monotonic() - self._ended < GRACE:
+                return None
+            self.kill()
+        return code
+
+    def terminate(self) -> None:
+        """Ask the cell to stop. Only its first process is told, because it must stop its own helpers in order."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Kill the cell and all its helpers at once."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def _group_lives(self) -> bool:
+        try:
+            os.killpg(self.pid, 0)
+        except (ProcessLookupError, PermissionError):
+            return False
+        return True

@@ -1,0 +1,160 @@
+"""Cell ids: the same cell has the same name everywhere, and whatever changes the result changes the name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sweeps import prepare, sweep_file
+from sweeps.identity import Dataset, Identifier, code_hash, data_hash, reached_files
+from sweeps.sweep_file import Cell
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small project: program -> base -> metrics; two methods; data; a sweep."""
+    files = {
+        "train/__init__.py": "",
+        "train/__main__.py": "from train import base",
+        "train/base.py": "from .metrics import auroc\nimport results.records",
+        "train/metrics.py": '"""Metrics."""\n\n\ndef auroc():\n    """Area."""\n    return 1  # one\n',
+        "train/uniad.py": "def f():\n    from nets.uniad import net",
+        "train/rlr.py": "import nets.rlr",
+        "nets/__init__.py": "",
+        "nets/uniad.py": "x = 1",
+        "nets/rlr.py": "x = 1",
+        "results/__init__.py": "",
+        "results/records.py": "x = 1",
+        "data/a/good/1.png": "pixels",
+        "data/b/good/1.png": "pixels",
+        "profiles/demo.yaml": "model: {class_path: train.uniad.UniAD}\n",
+        "sweeps/toy.yaml": yaml.safe_dump(
+            {
+                "name": "toy",
+                "method": "grid",
+                "parameters": {"size": {"values": [1, 2]}, "seed_everything": {"values": [0]}},
+                "command": [
+                    "${interpreter}", "-m", "train", "fit", "--config", "profiles/${envvar:PROFILE}.yaml",
+                    "--run.sweep=toy", "--epochs=3", "${args}",
+                ],
+            }
+        ),
+    }  # fmt: skip
+    for name, content in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def name(cell: int = 0, weights: str | None = None, seeds: list[int] | None = None, **variables: str) -> str:
+    sweep = sweep_file.load("toy")
+    dataset = Dataset("folder", Path("data"), ("a",))
+    return Identifier(sweep, {"PROFILE": "demo", **variables}, [dataset]).name(sweep.cells(seeds)[cell], weights)
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_name_is_the_same_in_another_process_folder_and_order(repository: Path) -> None:
+    assert name() == name()
+    assert len(name()) == 12
+    edit(repository / "profiles" / "demo.yaml", "model:", "# a comment\nmodel:")
+    moved = repository.parent / "moved"
+    before = name()
+    repository.rename(moved)
+    moved.rename(repository)
+    assert name() == before
+
+
+def test_everything_that_determines_the_result_changes_the_name(repository: Path) -> None:
+    base = name()
+    weights = repository / "weights.pth"
+    weights.write_bytes(b"one")
+    others = [
+        name(cell=1),
+        name(seeds=[1]),
+        name(weights="random"),
+        name(weights="imagenet"),
+        name(weights="weights.pth"),
+        name(DATASET="btad"),
+        name(CATEGORIES="a"),
+        name(BACKBONE="resnet18"),
+    ]
+    for path, old, new in [
+        ("profiles/demo.yaml", "train.uniad.UniAD", "train.uniad.Other"),
+        ("sweeps/toy.yaml", "--epochs=3", "--epochs=4"),
+        ("nets/uniad.py", "x = 1", "x = 2"),
+        ("train/metrics.py", "return 1", "return 2"),
+        ("data/a/good/1.png", "pixels", "more pixels"),
+    ]:
+        edit(repository / path, old, new)
+        others.append(name())
+    assert len({base, *others}) == 1 + len(others)
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new"),
+    [
+        ("nets/rlr.py", "x = 1", "x = 2"),
+        ("train/rlr.py", "import nets.rlr", "x = 1"),
+        ("results/records.py", "x = 1", "x = 2"),
+        ("train/metrics.py", "  # one", "  # the whole"),
+        ("train/metrics.py", "Area.", "Area under the curve."),
+        ("data/b/good/1.png", "pixels", "more pixels"),
+    ],
+)
+def test_finished_cells_survive_an_edit_that_cannot_change_them(
+    repository: Path, path: str, old: str, new: str
+) -> None:
+    before = name()
+    edit(repository / path, old, new)
+    assert name() == before
+
+
+def test_place_of_weights_and_data_does_not_matter(repository: Path) -> None:
+    for folder in ("one", "two"):
+        (repository / folder).mkdir()
+        (repository / folder / "weights.pth").write_bytes(b"the same")
+    assert name(weights="one/weights.pth") == name(weights="two/weights.pth")
+    (repository / "data").rename(repository / "elsewhere")
+    moved = data_hash(Dataset("folder", Path("elsewhere"), ("a",)))
+    (repository / "elsewhere").rename(repository / "data")
+    assert moved == data_hash(Dataset("folder", Path("data"), ("a",)))
+
+
+def test_code_of_this_repository_is_found_from_its_program() -> None:
+    root = Path(__file__).resolve().parents[2]
+    reached = {str(path.relative_to(root)) for path in reached_files(["sweeps.__main__"], root)}
+    assert reached == set(), "the runner itself determines no result"
+    assert code_hash(["datamodules"], root) != code_hash(["models"], root)
+
+
+def test_environment_names_the_data_before_the_profile_does(repository: Path) -> None:
+    edit(
+        repository / "profiles" / "demo.yaml",
+        "model:",
+        "data: {init_args: {datasets: [{name: mvtec, root: data/mvtec, categories: [cable]}]}}\nmodel:",
+    )
+    sweep = sweep_file.load("toy")
+
+    def named(**variables: str) -> list[Dataset]:
+        return prepare.datasets(sweep, {"PROFILE": "demo", **variables})
+
+    assert named() == [Dataset("mvtec", Path("data/mvtec"), ("cable",))]
+    assert named(DATA_ROOT="/d") == [Dataset("mvtec", Path("/d"), ("cable",))]
+    assert named(DATASET="btad", DATA_ROOT="/b", CATEGORIES="01, 02") == [Dataset("btad", Path("/b"), ("01", "02"))]
+    assert named(DATASET="synthetic") == [Dataset("synthetic", prepare.SYNTHETIC, None)]
+
+
+def test_cells_of_one_grid_have_different_names(repository: Path) -> None:
+    sweep = sweep_file.load("toy")
+    identifier = Identifier(sweep, {"PROFILE": "demo"}, [])
+    cells = [Cell({"size": size, "seed_everything": seed}) for size in range(20) for seed in range(20)]
+    assert len({identifier.name(cell, None) for cell in cells}) == 400
