@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.backbones import BackboneConfig, FeatureExtractor
+from models.backbones import FeatureExtractor
 from models.reconstruction import Pair
 
 REGION = 4  # pixels: side of the windows that regional features are averaged over
@@ -29,11 +29,15 @@ class RegionalFeatures(nn.Module):
 
     Each map is resized bilinearly (align_corners True) to the image's size and averaged over 4x4 windows. Both are
     linear and separable, so they are done as one small matrix per axis; the image-sized maps are never built.
+
+    It stands in for its extractor: config, provenance, channels, strides, sizes and a forward that gives one level.
     """
 
-    def __init__(self, config: BackboneConfig) -> None:
+    def __init__(self, extractor: FeatureExtractor) -> None:
         super().__init__()
-        self.extractor = FeatureExtractor(config)
+        self.extractor = extractor
+        config = self.config = extractor.config
+        self.provenance = extractor.provenance
         layers = list(self.extractor.net.children())
         self.dense = all(isinstance(layer, nn.Conv2d | nn.ReLU | nn.MaxPool2d) for layer in layers)
         if self.dense and config.padding != "reflect":
@@ -46,22 +50,23 @@ class RegionalFeatures(nn.Module):
         else:
             widths = self.extractor.channels
         self.map_channels: list[int] = widths
-        self.channels = sum(widths)
-        self.provenance = self.extractor.provenance
+        self.channels = [sum(widths)]
+        self.strides = [REGION]
         self._matrices: dict[tuple[int, int, str], Tensor] = {}
 
     def train(self, mode: bool = True) -> RegionalFeatures:
         """Stays in eval mode: the features are frozen."""
         return super().train(False)
 
-    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """(rows, columns) of regions for images of (height, width), each divisible by 4."""
+    def sizes(self, image_size: int | tuple[int, int]) -> list[tuple[int, int]]:
+        """[(rows, columns)] of regions for images of `image_size`, whose sides must be divisible by 4."""
+        image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         if any(side % REGION for side in image_size):
             raise ValueError(
                 f"regional features are means over {REGION}x{REGION} pixels: the image size must be divisible by "
                 f"{REGION}, found {image_size[0]}x{image_size[1]}"
             )
-        return image_size[0] // REGION, image_size[1] // REGION
+        return [(image_size[0] // REGION, image_size[1] // REGION)]
 
     @torch.no_grad()
     def maps(self, images: Tensor) -> list[Tensor]:
@@ -77,15 +82,15 @@ class RegionalFeatures(nn.Module):
         return maps
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) -> regional features (B, C, H/4, W/4)."""
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Normalised images (B, 3, H, W) -> [regional features (B, C, H/4, W/4)]."""
         H, W = images.shape[-2:]
-        self.grid((H, W))
+        self.sizes((H, W))
         out = []
         for x in self.maps(images):
             rows, columns = self._matrix(H, x.shape[-2], x), self._matrix(W, x.shape[-1], x)
             out.append(rows @ x.float() @ columns.T)
-        return torch.cat(out, dim=1)
+        return [torch.cat(out, dim=1)]
 
     def _matrix(self, side: int, source: int, like: Tensor) -> Tensor:
         key = (side, source, str(like.device))
@@ -123,9 +128,10 @@ class DFR(nn.Module):
         self.encoder = nn.Sequential(*block(channels, wide), *block(wide, narrow), nn.Conv2d(narrow, latent, 1))
         self.decoder = nn.Sequential(*block(latent, narrow), *block(narrow, wide), nn.Conv2d(wide, channels, 1))
 
-    def forward(self, features: Tensor) -> list[Pair]:
-        """Regional features (B, C, h, w) -> one pair; the loss is its mean squared difference."""
-        return [Pair(features, self.decoder(self.encoder(features)))]
+    def forward(self, features: list[Tensor]) -> list[Pair]:
+        """[Regional features (B, C, h, w)] -> one pair; the loss is its mean squared difference."""
+        (target,) = features
+        return [Pair(target, self.decoder(self.encoder(target)))]
 
 
 class StreamingCovariance:

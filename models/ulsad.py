@@ -229,6 +229,74 @@ class ChannelStatistics(nn.Module):
         self._rebuild(warn=False)
 
 
+class BranchQuantiles(nn.Module):
+    """Quantiles of the branches' maps on normal images, per named group (a dataset); stored with the checkpoint.
+
+    They put the branches on one scale (Eq. 9, corrected): map -> 0.1 (map - q_alpha) / (q_beta - q_alpha), so that the
+    alpha quantile becomes 0 and the beta quantile 0.1. Without quantiles the maps stay as they are.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._values: dict[str, dict[str, dict[float, float]]] = {}
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the groups that have quantiles, sorted; empty = not set."""
+        return tuple(sorted(self._values))
+
+    def set(self, values: Mapping[str, Mapping[str, Mapping[float, float]]]) -> None:
+        """Replace everything by {group: {branch: {probability: quantile}}}."""
+        self._values = {g: {b: dict(q) for b, q in branches.items()} for g, branches in values.items()}
+
+    def get(self) -> dict[str, dict[str, dict[float, float]]]:
+        """{group: {branch: {probability: quantile}}}."""
+        return {g: {b: dict(q) for b, q in branches.items()} for g, branches in self._values.items()}
+
+    def affine(
+        self, branches: Sequence[str], groups: Sequence[str] | None, alpha: float, beta: float
+    ) -> tuple[Tensor, Tensor]:
+        """(scale, shift) of Eq. 9, each (branches, B, 1, 1), or (branches, 1, 1, 1) when one group serves all images.
+
+        Raises ValueError for a group without quantiles, a probability that was not estimated, or quantiles that
+        coincide (constant maps).
+        """
+        known = self.groups
+        if not known:
+            raise RuntimeError("no quantiles are set: they are estimated on normal images when training ends")
+        if len(known) == 1:
+            groups = known
+        elif groups is None:
+            raise ValueError(f"this model has quantiles for {', '.join(known)}: say which dataset each image is from")
+        scale, shift = torch.empty(len(branches), len(groups)), torch.empty(len(branches), len(groups))
+        for column, group in enumerate(groups):
+            if group not in self._values:
+                raise ValueError(f"no quantiles for {group}: they were estimated for {', '.join(known)}")
+            for row, branch in enumerate(branches):
+                values = self._values[group][branch]
+                missing = [p for p in (alpha, beta) if p not in values]
+                if missing:
+                    raise ValueError(
+                        f"the {missing[0]} quantile of the {branch} map was not estimated; known are "
+                        f"{', '.join(map(str, sorted(values)))}"
+                    )
+                low, high = values[alpha], values[beta]
+                if not high > low:
+                    raise ValueError(
+                        f"the {branch} map of {group} has the same {alpha} and {beta} quantile ({low}): it is constant "
+                        "over the normal images and cannot be brought to a common scale"
+                    )
+                scale[row, column] = 0.1 / (high - low)
+                shift[row, column] = -0.1 * low / (high - low)
+        return scale[:, :, None, None], shift[:, :, None, None]
+
+    def get_extra_state(self) -> dict:
+        return self.get()
+
+    def set_extra_state(self, state: dict) -> None:
+        self.set(state)
+
+
 class FeatureReconstructionNetwork(nn.Module):
     """psi, the local network (paper section 3.2, Table 4): a convolutional encoder and decoder, spatial bottleneck 4x.
 
@@ -423,6 +491,7 @@ class ULSAD(nn.Module):
             )
         self.aggregator = FeatureAggregator(channels, pooled_channels)
         self.statistics = ChannelStatistics(self.aggregator.channels)
+        self.quantiles = BranchQuantiles()
         self.local_network = None
         if {"pl", "lg"} & set(self.terms):
             self.local_network = FeatureReconstructionNetwork(self.aggregator.channels, double, details)
@@ -533,8 +602,8 @@ def resolve_global_map(global_map: str, terms: Sequence[str]) -> str:
     return global_map
 
 
-# Released parameter names -> names here. The released networks are called featae (psi) and img_encoder (phi).
-_RELEASED_PARTS = {
+# Modules of the released code -> modules here. The released networks are called featae (psi) and img_encoder (phi).
+_RELEASED_MODULES = {
     **{f"featae.conv{i + 1}": f"local_network.encoder.{3 * i}" for i in range(3)},
     **{f"featae.bn{i + 1}": f"local_network.encoder.{3 * i + 1}" for i in range(3)},
     **{f"featae.deconv{i + 1}": f"local_network.decoder.{3 * i}" for i in range(3)},
@@ -548,39 +617,27 @@ _RELEASED_PARTS = {
 }
 
 
-def load_released_ulsad(network: ULSAD, state: Mapping[str, Tensor], group: str = "released") -> dict[str, float]:
-    """Load a released checkpoint's state dict (optionally under a common key prefix) into `network`.
+def released_name(name: str) -> str | None:
+    """The released code's parameter name in this file's terms."""
+    module, _, leaf = name.rpartition(".")
+    return f"{_RELEASED_MODULES[module]}.{leaf}" if module in _RELEASED_MODULES else None
 
-    Returns the checkpoint's quantiles {"qa_local", "qb_local", "qa_global", "qb_global"}; all four are 0 ("not set")
-    in every released checkpoint but the last epoch's. Raises ValueError naming missing and unknown keys; keys of the
-    backbone and of the image normalisation are skipped, they are fixed.
+
+def import_released_extras(network: ULSAD, state: Mapping[str, Tensor], group: str = "released") -> list[str]:
+    """Channel statistics and quantiles from a released state dict (without prefix); returns the names it used.
+
+    Quantiles that are all 0 are "not set": so they are in every released checkpoint but the last epoch's.
+    Raises ValueError when the statistics are missing.
     """
-    anchor = "mean_std.mean"
-    found = [key for key in state if key == anchor or key.endswith("." + anchor)]
-    if len(found) != 1:
-        raise ValueError(
-            f"a released ULSAD checkpoint has one entry {anchor}, found {len(found)}; "
-            f"its first keys are {', '.join(list(state)[:3])}"
-        )
-    prefix = found[0][: -len(anchor)]
-    own, values, unknown = {}, {}, []
-    for key, value in state.items():
-        name = key.removeprefix(prefix)
-        part, _, leaf = name.rpartition(".")
-        if part in _RELEASED_PARTS:
-            own[f"{_RELEASED_PARTS[part]}.{leaf}"] = value
-        elif part in ("quantiles", "mean_std"):
-            values[leaf] = value
-        elif name.startswith(("featae.", "img_encoder.")):
-            unknown.append(key)
-    expected = {key for key in network.state_dict() if key.startswith(("local_network.", "global_network."))}
-    missing = sorted(expected - set(own))
-    unknown += sorted(set(own) - expected)
-    if missing or unknown:
-        raise ValueError(
-            "not a released ULSAD checkpoint for this network: "
-            f"missing {missing[:5] or 'nothing'}, unexpected {unknown[:5] or 'nothing'}"
-        )
-    network.statistics.set(group, values["mean"], values["std"])
-    network.load_state_dict(own, strict=False)
-    return {name: float(values[name]) for name in ("qa_local", "qb_local", "qa_global", "qb_global")}
+    missing = [name for name in ("mean_std.mean", "mean_std.std") if name not in state]
+    if missing:
+        raise ValueError(f"the released checkpoint lacks {' and '.join(missing)}, the channels' statistics")
+    network.statistics.set(group, state["mean_std.mean"], state["mean_std.std"])
+    used = ["mean_std.mean", "mean_std.std"]
+    names = {branch: {0.9: f"quantiles.qa_{branch}", 0.995: f"quantiles.qb_{branch}"} for branch in network.branches}
+    if all(name in state for branch in names.values() for name in branch.values()):
+        values = {branch: {p: float(state[name]) for p, name in entry.items()} for branch, entry in names.items()}
+        used += [name for entry in names.values() for name in entry.values()]
+        if any(value for entry in values.values() for value in entry.values()):
+            network.quantiles.set({group: values})
+    return used

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.decomposition import PCA
 
-from models.backbones import BackboneConfig
+from models.backbones import BackboneConfig, FeatureExtractor
 from models.dfr import DFR, RegionalFeatures, StreamingCovariance, latent_dimension, region_matrix
 
 VGG = BackboneConfig("vgg19.tv_in1k", (1, 2, 3, 4), weights="random", padding="reflect")
@@ -13,7 +13,7 @@ VGG = BackboneConfig("vgg19.tv_in1k", (1, 2, 3, 4), weights="random", padding="r
 @pytest.fixture(scope="module")
 def regional() -> RegionalFeatures:
     with pytest.warns(UserWarning, match="RANDOM"):
-        return RegionalFeatures(VGG)
+        return RegionalFeatures(FeatureExtractor(VGG))
 
 
 def test_vgg19_gives_3456_channels_on_a_64_by_64_grid_and_the_released_map_sizes(regional):
@@ -22,8 +22,9 @@ def test_vgg19_gives_3456_channels_on_a_64_by_64_grid_and_the_released_map_sizes
     assert [m.shape[1] for m in maps] == [64] * 2 + [128] * 2 + [256] * 4 + [512] * 4
     assert [m.shape[-1] for m in maps] == [258, 256, 130, 128, 66, 66, 66, 64, 34, 34, 34, 32]
     del maps
-    assert regional(image).shape == (1, 3456, 64, 64)
-    assert (regional.channels, regional.grid((256, 256))) == (3456, (64, 64))
+    (features,) = regional(image)
+    assert features.shape == (1, 3456, 64, 64)
+    assert (regional.channels, regional.sizes(256)) == ([3456], [(64, 64)])
 
 
 def test_regional_features_equal_convolving_padding_resizing_and_pooling_one_by_one(regional):
@@ -41,7 +42,7 @@ def test_regional_features_equal_convolving_padding_resizing_and_pooling_one_by_
             x = F.max_pool2d(x, 2)
         expected = [F.interpolate(m, (32, 48), mode="bilinear", align_corners=True) for m in expected]
         expected = torch.cat([F.avg_pool2d(m, 4) for m in expected], 1)
-        features = regional(images)
+        (features,) = regional(images)
     assert features.shape == (1, 3456, 8, 12)
     error = (features - expected).abs().max() / expected.abs().max()
     assert error < 1e-5
@@ -57,25 +58,27 @@ def test_region_matrix_is_resize_then_mean(side, source):
 
 def test_other_backbones_give_one_map_per_level():
     with pytest.warns(UserWarning, match="RANDOM"):
-        regional = RegionalFeatures(BackboneConfig("resnet18.a1_in1k", (1, 2, 3), weights="random"))
+        regional = RegionalFeatures(FeatureExtractor(BackboneConfig("resnet18.a1_in1k", (1, 2, 3), weights="random")))
     assert regional.map_channels == [64, 64, 128]
-    assert regional(torch.randn(2, 3, 64, 64)).shape == (2, 256, 16, 16)
+    assert regional(torch.randn(2, 3, 64, 64))[0].shape == (2, 256, 16, 16)
     assert not any(p.requires_grad for p in regional.parameters())
     assert not regional.train().extractor.net.training
 
 
 def test_vgg_without_reflection_padding_and_odd_image_sizes_are_refused(regional):
-    with pytest.warns(UserWarning, match="RANDOM"), pytest.raises(ValueError, match="reflect"):
-        RegionalFeatures(BackboneConfig("vgg11.tv_in1k", (1, 2), weights="random"))
+    with pytest.warns(UserWarning, match="RANDOM"):
+        plain = FeatureExtractor(BackboneConfig("vgg11.tv_in1k", (1, 2), weights="random"))
+    with pytest.raises(ValueError, match="reflect"):
+        RegionalFeatures(plain)
     with pytest.raises(ValueError, match="divisible by 4"):
-        regional.grid((30, 32))
+        regional.sizes((30, 32))
 
 
 @pytest.mark.parametrize(("latent", "millions"), [(100, 13.42), (200, 15.05), (300, 16.83)])
 def test_autoencoder_has_the_released_number_of_parameters(latent, millions):
     with torch.device("meta"):
         net = DFR(3456, latent)
-        (pair,) = net(torch.empty(2, 3456, 64, 64))
+        (pair,) = net([torch.empty(2, 3456, 64, 64)])
     assert round(sum(p.numel() for p in net.parameters()) / 1e6, 2) == millions
     assert pair.reconstruction.shape == (2, 3456, 64, 64)
 

@@ -8,6 +8,7 @@ from models.head import AnomalyHead, HeadConfig
 from models.reconstruction import Pair
 from models.ulsad import (
     ULSAD,
+    BranchQuantiles,
     ChannelStatistics,
     FeatureAggregator,
     FeatureReconstructionNetwork,
@@ -389,5 +390,46 @@ def test_quantile_normalised_maps_put_alpha_at_0_and_beta_at_a_tenth():
     normalised = head.score([maps], (64, 64), level_affine=affine).maps
     assert float(torch.quantile(normalised, 0.9)) == pytest.approx(0.0, abs=1e-6)
     assert float(torch.quantile(normalised, 0.995)) == pytest.approx(0.1, abs=1e-6)
+    quantiles = BranchQuantiles()
+    quantiles.set({"set": {"local": {0.9: qa, 0.995: qb}}})
+    for ours, expected in zip(quantiles.affine(["local"], None, 0.9, 0.995), affine, strict=True):
+        torch.testing.assert_close(ours.flatten(), expected)
     constant = head.score([torch.full((1, 8, 8), 3.0)], (64, 64)).maps
     torch.testing.assert_close(constant, torch.full((1, 64, 64), 3.0))
+
+
+def test_each_dataset_is_scaled_by_its_own_quantiles_and_they_survive_a_checkpoint():
+    net = network()
+    values = {"a": {"local": {0.5: 1.0, 0.9: 3.0}, "global": {0.5: 0.0, 0.9: 1.0}},
+              "b": {"local": {0.5: 2.0, 0.9: 2.5}, "global": {0.5: 1.0, 0.9: 5.0}}}  # fmt: skip
+    net.quantiles.set(values)
+    buffer = io.BytesIO()
+    torch.save(net.state_dict(), buffer)
+    buffer.seek(0)
+    restored = network()
+    restored.load_state_dict(torch.load(buffer, weights_only=True))
+    scale, shift = restored.quantiles.affine(("local", "global"), ["b", "a", "a"], 0.5, 0.9)
+    assert scale.shape == shift.shape == (2, 3, 1, 1)
+    for row, branch in enumerate(("local", "global")):
+        for column, group in enumerate("baa"):
+            low, high = values[group][branch].values()
+            at_low, at_high = (float(scale[row, column] * q + shift[row, column]) for q in (low, high))
+            assert (at_low, at_high) == pytest.approx((0.0, 0.1), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("groups", "alpha", "message"),
+    [
+        (["c"], 0.5, "no quantiles for c"),
+        (None, 0.5, "which dataset"),
+        (["a"], 0.7, "0.7 quantile"),
+        (["b"], 0.5, "constant"),
+    ],
+)
+def test_a_missing_quantile_is_named(groups, alpha, message):
+    quantiles = BranchQuantiles()
+    quantiles.set({"a": {"local": {0.5: 1.0, 0.9: 3.0}}, "b": {"local": {0.5: 1.0, 0.9: 1.0}}})
+    with pytest.raises(ValueError, match=message):
+        quantiles.affine(["local"], groups, alpha, 0.9)
+    with pytest.raises(RuntimeError, match="no quantiles"):
+        BranchQuantiles().affine(["local"], None, 0.5, 0.9)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from models.ulsad import ULSAD, load_released_ulsad
+from models.released import load_released
+from models.ulsad import ULSAD
 
 FOLDER = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
 CASES = [case for case in json.loads((FOLDER / "cases.json").read_text()) if case["method"] == "ulsad"]
@@ -58,8 +59,11 @@ def test_released_checkpoint_gives_the_released_outputs(case):
         [channels, channels], [size, size], image_size, channels,
         lambda_l=case["hparams"]["lambda_l"], lambda_g=case["hparams"]["lambda_g"],
     ).eval()  # fmt: skip
-    quantiles = load_released_ulsad(network, released_state(case))
-    assert quantiles == pytest.approx(QUANTILES)
+    assert not load_released(network, released_state(case)).unused
+    quantiles = network.quantiles.get()["released"]
+    for name, value in QUANTILES.items():
+        letter, branch = name.split("_")
+        assert quantiles[branch][{"qa": 0.9, "qb": 0.995}[letter]] == pytest.approx(value)
     features = torch.from_numpy(fill(f"features:{case['tag']}", feature_shape))
     image = torch.from_numpy(fill(f"image:{case['tag']}", image_shape)).abs().clamp(0, 1)
     # The released model normalises the image itself, here the data module does.
@@ -91,11 +95,21 @@ def test_a_checkpoint_saved_inside_a_wrapper_loads_and_a_foreign_one_is_refused(
     channels = state[prefix + "mean_std.mean"].shape[1]
     size = tuple(CASES[0]["input"]["shape"]["features"][2:])
     network = ULSAD([channels] * 2, [size] * 2, tuple(CASES[0]["input"]["shape"]["image"][2:]), channels)
-    load_released_ulsad(network, {**state, prefix + "feature_extractor.layer1.weight": torch.zeros(1)})
+    foreign = prefix + "feature_extractor.layer1.weight"
+    assert load_released(network, {**state, foreign: torch.zeros(1)}).unused == [foreign]
     weight = prefix + "featae.conv1.weight"
     assert torch.equal(network.local_network.encoder[0].weight, state[weight])
-    incomplete = {key: value for key, value in state.items() if key != weight}
-    with pytest.raises(ValueError, match=r"encoder\.0\.weight"):
-        load_released_ulsad(network, incomplete)
+    with pytest.raises(ValueError, match=r"local_network\.encoder\.0\.weight"):
+        load_released(network, {key: value for key, value in state.items() if key != weight})
     with pytest.raises(ValueError, match=r"mean_std\.mean"):
-        load_released_ulsad(network, {"encoder.weight": torch.zeros(1)})
+        load_released(network, {key: value for key, value in state.items() if "mean_std" not in key})
+
+
+def test_quantiles_that_were_never_set_are_not_imported():
+    case = CASES[0]
+    state = {key: value * 0 if "quantiles" in key else value for key, value in released_state(case).items()}
+    channels = state[case["key_prefix"] + "mean_std.mean"].shape[1]
+    size = tuple(case["input"]["shape"]["features"][2:])
+    network = ULSAD([channels] * 2, [size] * 2, tuple(case["input"]["shape"]["image"][2:]), channels)
+    load_released(network, state)
+    assert network.quantiles.groups == ()
