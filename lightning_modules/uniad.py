@@ -8,7 +8,12 @@ from lightning_modules.base import ImageSize, OptimizerConfig, Recipe, Reconstru
 from models.backbones import BackboneConfig
 from models.head import HeadConfig
 from models.neck import resize_concatenate
-from models.uniad import UniADNetwork
+from models import uniad
+
+
+def concatenation(grid: tuple[int, int]) -> str:
+    """Name of UniAD's neck on a grid, for the key of the feature cache."""
+    return f"levels resized to {grid[0]}x{grid[1]} with aligned corners, concatenated"
 
 
 class UniAD(ReconstructionModule):
@@ -21,7 +26,8 @@ class UniAD(ReconstructionModule):
         head: L2 norm of the residual, resized with aligned corners; image score = maximum of the 16x16-averaged map.
         optimizer: AdamW with weight decay 1e-4 on every trainable tensor.
         image_size: Input size in pixels; each side a multiple of the highest level's stride.
-        network: Arguments of :class:`models.uniad.UniADNetwork`.
+        grid: Token grid (height, width); the paper's is the image size divided by 16, the highest level's size.
+        network: Arguments of :class:`models.uniad.UniAD`.
     """
 
     method = "uniad"
@@ -39,12 +45,13 @@ class UniAD(ReconstructionModule):
         head: HeadConfig = HeadConfig(),
         optimizer: OptimizerConfig = OptimizerConfig(weight_decay=1e-4, lr_drops=(801,)),
         image_size: ImageSize = 224,
+        grid: tuple[int, int] | None = None,
         **network,
     ) -> None:
         super().__init__(backbone, head, optimizer, image_size)
-        self.grid = self.extractor.sizes(self.image_size)[-1]
-        self.preparation = f"levels resized to {self.grid} with aligned corners and concatenated"
-        self.network = UniADNetwork([sum(self.extractor.channels)], [self.grid], **network)
+        self.grid = grid or self.extractor.sizes(self.image_size)[-1]
+        self.preparation = concatenation(self.grid)
+        self.network = uniad.UniAD([sum(self.extractor.channels)], [self.grid], **network)
 
     def prepare(self, levels: list[Tensor]) -> list[Tensor]:
         """The neck: all levels resized to the highest level's grid and concatenated over channels."""

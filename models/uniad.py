@@ -44,7 +44,7 @@ class UniAD(nn.Module):
         the previous layer's output. `first`: an ordinary decoder, whose first layer starts from a learned query and
         whose layers read themselves, then the memory. `none`: the same, starting from the memory itself.
     neighbor_size: side, or (rows, columns), of the window hidden from each position; an even size acts as the next odd
-        one; None = no mask.
+        one; None or 0 = no mask.
     mask_places: where the mask acts: `encoder`; `decoder1`, each decoder layer's first attention; `decoder2`, its
         second. Empty = no mask.
     jitter_scale, jitter_probability: see `FeatureJitter`; scale 0 = no jitter.
@@ -87,7 +87,7 @@ class UniAD(nn.Module):
         self.query = query
         self.mask_places = tuple(mask_places)
 
-        masked = neighbor_size is not None and self.mask_places
+        masked = neighbor_size and self.mask_places
         mask = neighbor_mask(self.grid, neighbor_size) if masked else None
         self.register_buffer("mask", mask, persistent=False)
         self.jitter = FeatureJitter(jitter_scale, jitter_probability)

@@ -1,0 +1,210 @@
+"""A small renderer: colour, height and gloss of a surface -> what an inspection camera would see of it.
+
+Coordinates: x to the right, y down, the image spans [-1, 1] in both, heights are in the same unit. Colours are
+(red, green, blue) in [0, 1]. Everything is float32 and depends on numpy's generator alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+Colour = tuple[float, float, float]
+
+
+def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], cells: tuple[float, float] | float) -> np.ndarray:
+    """Noise of about unit spread with `cells` (down, across) features per image; float32 `shape`."""
+    down, across = (cells, cells) if isinstance(cells, int | float) else cells
+    grid = rng.standard_normal((max(2, round(down)) + 2, max(2, round(across)) + 2), dtype=np.float32)
+    return cv2.resize(grid, shape[::-1], interpolation=cv2.INTER_CUBIC)
+
+
+def fractal_noise(
+    rng: np.random.Generator, shape: tuple[int, int], cells: float, octaves: int = 4, gain: float = 0.55
+) -> np.ndarray:
+    """Sum of smooth noises of doubling frequency, scaled to about unit spread; float32 `shape`."""
+    total = np.zeros(shape, np.float32)
+    weight, square = 1.0, 0.0
+    for octave in range(octaves):
+        cells_here = min(cells * 2**octave, shape[0])
+        total += np.float32(weight) * smooth_noise(rng, shape, cells_here)
+        square += weight**2
+        weight *= gain
+    return total / np.float32(square**0.5)
+
+
+def blur(image: np.ndarray, sigma: float) -> np.ndarray:
+    """Gaussian blur with `sigma` in pixels."""
+    return cv2.GaussianBlur(image, (0, 0), sigma) if sigma > 0.05 else image
+
+
+def step(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Smooth step from 0 at `low` to 1 at `high` (which may lie below `low`)."""
+    t = np.clip((values - low) / (high - low), 0, 1)
+    return t * t * (3 - 2 * t)
+
+
+def rotate(x: np.ndarray, y: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates in a frame turned by `angle` (radians, clockwise on screen)."""
+    c, s = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    return c * x + s * y, c * y - s * x
+
+
+def box(x: np.ndarray, y: np.ndarray, half_width: float, half_height: float, radius: float = 0.0) -> np.ndarray:
+    """Signed distance to a rectangle with rounded corners; negative inside."""
+    dx, dy = np.abs(x) - (half_width - radius), np.abs(y) - (half_height - radius)
+    outside = np.hypot(np.maximum(dx, 0), np.maximum(dy, 0))
+    return outside + np.minimum(np.maximum(dx, dy), 0) - np.float32(radius)
+
+
+def polyline(x: np.ndarray, y: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distance to a polyline (points (P, 2)) and the position along it in [0, 1] of the nearest point."""
+    best = np.full(np.broadcast(x, y).shape, np.inf, np.float32)
+    along = np.zeros_like(best)
+    pieces = len(points) - 1
+    for number, ((x0, y0), (x1, y1)) in enumerate(zip(points[:-1], points[1:], strict=True)):
+        dx, dy = np.float32(x1 - x0), np.float32(y1 - y0)
+        t = np.clip(((x - x0) * dx + (y - y0) * dy) / max(dx * dx + dy * dy, 1e-9), 0, 1).astype(np.float32)
+        distance = np.hypot(x - x0 - t * dx, y - y0 - t * dy)
+        nearer = distance < best
+        best = np.where(nearer, distance, best)
+        along = np.where(nearer, (number + t) / pieces, along)
+    return best, along
+
+
+@dataclass(frozen=True)
+class Light:
+    """Where the lamp is and how the camera behaves; drawn anew for every photograph."""
+
+    azimuth: float
+    elevation: float = 0.9
+    ambient: float = 0.5
+    exposure: float = 1.0
+    tint: Colour = (1.0, 1.0, 1.0)
+    vignette: float = 0.15
+    falloff: float = 0.1
+    focus: float = 0.5
+    noise: float = 0.012
+
+
+class Window:
+    """A square part of the canvas around (x, y), with local coordinates `x`, `y` as broadcastable grids."""
+
+    def __init__(self, canvas: Canvas, x: float, y: float, reach: float) -> None:
+        low_x, high_x = canvas.pixel(x - reach), canvas.pixel(x + reach) + 1
+        low_y, high_y = canvas.pixel(y - reach), canvas.pixel(y + reach) + 1
+        self.at = (slice(max(low_y, 0), max(high_y, 0)), slice(max(low_x, 0), max(high_x, 0)))
+        self.x = canvas.axis[self.at[1]][None, :] - np.float32(x)
+        self.y = canvas.axis[self.at[0]][:, None] - np.float32(y)
+
+    @property
+    def radius(self) -> np.ndarray:
+        return np.hypot(self.x, self.y)
+
+    @property
+    def angle(self) -> np.ndarray:
+        return np.arctan2(self.y, self.x)
+
+
+class Canvas:
+    """Albedo (n, n, 3), height (n, n), gloss (n, n) and `surface` (n, n), where the product under inspection is."""
+
+    def __init__(self, n: int, colour: Colour = (0.5, 0.5, 0.5)) -> None:
+        self.n = n
+        self.px = 2.0 / n
+        self.axis = ((np.arange(n, dtype=np.float32) + 0.5) * 2 / n - 1).astype(np.float32)
+        self.albedo = np.empty((n, n, 3), np.float32)
+        self.albedo[:] = colour
+        self.height = np.zeros((n, n), np.float32)
+        self.gloss = np.zeros((n, n), np.float32)
+        self.surface = np.zeros((n, n), np.float32)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.n, self.n
+
+    def pixel(self, coordinate: float) -> int:
+        """Index of the pixel that holds a coordinate; outside the image it lies outside [0, n)."""
+        return int(np.floor((coordinate + 1) / 2 * self.n))
+
+    def everywhere(self) -> Window:
+        return Window(self, 0, 0, 1)
+
+    def window(self, x: float, y: float, reach: float) -> Window:
+        return Window(self, x, y, reach)
+
+    def cover(self, distance: np.ndarray, softness: float = 1.0) -> np.ndarray:
+        """Coverage in [0, 1] of a shape given by signed distance, antialiased over `softness` pixels."""
+        return np.clip(0.5 - distance / np.float32(self.px * softness), 0, 1)
+
+    def paint(self, window: Window, cover: np.ndarray, colour: Colour | np.ndarray, gloss: float | None = None) -> None:
+        """Lay a colour, (3,) or (h, w, 3), over the window where `cover` is 1; set the gloss there too if given."""
+        part = self.albedo[window.at]
+        part += cover[..., None] * (np.asarray(colour, np.float32) - part)
+        if gloss is not None:
+            self.gloss[window.at] += cover * (np.float32(gloss) - self.gloss[window.at])
+
+    def tone(self, window: Window, factor: np.ndarray) -> None:
+        """Multiply the albedo by `factor` (h, w)."""
+        self.albedo[window.at] *= factor[..., None]
+
+    def lift(self, window: Window, cover: np.ndarray, height: np.ndarray | float) -> None:
+        """Replace the height by `height` where `cover` is 1."""
+        part = self.height[window.at]
+        part += cover * (height - part)
+
+    def add_height(self, window: Window, height: np.ndarray) -> None:
+        self.height[window.at] += height
+
+    def mark_surface(self, window: Window, cover: np.ndarray, value: float = 1.0) -> None:
+        """Declare part of the image as (value 1) or as not (value 0) the surface on which defects occur."""
+        self.surface[window.at] += cover * (np.float32(value) - self.surface[window.at])
+
+    def photograph(self, light: Light) -> np.ndarray:
+        """Shade the scene: float32 (n, n, 3) in [0, 1] before noise."""
+        scale = np.float32(1 / (8 * self.px))
+        height = blur(self.height, 0.6)
+        slope_x = cv2.Sobel(height, cv2.CV_32F, 1, 0, ksize=3, borderType=cv2.BORDER_REPLICATE) * scale
+        slope_y = cv2.Sobel(height, cv2.CV_32F, 0, 1, ksize=3, borderType=cv2.BORDER_REPLICATE) * scale
+        length = np.sqrt(1 + slope_x**2 + slope_y**2)
+        lx, ly = np.cos(light.azimuth) * np.cos(light.elevation), np.sin(light.azimuth) * np.cos(light.elevation)
+        lz = np.sin(light.elevation)
+        diffuse = np.maximum(0, (-slope_x * lx - slope_y * ly + lz) / length)
+        half = np.array([lx, ly, lz + 1])
+        half = half / np.linalg.norm(half)
+        facing = np.maximum(0, (-slope_x * half[0] - slope_y * half[1] + half[2]) / length).astype(np.float32)
+        highlight = facing**40 * self.gloss
+        lit = 1 - self._shadow(lx, ly, lz)
+        hollow = np.clip((blur(self.height, 0.035 * self.n) - self.height) * 8, 0, 0.5)
+        shade = light.ambient * (1 - hollow) + (1.25 - light.ambient) * (diffuse / lz) * lit
+        image = self.albedo * shade[..., None].astype(np.float32)
+        image += (0.55 * highlight * lit)[..., None]
+        y, x = self.axis[:, None], self.axis[None, :]
+        field = 1 - light.vignette * 0.5 * (x * x + y * y) + light.falloff * (x * lx + y * ly)
+        image *= (light.exposure * field)[..., None].astype(np.float32)
+        image *= np.asarray(light.tint, np.float32)
+        image = np.where(image > 0.8, 0.8 + 0.2 * np.tanh((image - 0.8) / 0.2), image)  # a film-like shoulder
+        return blur(image.astype(np.float32), light.focus)
+
+    def _shadow(self, lx: float, ly: float, lz: float) -> np.ndarray:
+        """Soft cast shadows in [0, 1]: how far higher ground towards the lamp rises above the ray to it."""
+        rise = lz / np.hypot(lx, ly)
+        deepest = np.zeros(self.shape, np.float32)
+        for distance in (0.02, 0.045, 0.08, 0.13):
+            shift = distance / self.px
+            towards = np.hypot(lx, ly)
+            move = np.array([[1, 0, -shift * lx / towards], [0, 1, -shift * ly / towards]], np.float32)
+            ground = cv2.warpAffine(self.height, move, self.shape, borderMode=cv2.BORDER_REPLICATE)
+            deepest = np.maximum(deepest, ground - self.height - distance * rise)
+        return blur(0.75 * step(deepest, 0.0, 0.03), 0.012 * self.n)
+
+
+def expose(image: np.ndarray, light: Light, rng: np.random.Generator) -> np.ndarray:
+    """Add the sensor's shot and read noise and quantise: float32 (n, n, 3) in [0, 1] -> uint8."""
+    n = image.shape[0]
+    grain = rng.standard_normal((n, n), dtype=np.float32)[..., None] * np.float32(0.8)
+    grain = grain + rng.standard_normal(image.shape, dtype=np.float32) * np.float32(0.6)
+    noisy = image + grain * np.float32(light.noise) * np.sqrt(0.25 + np.clip(image, 0, 1))
+    return (np.clip(noisy, 0, 1) * 255 + 0.5).astype(np.uint8)

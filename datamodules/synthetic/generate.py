@@ -1,0 +1,219 @@
+"""Writing the embedded benchmark to disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from datamodules.errors import DataError, did_you_mean
+from datamodules.synthetic.canvas import blur, expose
+from datamodules.synthetic.categories import CATEGORIES
+from datamodules.synthetic.defects import LOGICAL, STRUCTURAL
+
+VERSION = 1
+"""Raised whenever the generator's pictures change: results on different versions do not compare."""
+MANIFEST = "synthetic.json"
+LAYOUTS = ("mvtec", "mvtec_loco")
+ANOMALY_TYPES = {**dict.fromkeys(STRUCTURAL, "structural"), **dict.fromkeys(LOGICAL, "logical")}
+_VISIBLE = 5 / 255
+"""Change of any colour channel before noise that counts as defective."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to generate.
+
+    Args:
+        seed: of everything.
+        size: side of the square images in pixels.
+        train: normal training images per category.
+        test: normal test images per category.
+        defects: test images per kind of defect, their severity spread from subtle to obvious.
+        categories: names to generate, None for all.
+        layout: mvtec or mvtec_loco.
+    """
+
+    seed: int = 0
+    size: int = 224
+    train: int = 40
+    test: int = 8
+    defects: int = 3
+    categories: tuple[str, ...] | None = None
+    layout: str = "mvtec"
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise DataError(f"Unknown layout {self.layout!r}. {did_you_mean(self.layout, LAYOUTS)}")
+        for name in self.categories or ():
+            if name not in CATEGORIES:
+                raise DataError(f"Unknown synthetic category {name!r}. {did_you_mean(name, CATEGORIES)}")
+        if self.size < 64 or self.train < 1 or min(self.test, self.defects) < 0:
+            raise DataError(
+                f"size must be at least 64, train at least 1, test and defects at least 0; found size={self.size}, "
+                f"train={self.train}, test={self.test}, defects={self.defects}."
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self.categories or CATEGORIES))
+
+
+def render_normal(category: str, seed: int, part: str, index: int, size: int) -> np.ndarray:
+    """A normal photograph, uint8 (size, size, 3) RGB. `part` (train, val, test) and `index` choose which one."""
+    return _twins(category, seed, part, index, size)[0]
+
+
+def render_defect(
+    category: str, seed: int, defect: str, index: int, size: int, severity: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A defective photograph with its mask and its flawless twin.
+
+    The twin shows the same product under the same light with the same noise. Outside the mask both are equal, byte for
+    byte; the mask is where the defect changes what the camera sees before noise.
+
+    Args:
+        category: entry of CATEGORIES. seed, index: choose the photograph. size: side in pixels.
+        defect: one of the category's structural or logical defects.
+        severity: 0 (subtle) to 1 (obvious).
+
+    Returns:
+        image uint8 (size, size, 3) RGB, mask bool (size, size), twin uint8 (size, size, 3) RGB.
+    """
+    image, mask, twin = _twins(category, seed, defect, index, size, defect, severity)[:3]
+    return image, mask, twin
+
+
+def _stream(seed: int, *keys: str | int) -> np.random.Generator:
+    return np.random.default_rng([seed, *(zlib.crc32(k.encode()) if isinstance(k, str) else k for k in keys)])
+
+
+def _twins(
+    category: str, seed: int, part: str, index: int, size: int, defect: str | None = None, severity: float = 0.5
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    kind = CATEGORIES[category]
+    scene = kind.draw(_stream(seed, category, part, index))
+    clean = scene.render(size).photograph(scene.light)
+    noise = _stream(seed, category, part, index, 1)
+    state = noise.bit_generator.state
+    twin = expose(clean, scene.light, noise)
+    if defect is None:
+        return twin, np.zeros((size, size), bool), twin
+    for attempt in range(20):
+        rng = _stream(seed, category, part, index, 2, attempt)
+        if defect in LOGICAL:
+            edit = {"missing_part": "without_part", "extra_part": "with_extra_part"}.get(defect, "with_misplaced_part")
+            flawed = getattr(scene, edit)(rng).render(size)
+        else:
+            flawed = scene.render(size)
+            STRUCTURAL[defect](flawed, rng, min(1.0, severity + 0.05 * attempt))
+        seen = flawed.photograph(scene.light)
+        mask = _changed(seen, clean)
+        if mask.sum() >= 0.0008 * size * size:
+            break
+    else:
+        raise RuntimeError(f"{category}: {defect} number {index} of seed {seed} leaves no visible trace.")
+    noise.bit_generator.state = state
+    image = expose(np.where(mask[..., None], seen, clean), scene.light, noise)
+    return image, mask, twin
+
+
+def _changed(seen: np.ndarray, clean: np.ndarray) -> np.ndarray:
+    """Where a defect is visible: changed pixels, specks dropped, gaps closed, small holes filled."""
+    size = seen.shape[0]
+    change = blur(np.abs(seen - clean).max(axis=2), 0.5)
+    mask = (change > _VISIBLE).astype(np.uint8)
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (3, 3))
+    mask = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, kernel, iterations=max(1, size // 110))
+    mask = cv2.morphologyEx(mask, cv2.MORPH_OPEN, kernel) | cv2.morphologyEx(
+        (change > 4 * _VISIBLE).astype(np.uint8), cv2.MORPH_CLOSE, kernel
+    )
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
+    small = max(6, size * size // 6000)
+    keep = np.array([False] + [stats[i, cv2.CC_STAT_AREA] >= small for i in range(1, count)])
+    mask = keep[labels].astype(np.uint8)
+    contours, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    for contour in contours:
+        if cv2.contourArea(contour) < 0.002 * size * size:
+            cv2.drawContours(mask, [contour], -1, 1, cv2.FILLED)
+    return mask.astype(bool)
+
+
+def _severities(count: int) -> list[float]:
+    return [(i + 0.5) / count for i in range(count)]
+
+
+def _write(path: Path, image: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored = image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    if not cv2.imwrite(str(path), stored, [cv2.IMWRITE_PNG_COMPRESSION, 1]):
+        raise DataError(f"{path}: cannot be written.")
+
+
+def _write_category(root: Path, plan: Plan, name: str) -> None:
+    cv2.setNumThreads(1)
+    kind, folder = CATEGORIES[name], root / name
+    for index in range(plan.train):
+        _write(
+            folder / "train" / "good" / f"{index:03d}.png", render_normal(name, plan.seed, "train", index, plan.size)
+        )
+    for index in range(plan.test):
+        _write(folder / "test" / "good" / f"{index:03d}.png", render_normal(name, plan.seed, "test", index, plan.size))
+    for defect in kind.structural + kind.logical:
+        for index, severity in enumerate(_severities(plan.defects)):
+            image, mask, _ = render_defect(name, plan.seed, defect, index, plan.size, severity)
+            _write(folder / "test" / defect / f"{index:03d}.png", image)
+            _write(folder / "ground_truth" / defect / f"{index:03d}_mask.png", mask.astype(np.uint8) * 255)
+
+
+def generate(root: str | Path, plan: Plan | None = None, workers: int | None = None) -> Path:
+    """Write the benchmark into a new or empty folder, or leave a complete one of the same plan as it is.
+
+    The bytes depend on the plan alone (on one platform with the same numpy and OpenCV).
+
+    Args:
+        root: folder to write into.
+        plan: what to generate, the default benchmark if None.
+        workers: processes; None takes up to 4 of the cores.
+
+    Raises:
+        DataError: the folder holds something else.
+    """
+    plan, root = plan or Plan(), Path(root)
+    manifest = describe(plan)
+    if (root / MANIFEST).is_file() and json.loads((root / MANIFEST).read_text(encoding="utf-8")) == manifest:
+        return root
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise DataError(f"{root} exists and holds something else than this benchmark: name a new folder or remove it.")
+    root.mkdir(parents=True, exist_ok=True)
+    workers = workers or min(4, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for job in [pool.submit(_write_category, root, plan, name) for name in plan.names]:
+            job.result()
+    (root / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return root
+
+
+def describe(plan: Plan) -> dict:
+    """Content of the manifest that is written last, and so marks a benchmark as complete."""
+    options = {key: value for key, value in asdict(plan).items() if key != "categories"}
+    return {
+        "generator": "UniRecon synthetic",
+        "version": VERSION,
+        **options,
+        "categories": list(plan.names),
+        "anomaly_types": ANOMALY_TYPES,
+    }
+
+
+def choose(names: Sequence[str] | None) -> tuple[str, ...]:
+    """Category names, all of them for None."""
+    return tuple(names or sorted(CATEGORIES))
