@@ -80,14 +80,15 @@ class Evaluation(L.Callback):
 class TestCurve(L.Callback):
     """Image and pixel AUROC on the test set every ``every`` epochs while training, for a curve.
 
-    With ``select`` (protocol ``as_released`` only) the weights of the best epoch by that metric, ties going to the later
-    epoch, are put back when training ends.
+    With ``select`` (protocol ``as_released`` only) the weights of the best epoch by that metric are put back when training
+    ends; of equally good epochs the ``tie`` (``last`` or ``first``) one.
     """
 
-    def __init__(self, history: History, every: int, select: str | None = None) -> None:
+    def __init__(self, history: History, every: int, select: str | None = None, tie: str = "last") -> None:
         self.history = history
         self.every = every
         self.select = select
+        self.tie = tie
         self.best: tuple[float, int, dict[str, Tensor]] | None = None
 
     @torch.no_grad()
@@ -98,6 +99,7 @@ class TestCurve(L.Callback):
         names = ["image_auroc", "pixel_auroc"]
         metrics = _new_metrics(trainer, module, names if self.select in (None, *names) else [*names, self.select])
         module.eval()
+        module.before_scoring(last_epoch=epoch + 1 == trainer.max_epochs)
         for batch in trainer.datamodule.test_dataloader():
             batch = trainer.strategy.batch_to_device(batch)
             update_metrics(metrics, batch, module.evaluate(batch)[""])
@@ -108,8 +110,13 @@ class TestCurve(L.Callback):
             self.history.add(trainer, f"curve/{name}", float(value))
         for logger in trainer.loggers:
             logger.log_metrics({f"curve/{name}": float(value) for name, value in means.items()}, trainer.global_step)
-        if self.select is not None and (self.best is None or means[self.select] >= self.best[0]):
+        if self.select is not None and self._is_best(float(means[self.select])):
             self.best = (float(means[self.select]), epoch, copy.deepcopy(module.network.state_dict()))
+
+    def _is_best(self, value: float) -> bool:
+        if self.best is None:
+            return True
+        return value > self.best[0] or (value == self.best[0] and self.tie == "last")
 
     def on_train_end(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
         if self.best is not None:
@@ -123,7 +130,7 @@ class TestCurve(L.Callback):
 
 
 def _new_metrics(trainer: L.Trainer, module: ReconstructionModule, names: list[str] | None = None) -> AnomalyMetrics:
-    return AnomalyMetrics(datasets=trainer.datamodule.dataset_of(), metrics=names).to(module.device)
+    return AnomalyMetrics(categories=trainer.datamodule.dataset_of(), metrics=names).to(module.device)
 
 
 def print_metrics(table: pd.DataFrame) -> None:

@@ -106,7 +106,7 @@ def region_matrix(side: int, source: int) -> Tensor:
     return F.avg_pool1d(resized, REGION).T.contiguous().float()
 
 
-class DFR(nn.Module):
+class DFRNetwork(nn.Module):
     """The convolutional autoencoder of DFR: 1x1 convolutions, C -> (C + 2d) // 2 -> 2d -> d and back.
 
     channels: C. latent: d, from `latent_dimension`. Batch norm and ReLU follow every convolution but the latent and

@@ -443,7 +443,7 @@ class ULSADFeatures(NamedTuple):
     autoencoded: Tensor | None
 
 
-class ULSAD(nn.Module):
+class ULSADNetwork(nn.Module):
     """The whole method behind the frozen backbone.
 
     channels, sizes: of the two backbone levels, finer first. image_size: (height, width), divisible by 64.
@@ -623,7 +623,7 @@ def released_name(name: str) -> str | None:
     return f"{_RELEASED_MODULES[module]}.{leaf}" if module in _RELEASED_MODULES else None
 
 
-def import_released_extras(network: ULSAD, state: Mapping[str, Tensor], group: str = "released") -> list[str]:
+def import_released_extras(network: ULSADNetwork, state: Mapping[str, Tensor], group: str = "released") -> list[str]:
     """Channel statistics and quantiles from a released state dict (without prefix); returns the names it used.
 
     Quantiles that are all 0 are "not set": so they are in every released checkpoint but the last epoch's.

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from sklearn.decomposition import PCA
 
 from models.backbones import BackboneConfig, FeatureExtractor
-from models.dfr import DFR, RegionalFeatures, StreamingCovariance, latent_dimension, region_matrix
+from models.dfr import DFRNetwork, RegionalFeatures, StreamingCovariance, latent_dimension, region_matrix
 
 VGG = BackboneConfig("vgg19.tv_in1k", (1, 2, 3, 4), weights="random", padding="reflect")
 
@@ -77,14 +77,14 @@ def test_vgg_without_reflection_padding_and_odd_image_sizes_are_refused(regional
 @pytest.mark.parametrize(("latent", "millions"), [(100, 13.42), (200, 15.05), (300, 16.83)])
 def test_autoencoder_has_the_released_number_of_parameters(latent, millions):
     with torch.device("meta"):
-        net = DFR(3456, latent)
+        net = DFRNetwork(3456, latent)
         (pair,) = net([torch.empty(2, 3456, 64, 64)])
     assert round(sum(p.numel() for p in net.parameters()) / 1e6, 2) == millions
     assert pair.reconstruction.shape == (2, 3456, 64, 64)
 
 
 def test_autoencoder_layers_are_the_released_ones():
-    net = DFR(20, 3)
+    net = DFRNetwork(20, 3)
     kinds = [type(m).__name__ for m in [*net.encoder, *net.decoder]]
     assert kinds == ["Conv2d", "BatchNorm2d", "ReLU"] * 2 + ["Conv2d"] + ["Conv2d", "BatchNorm2d", "ReLU"] * 2 + [
         "Conv2d"
@@ -92,7 +92,7 @@ def test_autoencoder_layers_are_the_released_ones():
     widths = [(m.in_channels, m.out_channels) for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
     assert widths == [(20, 13), (13, 6), (6, 3), (3, 6), (6, 13), (13, 20)]
     with pytest.raises(ValueError, match="latent"):
-        DFR(20, 0)
+        DFRNetwork(20, 0)
 
 
 def test_latent_size_is_that_of_a_full_pca():

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from models.head import AnomalyHead, HeadConfig
 from models.reconstruction import Pair
 from models.ulsad import (
-    ULSAD,
+    ULSADNetwork,
     BranchQuantiles,
     ChannelStatistics,
     FeatureAggregator,
@@ -22,10 +22,10 @@ from models.ulsad import (
 SIZES = [(8, 8), (4, 4)]
 
 
-def network(**options) -> ULSAD:
+def network(**options) -> ULSADNetwork:
     torch.manual_seed(0)
     options = {"pooled_channels": 8, **options}
-    net = ULSAD([16, 16], SIZES, (64, 64), **options)
+    net = ULSADNetwork([16, 16], SIZES, (64, 64), **options)
     net.statistics.update(torch.randn(4, 8, 8, 8), ["set"] * 4)
     net.statistics.finish()
     return net
@@ -106,7 +106,7 @@ def test_local_outputs_are_not_negative_and_the_autoencoder_takes_both_signs(tra
 def test_printed_details_change_the_network_and_released_ones_do_not():
     torch.manual_seed(0)
     printed = ULSADDetails("leaky_relu", True, "printed", "relu", True)
-    net = ULSAD([16, 16], SIZES, (64, 64), 8, details=printed)
+    net = ULSADNetwork([16, 16], SIZES, (64, 64), 8, details=printed)
     net.statistics.set("set", torch.zeros(8), torch.ones(8))
     features, images = batch()
     assert net.encode(net.aggregator(features), images).autoencoded.min() >= 0
@@ -252,7 +252,7 @@ def test_distance_by_hand():
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
-def touched(net: ULSAD, term: str) -> tuple[bool, bool]:
+def touched(net: ULSADNetwork, term: str) -> tuple[bool, bool]:
     """Whether the gradient of one loss term reaches the local network and the autoencoder."""
     features, images = batch()
     net.train().zero_grad()
@@ -369,7 +369,7 @@ def test_impossible_combinations_are_refused(options, message):
 
 def test_feature_grid_not_divisible_by_4_is_refused():
     with pytest.raises(ValueError, match="divisible by 4"):
-        ULSAD([16, 16], [(6, 8), (3, 4)], (64, 64), 8)
+        ULSADNetwork([16, 16], [(6, 8), (3, 4)], (64, 64), 8)
 
 
 # --- maps -------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from models.released import load_released
-from models.ulsad import ULSAD
+from models.ulsad import ULSADNetwork
 
 FOLDER = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
 CASES = [case for case in json.loads((FOLDER / "cases.json").read_text()) if case["method"] == "ulsad"]
@@ -55,7 +55,7 @@ def test_the_folder_has_a_case_for_ulsad():
 def test_released_checkpoint_gives_the_released_outputs(case):
     feature_shape, image_shape = case["input"]["shape"]["features"], case["input"]["shape"]["image"]
     channels, size, image_size = feature_shape[1], tuple(feature_shape[2:]), tuple(image_shape[2:])
-    network = ULSAD(
+    network = ULSADNetwork(
         [channels, channels], [size, size], image_size, channels,
         lambda_l=case["hparams"]["lambda_l"], lambda_g=case["hparams"]["lambda_g"],
     ).eval()  # fmt: skip
@@ -94,7 +94,7 @@ def test_a_checkpoint_saved_inside_a_wrapper_loads_and_a_foreign_one_is_refused(
     state = {prefix + key: value for key, value in released_state({**CASES[0], "key_prefix": ""}).items()}
     channels = state[prefix + "mean_std.mean"].shape[1]
     size = tuple(CASES[0]["input"]["shape"]["features"][2:])
-    network = ULSAD([channels] * 2, [size] * 2, tuple(CASES[0]["input"]["shape"]["image"][2:]), channels)
+    network = ULSADNetwork([channels] * 2, [size] * 2, tuple(CASES[0]["input"]["shape"]["image"][2:]), channels)
     foreign = prefix + "feature_extractor.layer1.weight"
     assert load_released(network, {**state, foreign: torch.zeros(1)}).unused == [foreign]
     weight = prefix + "featae.conv1.weight"
@@ -110,6 +110,6 @@ def test_quantiles_that_were_never_set_are_not_imported():
     state = {key: value * 0 if "quantiles" in key else value for key, value in released_state(case).items()}
     channels = state[case["key_prefix"] + "mean_std.mean"].shape[1]
     size = tuple(case["input"]["shape"]["features"][2:])
-    network = ULSAD([channels] * 2, [size] * 2, tuple(case["input"]["shape"]["image"][2:]), channels)
+    network = ULSADNetwork([channels] * 2, [size] * 2, tuple(case["input"]["shape"]["image"][2:]), channels)
     load_released(network, state)
     assert network.quantiles.groups == ()
