@@ -20,34 +20,21 @@ give both; normal pixels that only matter beyond the FPR limit are skipped in th
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-VERSION = "spro-1"
 LIMITS = (0.05, 0.3)
 
 
-@dataclass(frozen=True)
-class Saturation:
-    """One entry of ``defects_config.json``.
+def saturation_area(region_area: int, threshold: float, relative: bool) -> int:
+    """Number of detected pixels at which a region counts as found completely, >= 1, as the official code has it.
 
-    threshold: a share of the region's area in (0, 1] if `relative`, else a number of pixels at native resolution.
+    region_area: pixels. threshold: a share of the area in (0, 1] if `relative`, else pixels at the masks' resolution.
+    A relative threshold below one pixel, by which the official code would divide, counts as one pixel.
     """
-
-    defect: str
-    threshold: float
-    relative: bool
-
-    def area(self, region_area: int) -> int:
-        """Number of detected pixels at which a region of `region_area` pixels counts as found completely, >= 1."""
-        if self.relative:
-            return max(1, int(self.threshold * region_area))
-        return max(1, min(int(self.threshold), region_area))
+    return max(1, int(threshold * region_area) if relative else min(int(threshold), region_area))
 
 
 @dataclass(frozen=True)
@@ -60,56 +47,6 @@ class Region:
 
 Sample = tuple[np.ndarray, Sequence[Region]]
 """Anomaly map float32 (H, W) and the regions of that image at the same size (none for a good image)."""
-
-
-def read_defects_config(path: str | Path) -> dict[int, Saturation]:
-    """Mask value -> saturation, from a category's ``defects_config.json``. Raises ValueError naming file and key."""
-    path = Path(path)
-    try:
-        entries = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path} does not exist: sPRO needs the saturation thresholds that MVTec LOCO AD keeps in each category's "
-            "folder"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    config = {}
-    for number, entry in enumerate(entries):
-        missing = {"defect_name", "pixel_value", "saturation_threshold", "relative_saturation"} - set(entry)
-        if missing:
-            raise ValueError(f"{path}: entry {number} lacks {', '.join(sorted(missing))}")
-        value, threshold, relative = entry["pixel_value"], entry["saturation_threshold"], entry["relative_saturation"]
-        if not 1 <= value <= 255 or value in config:
-            raise ValueError(f"{path}: entry {number} has pixel_value {value}; they must be different and 1 to 255")
-        if threshold <= 0 or (relative and threshold > 1):
-            allowed = "a share in (0, 1]" if relative else "a positive number of pixels"
-            raise ValueError(f"{path}: entry {number} has saturation_threshold {threshold}; it must be {allowed}")
-        config[int(value)] = Saturation(str(entry["defect_name"]), float(threshold), bool(relative))
-    return config
-
-
-def read_regions(mask_paths: Iterable[str | Path], config: Mapping[int, Saturation]) -> list[Region]:
-    """Regions of one image, one per mask file, at native resolution; their value selects the saturation.
-
-    Raises ValueError naming the file when it is empty, holds several values or a value that `config` does not know.
-    """
-    regions = []
-    for path in mask_paths:
-        mask = np.asarray(Image.open(path))
-        if mask.ndim != 2:
-            raise ValueError(f"{path} has {mask.shape[-1]} channels; a defect mask is a single-channel image")
-        values = [int(v) for v in np.unique(mask) if v]
-        if len(values) != 1:
-            raise ValueError(f"{path} holds the defect values {values}; each mask file must hold exactly one")
-        if values[0] not in config:
-            raise ValueError(
-                f"{path} holds defect value {values[0]}, which defects_config.json does not list "
-                f"({', '.join(map(str, sorted(config)))})"
-            )
-        pixels = mask > 0
-        regions.append(Region(pixels, config[values[0]].area(int(pixels.sum()))))
-    return regions
 
 
 @dataclass(frozen=True)

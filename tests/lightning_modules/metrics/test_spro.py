@@ -1,10 +1,7 @@
-import json
-
 import numpy as np
 import pytest
-from PIL import Image
 
-from lightning_modules.metrics.spro import Region, Saturation, au_spro, read_defects_config, read_regions, spro_curve
+from lightning_modules.metrics.spro import Region, au_spro, saturation_area, spro_curve
 
 
 def region(shape, pixels, saturation) -> Region:
@@ -109,55 +106,10 @@ def test_without_saturation_and_one_region_per_component_it_is_aupro():
 
 
 def test_saturation_areas_are_the_official_ones():
-    assert Saturation("a", 0.25, True).area(39) == 9  # int(9.75)
-    assert Saturation("a", 100, False).area(39) == 39
-    assert Saturation("a", 20, False).area(39) == 20
-    assert Saturation("a", 0.1, True).area(3) == 1  # the official code would divide by int(0.3) = 0
-
-
-def test_regions_are_read_from_files_with_their_own_saturation(tmp_path):
-    config_path = tmp_path / "defects_config.json"
-    config_path.write_text(
-        json.dumps(
-            [
-                {"defect_name": "a", "pixel_value": 255, "saturation_threshold": 0.5, "relative_saturation": True},
-                {"defect_name": "b", "pixel_value": 240, "saturation_threshold": 3, "relative_saturation": False},
-            ]
-        )
-    )
-    for name, value, count in (("000.png", 255, 6), ("001.png", 240, 4)):
-        mask = np.zeros((4, 4), np.uint8)
-        mask.ravel()[:count] = value
-        Image.fromarray(mask).save(tmp_path / name)
-    config = read_defects_config(config_path)
-    regions = read_regions([tmp_path / "000.png", tmp_path / "001.png"], config)
-    assert [(int(r.pixels.sum()), r.saturation_area) for r in regions] == [(6, 3), (4, 3)]
-
-    Image.fromarray(np.array([[7, 0]], np.uint8)).save(tmp_path / "unknown.png")
-    Image.fromarray(np.array([[255, 240]], np.uint8)).save(tmp_path / "two.png")
-    with pytest.raises(ValueError, match=r"unknown\.png holds defect value 7"):
-        read_regions([tmp_path / "unknown.png"], config)
-    with pytest.raises(ValueError, match=r"two\.png holds the defect values \[240, 255\]"):
-        read_regions([tmp_path / "two.png"], config)
-
-
-@pytest.mark.parametrize(
-    ("entries", "message"),
-    [
-        ([{"defect_name": "a"}], "lacks"),
-        (
-            [{"defect_name": "a", "pixel_value": 0, "saturation_threshold": 1, "relative_saturation": False}],
-            "pixel_value",
-        ),
-        ([{"defect_name": "a", "pixel_value": 9, "saturation_threshold": 2, "relative_saturation": True}], "share"),
-    ],
-)
-def test_a_broken_defects_config_is_named(tmp_path, entries, message):
-    (tmp_path / "defects_config.json").write_text(json.dumps(entries))
-    with pytest.raises(ValueError, match=message):
-        read_defects_config(tmp_path / "defects_config.json")
-    with pytest.raises(ValueError, match="does not exist"):
-        read_defects_config(tmp_path / "nothing.json")
+    assert saturation_area(39, 0.25, relative=True) == 9  # int(9.75)
+    assert saturation_area(39, 100, relative=False) == 39
+    assert saturation_area(39, 20, relative=False) == 20
+    assert saturation_area(3, 0.1, relative=True) == 1  # the official code would divide by int(0.3) = 0
 
 
 def test_mistakes_are_named():
