@@ -14,6 +14,7 @@ import os
 import pkgutil
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -36,6 +37,14 @@ from lightning_modules.callbacks import History, Predictions, Progress
 from lightning_modules.evaluation import Evaluation, TestCurve
 from lightning_modules.run import RunConfig, provenance, sweep_parameters
 from results.records import RunRecord, write_record
+
+
+EXPECTED_WARNINGS = (
+    ".*LeafSpec.*is deprecated",  # inside Lightning
+    ".*Total length of `list` across ranks is zero",  # nothing is held out, so there is no validation
+    ".*module.s. in eval mode at the start of training",  # the frozen backbone
+    ".*does not have many workers",  # cached features need none
+)
 
 
 def import_methods() -> dict[str, type[ReconstructionModule]]:
@@ -79,6 +88,9 @@ def environment_arguments(environment: Mapping[str, str]) -> list[str]:
     for variable, key in (("BACKBONE", "name"), ("WEIGHTS", "weights")):
         if environment.get(variable):
             arguments.append(f"--model.init_args.backbone.{key}={environment[variable]}")
+    backbone = environment.get("BACKBONE", "")
+    if backbone and not backbone.startswith("tf_efficientnet_b4."):
+        arguments.append("--model.init_args.backbone.padding=default")  # a released padding belongs to its own backbone
     return arguments
 
 
@@ -105,7 +117,13 @@ class UniReconCLI(LightningCLI):
             subclass_mode_data=True,
             save_config_callback=None,
             seed_everything_default=0,
-            trainer_defaults={"use_distributed_sampler": False, "num_sanity_val_steps": 0, "log_every_n_steps": 10},
+            trainer_defaults={
+                "use_distributed_sampler": False,  # the data module deals its samples to processes itself
+                "num_sanity_val_steps": 0,
+                "log_every_n_steps": 1,
+                "enable_model_summary": False,
+                "enable_progress_bar": sys.stdout.isatty(),
+            },
             args=args,
         )
 
@@ -147,6 +165,15 @@ class UniReconCLI(LightningCLI):
             config.run.name = f"{model.method}-{self.started:%Y%m%d-%H%M%S}-seed{config.seed_everything}"
         if data.setting == "per_category":
             per_category.split(self.subcommand, config)
+
+    def instantiate_classes(self) -> None:
+        """Refuses what a constructor refuses with its own words, not with a trace of the parser's."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            reasons = [line[4:] for line in str(error).splitlines() if line.startswith("  - ")]
+            reasons = [reason for reason in reasons if not reason.startswith("Expected a <class 'NoneType'>")]
+            raise SystemExit("\n".join(reasons) or str(error)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         self.run_config: RunConfig = self._get(self.config_init, "run")
@@ -218,6 +245,11 @@ class UniReconCLI(LightningCLI):
         return kwargs
 
     def before_fit(self) -> None:
+        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        backbone = self.model.extractor.provenance
+        rank_zero_info(
+            f"{self.model.method}: {trainable:,} trainable parameters on {backbone['name']} ({backbone['weights']} weights)"
+        )
         attach(self.model, self.datamodule, self._get(self.config_init, "cache"), self.trainer.strategy.root_device)
         self._training_started = time.perf_counter()
 
@@ -306,9 +338,13 @@ def _peak_memory(device: torch.device) -> int:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; leaves with 143 after SIGTERM, so that a pre-empted run is not taken for a finished one."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for message in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message)
     online = os.environ.get("WANDB") == "online" or "WANDB_SWEEP_ID" in os.environ
     os.environ.setdefault("WANDB_MODE", "online" if online else "offline")
-    torch.set_float32_matmul_precision("highest")
+    if os.environ["WANDB_MODE"] == "offline":
+        os.environ.setdefault("WANDB_SILENT", "true")
+    torch.backends.cudnn.allow_tf32 = False  # features in full float32, as the papers' GPUs computed them
     import_methods()
     try:
         arguments = with_environment(arguments, os.environ)
