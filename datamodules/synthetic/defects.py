@@ -81,7 +81,6 @@ def crack(canvas: Canvas, rng: np.random.Generator, severity: float) -> None:
     for path in paths:
         distance, along = _lines(canvas, window, path, (x, y))
         width = (0.006 + 0.010 * severity) * (1.15 - along)
-        gap = step(distance, 1.6 * float(canvas.px) + width.max(), 0.3 * width.max()) * step(distance, 1.0, 0.0)
         gap = np.clip(1.5 - distance / np.maximum(width, 0.6 * canvas.px), 0, 1) * (canvas.surface[window.at] > 0.5)
         canvas.paint(window, gap * np.float32(0.55 + 0.35 * severity), (0.06, 0.055, 0.05), gloss=0.0)
         canvas.add_height(window, -gap * np.float32(0.01 + 0.02 * severity))
@@ -182,7 +181,7 @@ def burn(canvas: Canvas, rng: np.random.Generator, severity: float) -> None:
 
 
 def chip(canvas: Canvas, rng: np.random.Generator, severity: float) -> None:
-    """A piece broken off at an edge of the product, showing rough pale material below."""
+    """A piece broken off at an edge of the product: down to the table, or to rough pale material below."""
     edge = (canvas.surface > 0.5).astype(np.uint8)
     edge = edge - cv2.erode(edge, np.ones((3, 3), np.uint8), borderValue=1)
     candidates = np.flatnonzero(edge)
@@ -193,6 +192,11 @@ def chip(canvas: Canvas, rng: np.random.Generator, severity: float) -> None:
     distance = blob(canvas, rng, window, radius, 0.5)
     rough = fractal_noise(rng, distance.shape, 6)
     amount = canvas.cover(distance + 0.1 * radius * rough, 1.5) * canvas.surface[window.at]
+    if canvas.backdrop is not None:
+        fracture = np.exp(-((distance / 0.02) ** 2)) * canvas.surface[window.at] * np.float32(0.5)
+        canvas.paint(window, fracture, canvas.albedo[window.at] * 0.6 + 0.25)
+        canvas.cut(window, amount)
+        return
     mean = canvas.albedo[window.at][canvas.surface[window.at] > 0.5].mean(axis=0)
     pale = (0.35 * mean + 0.65 * np.asarray((0.66, 0.62, 0.56)))[None, None] * (1 + 0.12 * rough[..., None])
     canvas.paint(window, amount * np.float32(0.55 + 0.4 * severity), pale.astype(np.float32), gloss=0.0)
@@ -211,12 +215,32 @@ def smear(canvas: Canvas, rng: np.random.Generator, severity: float) -> None:
     angle = rng.uniform(0, np.pi)
     middle = length // 2
     reach = np.array([np.cos(angle), np.sin(angle)]) * middle
-    ends = [tuple(int(round(middle + sign * part)) for part in reach) for sign in (-1, 1)]
+    ends = [tuple(round(middle + sign * float(part)) for part in reach) for sign in (-1, 1)]
     cv2.line(kernel, ends[0], ends[1], 1.0, 1)
     dragged = cv2.filter2D(canvas.albedo, -1, kernel / kernel.sum(), borderType=cv2.BORDER_REFLECT)[window.at]
     canvas.paint(window, amount, dragged)
     canvas.gloss[window.at] *= 1 - 0.6 * amount
     canvas.height[window.at] += amount * (blur(canvas.height, 0.02 * canvas.n)[window.at] - canvas.height[window.at])
+
+
+def tear(canvas: Canvas, rng: np.random.Generator, severity: float) -> None:
+    """A slit from the product's edge inwards, opened to a wedge, through which the table shows."""
+    solid = (canvas.surface > 0.5).astype(np.uint8)
+    candidates = np.flatnonzero(solid - cv2.erode(solid, np.ones((3, 3), np.uint8), borderValue=1))
+    row, column = divmod(int(rng.choice(candidates)), canvas.n)
+    inwards = (
+        cv2.Sobel(blur(canvas.surface, 0.02 * canvas.n), cv2.CV_32F, 1, 0),
+        cv2.Sobel(blur(canvas.surface, 0.02 * canvas.n), cv2.CV_32F, 0, 1),
+    )
+    angle = float(np.arctan2(inwards[1][row, column], inwards[0][row, column])) + rng.normal(0, 0.3)
+    start = np.array([canvas.axis[column], canvas.axis[row]])
+    length = 0.13 + 0.25 * severity
+    path = wander(rng, 0, 0, length, angle, 0.12)
+    path += start - path[0]
+    window = canvas.window(*start, 0.5)
+    distance, along = _lines(canvas, window, path, tuple(start))
+    opening = (0.012 + 0.03 * severity) * (1.05 - along)
+    canvas.cut(window, canvas.cover(distance - opening) * (canvas.surface[window.at] > 0.5))
 
 
 STRUCTURAL: dict[str, Defect] = {
@@ -229,6 +253,6 @@ STRUCTURAL: dict[str, Defect] = {
     "contamination": contamination,
     "burn": burn,
     "chip": chip,
+    "tear": tear,
     "smear": smear,
 }
-LOGICAL = ("missing_part", "extra_part", "misplaced_part")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -16,8 +15,8 @@ import numpy as np
 
 from datamodules.errors import DataError, did_you_mean
 from datamodules.synthetic.canvas import blur, expose
-from datamodules.synthetic.categories import CATEGORIES
-from datamodules.synthetic.defects import LOGICAL, STRUCTURAL
+from datamodules.synthetic.categories import CATEGORIES, LOGICAL
+from datamodules.synthetic.defects import STRUCTURAL
 
 VERSION = 1
 """Raised whenever the generator's pictures change: results on different versions do not compare."""
@@ -101,7 +100,8 @@ def _twins(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     kind = CATEGORIES[category]
     scene = kind.draw(_stream(seed, category, part, index))
-    clean = scene.render(size).photograph(scene.light)
+    canvas = scene.render(size)
+    clean = canvas.photograph(scene.light)
     noise = _stream(seed, category, part, index, 1)
     state = noise.bit_generator.state
     twin = expose(clean, scene.light, noise)
@@ -110,10 +110,9 @@ def _twins(
     for attempt in range(20):
         rng = _stream(seed, category, part, index, 2, attempt)
         if defect in LOGICAL:
-            edit = {"missing_part": "without_part", "extra_part": "with_extra_part"}.get(defect, "with_misplaced_part")
-            flawed = getattr(scene, edit)(rng).render(size)
+            flawed = scene.edited(defect, rng).render(size)
         else:
-            flawed = scene.render(size)
+            flawed = canvas.copy()
             STRUCTURAL[defect](flawed, rng, min(1.0, severity + 0.05 * attempt))
         seen = flawed.photograph(scene.light)
         mask = _changed(seen, clean)
@@ -159,19 +158,46 @@ def _write(path: Path, image: np.ndarray) -> None:
 
 
 def _write_category(root: Path, plan: Plan, name: str) -> None:
-    cv2.setNumThreads(1)
-    kind, folder = CATEGORIES[name], root / name
-    for index in range(plan.train):
-        _write(
-            folder / "train" / "good" / f"{index:03d}.png", render_normal(name, plan.seed, "train", index, plan.size)
-        )
-    for index in range(plan.test):
-        _write(folder / "test" / "good" / f"{index:03d}.png", render_normal(name, plan.seed, "test", index, plan.size))
-    for defect in kind.structural + kind.logical:
+    cv2.setNumThreads(1)  # the categories run in parallel
+    loco = plan.layout == "mvtec_loco"
+    folder = root / name
+    counts = {"train": plan.train, "validation": max(1, plan.train // 6) if loco else 0, "test": plan.test}
+    for part, number in counts.items():
+        for index in range(number):
+            image = render_normal(name, plan.seed, part, index, plan.size)
+            _write(folder / part / "good" / f"{index:03d}.png", image)
+    if loco:
+        text = json.dumps(_defects_config(plan.size), indent=2)
+        (folder / "defects_config.json").write_text(text + "\n", encoding="utf-8")
+    written = dict.fromkeys(("structural", "logical"), 0)
+    for defect in CATEGORIES[name].defects:
         for index, severity in enumerate(_severities(plan.defects)):
             image, mask, _ = render_defect(name, plan.seed, defect, index, plan.size, severity)
-            _write(folder / "test" / defect / f"{index:03d}.png", image)
-            _write(folder / "ground_truth" / defect / f"{index:03d}_mask.png", mask.astype(np.uint8) * 255)
+            if loco:
+                kind = ANOMALY_TYPES[defect]
+                stem, home = f"{written[kind]:03d}", f"{kind}_anomalies"
+                written[kind] += 1
+                value, mask_name = _PIXEL_VALUES[defect], f"{stem}/000.png"
+            else:
+                stem, home, value, mask_name = f"{index:03d}", defect, 255, f"{index:03d}_mask.png"
+            _write(folder / "test" / home / f"{stem}.png", image)
+            _write(folder / "ground_truth" / home / mask_name, mask.astype(np.uint8) * np.uint8(value))
+
+
+_PIXEL_VALUES = {defect: 255 - number for number, defect in enumerate(ANOMALY_TYPES)}
+
+
+def _defects_config(size: int) -> list[dict]:
+    """Structural defects must be found whole; of a logical one an area of 0.4 % of the image is enough."""
+    return [
+        {
+            "defect_name": defect,
+            "pixel_value": value,
+            "saturation_threshold": 1.0 if ANOMALY_TYPES[defect] == "structural" else round(0.004 * size * size),
+            "relative_saturation": ANOMALY_TYPES[defect] == "structural",
+        }
+        for defect, value in _PIXEL_VALUES.items()
+    ]
 
 
 def generate(root: str | Path, plan: Plan | None = None, workers: int | None = None) -> Path:
@@ -212,8 +238,3 @@ def describe(plan: Plan) -> dict:
         "categories": list(plan.names),
         "anomaly_types": ANOMALY_TYPES,
     }
-
-
-def choose(names: Sequence[str] | None) -> tuple[str, ...]:
-    """Category names, all of them for None."""
-    return tuple(names or sorted(CATEGORIES))
