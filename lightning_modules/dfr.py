@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
-
-import torch
 
 from lightning_modules.base import ImageSize, OptimizerConfig, Recipe, ReconstructionModule
 from models.backbones import BackboneConfig
 from models.dfr import DFRNetwork, RegionalFeatures, StreamingCovariance, latent_dimension
 from models.head import HeadConfig
+from models.reconstruction import Pair
 
 
 class DFR(ReconstructionModule):
@@ -19,8 +19,8 @@ class DFR(ReconstructionModule):
     The paper trains one model per category (``data.init_args.setting=per_category``).
 
     Args:
-        backbone: VGG19, levels 1 to 4. A VGG is padded by reflection (padding ``default`` means that here) and gives all
-            its ReLU maps; another backbone gives one map per level.
+        backbone: VGG19, levels 1 to 4. A VGG is padded by reflection (padding ``default`` means that here) and gives
+            all its ReLU maps; another backbone gives one map per level.
         head: Mean square over channels, resized with aligned corners, no smoothing; image score = maximum.
         optimizer: Adam, constant learning rate.
         image_size: Input size in pixels, a multiple of 4.
@@ -53,7 +53,7 @@ class DFR(ReconstructionModule):
         self.extractor.sizes(self.image_size)
         maps = len(self.extractor.map_channels)
         self.preparation = f"{maps} maps at image size, means over 4x4 pixels, concatenated"
-        self.explained, self.pca_images = explained, pca_images
+        self.latent, self.explained, self.pca_images = latent, explained, pca_images
         if latent is not None:
             self._build(latent)
 
@@ -61,18 +61,20 @@ class DFR(ReconstructionModule):
         self.network = DFRNetwork(self.extractor.channels[0], latent)
 
     def setup(self, stage: str) -> None:
-        """Finds the latent size before the optimiser is made."""
-        if "network" in self._modules or (stage != "fit" and self.trainer.ckpt_path):
-            return  # a checkpoint brings its own
-        if stage != "fit":
+        """Finds the latent size before the optimiser is made; a checkpoint that is loaded then brings its own."""
+        if stage == "fit" and "network" not in self._modules:
+            self._build(self.find_latent(self.trainer.datamodule))
+
+    def reconstruct(self, batch: Mapping[str, Any]) -> list[Pair]:
+        if "network" not in self._modules:
             raise ValueError(
-                f"{stage} without a checkpoint: the latent size of DFR is found in training. Give --ckpt_path, or "
+                "The latent size of DFR is found in training: give a checkpoint (--ckpt_path), or "
                 "--model.init_args.latent."
             )
-        self._build(self.find_latent(self.trainer.datamodule))
+        return super().reconstruct(batch)
 
     def find_latent(self, data: Any) -> int:
-        """Number of principal components of regional features that explain more than ``explained`` of their variance."""
+        """Number of principal components of regional features that explain more than ``explained`` of the variance."""
         covariance = StreamingCovariance(self.extractor.channels[0])
         train = data.table[data.table.split == "train"].sort_values("image_path")
         device = self.trainer.strategy.root_device if self._trainer is not None else self.device
@@ -85,17 +87,16 @@ class DFR(ReconstructionModule):
         self.extractor.to(self.device)
         return latent_dimension(covariance.eigenvalues(), self.explained)
 
-    @torch.no_grad()
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         latent = checkpoint["state_dict"]["network.encoder.6.weight"].shape[0]
-        if "network" not in self._modules:
-            self._build(latent)
-        elif self.network.latent != latent:
+        if self.latent not in (None, latent):
             raise ValueError(
-                f"The checkpoint has {latent} latent channels, this model {self.network.latent}: leave latent out, or "
-                f"set --model.init_args.latent={latent}."
+                f"The checkpoint has {latent} latent channels, this model {self.latent}: leave latent out, or set "
+                f"--model.init_args.latent={latent}."
             )
+        if "network" not in self._modules or self.network.latent != latent:
+            self._build(latent)
 
     def record_notes(self) -> list[str]:
         return [f"latent size {self.network.latent}"]

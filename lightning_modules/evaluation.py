@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from datamodules.table import category_keys
 from lightning_modules.base import ReconstructionModule
 from lightning_modules.callbacks import History
+from lightning_modules.logical import DEFINITIONS, LogicalEvaluation, has_logical
 from lightning_modules.metrics import AnomalyMetrics, MetricResult
 from models.head import ScoredMaps
 
@@ -45,10 +47,13 @@ class Evaluation(L.Callback):
         self.result: MetricResult | None = None
         self.image_scores: pd.DataFrame | None = None
         self._metrics: dict[str, AnomalyMetrics] = {}
-        self._rows: list[tuple[int, str, int, float, str]] = []
+        self._rows: list[tuple[int, str, str, int, float, str]] = []
+        self._logical: LogicalEvaluation | None = None
 
     def on_test_epoch_start(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
         self._metrics, self._rows = {}, []
+        table = trainer.datamodule.table
+        self._logical = LogicalEvaluation(table, category_keys(table)) if has_logical(table) else None
 
     def on_test_batch_end(
         self,
@@ -63,16 +68,22 @@ class Evaluation(L.Callback):
             if variant not in self._metrics:
                 self._metrics[variant] = _new_metrics(trainer, module)
             update_metrics(self._metrics[variant], batch, scored)
+            if self._logical is not None:
+                self._logical.update(variant, batch, scored.maps, scored.image_scores)
         scores: Tensor = outputs[""].image_scores
-        self._rows += zip(
-            batch["id"].tolist(), batch["category"], batch["label"].tolist(), scores.tolist(), batch["path"], strict=True
-        )
+        columns = batch["id"].tolist(), batch["category"], batch["anomaly_type"], batch["label"].tolist()
+        self._rows += zip(*columns, scores.tolist(), batch["path"], strict=True)
 
     def on_test_epoch_end(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
         results = {variant: metrics.compute() for variant, metrics in self._metrics.items()}
         self.result = results[""]
-        self.result.table = pd.concat([r.table.assign(variant=v) for v, r in results.items()], ignore_index=True)
-        self.image_scores = pd.DataFrame(self._rows, columns=["id", "category", "label", "image_score", "path"])
+        tables = [r.table.assign(variant=v) for v, r in results.items()]
+        if self._logical is not None:
+            tables.append(self._logical.rows())
+            self.result.definitions = self.result.definitions | DEFINITIONS
+        self.result.table = pd.concat(tables, ignore_index=True)
+        columns = ["id", "category", "anomaly_type", "label", "image_score", "path"]
+        self.image_scores = pd.DataFrame(self._rows, columns=columns)
         if trainer.is_global_zero:
             print_metrics(self.result.table)
 

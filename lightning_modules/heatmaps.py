@@ -22,14 +22,17 @@ RANKS = ("worst", "median", "best")
 def choose(image_scores: pd.DataFrame) -> dict[int, str]:
     """Image ids to draw: of every category the anomalous image with the lowest, median and highest image score.
 
+    Where a category has structural and logical anomalies, three of each.
+
     Args:
-        image_scores: One row per test image with ``id``, ``category``, ``label`` (0 or 1) and ``image_score``.
+        image_scores: One row per test image with ``id``, ``category``, ``anomaly_type``, ``label`` (0 or 1) and
+            ``image_score``.
 
     Returns:
         id -> rank (``worst``, ``median``, ``best``); a category with fewer anomalous images gives fewer.
     """
     chosen: dict[int, str] = {}
-    for _, rows in image_scores[image_scores.label == 1].groupby("category", sort=False):
+    for _, rows in image_scores[image_scores.label == 1].groupby(["category", "anomaly_type"], sort=False):
         ordered = rows.sort_values(["image_score", "id"]).id.to_numpy()
         for rank, position in zip(RANKS, (0, len(ordered) // 2, len(ordered) - 1), strict=True):
             chosen.setdefault(int(ordered[position]), rank)
@@ -55,7 +58,8 @@ def draw(
     index = []
     chosen = image_scores[image_scores.id.isin(list(ranks))]
     for category, rows in chosen.groupby("category", sort=False):
-        ids = sorted(rows.id, key=lambda i: RANKS.index(ranks[i]))
+        kinds = dict(zip(rows.id, rows.anomaly_type, strict=True))
+        ids = sorted(rows.id, key=lambda i: (kinds[i], RANKS.index(ranks[i])))
         batch = data.image_batch(ids)
         scored = module.evaluate({k: v.to(module.device) if isinstance(v, Tensor) else v for k, v in batch.items()})[""]
         defects = [data.table["defect"][i] for i in ids]

@@ -37,7 +37,7 @@ def spro_name(limit: float) -> str:
 DEFINITIONS = {
     "image_auroc_logical": "image_auroc of the images with logical anomalies against all good images",
     "image_auroc_structural": "image_auroc of the images with structural anomalies against all good images",
-    "image_auroc_types": "average of image_auroc_logical and image_auroc_structural (the official mean of MVTec LOCO AD)",
+    "image_auroc_types": "average of image_auroc_logical and image_auroc_structural (MVTec LOCO AD's official mean)",
 } | {
     f"{spro_name(limit)}_{kind}": (
         (

@@ -1,7 +1,7 @@
 """One model per category: `fit` trains the categories one after the other and joins their results into one record.
 
-The setting is a flag of the data module (``--data.init_args.setting=per_category``). Each category's own record stays in
-the run's working folder, and a finished one is not trained again, so an interrupted run goes on with the next category.
+The setting is a flag of the data module (``--data.init_args.setting=per_category``). Each category's own record stays
+in the run's working folder and a finished one is not trained again, so an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NOT_AVERAGED = ("dsc_threshold",)
 """Metrics that are no scores; a mean over categories would mean nothing."""
 
 
-class OneModelEach(Exception):  # noqa: N818 (no error: it carries the plan from the parsed configuration to `main`)
+class OneModelEach(Exception):
     """The configuration asks for one model per category; :meth:`run` does it."""
 
     def __init__(self, run: Any, config_text: str, parts: list[dict[str, Any]]) -> None:
@@ -48,11 +48,10 @@ class OneModelEach(Exception):  # noqa: N818 (no error: it carries the plan from
         """Calls `fit` with each category's additional arguments and writes the joint record; returns its folder."""
         target = self.results / "runs" / self.sweep / self.name
         if target.exists() and not self.overwrite:
-            raise SystemExit(
-                f"{target} is already a finished run: choose another --run.name, or --run.overwrite=true."
-            )
+            raise SystemExit(f"{target} is already a finished run: choose another --run.name, or --run.overwrite=true.")
         if target.exists():
-            shutil.rmtree(self.work / "runs" / "categories", ignore_errors=True)
+            for folder in ("runs", "work"):  # records and checkpoints of the run that is replaced
+                shutil.rmtree(self.work / folder, ignore_errors=True)
         stored, progress = [], self.work / "progress.json"
         for number, part in enumerate(self.parts):
             folder = self.work / "runs" / "categories" / part["run"]
@@ -83,7 +82,10 @@ class OneModelEach(Exception):  # noqa: N818 (no error: it carries the plan from
         keys = [f"{p['dataset']['label']}/{p['dataset']['categories'][0]}" if several else None for p in self.parts]
         metrics = join_metrics([s.metrics for s in stored], keys)
         history = pd.concat(
-            [s.history.assign(metric=part["run"] + "/" + s.history.metric) for s, part in zip(stored, self.parts, strict=True)],
+            [
+                s.history.assign(metric=part["run"] + "/" + s.history.metric)
+                for s, part in zip(stored, self.parts, strict=True)
+            ],
             ignore_index=True,
         )
         path = write_record(
@@ -114,8 +116,8 @@ def split(subcommand: str, config: Any) -> None:
         parts = [{**part, "run": f"{part['dataset']['label']}-{part['run']}"} for part in parts]
     if subcommand != "fit":
         raise SystemExit(
-            f"setting per_category: {subcommand} works on one model, so name one category (CATEGORIES={parts[0]['run']}) "
-            "and its checkpoint."
+            f"setting per_category: {subcommand} works on one model, so name one category "
+            f"(CATEGORIES={parts[0]['dataset']['categories'][0]}) and its checkpoint."
         )
     plain = json.loads(json.dumps(config.as_dict(), default=str))
     raise OneModelEach(config.run, yaml.safe_dump(plain, sort_keys=False), parts)
@@ -188,7 +190,9 @@ def join_attachments(folders: Iterable[tuple[str, Path]]) -> dict[str, bytes | s
             if path.suffix == ".csv":
                 tables.setdefault(relative, []).append(pd.read_csv(path))
             else:
-                files[relative if relative not in files else f"{Path(relative).parent}/{name}-{path.name}"] = path.read_bytes()
+                files[f"{Path(relative).parent}/{name}-{path.name}" if relative in files else relative] = (
+                    path.read_bytes()
+                )
     for relative, parts in tables.items():
         buffer = io.StringIO()
         pd.concat(parts, ignore_index=True).to_csv(buffer, index=False)

@@ -29,14 +29,14 @@ class QuantileConfig:
     Quantiles are exact, over all pixels of all maps of normal images of a dataset (smoothed, at image size).
 
     Args:
-        source: Which normal images. ``held_out``: the data module's validation split (LOCO's own validation folder, else
-            set ``data.init_args.holdout``). ``train``: the training images themselves. ``test_good``: the good test
-            images, what the released code does (protocol ``as_released`` only). ``none``: maps are added as they are.
-            ``protocol``: held_out if clean, test_good if as_released.
+        source: Which normal images. ``held_out``: the data module's validation split (LOCO's own validation folder,
+            else set ``data.init_args.holdout``). ``train``: the training images themselves. ``test_good``: the good
+            test images, what the released code does (protocol ``as_released`` only). ``none``: maps are added as they
+            are. ``protocol``: held_out if clean, test_good if as_released.
         alpha: Probability of the lower quantile, which becomes 0.
         beta: Probability of the upper one, which becomes 0.1.
         alphas, betas: Further values; every pair of them is scored from the same trained model, as a variant of the run
-            named ``alpha=A,beta=B``, next to ``no quantiles``.
+            named ``alpha=A,beta=B``, next to ``quantiles=none``.
     """
 
     source: str = "protocol"
@@ -84,7 +84,7 @@ class ULSAD(ReconstructionModule):
         optimizer: Adam, constant learning rate.
         image_size: Input size in pixels, a multiple of 64.
         quantiles: The common scale of the two maps.
-        score_branches: Also score the local and the global map alone, as variants ``local map`` and ``global map``.
+        score_branches: Also score the local and the global map alone, as variants ``map=local`` and ``map=global``.
         network: Arguments of :class:`models.ulsad.ULSADNetwork`.
     """
 
@@ -139,7 +139,7 @@ class ULSAD(ReconstructionModule):
             f"two levels at the finer grid without aligned corners, concatenated, channels pooled to {channels}"
         )
         self.map_names = tuple(f"{branch} map" for branch in self.network.branches)
-        if quantiles.source == "none" and self.score_branches and len(self.map_names) == 1:
+        if score_branches and len(self.map_names) == 1:
             raise ValueError("score_branches: this model has one branch only, which is scored anyway.")
         self._estimates = "held_out"
         self._selection = "last"
@@ -185,9 +185,9 @@ class ULSAD(ReconstructionModule):
         scored = {"": score(pair if scaled else None)}
         if scaled and grid:
             scored |= {f"alpha={alpha:g},beta={beta:g}": score((alpha, beta)) for alpha, beta in grid}
-            scored["no quantiles"] = score(None)
+            scored["quantiles=none"] = score(None)
         if self.score_branches and len(maps) > 1:
-            scored |= {name: score(None, [number]) for number, name in enumerate(self.map_names)}
+            scored |= {f"map={name}": score(None, [n]) for n, name in enumerate(self.network.branches)}
         return scored
 
     # ---- what is estimated from data ---------------------------------------------------------------------------------
@@ -196,7 +196,8 @@ class ULSAD(ReconstructionModule):
         source = self.quantiles.source
         if source == "test_good" and protocol == "clean":
             raise ValueError(
-                "quantiles.source=test_good looks at the test set: it needs run.protocol=as_released. Use held_out or train."
+                "quantiles.source=test_good looks at the test set: it needs run.protocol=as_released. Use held_out or "
+                "train."
             )
         if source == "protocol":
             source = "held_out" if protocol == "clean" else "test_good"
@@ -206,8 +207,8 @@ class ULSAD(ReconstructionModule):
         data = self.trainer.datamodule
         if self._estimates == "held_out" and not len(data.val_dataloader() or ()):
             raise ValueError(
-                "No normal image is held out for the quantiles: the validation split is empty. Set data.init_args.holdout "
-                "(e.g. 0.1), or quantiles.source to train (the training images themselves) or none."
+                "No normal image is held out for the quantiles: the validation split is empty. Set "
+                "data.init_args.holdout (e.g. 0.1), or quantiles.source to train (the training images) or none."
             )
         if self.network.statistics.groups:
             return  # resumed: they came with the checkpoint
@@ -245,13 +246,14 @@ class ULSAD(ReconstructionModule):
         loader = data.val_dataloader() if self._estimates == "held_out" else data.test_dataloader()
         if not len(loader):
             raise ValueError(
-                "No normal image is held out for the quantiles: set data.init_args.holdout, or quantiles.source to train."
+                "No normal image is held out for the quantiles: set data.init_args.holdout, or quantiles.source to "
+                "train."
             )
         return loader
 
     @torch.no_grad()
     def _estimate_quantiles(self) -> None:
-        """Exact quantiles of each branch's final maps of normal images, per dataset; only feature-sized maps are kept."""
+        """Exact quantiles of each branch's maps of normal images, per dataset; only feature-sized maps are kept."""
         was_training = self.training
         self.eval()
         kept: dict[str, list[Tensor]] = {}

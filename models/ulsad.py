@@ -452,7 +452,8 @@ class ULSADNetwork(nn.Module):
         pg    global, self-attention against cross-attention, D(A, A^)                 (Eq. 5)
         pg_d  global, direct: D(U, U^) instead of the attention maps                   (ablation; not in released code)
         lg    bridge: the local network's second head imitates the autoencoder, D(U^, U'')   (Eq. 6)
-    lambda_l, lambda_g: weight of the direction (cosine) term in local and in global distances, in losses and maps.
+    lambda_l, lambda_g: weight of the direction (cosine) term in local and in global distances, in losses and maps;
+        lambda_g None = as lambda_l, which all published runs have.
     global_map: what the global anomaly map compares. "bridge": U^ and U'' (the method); "direct": U and U^;
         "attention": A and A^ (the last two are the options for models trained without lg, whose second head is
         untrained; paper and code leave this open). "auto": bridge with lg, else attention with pg, direct with pg_d,
@@ -468,14 +469,15 @@ class ULSADNetwork(nn.Module):
         pooled_channels: int | None = 384,
         terms: Sequence[str] = ("pl", "pg", "lg"),
         lambda_l: float = 0.5,
-        lambda_g: float = 0.5,
+        lambda_g: float | None = None,
         global_map: str = "auto",
         double_head: bool | None = None,
         details: ULSADDetails | None = None,
     ) -> None:
         super().__init__()
         self.terms = _check_terms(terms)
-        self.lambda_l, self.lambda_g = float(lambda_l), float(lambda_g)
+        self.lambda_l = float(lambda_l)
+        self.lambda_g = self.lambda_l if lambda_g is None else float(lambda_g)
         for name, value in (("lambda_l", self.lambda_l), ("lambda_g", self.lambda_g)):
             if not value >= 0:
                 raise ValueError(f"{name} is {value}; it weights the direction term and must be >= 0")
