@@ -38,8 +38,8 @@ from lightning_modules.evaluation import Evaluation, TestCurve
 from lightning_modules.run import RunConfig, provenance, sweep_parameters
 from results.records import RunRecord, write_record
 
-
 EXPECTED_WARNINGS = (
+    ".*LightningCLI's args parameter is intended",  # the environment's arguments stand between the given ones
     ".*LeafSpec.*is deprecated",  # inside Lightning
     ".*Total length of `list` across ranks is zero",  # nothing is held out, so there is no validation
     ".*module.s. in eval mode at the start of training",  # the frozen backbone

@@ -17,7 +17,7 @@ from datamodules.table import category_keys
 from lightning_modules.base import ReconstructionModule
 from lightning_modules.callbacks import History
 from lightning_modules.logical import DEFINITIONS, LogicalEvaluation, has_logical
-from lightning_modules.metrics import AnomalyMetrics, MetricResult
+from lightning_modules.metrics import AnomalyMetrics, MetricResult, RegionCache
 from models.head import ScoredMaps
 
 SHOWN = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_aupro", "dsc")
@@ -48,6 +48,7 @@ class Evaluation(L.Callback):
         self.image_scores: pd.DataFrame | None = None
         self._metrics: dict[str, AnomalyMetrics] = {}
         self._rows: list[tuple[int, str, str, int, float, str]] = []
+        self._regions = RegionCache()
         self._logical: LogicalEvaluation | None = None
 
     def on_test_epoch_start(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
@@ -66,7 +67,9 @@ class Evaluation(L.Callback):
     ) -> None:
         for variant, scored in outputs.items():
             if variant not in self._metrics:
-                self._metrics[variant] = _new_metrics(trainer, module)
+                self._metrics[variant] = AnomalyMetrics(
+                    trainer.datamodule.dataset_of(), regions=self._regions, variant=variant
+                )
             update_metrics(self._metrics[variant], batch, scored)
             if self._logical is not None:
                 self._logical.update(variant, batch, scored.maps, scored.image_scores)
@@ -77,11 +80,15 @@ class Evaluation(L.Callback):
     def on_test_epoch_end(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
         results = {variant: metrics.compute() for variant, metrics in self._metrics.items()}
         self.result = results[""]
-        tables = [r.table.assign(variant=v) for v, r in results.items()]
+        tables = [result.table for result in results.values()]
         if self._logical is not None:
             tables.append(self._logical.rows())
             self.result.definitions = self.result.definitions | DEFINITIONS
-        self.result.table = pd.concat(tables, ignore_index=True)
+        table = pd.concat(tables, ignore_index=True)
+        # With several datasets a category's key is dataset/category; the table has a column for each.
+        keys = zip(table.dataset, table.category, strict=True)
+        table["category"] = [category.removeprefix(f"{dataset}/") for dataset, category in keys]
+        self.result.table = table
         columns = ["id", "category", "anomaly_type", "label", "image_score", "path"]
         self.image_scores = pd.DataFrame(self._rows, columns=columns)
         if trainer.is_global_zero:
@@ -101,6 +108,7 @@ class TestCurve(L.Callback):
         self.select = select
         self.tie = tie
         self.best: tuple[float, int, dict[str, Tensor]] | None = None
+        self._regions = RegionCache()
 
     @torch.no_grad()
     def on_train_epoch_end(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
@@ -108,7 +116,8 @@ class TestCurve(L.Callback):
         if (epoch + 1) % self.every and epoch + 1 != trainer.max_epochs:
             return
         names = ["image_auroc", "pixel_auroc"]
-        metrics = _new_metrics(trainer, module, names if self.select in (None, *names) else [*names, self.select])
+        names += [self.select] if self.select not in (None, *names) else []
+        metrics = AnomalyMetrics(trainer.datamodule.dataset_of(), names, pooled=False, regions=self._regions)
         module.eval()
         module.before_scoring(last_epoch=epoch + 1 == trainer.max_epochs)
         for batch in trainer.datamodule.test_dataloader():
@@ -138,10 +147,6 @@ class TestCurve(L.Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best = state["best"]
-
-
-def _new_metrics(trainer: L.Trainer, module: ReconstructionModule, names: list[str] | None = None) -> AnomalyMetrics:
-    return AnomalyMetrics(categories=trainer.datamodule.dataset_of(), metrics=names).to(module.device)
 
 
 def print_metrics(table: pd.DataFrame) -> None:

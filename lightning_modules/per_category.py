@@ -78,9 +78,7 @@ class OneModelEach(Exception):
     @rank_zero_only
     def _write(self, stored: list[StoredRecord]) -> Path:
         record = join_records([s.record for s in stored], self.name, self.sweep)
-        several = len({part["dataset"]["label"] for part in self.parts}) > 1
-        keys = [f"{p['dataset']['label']}/{p['dataset']['categories'][0]}" if several else None for p in self.parts]
-        metrics = join_metrics([s.metrics for s in stored], keys)
+        metrics = join_metrics(s.metrics for s in stored)
         history = pd.concat(
             [
                 s.history.assign(metric=part["run"] + "/" + s.history.metric)
@@ -152,16 +150,13 @@ def join_records(records: list[RunRecord], run: str, sweep: str) -> RunRecord:
     )
 
 
-def join_metrics(tables: Iterable[pd.DataFrame], keys: Iterable[str | None]) -> pd.DataFrame:
+def join_metrics(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
     """Category rows of all tables and their unweighted means; nothing is pooled over different models.
 
-    tables: one per category, with the columns of metrics.csv. keys: what to call each table's category, None keeps its
-    name. A mean says in `reason` which categories it misses; `n` counts those that it has.
+    tables: one per category, with the columns of metrics.csv. A mean says in `reason` which categories it misses; `n`
+    counts those that it has.
     """
-    parts = []
-    for table, key in zip(tables, keys, strict=True):
-        rows = table[table.scope == "category"]
-        parts.append(rows if key is None else rows.assign(category=key))
+    parts = [table[table.scope == "category"] for table in tables]
     categories = pd.concat(parts, ignore_index=True)
     names = list(dict.fromkeys(categories.dataset))
     rows = []

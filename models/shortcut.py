@@ -1,8 +1,8 @@
 """The networks of UniAD's "identical shortcut" study: plain ones that learn to copy their input.
 
-You et al., NeurIPS 2022, section 3.1, https://arxiv.org/abs/2206.03687. The paper trains an MLP, a CNN and a transformer
-on the same frozen features and shows both AUROCs rise, then fall while the loss goes to zero. Its widths are not
-published; these are ours, matched to UniAD's 7.7 million parameters for 272 channels on a 14x14 grid.
+You et al., NeurIPS 2022, section 3.1, https://arxiv.org/abs/2206.03687. The paper trains an MLP, a CNN and a
+transformer on the same frozen features and shows both AUROCs rise, then fall while the loss goes to zero. Its widths
+are not published; these are ours, matched to UniAD's 7.7 million parameters for 272 channels on a 14x14 grid.
 """
 
 from __future__ import annotations

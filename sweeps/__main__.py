@@ -9,7 +9,7 @@ import sys
 from rich.console import Console
 from rich.markup import escape
 
-from sweeps import listing, prepare, sweep_file
+from sweeps import listing, preflight, prepare, sweep_file
 from sweeps.display import Display
 from sweeps.errors import SweepError
 from sweeps.runner import Job, Runner, check_writable
@@ -72,16 +72,34 @@ def _run(options: argparse.Namespace, console: Console) -> int:
 
     sweep = sweep_file.load(options.ablation)
     variables = prepare.environment(options.profile)
-    cells = sweep_file.select(sweep.cells(options.seeds, options.count, options.sampler_seed), options.only, sweep.path)
+    every_cell = sweep.cells(options.seeds, options.count, options.sampler_seed)
+    cells = sweep_file.select(every_cell, options.only, sweep.path)
     check_writable(WORK)
-    sets = prepare.datasets(sweep, variables)
-    prepare.data(sets, variables["PROFILE"], say)
-    gpus = prepare.gpus(options.gpus)
-    workers = len(gpus) or options.workers or min(4, prepare.cores())
-    threads = max(1, prepare.cores() // workers)
-    jobs = prepare.jobs(sweep, cells, variables, sets, prepare.Weights(sweep, variables, say), threads)
+    # The check takes seconds; on a sweep's first run it goes on beside the other preparations.
+    check = preflight.Check(sweep, cells, variables) if not (WORK / sweep.name).exists() else None
+    try:
+        sets = prepare.datasets(sweep, variables)
+        prepare.data(sets, variables["PROFILE"], say)
+        gpus = prepare.gpus(options.gpus)
+        workers = len(gpus) or options.workers or min(4, prepare.cores())
+        threads = max(1, prepare.cores() // workers)
+        weights = prepare.Weights(sweep, variables, say)
+        all_jobs = prepare.jobs(sweep, every_cell, variables, sets, weights, threads)
+        jobs = [job for job in all_jobs if job.cell in cells]
+        if not all(job.finished() for job in jobs):
+            check = check or preflight.Check(sweep, cells, variables)
+            check.finish()
+    finally:
+        if check is not None:
+            check.stop()
     varying = sweep_file.varying(cells) or sweep.varying
-    display = Display(console, f"{sweep.name} ({variables['PROFILE']})", varying, min(workers, len(jobs)))
+    display = Display(
+        console,
+        f"{sweep.name} ({variables['PROFILE']})",
+        varying,
+        sweep.metric.get("name", ""),
+        min(workers, len(jobs)),
+    )
     runner = Runner(
         jobs, display, workers, gpus, retry_failed=options.retry_failed, data_roots=[data.root for data in sets]
     )
@@ -90,9 +108,12 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     if runner.interrupted:
         display.say(f"Go on with: make sweep ABLATION={options.ablation}")
         return 130
+    finished = [job.run for job in all_jobs if job.finished()]
     table = 0
-    if not options.no_table:
+    if finished and not options.no_table:
         words = [sys.executable, "-m", "results", "sweep", sweep.name, "--profile", variables["PROFILE"]]
+        # Records that other code, data or settings made of the same cells stay in results/, but not in this table.
+        words += [word for run in finished for word in ("--runs", f"{sweep.name}/{run}")]
         table = subprocess.run(words, env=variables).returncode
     return table if complete else 1
 

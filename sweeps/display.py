@@ -40,12 +40,16 @@ def duration(seconds: float | None) -> str:
 
 
 class Display:
-    """Prints what happens to the jobs of a sweep; ``varying`` names the parameters worth showing."""
+    """Prints what happens to the jobs of a sweep.
 
-    def __init__(self, console: Console, title: str, varying: tuple[str, ...], slots: int) -> None:
+    varying: names of the parameters worth showing. metric: name of the metric to show. slots: jobs at a time.
+    """
+
+    def __init__(self, console: Console, title: str, varying: tuple[str, ...], metric: str, slots: int) -> None:
         self._console = console
         self._title = title
         self._varying = varying
+        self._metric = metric
         self._slots = slots
         self._jobs: list[Job] = []
         self._live: Live | None = None
@@ -79,7 +83,9 @@ class Display:
             self._heartbeat = time.monotonic()
             for job in self._jobs:
                 if job.state == RUNNING:
-                    self.say(f"{self._count(job)} running  {self.label(job)}  {_progress_text(job)}")
+                    progress = job.progress()
+                    parts = (_epoch_text(progress), self._metric_so_far(progress), duration(time.time() - job.started))
+                    self.say(f"{self._count(job)} running  {self.label(job)}  {'  '.join(filter(None, parts))}")
             self.say(f"{self._summary()}, time left {self._left()}")
 
     def say(self, text: str) -> None:
@@ -94,7 +100,8 @@ class Display:
     def ended(self, job: Job, note: str = "") -> None:
         """Tell how a job ended."""
         colour = {DONE: "green", FAILED: "red", INTERRUPTED: "yellow"}[job.state]
-        metric = _metric_text(job.progress())
+        value = job.result(self._metric) if self._metric else None
+        metric = "" if value is None else f"{self._metric} {value:.4g}"
         took = f" in {duration(job.seconds)}" if job.seconds is not None else ""
         notes = "  ".join(text for text in (metric, note) if text)
         self.say(f"{self._count(job)} [{colour}]{job.state}[/]{took:12} {self.label(job)}  {notes}")
@@ -104,6 +111,15 @@ class Display:
         shown = [name for name in self._varying if name in job.cell.parameters]
         text = "  ".join(f"{short(name)}={job.cell.parameters[name]}" for name in shown)
         return escape(text or job.run)
+
+    def _metric_so_far(self, progress: dict[str, Any]) -> str:
+        """The sweep's metric if the program scores it during training, else its loss."""
+        metrics = progress.get("metrics") or {}
+        for wanted in filter(None, (self._metric, "loss")):
+            for name, value in metrics.items():
+                if name.rsplit("/", 1)[-1] == wanted and isinstance(value, (int, float)):
+                    return escape(f"{name} {value:.4g}")
+        return ""
 
     def _count(self, job: Job) -> str:
         width = len(str(len(self._jobs)))
@@ -142,7 +158,7 @@ class Display:
                 *(escape(str(job.cell.parameters.get(name, ""))) for name in shown),
                 ProgressBar(total=1.0, completed=_fraction(progress), width=24),
                 _epoch_text(progress),
-                _metric_text(progress),
+                self._metric_so_far(progress),
                 duration(time.time() - job.started),
             )
         finished = sum(job.state not in (RUNNING, WAITING) for job in self._jobs)
@@ -166,18 +182,6 @@ def _fraction(progress: dict[str, Any]) -> float:
 def _epoch_text(progress: dict[str, Any]) -> str:
     if "epoch" not in progress:
         return "starting"
-    text = f"{progress.get('phase', 'train')} {progress['epoch']:g}/{progress.get('epochs', '?')}"
-    return escape(text)
-
-
-def _metric_text(progress: dict[str, Any]) -> str:
-    metric = progress.get("metric") or {}
-    value = metric.get("value")
-    return escape(f"{metric.get('name')} {value:.4g}") if isinstance(value, (int, float)) else ""
-
-
-def _progress_text(job: Job) -> str:
-    progress = job.progress()
-    return "  ".join(
-        text for text in (_epoch_text(progress), _metric_text(progress), duration(time.time() - job.started)) if text
-    )
+    if progress["epoch"] == progress.get("epochs"):
+        return "scoring"
+    return f"epoch {progress['epoch']}/{progress.get('epochs', '?')}"

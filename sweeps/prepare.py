@@ -14,7 +14,7 @@ from sweeps import command
 from sweeps.errors import SweepError
 from sweeps.identity import OVERRIDES, Dataset, Identifier, lookup, read_config
 from sweeps.runner import Job
-from sweeps.state import WORK, Lock
+from sweeps.state import WORK, Lock, read_json, write_json
 from sweeps.sweep_file import Cell, SweepFile
 
 SYNTHETIC = Path("data/synthetic")
@@ -39,28 +39,28 @@ def datasets(sweep: SweepFile, variables: Mapping[str, str]) -> list[Dataset]:
     named: list[Mapping[str, Any]] = []
     for path in command.configs(sweep.command, variables):
         named = lookup(read_config(path), "data.init_args.datasets") or named
-    name, root = variables.get("DATASET"), variables.get("DATA_ROOT")
-    categories = variables.get("CATEGORIES")
-    if name:
-        known = {entry["name"]: entry["root"] for entry in named if "name" in entry and "root" in entry}
-        root = root or known.get(name) or (str(SYNTHETIC) if name == "synthetic" else None)
-        if root is None:
-            raise SweepError(f"DATASET={name} needs DATA_ROOT=<its folder>.")
-        named = [{"name": name, "root": root}]
-    elif root and len(named) == 1:
-        named = [{**named[0], "root": root}]
-    elif root:
-        raise SweepError(f"DATA_ROOT={root} needs DATASET=<name>, because the profile names {len(named)} data sets.")
-    return [
-        Dataset(entry["name"], Path(entry["root"]), _categories(categories or entry.get("categories")))
-        for entry in named
-    ]
+    names, roots, categories = (_parts(variables.get(key)) for key in ("DATASET", "DATA_ROOT", "CATEGORIES"))
+    if len(names) != len(roots):
+        raise SweepError(
+            f"DATASET names {len(names)} data sets and DATA_ROOT {len(roots)} folders; give one folder for each, like "
+            f"DATASET=mvtec_ad DATA_ROOT=/data/mvtec."
+        )
+    if categories and len(names) != 1:
+        raise SweepError(f"CATEGORIES={','.join(categories)} needs exactly one DATASET; found {len(names)}.")
+    if names:
+        named = [
+            {"name": name, "root": root, "categories": categories} for name, root in zip(names, roots, strict=True)
+        ]
+    return [Dataset(entry["name"], Path(entry["root"]), _parts(entry.get("categories")) or None) for entry in named]
 
 
-def _categories(value: Any) -> tuple[str, ...] | None:
-    if isinstance(value, str):
-        value = [part.strip() for part in value.split(",") if part.strip()]
-    return tuple(value) if value else None
+def _parts(value: Any) -> tuple[str, ...]:
+    """The parts of a comma list or a list."""
+    return (
+        tuple(part.strip() for part in value.split(",") if part.strip())
+        if isinstance(value, str)
+        else tuple(value or ())
+    )
 
 
 def data(sets: list[Dataset], profile: str, say: Callable[[str], None]) -> None:
@@ -97,11 +97,15 @@ def _make_synthetic(root: Path, say: Callable[[str], None]) -> None:
 
 
 class Weights:
-    """Decides ``auto`` weights once per backbone and sweep, so that no two cells differ in them by chance."""
+    """Decides ``auto`` weights once per backbone and sweep, so that no two cells differ in them by chance.
+
+    The decision is kept in the sweep's working folder and holds for later runs of the sweep too.
+    """
 
     def __init__(self, sweep: SweepFile, variables: Mapping[str, str], say: Callable[[str], None]) -> None:
         self._variables = variables
         self._say = say
+        self._kept = WORK / sweep.name / "weights.json"
         self._decided: dict[str, str] = {}
         self._profile: dict[str, Any] = {}
         for path in command.configs(sweep.command, variables):
@@ -119,7 +123,8 @@ class Weights:
                 "WEIGHTS=auto needs the backbone's name: BACKBONE=<timm tag> or backbone.name in the profile."
             )
         if tag not in self._decided:
-            self._decided[tag] = self._decide(tag)
+            self._decided[tag] = read_json(self._kept).get(tag) or self._decide(tag)
+            self._tell(tag)
         return self._decided[tag]
 
     def _decide(self, tag: str) -> str:
@@ -128,11 +133,17 @@ class Weights:
         lines = outcome.stdout.split()
         if outcome.returncode or not lines or lines[-1] not in ("imagenet", "random"):
             raise SweepError(f"`{' '.join(words[1:])}` could not decide the weights of {tag}; its message is above.")
-        if lines[-1] == "random":
-            self._say(f"[bold yellow]{tag} has RANDOM weights[/]: no ImageNet weights in the cache or from the hub.")
-        else:
-            self._say(f"{tag} has ImageNet weights.")
+        write_json(self._kept, {**read_json(self._kept), tag: lines[-1]})
         return lines[-1]
+
+    def _tell(self, tag: str) -> None:
+        if self._decided[tag] == "imagenet":
+            self._say(f"{tag} has ImageNet weights.")
+        else:
+            self._say(
+                f"[bold yellow]{tag} has RANDOM weights[/]: when this sweep began, ImageNet's were neither cached "
+                f"nor to be had from the hub. WEIGHTS=imagenet insists on them."
+            )
 
 
 def jobs(

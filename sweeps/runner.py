@@ -7,6 +7,7 @@ may be lost at any moment without harm: the next run of the same sweep goes on f
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import os
 import shutil
@@ -85,6 +86,19 @@ class Job:
     def progress(self) -> dict[str, Any]:
         """What the program last wrote about its progress; {} before the first time."""
         return read_json(self.work / "progress.json")
+
+    def result(self, metric: str) -> float | None:
+        """The finished run's value of a metric, averaged over categories; None if the record does not have it."""
+        try:
+            with self.record.with_name("metrics.csv").open(newline="") as file:
+                values = [
+                    row["value"]
+                    for row in csv.DictReader(file)
+                    if (row["variant"], row["scope"], row["metric"]) == ("", "mean", metric) and row["value"]
+                ]
+            return sum(map(float, values)) / len(values) if values else None
+        except (OSError, ValueError, KeyError):
+            return None
 
     def finished(self) -> bool:
         """Whether the run record exists; SweepError if it is damaged."""

@@ -200,10 +200,13 @@ def same(one: Any, other: Any) -> bool:
 
 
 def unique(values: list[Any]) -> list[Any]:
-    """The values without repetitions, in their order."""
+    """The values without repetitions; of equal ones W&B keeps the first one's place and the last one's spelling."""
     result: list[Any] = []
     for value in values:
-        if not any(same(value, other) for other in result):
+        places = [place for place, other in enumerate(result) if same(value, other)]
+        if places:
+            result[places[0]] = value
+        else:
             result.append(value)
     return result
 

@@ -51,16 +51,18 @@ class Ranking:
         at_or_above: np.ndarray,
         above: np.ndarray,
         weights: np.ndarray | None = None,
+        counted: int = 0,
     ) -> None:
         """Add a stretch of distinct scores, all below those added before.
 
         keys: (U,) descending; hits: int (U,), anomalous items with this score; at_or_above, above: int (U,), all items
         with score >= and > key; weights: float64 (U,), sum over the anomalous pixels with this score of their weight
-        in the regions (1 / area for PRO).
+        in the regions (1 / area for PRO); counted: items above all of these that the two counts leave out.
         """
         for start in range(0, len(keys), BLOCK):
             part = slice(start, start + BLOCK)
             c, ge, gt = (np.asarray(a[part], dtype=np.int64) for a in (hits, at_or_above, above))
+            ge, gt = ge + counted, gt + counted
             tp = np.cumsum(c) + self._hits
             false_ge, false_gt = ge - tp, gt - (tp - c)
             self._pairs += int((c * (2 * self.negatives - false_ge - false_gt)).sum())

@@ -95,7 +95,8 @@ def find_regions(masks: np.ndarray, connectivity: int = 8) -> list[Regions]:
     result = []
     for b in range(B):
         run, region = slice(bounds[b], bounds[b + 1]), slice(firsts[b], firsts[b + 1])
-        result.append(Regions(pixels[run].copy(), lengths[run].copy(), labels[run].copy(), areas[region].copy(), (H, W)))
+        found = (pixels[run].copy(), lengths[run].copy(), labels[run].copy(), areas[region].copy())
+        result.append(Regions(*found, shape=(H, W)))
     return result
 
 
@@ -120,9 +121,8 @@ class RegionCache:
         if ids is None:
             return find_regions(masks, self.connectivity)
         result = [self._regions.get(int(i)) for i in ids]
-        missing = [
-            b for b, (found, mask) in enumerate(zip(result, masks, strict=True)) if found is None or not found.equals(mask)
-        ]
+        known = [found is not None and found.equals(mask) for found, mask in zip(result, masks, strict=True)]
+        missing = [b for b, same in enumerate(known) if not same]
         if missing:
             for b, regions in zip(missing, find_regions(masks[missing], self.connectivity), strict=True):
                 result[b] = self._regions[int(ids[b])] = regions

@@ -41,6 +41,8 @@ class Group:
         lengths = np.zeros(self.size, dtype=np.int64)
         lengths[self.rank] = len(array)
         lengths = self.sum(lengths)
+        if not lengths.any():
+            return [array] * self.size
         padded = torch.zeros(int(lengths.max()), dtype=torch.from_numpy(array[:0]).dtype, device=self.device)
         padded[: len(array)] = torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
         received = [torch.empty_like(padded) for _ in range(self.size)]
@@ -54,22 +56,3 @@ class Group:
         received: list = [None] * self.size
         dist.all_gather_object(received, value)
         return received
-
-    def merge_counts(
-        self, found: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]
-    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Union, per category, of (distinct keys ascending, counts, weights); counts and weights of a key add up."""
-        if self.size == 1:
-            return list(found)
-        lengths = self.gather_objects([len(keys) for keys, _, _ in found])
-        keys = self.gather(np.concatenate([keys for keys, _, _ in found]))
-        pieces = [np.split(k, np.cumsum(n)[:-1]) for k, n in zip(keys, lengths, strict=True)]
-        unions = [np.unique(np.concatenate([p[i] for p in pieces])) for i in range(len(found))]
-        hits, weights = [], []
-        for union, (own, own_hits, own_weights) in zip(unions, found, strict=True):
-            position = np.searchsorted(union, own)
-            for values, target in ((own_hits, hits), (own_weights, weights)):
-                spread = np.zeros(len(union), dtype=values.dtype)
-                spread[position] = values
-                target.append(spread)
-        return list(zip(unions, self.sum_all(hits), self.sum_all(weights), strict=True))

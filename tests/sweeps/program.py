@@ -39,7 +39,7 @@ for epoch in range(len(history), epochs):
     write(checkpoint, history)
     write(
         work / "progress.json",
-        {"epoch": epoch + 1, "epochs": epochs, "phase": "train", "metric": {"name": "image_auroc", "value": 0.5}},
+        {"epoch": epoch + 1, "epochs": epochs, "metrics": {"train/loss": 0.5}},
     )
 if end == "fail":
     raise ValueError("the loss is not finite")

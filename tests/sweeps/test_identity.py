@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from sweeps import prepare, sweep_file
+from sweeps.errors import SweepError
 from sweeps.identity import Dataset, Identifier, code_hash, data_hash, reached_files
 from sweeps.sweep_file import Cell
 
@@ -148,9 +149,11 @@ def test_environment_names_the_data_before_the_profile_does(repository: Path) ->
         return prepare.datasets(sweep, {"PROFILE": "demo", **variables})
 
     assert named() == [Dataset("mvtec", Path("data/mvtec"), ("cable",))]
-    assert named(DATA_ROOT="/d") == [Dataset("mvtec", Path("/d"), ("cable",))]
     assert named(DATASET="btad", DATA_ROOT="/b", CATEGORIES="01, 02") == [Dataset("btad", Path("/b"), ("01", "02"))]
-    assert named(DATASET="synthetic") == [Dataset("synthetic", prepare.SYNTHETIC, None)]
+    assert named(DATASET="a,b", DATA_ROOT="/a,/b") == [Dataset("a", Path("/a"), None), Dataset("b", Path("/b"), None)]
+    for wrong in ({"DATASET": "btad"}, {"DATA_ROOT": "/b"}, {"CATEGORIES": "01"}):
+        with pytest.raises(SweepError, match="DATASET"):
+            named(**wrong)
 
 
 def test_cells_of_one_grid_have_different_names(repository: Path) -> None:

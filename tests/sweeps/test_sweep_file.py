@@ -33,7 +33,8 @@ def test_grid_is_the_sorted_product_that_wandb_makes(tmp_path: Path) -> None:
 
 def test_values_equal_for_wandb_are_one_cell_but_true_and_one_are_two(tmp_path: Path) -> None:
     cells = sweep_file.load(write(tmp_path, {"a": {"values": [1.0, 1e-4, 1, "1", True]}})).cells()
-    assert [cell.parameters["a"] for cell in cells] == [1.0, 1e-4, "1", True]
+    assert [cell.parameters["a"] for cell in cells] == [1, 1e-4, "1", True]
+    assert isinstance(cells[0].parameters["a"], int), "the last spelling stays, and the command line shows it"
 
 
 def test_integer_range_is_enumerated_with_its_end(tmp_path: Path) -> None:

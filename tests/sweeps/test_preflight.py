@@ -1,0 +1,71 @@
+"""Every sweep is accepted by the training program's own parser, and mistakes are named before a cell runs."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sweeps import preflight, sweep_file
+from sweeps.sweep_file import SweepFile
+
+PROFILES = sorted(path.name for path in Path("sweeps/profiles").iterdir() if path.is_dir())
+
+
+def problem(sweep: SweepFile, profile: str = "demo") -> str | None:
+    """What the runner would say about a sweep before its first cell, asked in this process."""
+    check = preflight.Check.__new__(preflight.Check)
+    check._sweep, check._cells, check._variables = sweep, sweep.cells(), {**os.environ, "PROFILE": profile}
+    found = preflight._answer(check._question())
+    return None if found is None else check._explain(found)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("name", sweep_file.names())
+def test_every_cell_of_every_sweep_and_profile_is_accepted_by_the_program(name: str, profile: str) -> None:
+    assert problem(sweep_file.load(name), profile) is None
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"model.init_args.neighbour_size": 7}, "_args.neighbour_size' is no option .*'model.init_args.neighbor_size'"),
+        ({"trainer.max_epoch": 7}, "'trainer.max_epoch' is no option .*Did you mean 'trainer.max_epochs'"),
+        ({"model.init_args.backbone.nam": "x"}, "_args.backbone.nam' is no .*'model.init_args.backbone.name'"),
+        ({"run.protcol": "clean"}, "'run.protcol' is no option .*Did you mean 'run.protocol'"),
+        ({"model.init_args.query": "nonne"}, "value nonne of parameter 'model.init_args.query' .*'none', 'first'"),
+        ({"model.init_args.decoder_layers": [4, "four"]}, "value four of parameter 'model.init_args.decoder_layers'"),
+    ],
+)  # fmt: skip
+def test_mistake_is_named_with_file_key_and_nearest_key(
+    tmp_path: Path, parameters: dict[str, Any], message: str
+) -> None:
+    content = yaml.safe_load(Path("sweeps/uniad_components.yaml").read_text())
+    content["parameters"] = {
+        key: {"values": value if isinstance(value, list) else [value]} for key, value in parameters.items()
+    }
+    path = tmp_path / "uniad_components.yaml"
+    path.write_text(yaml.safe_dump(content))
+    found = problem(sweep_file.load(str(path)))
+    assert found is not None
+    assert found.startswith(str(path))
+    assert re.search(message, found, re.DOTALL), found
+
+
+def test_mistake_in_the_profile_is_named_with_the_profile(tmp_path: Path) -> None:
+    profile = tmp_path / "broken.yaml"
+    profile.write_text(Path("sweeps/profiles/demo/uniad.yaml").read_text().replace("backbone:", "backbones:"))
+    content = yaml.safe_load(Path("sweeps/uniad_components.yaml").read_text())
+    content["command"] = [
+        word.replace("sweeps/profiles/${envvar:PROFILE}/uniad.yaml", str(profile)) for word in content["command"]
+    ]
+    path = tmp_path / "uniad_components.yaml"
+    path.write_text(yaml.safe_dump(content))
+    found = problem(sweep_file.load(str(path)))
+    assert found is not None
+    assert str(profile) in found
+    assert "backbones" in found
