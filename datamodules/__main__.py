@@ -1,4 +1,4 @@
-"""Command line: `python -m datamodules synthetic OUT` and `python -m datamodules check --dataset NAME --data-root PATH`."""
+"""Command line: `python -m datamodules check --dataset NAME --data-root PATH` and `... synthetic OUT`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 
 from datamodules.errors import DataError
 
@@ -24,18 +25,38 @@ def _parser() -> argparse.ArgumentParser:
     synthetic.add_argument("--defects", type=int, default=3, help="test images per kind of defect")
     synthetic.add_argument("--categories", help="names separated by commas, default all")
     synthetic.add_argument("--layout", choices=("mvtec", "mvtec_loco"), default="mvtec")
+    synthetic.add_argument("--sheet", help="also write a contact sheet to this .jpg file")
+    check = commands.add_parser("check", help="count a dataset's images and list everything that is wrong with it")
+    check.add_argument("--dataset", required=True, help="mvtec_ad, mvtec_loco, btad, mpdd, visa, folder or synthetic")
+    check.add_argument("--data-root", required=True, help="folder of the dataset")
+    check.add_argument("--categories", help="names separated by commas, default all")
     return parser
 
 
 def _synthetic(options: argparse.Namespace, console: Console) -> int:
-    from datamodules.synthetic import Plan, generate
+    from datamodules.synthetic import Plan, contact_sheet, generate
 
-    names = tuple(part.strip() for part in options.categories.split(",")) if options.categories else None
+    names = _names(options.categories)
     plan = Plan(options.seed, options.size, options.train, options.test, options.defects, names, options.layout)
     start = time.perf_counter()
     root = generate(options.out, plan)
     console.print(f"{len(plan.names)} categories in {root} ({time.perf_counter() - start:.1f} s)")
+    if options.sheet:
+        console.print(f"contact sheet in {contact_sheet(options.sheet, options.seed)}")
     return 0
+
+
+def _check(options: argparse.Namespace, console: Console) -> int:
+    from datamodules.check import check, show
+
+    report = check(options.dataset, options.data_root, _names(options.categories), console)
+    show(report, console)
+    return 1 if report.errors else 0
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    """Names of a list separated by commas; None for an empty one."""
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip()) or None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,9 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     console = Console()
     try:
-        return {"synthetic": _synthetic}[options.command](options, console)
+        return {"check": _check, "synthetic": _synthetic}[options.command](options, console)
     except DataError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", markup=True, highlight=False)
+        Console(stderr=True).print("[bold red]error:[/]", escape(str(error)), highlight=False, soft_wrap=True)
         return 2
 
 

@@ -7,6 +7,7 @@ order after the resize; an empty list leaves the category as it is. A method's r
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -99,7 +100,8 @@ class Augmentation:
         pipeline = self._pipelines.get(key)
         if pipeline is None:
             return image, mask
-        pipeline.set_random_seed(seed)
+        # One generator for all steps: set_random_seed would give each step the same numbers, so flips would coincide.
+        pipeline.set_random_state(np.random.default_rng(seed), random.Random(seed))
         result = pipeline(image=image, mask=mask.view(np.uint8))
         if result["image"].shape != image.shape:
             raise DataError(f"The augmentation of {key!r} turns images by 90 degrees: image_size must be square.")

@@ -90,7 +90,7 @@ def validate(table: SampleTable) -> SampleTable:
         wrong = table[~table[column].isin(values)]
         if len(wrong):
             row = wrong.iloc[0]
-            raise DataError(f"{row['image_path']}: {column} is {row[column]!r}, allowed are {values}.")
+            raise DataError(f"{row['image_path']}: {column} is {row[column]}, allowed are {values}.")
     normal = table["anomaly_type"] == GOOD
     contradiction = table[(table["label"] == 0) != normal]
     if len(contradiction):

@@ -103,17 +103,17 @@ def pairing_problems(category: str, defect: str, pairing: Pairing, strict: bool)
     return problems
 
 
-def duplicate_stem_problems(category: str, images: Sequence[Path], anomalous: bool) -> list[Problem]:
-    """Images of one folder that differ in their suffix only: an error where a mask must be paired, else a warning."""
+def duplicate_stem_problems(category: str, images: Sequence[Path], severity: str, so: str) -> list[Problem]:
+    """Images of one folder that differ in their suffix only; `so` says what becomes of them."""
     by_stem: dict[str, list[Path]] = defaultdict(list)
     for image in images:
         by_stem[image.stem].append(image)
     return [
         Problem(
-            ERROR if anomalous else WARNING,
+            severity,
             "duplicate stem",
             category,
-            f"{' and '.join(p.name for p in same)} differ in their suffix only: each counts as an image of its own",
+            f"{' and '.join(p.name for p in same)} in {same[0].parent.name} differ in their suffix only: {so}",
             tuple(map(str, same)),
         )
         for same in by_stem.values()
@@ -130,6 +130,7 @@ def read_tree(
     strict: bool = True,
     anomaly_type: dict[str, str] | None = None,
     flat: bool = False,
+    one_per_stem: bool = False,
 ) -> list[Sample]:
     """Samples of one category in an MVTec-like tree; findings are appended to `problems`.
 
@@ -141,31 +142,39 @@ def read_tree(
         strict: whether a missing mask is an error.
         anomaly_type: defect -> structural or logical; a defect not named is structural.
         flat: whether training images may lie in `train` itself, without `good`.
+        one_per_stem: whether files that differ in their suffix only are one image stored twice; .png wins.
     """
     samples: list[Sample] = []
 
-    def normals(split: str, part: Path) -> None:
-        images = [image for name in NORMAL_NAMES for image in list_images(part / name)]
-        if flat and not images:
-            images = list_images(part)
-        problems.extend(duplicate_stem_problems(category, images, anomalous=False))
-        samples.extend(Sample(category, split, GOOD, GOOD, str(image)) for image in images)
-
-    normals("train", folder / "train")
-    for name in ("validation", "val"):
-        normals("val", folder / name)
-    ignored = [p.name for p in list_folders(folder / "train") if p.name not in NORMAL_NAMES]
-    if ignored:
-        what = f"train holds {', '.join(ignored)}, which is left out: only good, ok or normal is trained on"
-        problems.append(Problem(WARNING, "unused folder", category, what, (str(folder / "train"),)))
-    for part in list_folders(folder / "test"):
+    def images_of(part: Path, anomalous: bool) -> list[Path]:
         images = list_images(part)
-        if part.name in NORMAL_NAMES:
-            normals_of_test = [Sample(category, "test", GOOD, GOOD, str(image)) for image in images]
-            problems.extend(duplicate_stem_problems(category, images, anomalous=False))
-            samples.extend(normals_of_test)
-            continue
-        problems.extend(duplicate_stem_problems(category, images, anomalous=True))
+        if one_per_stem:
+            problems.extend(duplicate_stem_problems(category, images, WARNING, "stored twice, the .png is used"))
+            best = {p.stem: p for p in sorted(images, key=lambda p: p.suffix.lower() == ".png")}
+            return sorted(best.values(), key=lambda p: p.name)
+        severity = ERROR if anomalous else WARNING
+        problems.extend(duplicate_stem_problems(category, images, severity, "each counts as an image of its own"))
+        return images
+
+    def add_normals(split: str, part: Path) -> None:
+        samples.extend(Sample(category, split, GOOD, GOOD, str(image)) for image in images_of(part, anomalous=False))
+
+    parts = {"train": folder / "train", "val": folder / "validation", "test": folder / "test"}
+    if not parts["val"].is_dir():
+        parts["val"] = folder / "val"
+    for split, part in parts.items():
+        for name in NORMAL_NAMES:
+            add_normals(split, part / name)
+    if flat and not any(sample.split == "train" for sample in samples):
+        add_normals("train", parts["train"])
+    for part in (parts["train"], parts["val"]):
+        unused = [p.name for p in list_folders(part) if p.name not in NORMAL_NAMES]
+        if unused:
+            what = f"{part.name} holds {', '.join(unused)}, left out: only good, ok or normal is trained on"
+            problems.append(Problem(WARNING, "unused folder", category, what, (str(part),)))
+    defects = [part for part in list_folders(parts["test"]) if part.name not in NORMAL_NAMES]
+    for part in defects:
+        images = images_of(part, anomalous=True)
         pairing = pair_masks(images, folder / "ground_truth" / part.name, endings)
         if strict or (folder / "ground_truth").is_dir():
             problems.extend(pairing_problems(category, part.name, pairing, strict))
@@ -174,4 +183,8 @@ def read_tree(
             Sample(category, "test", part.name, kind, str(image), tuple(map(str, pairing.masks[image])))
             for image in images
         )
+    for part in list_folders(folder / "ground_truth"):
+        if part.name not in {defect.name for defect in defects} and part.name not in NORMAL_NAMES:
+            what = f"ground_truth/{part.name} has no test/{part.name}"
+            problems.append(Problem(WARNING, "orphan mask", category, what, (str(part),)))
     return samples

@@ -171,7 +171,6 @@ def _build(config: BackboneConfig, weights: str) -> tuple[nn.Module, dict[str, s
         provenance["sha256"] = file_sha256(weights)
         provenance["source"] = os.path.basename(weights)
         provenance["note"] = f"unused in the file: {few(unused)}" if unused else ""
-    _prune(net)
     return net, provenance
 
 
@@ -214,6 +213,7 @@ def _create(config: BackboneConfig, pretrained: bool = False) -> nn.Module:
             "backbone.weights=<path of a .pth or .safetensors file>, or `auto` to fall back to random weights."
         ) from error
     _pad(net, config)
+    _prune(net)
     return net
 
 
@@ -296,7 +296,7 @@ def _calibrate(net: nn.Module, seed: int) -> None:
         norm.eval()
 
 
-def _noise_images(seed: int, count: int = 16, size: int = 160) -> Tensor:
+def _noise_images(seed: int, count: int = 16, size: int = 128) -> Tensor:
     """(count, 3, size, size) float32 in the range of normalised photographs."""
     generator = torch.Generator().manual_seed(seed)
     spectrum = torch.fft.rfft2(torch.randn(count, 3, size, size, generator=generator))

@@ -60,8 +60,8 @@ def normalized_sine_position(d_model: int, grid: tuple[int, int], temperature: f
 def integer_sine_position(d_model: int, grid: tuple[int, int], base: float = 10000.0) -> Tensor:
     """RLR's sine code: integer coordinates from 0, not normalised; [column half ; row half].
 
-    Within a half sine and cosine are interleaved as in `normalized_sine_position`. Returns float32 (L, d): channel 0 along a row is sin(0), sin(1), ..., channel d / 2 the
-    same along a column.
+    Within a half sine and cosine are interleaved as in `normalized_sine_position`. Returns float32 (L, d): channel 0
+    along a row is sin(0), sin(1), ..., channel d / 2 the same along a column.
     """
     if d_model % 4:
         raise ValueError(f"A 2-D sine code needs d_model divisible by 4, found {d_model}.")

@@ -1,8 +1,8 @@
 """The networks of UniAD's "identical shortcut" study: plain ones that learn to copy their input.
 
-You et al., NeurIPS 2022, section 3.1, https://arxiv.org/abs/2206.03687. The paper trains an MLP, a CNN and a transformer
-on the same frozen features and shows both AUROCs rise, then fall while the loss goes to zero. Its widths are not
-published; these are ours, matched to UniAD's 7.7 million parameters for 272 channels on a 14x14 grid.
+You et al., NeurIPS 2022, section 3.1, https://arxiv.org/abs/2206.03687. The paper trains an MLP, a CNN and a
+transformer on the same frozen features and shows both AUROCs rise, then fall while the loss goes to zero. Its widths
+are not published; these are ours, matched to UniAD's 7.7 million parameters for 272 channels on a 14x14 grid.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ def shortcut_network(
     *,
     grid: tuple[int, int] | None = None,
     hidden: int | None = None,
+    d_model: int = 256,
     dropout: float | None = None,
     jitter_scale: float = 0.0,
     jitter_probability: float = 1.0,
@@ -78,6 +79,7 @@ def shortcut_network(
     kind: `mlp`, `cnn`, or UniAD's transformer without mask and with an ordinary decoder: `transformer_one_query`,
         `transformer_no_query`.
     hidden: width of the hidden layers (mlp: 1792, cnn: 512) or of the transformers' feed-forward part (1024).
+    d_model: transformers only, width of their tokens.
     dropout: transformers only, 0.1; with 0 it is the control that shows what dropout itself prevents.
     jitter_scale, jitter_probability: 0 = off; an MLP with scale 20 is the control that separates denoising from
         architecture.
@@ -95,6 +97,7 @@ def shortcut_network(
         channels,
         sizes,
         grid=grid,
+        d_model=d_model,
         feedforward=hidden or 1024,
         dropout=0.1 if dropout is None else dropout,
         query="first" if kind == "transformer_one_query" else "none",

@@ -6,11 +6,21 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 # Where training scripts nest the parameters inside a checkpoint, most specific first.
 _NESTS = ("state_dict", "model_state_dict", "state_dict_ema", "model_state", "model", "net", "network", "backbone")
+
+# Authors' checkpoints carry their best metric as a NumPy number, pickled by NumPy 1's name or NumPy 2's.
+_SCALAR = np.float64(0).__reduce__()[0]
+_NUMPY_SCALARS = [
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in (np.float16, np.float32, np.float64, np.int32, np.int64, np.bool_)),
+]
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -28,7 +38,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
             content: object = load_file(str(path))
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(_NUMPY_SCALARS):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(
             f"The weight file {path} cannot be read as tensors ({type(error).__name__}: {error}). Give a .safetensors "
@@ -80,14 +91,11 @@ def few(names: Iterable[str], shown: int = 6) -> str:
 
 
 def file_sha256(path: str | Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
-
-
-def _digest(stream) -> str:  # Python 3.10
+    """Of the file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 

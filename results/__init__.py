@@ -1,0 +1,1 @@
+"""Run records, the papers' published tables, and everything that is made from them: tables, figures, report."""

@@ -130,7 +130,7 @@ class RunRecord:
     @property
     def category_keys(self) -> list[tuple[str, str]]:
         """The (dataset, category) pairs that a complete record has category rows for, in the record's order."""
-        return [(dataset["name"], category) for dataset in self.datasets for category in dataset["categories"]]
+        return [(d["name"], plain_category(d["name"], c)) for d in self.datasets for c in d["categories"]]
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,19 @@ class StoredRecord:
     def metrics(self) -> pd.DataFrame:
         """Long table with :data:`METRIC_COLUMNS`; `value` float64 in [0, 1] or NaN, then `reason` says why."""
         return pd.DataFrame(self.columns, columns=list(METRIC_COLUMNS))
+
+    @cached_property
+    def scores(self) -> dict[tuple[str, str, str, str, str], tuple[float, str]]:
+        """(variant, scope, dataset, category, metric) -> (value, reason); ``dataset/`` before a category is cut."""
+        columns = self.columns
+        keys = zip(*(columns[name] for name in METRIC_COLUMNS[:5]), strict=True)
+        pairs = zip(columns["value"], columns["reason"], strict=True)
+        return {(v, s, d, plain_category(d, c), m): pair for (v, s, d, c, m), pair in zip(keys, pairs, strict=True)}
+
+    @property
+    def name(self) -> str:
+        """``sweep/run``, by which messages and tables name a record."""
+        return f"{self.record.sweep}/{self.record.run}"
 
     @cached_property
     def history(self) -> pd.DataFrame:
@@ -196,6 +209,11 @@ class RecordSet(Sequence[StoredRecord]):
 
     def __getitem__(self, index: Any) -> Any:
         return self.records[index]
+
+
+def plain_category(dataset: str, category: str) -> str:
+    """The category's own name, also if it was recorded as ``dataset/category`` (data sets trained together)."""
+    return category.removeprefix(f"{dataset}/") if dataset else category
 
 
 def record_path(root: str | Path, sweep: str, run: str) -> Path:

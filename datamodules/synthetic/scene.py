@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -41,35 +41,31 @@ class Scene:
     seed: int
     light: Light
     parts: tuple[Part, ...] = ()
-    spare: tuple[Part, ...] = field(default=())
+    spare: tuple[Part, ...] = ()
     """Parts that an "extra part" adds one of."""
-    swaps: tuple[tuple[int, Part], ...] = field(default=())
+    swaps: tuple[tuple[int, Part], ...] = ()
     """(index of a part, what it becomes) that a "misplaced part" applies one of."""
-    foreground: Callable[[Canvas, np.random.Generator], None] | None = None
-    """Drawn over the parts, e.g. foil or a lens over a tray."""
 
     def render(self, n: int) -> Canvas:
         canvas = Canvas(n)
         self.background(canvas, np.random.default_rng([self.seed, 1]))
         for part in self.parts:
             part.render(canvas)
-        if self.foreground is not None:
-            self.foreground(canvas, np.random.default_rng([self.seed, 2]))
         return canvas
 
-    def without_part(self, rng: np.random.Generator) -> Scene:
-        """One removable part less."""
-        index = int(rng.choice([i for i, part in enumerate(self.parts) if part.removable]))
-        return replace(self, parts=self.parts[:index] + self.parts[index + 1 :])
-
-    def with_extra_part(self, rng: np.random.Generator) -> Scene:
-        """One of the spare parts more."""
-        return replace(self, parts=(*self.parts, self.spare[int(rng.integers(len(self.spare)))]))
-
-    def with_misplaced_part(self, rng: np.random.Generator) -> Scene:
-        """One of the swaps applied."""
-        index, other = self.swaps[int(rng.integers(len(self.swaps)))]
-        return replace(self, parts=(*self.parts[:index], other, *self.parts[index + 1 :]))
+    def edited(self, defect: str, rng: np.random.Generator) -> Scene:
+        """The scene with a logical defect: missing_part, extra_part or misplaced_part."""
+        parts = list(self.parts)
+        if defect == "missing_part":
+            del parts[int(rng.choice([i for i, part in enumerate(parts) if part.removable]))]
+        elif defect == "extra_part":
+            parts.append(self.spare[int(rng.integers(len(self.spare)))])
+        elif defect == "misplaced_part":
+            index, other = self.swaps[int(rng.integers(len(self.swaps)))]
+            parts[index] = other
+        else:
+            raise ValueError(f"{defect!r} is no logical defect.")
+        return replace(self, parts=tuple(parts))
 
 
 def draw_light(rng: np.random.Generator, azimuth: float = -2.2, spread: float = 0.25, **fixed: float) -> Light:
@@ -86,3 +82,8 @@ def draw_light(rng: np.random.Generator, azimuth: float = -2.2, spread: float = 
         focus=0.45 + 0.25 * float(rng.random()),
         noise=0.009 + 0.006 * float(rng.random()),
     )
+
+
+def draw_seed(rng: np.random.Generator) -> int:
+    """A seed for a generator of its own."""
+    return int(rng.integers(2**31))

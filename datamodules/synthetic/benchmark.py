@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 import zlib
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -16,8 +17,8 @@ import numpy as np
 
 from datamodules.errors import DataError, did_you_mean
 from datamodules.synthetic.canvas import blur, expose
-from datamodules.synthetic.categories import CATEGORIES
-from datamodules.synthetic.defects import LOGICAL, STRUCTURAL
+from datamodules.synthetic.categories import CATEGORIES, LOGICAL
+from datamodules.synthetic.defects import STRUCTURAL
 
 VERSION = 1
 """Raised whenever the generator's pictures change: results on different versions do not compare."""
@@ -101,7 +102,8 @@ def _twins(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     kind = CATEGORIES[category]
     scene = kind.draw(_stream(seed, category, part, index))
-    clean = scene.render(size).photograph(scene.light)
+    canvas = scene.render(size)
+    clean = canvas.photograph(scene.light)
     noise = _stream(seed, category, part, index, 1)
     state = noise.bit_generator.state
     twin = expose(clean, scene.light, noise)
@@ -110,10 +112,9 @@ def _twins(
     for attempt in range(20):
         rng = _stream(seed, category, part, index, 2, attempt)
         if defect in LOGICAL:
-            edit = {"missing_part": "without_part", "extra_part": "with_extra_part"}.get(defect, "with_misplaced_part")
-            flawed = getattr(scene, edit)(rng).render(size)
+            flawed = scene.edited(defect, rng).render(size)
         else:
-            flawed = scene.render(size)
+            flawed = canvas.copy()
             STRUCTURAL[defect](flawed, rng, min(1.0, severity + 0.05 * attempt))
         seen = flawed.photograph(scene.light)
         mask = _changed(seen, clean)
@@ -159,25 +160,53 @@ def _write(path: Path, image: np.ndarray) -> None:
 
 
 def _write_category(root: Path, plan: Plan, name: str) -> None:
-    cv2.setNumThreads(1)
-    kind, folder = CATEGORIES[name], root / name
-    for index in range(plan.train):
-        _write(
-            folder / "train" / "good" / f"{index:03d}.png", render_normal(name, plan.seed, "train", index, plan.size)
-        )
-    for index in range(plan.test):
-        _write(folder / "test" / "good" / f"{index:03d}.png", render_normal(name, plan.seed, "test", index, plan.size))
-    for defect in kind.structural + kind.logical:
+    cv2.setNumThreads(1)  # the categories run in parallel
+    loco = plan.layout == "mvtec_loco"
+    folder = root / name
+    counts = {"train": plan.train, "validation": max(1, plan.train // 6) if loco else 0, "test": plan.test}
+    for part, number in counts.items():
+        for index in range(number):
+            image = render_normal(name, plan.seed, part, index, plan.size)
+            _write(folder / part / "good" / f"{index:03d}.png", image)
+    if loco:
+        text = json.dumps(_defects_config(plan.size), indent=2)
+        (folder / "defects_config.json").write_text(text + "\n", encoding="utf-8")
+    written = dict.fromkeys(("structural", "logical"), 0)
+    for defect in CATEGORIES[name].defects:
         for index, severity in enumerate(_severities(plan.defects)):
             image, mask, _ = render_defect(name, plan.seed, defect, index, plan.size, severity)
-            _write(folder / "test" / defect / f"{index:03d}.png", image)
-            _write(folder / "ground_truth" / defect / f"{index:03d}_mask.png", mask.astype(np.uint8) * 255)
+            if loco:
+                kind = ANOMALY_TYPES[defect]
+                stem, home = f"{written[kind]:03d}", f"{kind}_anomalies"
+                written[kind] += 1
+                value, mask_name = _PIXEL_VALUES[defect], f"{stem}/000.png"
+            else:
+                stem, home, value, mask_name = f"{index:03d}", defect, 255, f"{index:03d}_mask.png"
+            _write(folder / "test" / home / f"{stem}.png", image)
+            _write(folder / "ground_truth" / home / mask_name, mask.astype(np.uint8) * np.uint8(value))
+
+
+_PIXEL_VALUES = {defect: 255 - number for number, defect in enumerate(ANOMALY_TYPES)}
+
+
+def _defects_config(size: int) -> list[dict]:
+    """Structural defects must be found whole; of a logical one an area of 0.4 % of the image is enough."""
+    return [
+        {
+            "defect_name": defect,
+            "pixel_value": value,
+            "saturation_threshold": 1.0 if ANOMALY_TYPES[defect] == "structural" else round(0.004 * size * size),
+            "relative_saturation": ANOMALY_TYPES[defect] == "structural",
+        }
+        for defect, value in _PIXEL_VALUES.items()
+    ]
 
 
 def generate(root: str | Path, plan: Plan | None = None, workers: int | None = None) -> Path:
     """Write the benchmark into a new or empty folder, or leave a complete one of the same plan as it is.
 
-    The bytes depend on the plan alone (on one platform with the same numpy and OpenCV).
+    The bytes depend on the plan alone (on one platform with the same numpy and OpenCV). The folder appears when it is
+    complete: an interrupted run leaves nothing that a later one would take for data.
 
     Args:
         root: folder to write into.
@@ -185,21 +214,49 @@ def generate(root: str | Path, plan: Plan | None = None, workers: int | None = N
         workers: processes; None takes up to 4 of the cores.
 
     Raises:
-        DataError: the folder holds something else.
+        DataError: the folder holds something else, such as a benchmark of another plan or generator version.
     """
-    plan, root = plan or Plan(), Path(root)
-    manifest = describe(plan)
-    if (root / MANIFEST).is_file() and json.loads((root / MANIFEST).read_text(encoding="utf-8")) == manifest:
+    plan, root = plan or Plan(), Path(root).expanduser().absolute()
+    if _is_complete(root, plan):
         return root
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise DataError(f"{root} exists and holds something else than this benchmark: name a new folder or remove it.")
-    root.mkdir(parents=True, exist_ok=True)
-    workers = workers or min(4, os.cpu_count() or 1)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{root.name}-partial-", dir=root.parent))
+    try:
+        _write_all(partial, plan, workers or min(4, os.cpu_count() or 1))
+        (partial / MANIFEST).write_text(json.dumps(describe(plan), indent=2) + "\n", encoding="utf-8")
+        partial.chmod(0o755)
+        if not _is_complete(root, plan):  # another process may have been quicker
+            if root.is_dir():
+                root.rmdir()
+            partial.rename(root)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return root
+
+
+def _is_complete(root: Path, plan: Plan) -> bool:
+    """Whether the folder holds this very benchmark; DataError if it holds something else."""
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        return False
+    wanted = describe(plan)
+    if (root / MANIFEST).is_file():
+        found = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
+        if found == wanted:
+            return True
+        keys = [key for key in wanted if found.get(key) != wanted[key]]
+        difference = "; ".join(f"{key} is {found.get(key)!r}, asked for is {wanted[key]!r}" for key in keys)
+        raise DataError(f"{root} holds a benchmark of another kind: {difference}. Name a new folder or remove it.")
+    raise DataError(f"{root} exists and holds something else than this benchmark: name a new folder or remove it.")
+
+
+def _write_all(root: Path, plan: Plan, workers: int) -> None:
+    if workers == 1:
+        for name in plan.names:
+            _write_category(root, plan, name)
+        return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for job in [pool.submit(_write_category, root, plan, name) for name in plan.names]:
             job.result()
-    (root / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    return root
 
 
 def describe(plan: Plan) -> dict:
@@ -212,8 +269,3 @@ def describe(plan: Plan) -> dict:
         "categories": list(plan.names),
         "anomaly_types": ANOMALY_TYPES,
     }
-
-
-def choose(names: Sequence[str] | None) -> tuple[str, ...]:
-    """Category names, all of them for None."""
-    return tuple(names or sorted(CATEGORIES))

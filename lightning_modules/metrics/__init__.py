@@ -1,0 +1,22 @@
+"""Exact metrics of anomaly detection and segmentation; usable without Lightning.
+
+>>> metrics = AnomalyMetrics()
+>>> metrics.update(maps, masks, image_scores, labels, categories, ids)
+>>> metrics.compute().table
+"""
+
+from .definitions import IMAGE_METRICS, METRICS, PIXEL_METRICS, VERSION
+from .metric import AnomalyMetrics, MetricResult
+from .regions import RegionCache, Regions, find_regions
+
+__all__ = [
+    "IMAGE_METRICS",
+    "METRICS",
+    "PIXEL_METRICS",
+    "VERSION",
+    "AnomalyMetrics",
+    "MetricResult",
+    "RegionCache",
+    "Regions",
+    "find_regions",
+]

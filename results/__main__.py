@@ -1,0 +1,296 @@
+"""``python -m results``: tables, figures and the report from run records; the papers' tables and their audit."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from results import audit as auditing
+from results import render
+from results.build import SOURCES, category_tables, paper_table, sweep_table
+from results.curves import curve_table
+from results.records import DamagedRecordWarning, RecordError, RecordSet, StoredRecord, read_records
+from results.scores import ConflictError, kinds, select
+from results.spec import Spec, SpecError, find_spec, spec_for_sweep, spec_names
+from results.sweep_file import SweepFile, read_sweep
+from results.table import Table
+
+OUT = Path("results/tables")
+console = Console()
+errors = Console(stderr=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns 0, 1 if something is missing and --strict was given, 2 if it could not be done."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except (ConflictError, SpecError, RecordError, FileNotFoundError, ValueError) as error:
+        errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        return 2
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    """A sweep's table on the terminal and as files, and its per-category tables."""
+    sweep = load_sweep(options.name, options.sweeps)
+    spec = spec_for_sweep(options.name)
+    records = _records(options, options.name)
+    if not records:
+        raise ValueError(f"no record of sweep {options.name} is left to show{_filters(options)}")
+    table = build_sweep(spec, records, sweep, options.std == "rms")
+    _show(table, options)
+    if spec.kind == "curves":
+        from results import figures
+
+        if options.format is None:
+            path = figures.save(figures.curves_figure(spec, records, sweep), options.out / f"{table.name}.png")
+            console.print(f"figure: {path}", highlight=False)
+    else:
+        details = category_tables(spec, records, sweep, options.std == "rms")
+        if options.categories:
+            for detail in details:
+                _print(detail, options.format)
+        if options.format is None:
+            path = options.out / f"{table.name}.categories.md"
+            path.write_text("\n".join(render.markdown(detail) for detail in details), encoding="utf-8")
+            for form in ("csv", "latex"):
+                text = "\n".join(render.render(detail, form) for detail in details)
+                path.with_suffix("." + render.SUFFIXES[form]).write_text(text, encoding="utf-8")
+            console.print(f"per category: {path}", highlight=False)
+    return int(options.strict and bool(table.missing))
+
+
+def _table(options: argparse.Namespace) -> int:
+    """One of the papers' tables."""
+    spec = find_spec(options.id)
+    if spec.rows is None or spec.kind == "curves":
+        options.name = spec.sweep
+        options.categories = False
+        return _sweep(options)
+    records = _records(options) if options.source != "published" else ()
+    table = paper_table(spec, options.source, records, rms_std=options.std == "rms")
+    _show(table, options, f".{options.source}")
+    return int(options.strict and bool(table.missing))
+
+
+def _tables(options: argparse.Namespace) -> int:
+    """Rebuild everything under results/tables/."""
+    records = _records(options) if options.root.is_dir() else RecordSet(())
+    written, refused = [], []
+    for build, suffix in _everything(records, options):
+        try:
+            table = build()
+        except (ConflictError, SpecError, ValueError) as error:
+            refused.append(str(error))
+            continue
+        if table.source == "published" or table.has_runs:
+            written += _write(table, options.out, suffix)
+    written += _write(auditing.audit_table(auditing.audit()), options.out, "")
+    main_file = options.out / "tables.tex"
+    main_file.write_text(render.latex_document([p.name for p in written if p.suffix == ".tex"]), encoding="utf-8")
+    console.print(
+        f"{len(written)} files in {options.out}; all LaTeX tables in one document: {main_file}", highlight=False
+    )
+    for problem in refused:
+        errors.print(f"[bold red]refused:[/] {problem}", highlight=False, soft_wrap=True)
+    return 2 if refused else 0
+
+
+def _everything(records: Sequence[StoredRecord], options: argparse.Namespace):
+    """(how to build it, suffix of its files) for every table that can be built."""
+    for sweep in sorted({stored.record.sweep for stored in records if stored.record.cell}):
+        for kind, mine in kinds([stored for stored in records if stored.record.sweep == sweep]):
+            suffix = f".{kind}" if kind else ""
+            yield (
+                lambda s=sweep, m=mine: build_sweep(spec_for_sweep(s), m, load_sweep(s, options.sweeps), False),
+                suffix,
+            )
+    for name in spec_names():
+        spec = find_spec(name)
+        if spec.rows is None or spec.kind == "curves" or "source" not in spec.where:
+            continue
+        yield lambda s=spec: paper_table(s, "published"), ".published"
+        for kind, mine in kinds(records):
+            suffix = f".both.{kind}" if kind else ".both"
+            yield lambda s=spec, m=mine: paper_table(s, "both", m), suffix
+
+
+def _audit(options: argparse.Namespace) -> int:
+    """Recompute every printed mean and gap."""
+    table = auditing.audit_table(auditing.audit())
+    _show(table, options)
+    return int(options.strict and bool(table.rows))
+
+
+def _compare(options: argparse.Namespace) -> int:
+    """Paired tests between two methods, runs or cells."""
+    from results import compare as comparing
+
+    records = _records(options)
+    a, b = comparing.choose(records, options.a), comparing.choose(records, options.b)
+    for metric in options.metric or ["image_auroc", "pixel_auroc"]:
+        result = comparing.compare(a, b, options.a, options.b, metric, options.dataset, options.variant)
+        print(comparing.report(result))
+    return 0
+
+
+def _figures(options: argparse.Namespace) -> int:
+    """Figures of one sweep."""
+    from results import figures
+
+    sweep, spec, records = (
+        load_sweep(options.name, options.sweeps),
+        spec_for_sweep(options.name),
+        _records(options, options.name),
+    )
+    paths = []
+    if spec.kind == "curves":
+        paths.append(
+            figures.save(figures.curves_figure(spec, records, sweep), options.out / f"{options.name}.{options.suffix}")
+        )
+    else:
+        table = build_sweep(spec, records, sweep, False)
+        bars = figures.ablation_bars(table, records)
+        paths.append(figures.save(bars, options.out / f"{options.name}.{options.suffix}"))
+        for price in ("parameters", "seconds_per_epoch"):
+            metric = next((c.metric for c in table.columns if c.ranked), "")
+            figure = figures.cost_against_quality(table, records, metric, price)
+            if figure is not None:
+                paths.append(figures.save(figure, options.out / f"{options.name}.{price}.{options.suffix}"))
+    for path in paths:
+        console.print(f"figure: {path}", highlight=False)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    """One self-contained HTML page of everything."""
+    from results.report import write_report
+
+    records = _records(options) if options.root.is_dir() else RecordSet(())
+    path = write_report(
+        options.out if options.out.suffix == ".html" else options.out / "report.html", records, options.sweeps
+    )
+    console.print(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB)", highlight=False)
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    """Names of the tables."""
+    for name in spec_names():
+        spec = find_spec(name)
+        console.print(f"{name:24} {spec.title}", highlight=False)
+    return 0
+
+
+def build_sweep(spec: Spec, records: Sequence[StoredRecord], sweep: SweepFile | None, rms_std: bool = False) -> Table:
+    """The table of a sweep, whatever its kind."""
+    if spec.kind == "curves":
+        return curve_table(spec, records, sweep)
+    return sweep_table(spec, records, sweep, rms_std=rms_std)
+
+
+def load_sweep(name: str, folder: Path) -> SweepFile | None:
+    """The sweep file of that name, None if there is none (then the rows are the cells that were run)."""
+    path = folder / f"{name}.yaml"
+    return read_sweep(path) if path.is_file() else None
+
+
+def _records(options: argparse.Namespace, sweep: str | None = None) -> RecordSet:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DamagedRecordWarning)
+        found = read_records(options.root, sweep)
+    for damaged in found.damaged:
+        errors.print(f"[bold red]damaged record, left out:[/] {damaged}", highlight=False, soft_wrap=True)
+    return RecordSet(tuple(select(found, options.profile, options.protocol, options.runs or ())), found.damaged)
+
+
+def _filters(options: argparse.Namespace) -> str:
+    given = {"profile": options.profile, "protocol": options.protocol, "runs": options.runs}
+    text = ", ".join(f"--{name} {value}" for name, value in given.items() if value)
+    return f" (after {text})" if text else ""
+
+
+def _print(table: Table, form: str | None) -> None:
+    if form in (None, "terminal"):
+        wide = Console(width=max(console.width, render.natural_width(table))) if console.is_terminal else console
+        if not console.is_terminal:
+            wide = Console(width=max(100, render.natural_width(table)))
+        render.print_table(table, wide)
+    else:
+        print(render.render(table, form), end="")
+
+
+def _show(table: Table, options: argparse.Namespace, suffix: str = "") -> None:
+    """Print in the wanted format; without one, print for a reader and write Markdown, CSV and LaTeX."""
+    _print(table, options.format)
+    if options.format is None:
+        for path in _write(table, options.out, suffix):
+            console.print(f"written: {path}", highlight=False)
+
+
+def _write(table: Table, out: Path, suffix: str) -> list[Path]:
+    out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for form in ("markdown", "csv", "latex"):
+        path = out / f"{table.name}{suffix}.{render.SUFFIXES[form]}"
+        path.write_text(render.render(table, form), encoding="utf-8")
+        paths.append(path)
+    return paths
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m results", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    records = argparse.ArgumentParser(add_help=False)
+    records.add_argument("--root", type=Path, default=Path("results/runs"), help="folder of the run records")
+    records.add_argument("--sweeps", type=Path, default=Path("sweeps"), help="folder of the sweep files")
+    records.add_argument("--profile", help="only runs of this profile (demo, paper)")
+    records.add_argument("--protocol", help="only runs of this protocol (clean, as_released)")
+    records.add_argument(
+        "--runs", action="append", metavar="PATTERN", help="only runs whose sweep/run fits; may be repeated"
+    )
+    output = argparse.ArgumentParser(add_help=False)
+    output.add_argument("--out", type=Path, default=OUT, help="folder for the files")
+    output.add_argument("--format", choices=render.FORMATS, help="print this format and write nothing")
+    output.add_argument("--strict", action="store_true", help="exit with 1 if anything is missing")
+    output.add_argument(
+        "--std", choices=("seeds", "rms"), default="seeds",
+        help="spread of a mean row: over seeds of the mean, or root mean square of the categories' (as ULSAD prints)",
+    )  # fmt: skip
+
+    def add(name: str, command, parents, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, parents=parents, help=text, description=command.__doc__)
+        sub.set_defaults(command=command)
+        return sub
+
+    sub = add("sweep", _sweep, [records, output], "the table of a sweep")
+    sub.add_argument("name")
+    sub.add_argument("--categories", action="store_true", help="print the per-category table of each cell, too")
+    sub = add("table", _table, [records, output], "one table of a paper, as printed, from our runs, or side by side")
+    sub.add_argument("id", help="see `python -m results list`")
+    sub.add_argument("--source", choices=SOURCES, default="published")
+    add("tables", _tables, [records, output], "rebuild everything under results/tables/")
+    add("audit", _audit, [output], "check the papers' printed tables against themselves")
+    sub = add("compare", _compare, [records], "paired tests between two methods, runs or cells")
+    sub.add_argument("a", help="method, sweep/run*, or sweep:key=value,key=value")
+    sub.add_argument("b")
+    sub.add_argument("--metric", action="append")
+    sub.add_argument("--dataset")
+    sub.add_argument("--variant", default="")
+    sub = add("figures", _figures, [records], "figures of a sweep")
+    sub.add_argument("name")
+    sub.add_argument("--out", type=Path, default=OUT)
+    sub.add_argument("--suffix", choices=("png", "svg", "pdf"), default="png")
+    sub = add("report", _report, [records], "one self-contained HTML page")
+    sub.add_argument("--out", type=Path, default=Path("results/report.html"))
+    add("list", _list, [], "names of the papers' tables")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

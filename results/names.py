@@ -1,0 +1,101 @@
+"""How things are called in tables: metrics, data sets, methods, categories, and which categories belong together."""
+
+from __future__ import annotations
+
+import re
+
+METRICS = {
+    "image_auroc": "I-AUROC", "image_ap": "I-AP", "image_f1max": "I-F1max",
+    "pixel_auroc": "P-AUROC", "pixel_ap": "P-AP", "pixel_f1max": "P-F1max", "pixel_aupro": "AUPRO",
+    "dsc": "DSC", "dsc_threshold": "threshold", "dsc_precision": "precision", "dsc_recall": "recall",
+    "dsc_floor_nothing": "DSC floor (nothing)", "dsc_floor_all": "DSC floor (all)",
+    "dsc_f1max": "DSC at F1max", "dsc_anomalous": "DSC (anomalous)",
+    "iou": "IoU", "iou_f1max": "IoU at F1max", "iou_anomalous": "IoU (anomalous)", "iou_max": "IoUmax",
+    "anomaly_ratio": "AR", "unlabelled": "(unlabelled)", "mean_of_seven": "mAD",
+}  # fmt: skip
+#: Columns that come from the record itself: (label, unit, digits).
+COSTS = {
+    "parameters": ("Parameters", "M", 2),
+    "seconds_per_epoch": ("Time per epoch", "s", 2),
+    "wall_seconds": ("Total time", "s", 0),
+    "peak_memory": ("Peak memory", "MiB", 0),
+}
+DATASETS = {
+    "mvtec_ad": "MVTec AD", "mvtec_loco": "MVTec LOCO", "mvtec_3d": "MVTec 3D", "visa": "VisA", "btad": "BTAD",
+    "mpdd": "MPDD", "real_iad": "Real-IAD", "synthetic": "synthetic",
+}  # fmt: skip
+METHODS = {
+    "uniad": "UniAD", "unias": "UniAS", "rlr": "RLR", "ulsad": "ULSAD", "dfr": "DFR", "hvq_trans": "HVQ-Trans",
+    "us": "US", "patch_svdd": "PSVDD", "padim": "PaDiM", "cutpaste": "CutPaste", "fcdd": "FCDD", "mkd": "MKD",
+    "draem": "DRAEM", "patchcore": "PatchCore", "destseg": "DeSTSeg", "rd4ad": "RD4AD", "cflow": "CFLOW",
+    "fastflow": "FastFlow", "efficientad": "EfficientAD", "simplenet": "SimpleNet", "realnet": "RealNet", "cfa": "CFA",
+    "pyramidalflow": "PyramidalFlow", "diad": "DiAD", "vitad": "ViTAD", "invad": "InvAD", "invad_lite": "InvAD-lite",
+    "mambaad": "MambaAD", "rdpp": "RD++", "recontrast": "ReContrast", "omiad": "OmiAD", "dinomaly_b": "Dinomaly-B",
+    "dinomaly_l_dinov3": "Dinomaly-L (DINOv3)", "dinomaly_costfilter": "Dinomaly + CostFilter",
+    "inp_former": "INP-Former", "rad_training_free_dinov3": "RAD (training-free, DINOv3)", "dinomaly2": "Dinomaly2",
+    "dataset": "",
+}  # fmt: skip
+CATEGORIES = {
+    "mean": "Mean",
+    "mean_objects": "Mean of objects",
+    "mean_textures": "Mean of textures",
+    "pooled": "Pooled",
+}
+
+_MVTEC_OBJECTS = (
+    "bottle", "cable", "capsule", "hazelnut", "metal_nut", "pill", "screw", "toothbrush", "transistor", "zipper",
+)  # fmt: skip
+_MVTEC_TEXTURES = ("carpet", "grid", "leather", "tile", "wood")
+#: The full list of categories of the public data sets; a mean over fewer is no mean of that data set.
+DATASET_CATEGORIES = {
+    "mvtec_ad": _MVTEC_OBJECTS + _MVTEC_TEXTURES,
+    "mvtec_loco": ("breakfast_box", "juice_bottle", "pushpins", "screw_bag", "splicing_connectors"),
+    "visa": (
+        "candle", "capsules", "cashew", "chewinggum", "fryum", "macaroni1", "macaroni2", "pcb1", "pcb2", "pcb3", "pcb4",
+        "pipe_fryum",
+    ),
+    "btad": ("01", "02", "03"),
+    "mpdd": ("bracket_black", "bracket_brown", "bracket_white", "connector", "metal_plate", "tubes"),
+}  # fmt: skip
+#: Rows that average a named part of a data set.
+PARTIAL_MEANS = {
+    ("mvtec_ad", "mean_objects"): _MVTEC_OBJECTS,
+    ("mvtec_ad", "mean_textures"): _MVTEC_TEXTURES,
+}
+
+# Shown, but not better when higher: operating points, floors, properties of the data.
+_NOT_RANKED = re.compile(r"threshold|precision|recall|floor|ratio|unlabelled")
+
+
+def is_ranked(metric: str) -> bool:
+    """Whether best and second best make sense for the metric (then higher is better)."""
+    return metric not in COSTS and not _NOT_RANKED.search(metric)
+
+
+def metric_label(metric: str) -> str:
+    """Table heading of a metric or cost."""
+    if metric in COSTS:
+        label, unit, _ = COSTS[metric]
+        return f"{label} [{unit}]"
+    return METRICS.get(metric, metric.replace("_", " "))
+
+
+def dataset_label(name: str) -> str:
+    """Table heading of a data set."""
+    return DATASETS.get(name, name)
+
+
+def method_label(name: str) -> str:
+    """Table heading of a method."""
+    return METHODS.get(name, name)
+
+
+def category_label(name: str) -> str:
+    """Table heading of a category or of a kind of mean."""
+    return CATEGORIES.get(name, name.replace("_", " "))
+
+
+def label(axis: str, name: str) -> str:
+    """Table heading of a value on one of the axes metric, dataset, method, category; others are shown as they are."""
+    makers = {"metric": metric_label, "dataset": dataset_label, "method": method_label, "category": category_label}
+    return makers[axis](name) if axis in makers else str(name)

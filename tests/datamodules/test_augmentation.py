@@ -1,0 +1,81 @@
+"""Augmentation per category."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from datamodules.augmentation import AUGMENTATIONS, Augmentation
+from datamodules.errors import DataError
+
+IMAGE = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
+MASK = IMAGE[..., 0] % 5 == 0
+
+
+def poses(augmentation, category, count=300):
+    """How often each of the eight poses of the square comes."""
+    square = {}
+    for turns in range(4):
+        for flip in (False, True):
+            square[np.rot90(IMAGE[:, ::-1] if flip else IMAGE, turns).tobytes()] = (turns, flip)
+    return Counter(square[augmentation(IMAGE, MASK, category, seed)[0].tobytes()] for seed in range(count))
+
+
+def test_image_and_mask_move_together():
+    augmentation = Augmentation("unias_mvtec", ["screw"])
+    for seed in range(20):
+        image, mask = augmentation(IMAGE, MASK, "screw", seed)
+        np.testing.assert_array_equal(mask, image[..., 0] % 5 == 0)
+        assert mask.dtype == bool
+
+
+def test_the_seed_alone_decides():
+    augmentation = Augmentation("unias_mvtec", ["screw", "wood"])
+    first = [augmentation(IMAGE, MASK, "screw", seed)[0] for seed in range(10)]
+    again = [augmentation(IMAGE, MASK, "screw", seed)[0] for seed in reversed(range(10))][::-1]
+    np.testing.assert_array_equal(first, again)
+
+
+def test_categories_outside_the_lists_stay_as_they_are():
+    augmentation = Augmentation("unias_mvtec", ["screw", "cable"])
+    for seed in range(10):
+        image, mask = augmentation(IMAGE, MASK, "cable", seed)
+        assert image is IMAGE
+        assert mask is MASK
+
+
+def test_flip_only_and_rotating_categories_have_the_released_frequencies():
+    flips = poses(Augmentation("unias_mvtec", ["zipper"]), "zipper")
+    assert set(flips) == {(0, False), (0, True), (2, True), (2, False)}
+    assert 0.42 < flips[(0, False)] / 300 < 0.56  # neither flip: 0.7 * 0.7
+    turns = poses(Augmentation("unias_mvtec", ["screw"]), "screw")
+    assert len(turns) == 8
+    assert 0.12 < (turns[(1, False)] / 300) * 2 < 0.42
+
+
+def test_hazelnut_is_augmented_unless_the_release_is_followed():
+    assert len(poses(Augmentation("unias_mvtec", ["hazelnut"]), "hazelnut", 60)) == 8
+    released = Augmentation("unias_mvtec_released", ["hazelnut", "screw"])
+    assert len(poses(released, "hazelnut", 60)) == 1
+
+
+def test_visa_lists_differ_by_direction():
+    assert set(poses(Augmentation("unias_visa", ["candle"]), "candle", 80)) == {(0, False), (0, True)}
+    assert len(poses(Augmentation("unias_visa", ["fryum"]), "fryum", 80)) == 8
+
+
+def test_keys_with_their_dataset_find_their_category():
+    assert len(poses(Augmentation("unias_mvtec", ["mvtec_ad/screw"]), "mvtec_ad/screw", 60)) == 8
+
+
+def test_wrong_name_empty_policy_and_oblong_images_are_errors():
+    assert "none" in AUGMENTATIONS
+    with pytest.raises(DataError, match="Did you mean 'unias_mvtec'"):
+        Augmentation("unias_mvtc", ["screw"])
+    with pytest.raises(DataError, match="nothing for any of the categories candle"):
+        Augmentation("unias_mvtec", ["candle"])
+    oblong = Augmentation("unias_mvtec", ["screw"])
+    with pytest.raises(DataError, match="square"):
+        [oblong(IMAGE[:4], MASK[:4], "screw", seed) for seed in range(20)]

@@ -1,0 +1,91 @@
+"""`check-data` finds what is wrong before training does."""
+
+from __future__ import annotations
+
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from datamodules.__main__ import main
+from datamodules.check import check
+
+
+def kinds(report):
+    return {(problem.severity, problem.kind) for problem in report.problems}
+
+
+def test_a_sound_dataset_has_no_problem_and_exit_code_zero(make, tmp_path, capsys):
+    make.mvtec(tmp_path, "nut")
+    assert main(["check", "--dataset", "folder", "--data-root", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "nut" in out
+    assert "0 errors, 0 warnings" in out
+
+
+def test_counts_stand_beside_the_published_ones(make, tmp_path, capsys):
+    make.mvtec(tmp_path, "bottle")
+    assert main(["check", "--dataset", "mvtec_ad", "--data-root", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "4 / 209" in out
+    assert "2 of 2" in out
+    assert "train 4 instead of 209" in out
+    assert "absent categories" in out
+
+
+def test_every_trap_is_listed_with_its_file(make, tmp_path, capsys):
+    root = make.mvtec(tmp_path, "nut", train=6, defects=6)
+    base, truth = root / "nut", root / "nut" / "ground_truth" / "broken"
+    (truth / "000_mask.png").unlink()
+    make.mask(truth / "900_mask.png")
+    make.mask(truth / "001_mask.png", size=(30, 30))
+    make.mask(truth / "002_mask.png", value=0)
+    cv2.imwrite(str(truth / "003_mask.png"), np.full((20, 24), 255, np.uint8))
+    (truth / "004_mask.png").write_bytes(b"no image")
+    half = base / "test" / "broken" / "005.png"
+    half.write_bytes(half.read_bytes()[:-40])
+    cv2.imwrite(str(base / "train/good/000.png"), np.zeros((20, 24), np.uint16))
+    Image.new("RGBA", (24, 20)).save(base / "train/good/001.png")
+    Image.new("P", (24, 20)).save(base / "train/good/002.png")
+    make.image(base / "train/good/003.jpg")
+    shutil.copy(base / "train/good/004.png", base / "test/good/000.png")
+    report = check("folder", root)
+    assert kinds(report) == {
+        ("warning", "missing mask"),
+        ("warning", "orphan mask"),
+        ("error", "size mismatch"),
+        ("warning", "empty mask"),
+        ("warning", "full-window mask"),
+        ("error", "unreadable mask"),
+        ("error", "unreadable image"),
+        ("warning", "16-bit image"),
+        ("warning", "RGB with alpha image"),
+        ("warning", "palette image"),
+        ("warning", "duplicate stem"),
+        ("warning", "test image in training"),
+    }
+    assert main(["check", "--dataset", "folder", "--data-root", str(root)]) == 1
+    out = capsys.readouterr().out
+    for name in ("900_mask.png", "001_mask.png", "002_mask.png", "003_mask.png", "004_mask.png", "005.png", "003.jpg"):
+        assert name in out
+
+
+def test_category_without_normals_is_an_error(make, tmp_path):
+    root = make.mvtec(tmp_path, "nut")
+    shutil.rmtree(root / "nut" / "train" / "good")
+    assert ("error", "category without normals") in kinds(check("folder", root))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "foldr"], "Did you mean 'folder'"),
+        (["--dataset", "folder", "--categories", "nutt"], "Did you mean 'nut'"),
+    ],
+)
+def test_typos_get_exit_code_two_and_the_nearest_name(make, tmp_path, capsys, arguments, message):
+    make.mvtec(tmp_path, "nut")
+    assert main(["check", "--data-root", str(tmp_path), *arguments]) == 2
+    assert message in capsys.readouterr().err
