@@ -359,6 +359,7 @@ def _missing_values(table: Table) -> list[str]:
             whole.setdefault(reasons.pop(), []).append(name)
     lines = [f"{', '.join(columns)}: {reason}" for reason, columns in whole.items()]
     told = {name for columns in whole.values() for name in columns}
+    never = []  # rows without any run, told in one line
     for row, line in zip(table.rows, table.cells, strict=True):
         reasons_of: dict[str, list[str]] = {}
         for name, cell in zip(names_of, line, strict=True):
@@ -366,9 +367,12 @@ def _missing_values(table: Table) -> list[str]:
                 reasons_of.setdefault(cell.runs.reason, []).append(name)
         title = " / ".join(part for part in (row.group, *row.labels) if part)
         for reason, columns in reasons_of.items():
-            which = "all columns" if len(columns) == len(names_of) and len(columns) > 1 else ", ".join(columns)
-            lines.append(f"{title}: {which}: {reason}")
-    return lines
+            everything = len(columns) == len(names_of) and len(columns) > 1
+            if everything and reason == "no run":
+                never.append(title)
+            else:
+                lines.append(f"{title}: {'all columns' if everything else ', '.join(columns)}: {reason}")
+    return [*lines, f"no run of {'; '.join(never)}"] if never else lines
 
 
 def _finish(table: Table, spec: Spec, pool: Pool) -> None:

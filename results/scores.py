@@ -157,11 +157,11 @@ def _seed_values(records: list[StoredRecord], query: Query, needed: Sequence[str
     """One seed's values for the needed categories, from one record or from one per category; and what is missing."""
     values, reasons = [], []
     for category in needed:
-        scope = "pooled" if category == "pooled" else "category"
-        keys = [(query.variant, scope, query.dataset, category, query.metric)]
-        if scope == "pooled":
-            keys = [(query.variant, scope, dataset, "", query.metric) for dataset in (query.dataset, "")]
-        hits = [(stored, stored.scores[key]) for stored in records for key in keys if key in stored.scores]
+        keys = [(query.variant, "category", query.dataset, category, query.metric)]
+        if category == "pooled":  # over the data set; over all that were trained together only if that is all there is
+            keys = [(query.variant, "pooled", dataset, "", query.metric) for dataset in (query.dataset, "")]
+        key = next((key for key in keys if any(key in stored.scores for stored in records)), keys[0])
+        hits = [(stored, stored.scores[key]) for stored in records if key in stored.scores]
         if len(hits) > 1:
             raise ConflictError(
                 [(f"the run of seed {seed}", {stored.name: [stored.name] for stored, _ in hits})], "one cell"
