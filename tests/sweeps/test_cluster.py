@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from sweeps import cluster, command, sweep_file
 from sweeps.errors import SweepError
@@ -40,8 +41,12 @@ def online(project: Any, server: Any) -> Any:
 
 
 def communicate(process: subprocess.Popen, limit: float = 240) -> str:
-    output, _ = process.communicate(timeout=limit)
-    return output
+    """Everything a process printed until its end; a failure shows what it printed until the limit."""
+    try:
+        return process.communicate(timeout=limit)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        pytest.fail(f"no end within {limit} s:\n{process.communicate()[0]}")
 
 
 @pytest.mark.slow
@@ -62,10 +67,11 @@ def test_two_agents_share_a_grid_and_run_each_cell_once_with_the_runners_command
         command.expand(sweep.command, cell.parameters, "python", {"PROFILE": "demo"}) for cell in sweep.cells()
     ]
     assert of_agents == sorted(words[words.index("program.py") + 1 :] for words in of_runner)
-    parameters = sorted(record["sweep_parameters"] for record in records.values())
+    parameters = [yaml.safe_load(record["sweep_parameters"]) for record in records.values()]
     shutil.rmtree(online.folder / "results")
     assert online.run("run", "toy", "--no-table", "--gpus", "0,3")[0] == 0
-    assert sorted(record["sweep_parameters"] for record in online.records().values()) == parameters
+    locally = [yaml.safe_load(record["sweep_parameters"]) for record in online.records().values()]
+    assert sorted(map(str, locally)) == sorted(map(str, parameters))
 
 
 @pytest.mark.slow
