@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_modules.base import ImageSize, OptimizerConfig, Recipe, ReconstructionModule
+from models import uniad
 from models.backbones import BackboneConfig
 from models.head import HeadConfig
 from models.neck import resize_concatenate
-from models import uniad
 
 
 def concatenation(grid: tuple[int, int]) -> str:

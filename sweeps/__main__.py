@@ -1,4 +1,4 @@
-"""``python -m sweeps run|list``: ablations on this machine."""
+"""``python -m sweeps run|list|register|agents|pull``: ablations on this machine and with W&B's server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from rich.console import Console
 from rich.markup import escape
 
-from sweeps import listing, preflight, prepare, sweep_file
+from sweeps import cluster, listing, preflight, prepare, sweep_file
 from sweeps.display import Display
 from sweeps.errors import SweepError
 from sweeps.runner import Job, Runner, check_writable
@@ -52,6 +52,22 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(function=listing.show)
     show.add_argument("ablation", nargs="?", help="list the cells of this ablation")
     show.add_argument("--profile", help="folder in sweeps/profiles/ (default: $PROFILE or demo)")
+
+    send = commands.add_parser("register", help="register an ablation with W&B and print how to start agents")
+    send.set_defaults(function=cluster.register)
+    send.add_argument("ablation", help="name of a file in sweeps/, or a path to a sweep file")
+    send.add_argument("--profile", help="folder in sweeps/profiles/ (default: $PROFILE or demo)")
+    send.add_argument("--seeds", type=_numbers, help="seeds like 0,1,2; every cell runs once with each")
+
+    work = commands.add_parser("agents", help="run one W&B agent per GPU")
+    work.set_defaults(function=cluster.agents)
+    work.add_argument("sweep", help="entity/project/sweep, as printed by register")
+    work.add_argument("--gpus", help="GPU numbers like 0,1, one agent on each, or none (default: all)")
+    work.add_argument("--workers", type=_positive, help="agents without GPUs (default: 1)")
+
+    fetch = commands.add_parser("pull", help="fetch the run records of a W&B sweep")
+    fetch.set_defaults(function=cluster.pull)
+    fetch.add_argument("sweep", help="entity/project/sweep")
     return parser
 
 
@@ -72,7 +88,8 @@ def _run(options: argparse.Namespace, console: Console) -> int:
 
     sweep = sweep_file.load(options.ablation)
     variables = prepare.environment(options.profile)
-    cells = sweep_file.select(sweep.cells(options.seeds, options.count, options.sampler_seed), options.only, sweep.path)
+    every_cell = sweep.cells(options.seeds, options.count, options.sampler_seed)
+    cells = sweep_file.select(every_cell, options.only, sweep.path)
     check_writable(WORK)
     # The check takes seconds; on a sweep's first run it goes on beside the other preparations.
     check = preflight.Check(sweep, cells, variables) if not (WORK / sweep.name).exists() else None
@@ -82,7 +99,9 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         gpus = prepare.gpus(options.gpus)
         workers = len(gpus) or options.workers or min(4, prepare.cores())
         threads = max(1, prepare.cores() // workers)
-        jobs = prepare.jobs(sweep, cells, variables, sets, prepare.Weights(sweep, variables, say), threads)
+        weights = prepare.Weights(sweep, variables, say)
+        all_jobs = prepare.jobs(sweep, every_cell, variables, sets, weights, threads)
+        jobs = [job for job in all_jobs if job.cell in cells]
         if not all(job.finished() for job in jobs):
             check = check or preflight.Check(sweep, cells, variables)
             check.finish()
@@ -105,9 +124,12 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     if runner.interrupted:
         display.say(f"Go on with: make sweep ABLATION={options.ablation}")
         return 130
+    finished = [job.run for job in all_jobs if job.finished()]
     table = 0
-    if not options.no_table:
+    if finished and not options.no_table:
         words = [sys.executable, "-m", "results", "sweep", sweep.name, "--profile", variables["PROFILE"]]
+        # Records that other code, data or settings made of the same cells stay in results/, but not in this table.
+        words += [word for run in finished for word in ("--runs", f"{sweep.name}/{run}")]
         table = subprocess.run(words, env=variables).returncode
     return table if complete else 1
 

@@ -200,7 +200,7 @@ def _words_that_matter(sweep: SweepFile, environment: Mapping[str, str]) -> list
         if word not in files
         and not word.startswith(("--run.", "--config="))
         and word not in ("${env}", "${interpreter}", "--config", "-u", ARGS)
-        and not word.startswith("SLURM_")
+        and not word.startswith(("SLURM_", "PROFILE="))
     ]
 
 

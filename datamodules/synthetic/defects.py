@@ -51,7 +51,7 @@ def _lines(canvas: Canvas, window: Window, path: np.ndarray, centre: tuple[float
 
 def scratch(canvas: Canvas, rng: np.random.Generator, severity: float) -> None:
     """One to three fine parallel grooves with bright flanks."""
-    length = 0.18 + 0.5 * severity
+    length = 0.12 + 0.55 * severity
     x, y = place(canvas, rng, 0.08 + 0.1 * severity)
     angle = rng.uniform(0, np.pi)
     for number in range(1 + int(rng.integers(0, 2 + (severity > 0.5)))):
@@ -59,11 +59,11 @@ def scratch(canvas: Canvas, rng: np.random.Generator, severity: float) -> None:
         path = wander(rng, x + offset[0], y + offset[1], length * rng.uniform(0.6, 1), angle, 0.05)
         window = canvas.window(x, y, 0.75)
         distance, along = _lines(canvas, window, path, (x, y))
-        width = (0.008 + 0.008 * severity) * (0.35 + np.sin(np.pi * np.clip(along, 0, 1)))
+        width = (0.006 + 0.010 * severity) * (0.35 + np.sin(np.pi * np.clip(along, 0, 1)))
         groove = np.exp(-((distance / width) ** 2)) * (canvas.surface[window.at] > 0.5)
         canvas.add_height(window, -groove * np.float32(0.006 + 0.012 * severity))
         brightness = canvas.albedo[window.at].mean()
-        tone = 0.35 + 0.35 * severity
+        tone = 0.25 + 0.45 * severity
         canvas.tone(window, 1 + groove * np.float32(tone if brightness < 0.5 else -tone))
 
 
@@ -105,7 +105,7 @@ def stain(canvas: Canvas, rng: np.random.Generator, severity: float) -> None:
 
 def hole(canvas: Canvas, rng: np.random.Generator, severity: float) -> None:
     """A punched or burnt-through hole, dark inside with a raised rim."""
-    radius = 0.035 + 0.07 * severity
+    radius = 0.02 + 0.08 * severity
     x, y = place(canvas, rng, 1.5 * radius)
     window = canvas.window(x, y, 2.5 * radius)
     distance = blob(canvas, rng, window, radius, 0.35)
@@ -147,7 +147,7 @@ def contamination(canvas: Canvas, rng: np.random.Generator, severity: float) -> 
         path = wander(rng, x, y, 0.35 + 0.5 * severity, rng.uniform(0, 2 * np.pi), 0.35, points=12)
         window = canvas.window(x, y, 1.0)
         distance, _ = _lines(canvas, window, path, (x, y))
-        radius = 0.007 + 0.009 * severity
+        radius = 0.005 + 0.011 * severity
         cover = canvas.cover(distance - radius)
         colour = [(0.10, 0.08, 0.07), (0.75, 0.72, 0.66), (0.55, 0.16, 0.13), (0.15, 0.25, 0.5)][int(rng.integers(4))]
         canvas.paint(window, cover, colour, gloss=0.15)
@@ -155,7 +155,7 @@ def contamination(canvas: Canvas, rng: np.random.Generator, severity: float) -> 
         return
     for _ in range(1 + int(rng.integers(1, 3 + 3 * severity))):
         cx, cy = x + rng.normal(0, 0.07), y + rng.normal(0, 0.07)
-        radius = (0.018 + 0.035 * severity) * rng.uniform(0.5, 1)
+        radius = (0.012 + 0.040 * severity) * rng.uniform(0.5, 1)
         window = canvas.window(cx, cy, 2 * radius + 0.02)
         distance = blob(canvas, rng, window, radius, 0.6)
         cover = canvas.cover(distance, 1.3)
@@ -166,14 +166,14 @@ def contamination(canvas: Canvas, rng: np.random.Generator, severity: float) -> 
 
 def burn(canvas: Canvas, rng: np.random.Generator, severity: float) -> None:
     """A scorched spot: dark in the middle, brownish around."""
-    radius = 0.10 + 0.13 * severity
+    radius = 0.06 + 0.17 * severity
     x, y = place(canvas, rng, radius)
     window = canvas.window(x, y, 2.4 * radius)
     distance = blob(canvas, rng, window, radius, 0.4)
     rough = fractal_noise(rng, distance.shape, 5)
     core = step(distance + 0.15 * radius * rough, 0.0, -0.8 * radius).astype(np.float32)
     halo = step(distance + 0.2 * radius * rough, 0.5 * radius, -0.4 * radius).astype(np.float32)
-    strength = np.float32(0.45 + 0.5 * severity)
+    strength = np.float32(0.25 + 0.7 * severity)
     part = canvas.albedo[window.at]
     part *= 1 - strength * halo[..., None] * np.asarray((0.35, 0.5, 0.62), np.float32)
     part *= 1 - strength * core[..., None] * np.float32(0.85)
@@ -187,7 +187,7 @@ def chip(canvas: Canvas, rng: np.random.Generator, severity: float) -> None:
     candidates = np.flatnonzero(edge)
     row, column = divmod(int(rng.choice(candidates)), canvas.n)
     x, y = float(canvas.axis[column]), float(canvas.axis[row])
-    radius = 0.05 + 0.08 * severity
+    radius = 0.035 + 0.09 * severity
     window = canvas.window(x, y, 2.2 * radius)
     distance = blob(canvas, rng, window, radius, 0.5)
     rough = fractal_noise(rng, distance.shape, 6)
@@ -234,12 +234,12 @@ def tear(canvas: Canvas, rng: np.random.Generator, severity: float) -> None:
     )
     angle = float(np.arctan2(inwards[1][row, column], inwards[0][row, column])) + rng.normal(0, 0.3)
     start = np.array([canvas.axis[column], canvas.axis[row]])
-    length = 0.13 + 0.25 * severity
+    length = 0.08 + 0.28 * severity
     path = wander(rng, 0, 0, length, angle, 0.12)
     path += start - path[0]
     window = canvas.window(*start, 0.5)
     distance, along = _lines(canvas, window, path, tuple(start))
-    opening = (0.012 + 0.03 * severity) * (1.05 - along)
+    opening = (0.008 + 0.032 * severity) * (1.05 - along)
     canvas.cut(window, canvas.cover(distance - opening) * (canvas.surface[window.at] > 0.5))
 
 

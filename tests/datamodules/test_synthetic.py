@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -108,12 +109,26 @@ def test_a_complete_benchmark_is_kept_and_anything_else_is_not_overwritten(tiny,
     before = {p: p.stat().st_mtime_ns for p in tiny.rglob("*.png")}
     generate(tiny, TINY)
     assert {p: p.stat().st_mtime_ns for p in tiny.rglob("*.png")} == before
-    with pytest.raises(DataError, match="something else"):
-        generate(tiny, Plan(size=64, seed=1))
+    with pytest.raises(DataError, match="seed is 0, asked for is 1"):
+        generate(tiny, replace(TINY, seed=1))
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(DataError, match="something else"):
         generate(tmp_path, TINY)
     assert json.loads((tiny / "synthetic.json").read_text())["version"] >= 1
+
+
+def test_an_interrupted_generation_leaves_no_half_benchmark(tmp_path, monkeypatch):
+    import datamodules.synthetic.benchmark as module
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "render_defect", stop)
+    with pytest.raises(KeyboardInterrupt):
+        generate(tmp_path / "set", TINY, workers=1)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    assert generate(tmp_path / "set", TINY, workers=1).is_dir()
 
 
 @pytest.mark.parametrize("bad", [{"size": 8}, {"train": 0}, {"categories": ("woood",)}, {"layout": "coco"}])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -203,7 +205,8 @@ def _defects_config(size: int) -> list[dict]:
 def generate(root: str | Path, plan: Plan | None = None, workers: int | None = None) -> Path:
     """Write the benchmark into a new or empty folder, or leave a complete one of the same plan as it is.
 
-    The bytes depend on the plan alone (on one platform with the same numpy and OpenCV).
+    The bytes depend on the plan alone (on one platform with the same numpy and OpenCV). The folder appears when it is
+    complete: an interrupted run leaves nothing that a later one would take for data.
 
     Args:
         root: folder to write into.
@@ -211,21 +214,49 @@ def generate(root: str | Path, plan: Plan | None = None, workers: int | None = N
         workers: processes; None takes up to 4 of the cores.
 
     Raises:
-        DataError: the folder holds something else.
+        DataError: the folder holds something else, such as a benchmark of another plan or generator version.
     """
-    plan, root = plan or Plan(), Path(root)
-    manifest = describe(plan)
-    if (root / MANIFEST).is_file() and json.loads((root / MANIFEST).read_text(encoding="utf-8")) == manifest:
+    plan, root = plan or Plan(), Path(root).expanduser().absolute()
+    if _is_complete(root, plan):
         return root
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise DataError(f"{root} exists and holds something else than this benchmark: name a new folder or remove it.")
-    root.mkdir(parents=True, exist_ok=True)
-    workers = workers or min(4, os.cpu_count() or 1)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{root.name}-partial-", dir=root.parent))
+    try:
+        _write_all(partial, plan, workers or min(4, os.cpu_count() or 1))
+        (partial / MANIFEST).write_text(json.dumps(describe(plan), indent=2) + "\n", encoding="utf-8")
+        partial.chmod(0o755)
+        if not _is_complete(root, plan):  # another process may have been quicker
+            if root.is_dir():
+                root.rmdir()
+            partial.rename(root)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return root
+
+
+def _is_complete(root: Path, plan: Plan) -> bool:
+    """Whether the folder holds this very benchmark; DataError if it holds something else."""
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        return False
+    wanted = describe(plan)
+    if (root / MANIFEST).is_file():
+        found = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
+        if found == wanted:
+            return True
+        keys = [key for key in wanted if found.get(key) != wanted[key]]
+        difference = "; ".join(f"{key} is {found.get(key)!r}, asked for is {wanted[key]!r}" for key in keys)
+        raise DataError(f"{root} holds a benchmark of another kind: {difference}. Name a new folder or remove it.")
+    raise DataError(f"{root} exists and holds something else than this benchmark: name a new folder or remove it.")
+
+
+def _write_all(root: Path, plan: Plan, workers: int) -> None:
+    if workers == 1:
+        for name in plan.names:
+            _write_category(root, plan, name)
+        return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for job in [pool.submit(_write_category, root, plan, name) for name in plan.names]:
             job.result()
-    (root / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    return root
 
 
 def describe(plan: Plan) -> dict:
