@@ -6,7 +6,7 @@ A method is a subclass that names its paper's recipe and builds its network; see
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -93,6 +93,8 @@ class ReconstructionModule(L.LightningModule):
     """Whether the network reads the images besides their features."""
     preparation: str = "none"
     """What :meth:`prepare` does, in words that change whenever it does; part of the feature cache's key."""
+    level_titles: Sequence[str] = ()
+    """Titles of the level maps in pictures, lowest level first; without any they are numbered."""
     network: nn.Module
 
     def __init__(

@@ -61,7 +61,9 @@ def draw(
         defects = [data.table["defect"][i] for i in ids]
         titles = [f"{ranks[i]}: {defect}" for i, defect in zip(ids, defects, strict=True)]
         name = f"{category.replace('/', '-')}.jpg"
-        files[f"heatmaps/{name}"] = _picture(to_rgb(batch["image"], data.mean, data.std), batch["mask"], scored, titles)
+        files[f"heatmaps/{name}"] = _picture(
+            to_rgb(batch["image"], data.mean, data.std), batch["mask"], scored, titles, module.level_titles
+        )
         score = rows.set_index("id").image_score
         for n, i in enumerate(ids):
             caption = f"{category}: {ranks[i]} by image score, {defects[n]}"
@@ -85,11 +87,14 @@ def overlay(image: np.ndarray, anomaly_map: np.ndarray, low: float, high: float)
     return (0.35 * grey + 0.65 * heat).round().astype(np.uint8)
 
 
-def _picture(images: np.ndarray, masks: Tensor, scored: ScoredMaps, titles: Sequence[str]) -> bytes:
+def _picture(
+    images: np.ndarray, masks: Tensor, scored: ScoredMaps, titles: Sequence[str], level_titles: Sequence[str]
+) -> bytes:
     """One JPEG: a row per image; columns image, ground truth, the levels from the highest to the lowest, fused map."""
     maps = scored.maps.float().cpu().numpy()
     levels = [level.float().cpu().numpy() for level in reversed(scored.level_maps)] if len(scored.level_maps) > 1 else []
-    columns = ["image", "ground truth", *(f"map {n + 1} of {len(levels)}" for n in range(len(levels))), "anomaly map"]
+    names = [*reversed(level_titles)] or [f"map {n + 1} of {len(levels)}" for n in range(len(levels))]
+    columns = ["image", "ground truth", *names[: len(levels)], "anomaly map"]
     figure = Figure(figsize=(1.7 * len(columns), 1.75 * len(images)), dpi=90, layout="constrained")
     axes = figure.subplots(len(images), len(columns), squeeze=False)
     for row, title in enumerate(titles):

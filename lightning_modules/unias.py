@@ -68,10 +68,11 @@ class UniAS(ReconstructionModule):
         levels = sorted(network.get("levels") or range(1, len(backbone.levels) + 1))
         super().__init__(backbone, _of_levels(head, levels, len(backbone.levels)), optimizer, image_size)
         self.network = unias.UniAS(self.extractor.channels, self.extractor.sizes(self.image_size), **network)
+        self.level_titles = [f"level {level}" for level in levels]
         self.loss_weight, self.cosine_term = loss_weight, cosine_term
         wanted = {subset: _subset(subset, len(backbone.levels)) for subset in select}
         self.subsets = {
-            f"levels={subset}": [levels.index(level) for level in chosen]
+            f"levels={subset}": sorted(levels.index(level) for level in chosen)
             for subset, chosen in wanted.items()
             if set(chosen) <= set(levels)
         }
