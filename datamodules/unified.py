@@ -17,17 +17,19 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from datamodules.augmentation import Augmentation
 from datamodules.dataset import UNKNOWN, ImageSource, Row, TableDataset, collate, table_rows
-from datamodules.errors import DataError
+from datamodules.errors import DataError, did_you_mean
 from datamodules.feature_cache import CachedBatches, FeatureCache, cached_loader
 from datamodules.images import BIT_DEPTHS, REMARKABLE, check_resize, infer_bit_depth, read_header
 from datamodules.problems import WARNING, describe
 from datamodules.readers import Listing, list_dataset, raise_on_errors
 from datamodules.sampling import EvalSampler, TrainSampler, check_sampling
+from datamodules.subset import left_out
 from datamodules.table import SPLITS, SampleTable, category_keys, concatenate, fingerprint, hold_out
 from datamodules.tree import IMAGE_SUFFIXES
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+SETTINGS = ("unified", "per_category")
 SMALL = 1000
 """Up to this many training images, reading them in the main process is quicker than starting workers."""
 
@@ -81,7 +83,11 @@ class UnifiedDataModule(L.LightningDataModule):
         mean, std: normalisation of pixels in [0, 1].
         seed: of shuffling and augmentation.
         bit_depth: significant bits of 16-bit images; None infers them per dataset from its training images.
-        drop_last: leave out a last training batch that is not full.
+        drop_last: leave out a last training batch that is not full. None stands for the method's recipe.
+        test_subset: full, or drop_last_32, what released code of some methods evaluates (see `datamodules.subset`). None
+            is full, unless the protocol is as_released and the method's recipe says otherwise.
+        setting: unified, one model for all categories, or per_category: the command line trains one model for each
+            category in turn and puts their results into one record.
         cache_mb: without workers, keep up to this much of the resized images in memory.
         predict_root: folder (searched recursively) or file for `predict_dataloader`.
 
@@ -107,7 +113,9 @@ class UnifiedDataModule(L.LightningDataModule):
         std: tuple[float, float, float] = IMAGENET_STD,
         seed: int = 0,
         bit_depth: int | None = None,
-        drop_last: bool = False,
+        drop_last: bool | None = None,
+        test_subset: str | None = None,
+        setting: str = "unified",
         cache_mb: int = 256,
         predict_root: str | None = None,
     ) -> None:
@@ -135,7 +143,12 @@ class UnifiedDataModule(L.LightningDataModule):
         self.mean, self.std = tuple(mean), tuple(std)
         self.seed = seed
         self.bit_depth = bit_depth
-        self.drop_last = drop_last
+        self.drop_last = bool(drop_last)
+        self.test_subset = test_subset or "full"
+        if setting not in SETTINGS:
+            raise DataError(f"Unknown setting {setting!r}. {did_you_mean(setting, SETTINGS)}")
+        self.setting = setting
+        self.left_out: frozenset[int] = frozenset()
         self.cache_mb = cache_mb
         self.predict_root = predict_root
         self.table: SampleTable | None = None
@@ -180,6 +193,12 @@ class UnifiedDataModule(L.LightningDataModule):
         self.fingerprint = fingerprint(table, roots)
         self.table = hold_out(table, self.holdout)
         self.categories = list(dict.fromkeys(category_keys(table)))
+        if self.setting == "per_category" and len(self.categories) > 1:
+            raise DataError(
+                f"setting per_category is one model per category, but {len(self.categories)} are read here. `fit` trains "
+                "them one after the other; for anything else name one category."
+            )
+        self.left_out = left_out(self.table, self.test_subset)
         thresholds = {label: listing.reader.mask_threshold for label, listing in listings.items()}
         self._source = self._make_source(bit_depths, thresholds)
 
@@ -256,6 +275,10 @@ class UnifiedDataModule(L.LightningDataModule):
         )
         return self._loader(dataset, sampler, self.batch_size, self.drop_last)
 
+    def train_images(self) -> DataLoader:
+        """Every training image exactly once over all processes, in table order and without augmentation."""
+        return self._eval_loader(self._rows("train"))
+
     def val_dataloader(self) -> DataLoader | list:
         """Held-out normal images; an empty list if nothing is held out."""
         rows = self._rows("val")
@@ -263,7 +286,7 @@ class UnifiedDataModule(L.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         """Every test image exactly once over all processes."""
-        rows = self._rows("test")
+        rows = [row for row in self._rows("test") if row.id not in self.left_out]
         if not rows:
             raise DataError(f"No test image in {', '.join(config.root for config in self.datasets)}.")
         return self._eval_loader(rows)

@@ -6,7 +6,7 @@ A method is a subclass that names its paper's recipe and builds its network; see
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -34,6 +34,10 @@ class Recipe:
         gradient_clip_val: Largest total L2 norm of the gradient; None for no clipping.
         best_on_test: The metric and the interval in epochs by which the released code picks its checkpoint on the test
             set. Only the protocol ``as_released`` does so.
+        best_on_test_tie: Which of equally good epochs it keeps, ``last`` or ``first``.
+        drop_last: Whether the last incomplete training batch is left out.
+        released_subset: The part of the test set that the released code evaluates, a ``test_subset`` of the data module.
+            Only the protocol ``as_released`` does so.
     """
 
     resize: str
@@ -41,6 +45,9 @@ class Recipe:
     max_epochs: int
     gradient_clip_val: float | None = None
     best_on_test: tuple[str, int] | None = None
+    best_on_test_tie: str = "last"
+    drop_last: bool = False
+    released_subset: str = "full"
 
 
 @dataclass(frozen=True)
@@ -93,8 +100,8 @@ class ReconstructionModule(L.LightningModule):
     """Whether the network reads the images besides their features."""
     preparation: str = "none"
     """What :meth:`prepare` does, in words that change whenever it does; part of the feature cache's key."""
-    level_titles: Sequence[str] = ()
-    """Titles of the level maps in pictures, lowest level first; without any they are numbered."""
+    map_names: tuple[str, ...] = ()
+    """Names of the level maps in pictures, in the order of :attr:`ScoredMaps.level_maps`; empty: they are numbered."""
     network: nn.Module
 
     def __init__(
@@ -131,6 +138,23 @@ class ReconstructionModule(L.LightningModule):
         """
         return {"": self.head(self.reconstruct(batch), self.image_size)}
 
+    def batch_loss(self, batch: Mapping[str, Any]) -> Tensor:
+        """Loss of one batch, a float32 scalar."""
+        return self.loss(self.reconstruct(batch))
+
+    def set_protocol(self, protocol: str, selection: str) -> None:
+        """Told by the command line before anything runs: ``clean`` or ``as_released``, and ``last`` or ``best_on_test``.
+
+        Raises ValueError when the method's arguments contradict it.
+        """
+
+    def record_notes(self) -> list[str]:
+        """What a reader of the run's numbers must know besides the configuration."""
+        return []
+
+    def before_scoring(self, last_epoch: bool) -> None:
+        """Called in eval mode before the test set is scored during training, for what must be estimated first."""
+
     # ---- what no method changes --------------------------------------------------------------------------------------
 
     def features(self, batch: Mapping[str, Any]) -> list[Tensor]:
@@ -143,7 +167,7 @@ class ReconstructionModule(L.LightningModule):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         self._check_loss()
-        loss = self.loss(self.reconstruct(batch))
+        loss = self.batch_loss(batch)
         self._unchecked_loss = (loss.detach(), batch, self.global_step)
         self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(batch["label"]), prog_bar=True)
         return loss
@@ -166,7 +190,7 @@ class ReconstructionModule(L.LightningModule):
         )
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self.log("val/loss", self.loss(self.reconstruct(batch)), batch_size=len(batch["label"]), sync_dist=True)
+        self.log("val/loss", self.batch_loss(batch), batch_size=len(batch["label"]), sync_dist=True)
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, ScoredMaps]:
         return self.evaluate(batch)

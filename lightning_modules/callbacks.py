@@ -56,11 +56,15 @@ class Progress(L.Callback):
         if not trainer.is_global_zero:
             return
         metrics = {name: value for _, _, name, value in self.history.rows}
-        state = {"epoch": trainer.current_epoch + 1, "epochs": trainer.max_epochs, "metrics": metrics}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(state))
-        temporary.replace(self.path)
+        write_progress(self.path, trainer.current_epoch + 1, trainer.max_epochs, metrics)
+
+
+def write_progress(path: Path, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:
+    """Writes the progress file of the sweep runner, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps({"epoch": epoch, "epochs": epochs, "metrics": dict(metrics)}))
+    temporary.replace(path)
 
 
 class Predictions(L.Callback):

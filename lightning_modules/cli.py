@@ -30,7 +30,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 import datamodules
 import lightning_modules
-from lightning_modules import heatmaps
+from lightning_modules import heatmaps, per_category
 from lightning_modules.base import ReconstructionModule
 from lightning_modules.caching import CacheConfig, attach
 from lightning_modules.callbacks import History, Predictions, Progress
@@ -145,9 +145,16 @@ class UniReconCLI(LightningCLI):
                 "only; the data follows it."
             )
         data.image_size = size
-        for name in ("resize", "batch_size"):
+        for name in ("resize", "batch_size", "drop_last"):
             if data.get(name) is None:
                 data[name] = getattr(recipe, name)
+        released = config.run.protocol == "as_released"
+        if data.test_subset is None:
+            data.test_subset = recipe.released_subset if released else "full"
+        if data.test_subset != "full" and not released:
+            raise SystemExit(
+                f"data.init_args.test_subset={data.test_subset} leaves test images out: it needs run.protocol=as_released."
+            )
         if not data.datasets:
             raise SystemExit("No dataset is named: set DATASET and DATA_ROOT, or --data.init_args.datasets.")
         for name in ("max_epochs", "gradient_clip_val"):
@@ -156,6 +163,8 @@ class UniReconCLI(LightningCLI):
         data.seed = config.seed_everything
         if config.run.name is None:
             config.run.name = f"{model.method}-{self.started:%Y%m%d-%H%M%S}-seed{config.seed_everything}"
+        if data.setting == "per_category":
+            per_category.split(self.subcommand, config)
 
     def instantiate_classes(self) -> None:
         """Refuses what a constructor refuses with its own words, not with a trace of the parser's."""
@@ -168,6 +177,10 @@ class UniReconCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         self.run_config: RunConfig = self._get(self.config_init, "run")
+        try:
+            self.model.set_protocol(self.run_config.protocol, self.run_config.selects)
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
         if self.subcommand in ("fit", "test") and self.run_config.record.exists() and not self.run_config.overwrite:
             raise SystemExit(
                 f"{self.run_config.record} is already a finished run: choose another --run.name, or --run.overwrite=true."
@@ -190,13 +203,13 @@ class UniReconCLI(LightningCLI):
             return callbacks
         epochs = self._get(self.config_init, "trainer")["max_epochs"]
         every, select = run.curve_every, None
-        if run.protocol == "as_released":
-            if model.recipe.best_on_test is None:
-                raise SystemExit(f"{model.method} has no protocol as_released; its recipe names no selection on the test set.")
+        if run.protocol == "as_released" and model.recipe.best_on_test is None:
+            raise SystemExit(f"{model.method} has no protocol as_released; its recipe names no selection on the test set.")
+        if run.selects == "best_on_test":
             select, released_every = model.recipe.best_on_test
             every = every or released_every
         if every:
-            callbacks.append(TestCurve(self.history, every, select))
+            callbacks.append(TestCurve(self.history, every, select, model.recipe.best_on_test_tie))
         checkpoint = ModelCheckpoint(
             run.work / "checkpoints",
             filename="last",
@@ -273,6 +286,9 @@ class UniReconCLI(LightningCLI):
         model, data, trainer = self.model, self.datamodule, self.trainer
         backbone = model.extractor.provenance
         notes = [f"{key}: {note}" for key, note in (("backbone", backbone.get("note")),) if note]
+        notes += model.record_notes()
+        if data.left_out:
+            notes.append(f"test_subset {data.test_subset}: {len(data.left_out)} test images are not evaluated")
         epochs = trainer.current_epoch
         started = provenance(model.device) | {
             "started": self.started.isoformat(timespec="seconds"),
@@ -291,7 +307,7 @@ class UniReconCLI(LightningCLI):
             method=model.method,
             profile=os.environ.get("PROFILE") or "custom",
             protocol=self.run_config.protocol,
-            setting="unified",
+            setting=data.setting,
             seed=self.config[self.subcommand].seed_everything,
             image_size=model.image_size,
             resize=data.resize,
@@ -331,6 +347,10 @@ def main(arguments: list[str] | None = None) -> None:
     torch.backends.cudnn.allow_tf32 = False  # features in full float32, as the papers' GPUs computed them
     import_methods()
     try:
-        UniReconCLI(with_environment(arguments, os.environ))
+        arguments = with_environment(arguments, os.environ)
+        try:
+            UniReconCLI(arguments)
+        except per_category.OneModelEach as split:
+            split.run(lambda more: UniReconCLI([*arguments, *more]))
     except SIGTERMException:
         sys.exit(143)

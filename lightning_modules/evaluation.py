@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from datamodules.table import category_keys
 from lightning_modules.base import ReconstructionModule
 from lightning_modules.callbacks import History
+from lightning_modules.logical import DEFINITIONS, LogicalEvaluation, has_logical
 from lightning_modules.metrics import AnomalyMetrics, MetricResult, RegionCache
 from models.head import ScoredMaps
 
@@ -45,11 +47,14 @@ class Evaluation(L.Callback):
         self.result: MetricResult | None = None
         self.image_scores: pd.DataFrame | None = None
         self._metrics: dict[str, AnomalyMetrics] = {}
-        self._rows: list[tuple[int, str, int, float, str]] = []
+        self._rows: list[tuple[int, str, str, int, float, str]] = []
         self._regions = RegionCache()
+        self._logical: LogicalEvaluation | None = None
 
     def on_test_epoch_start(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
         self._metrics, self._rows = {}, []
+        table = trainer.datamodule.table
+        self._logical = LogicalEvaluation(table, category_keys(table)) if has_logical(table) else None
 
     def on_test_batch_end(
         self,
@@ -66,19 +71,26 @@ class Evaluation(L.Callback):
                     trainer.datamodule.dataset_of(), regions=self._regions, variant=variant
                 )
             update_metrics(self._metrics[variant], batch, scored)
+            if self._logical is not None:
+                self._logical.update(variant, batch, scored.maps, scored.image_scores)
         scores: Tensor = outputs[""].image_scores
-        self._rows += zip(
-            batch["id"].tolist(), batch["category"], batch["label"].tolist(), scores.tolist(), batch["path"], strict=True
-        )
+        columns = batch["id"].tolist(), batch["category"], batch["anomaly_type"], batch["label"].tolist()
+        self._rows += zip(*columns, scores.tolist(), batch["path"], strict=True)
 
     def on_test_epoch_end(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
         results = {variant: metrics.compute() for variant, metrics in self._metrics.items()}
         self.result = results[""]
-        table = pd.concat([result.table for result in results.values()], ignore_index=True)
+        tables = [result.table for result in results.values()]
+        if self._logical is not None:
+            tables.append(self._logical.rows())
+            self.result.definitions = self.result.definitions | DEFINITIONS
+        table = pd.concat(tables, ignore_index=True)
         # With several datasets a category's key is dataset/category; the table has a column for each.
-        table["category"] = [key.removeprefix(f"{dataset}/") for dataset, key in zip(table.dataset, table.category)]
+        keys = zip(table.dataset, table.category, strict=True)
+        table["category"] = [category.removeprefix(f"{dataset}/") for dataset, category in keys]
         self.result.table = table
-        self.image_scores = pd.DataFrame(self._rows, columns=["id", "category", "label", "image_score", "path"])
+        columns = ["id", "category", "anomaly_type", "label", "image_score", "path"]
+        self.image_scores = pd.DataFrame(self._rows, columns=columns)
         if trainer.is_global_zero:
             print_metrics(self.result.table)
 
@@ -86,14 +98,15 @@ class Evaluation(L.Callback):
 class TestCurve(L.Callback):
     """Image and pixel AUROC on the test set every ``every`` epochs while training, for a curve.
 
-    With ``select`` (protocol ``as_released`` only) the weights of the best epoch by that metric, ties going to the later
-    epoch, are put back when training ends.
+    With ``select`` (protocol ``as_released`` only) the weights of the best epoch by that metric are put back when training
+    ends; of equally good epochs the ``tie`` (``last`` or ``first``) one.
     """
 
-    def __init__(self, history: History, every: int, select: str | None = None) -> None:
+    def __init__(self, history: History, every: int, select: str | None = None, tie: str = "last") -> None:
         self.history = history
         self.every = every
         self.select = select
+        self.tie = tie
         self.best: tuple[float, int, dict[str, Tensor]] | None = None
         self._regions = RegionCache()
 
@@ -106,6 +119,7 @@ class TestCurve(L.Callback):
         names += [self.select] if self.select not in (None, *names) else []
         metrics = AnomalyMetrics(trainer.datamodule.dataset_of(), names, pooled=False, regions=self._regions)
         module.eval()
+        module.before_scoring(last_epoch=epoch + 1 == trainer.max_epochs)
         for batch in trainer.datamodule.test_dataloader():
             batch = trainer.strategy.batch_to_device(batch)
             update_metrics(metrics, batch, module.evaluate(batch)[""])
@@ -116,8 +130,13 @@ class TestCurve(L.Callback):
             self.history.add(trainer, f"curve/{name}", float(value))
         for logger in trainer.loggers:
             logger.log_metrics({f"curve/{name}": float(value) for name, value in means.items()}, trainer.global_step)
-        if self.select is not None and (self.best is None or means[self.select] >= self.best[0]):
+        if self.select is not None and self._is_best(float(means[self.select])):
             self.best = (float(means[self.select]), epoch, copy.deepcopy(module.network.state_dict()))
+
+    def _is_best(self, value: float) -> bool:
+        if self.best is None:
+            return True
+        return value > self.best[0] or (value == self.best[0] and self.tie == "last")
 
     def on_train_end(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
         if self.best is not None:

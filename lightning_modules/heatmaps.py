@@ -22,14 +22,17 @@ RANKS = ("worst", "median", "best")
 def choose(image_scores: pd.DataFrame) -> dict[int, str]:
     """Image ids to draw: of every category the anomalous image with the lowest, median and highest image score.
 
+    Where a category has structural and logical anomalies, three of each.
+
     Args:
-        image_scores: One row per test image with ``id``, ``category``, ``label`` (0 or 1) and ``image_score``.
+        image_scores: One row per test image with ``id``, ``category``, ``anomaly_type``, ``label`` (0 or 1) and
+            ``image_score``.
 
     Returns:
         id -> rank (``worst``, ``median``, ``best``); a category with fewer anomalous images gives fewer.
     """
     chosen: dict[int, str] = {}
-    for _, rows in image_scores[image_scores.label == 1].groupby("category", sort=False):
+    for _, rows in image_scores[image_scores.label == 1].groupby(["category", "anomaly_type"], sort=False):
         ordered = rows.sort_values(["image_score", "id"]).id.to_numpy()
         for rank, position in zip(RANKS, (0, len(ordered) // 2, len(ordered) - 1), strict=True):
             chosen.setdefault(int(ordered[position]), rank)
@@ -55,15 +58,15 @@ def draw(
     index = []
     chosen = image_scores[image_scores.id.isin(list(ranks))]
     for category, rows in chosen.groupby("category", sort=False):
-        ids = sorted(rows.id, key=lambda i: RANKS.index(ranks[i]))
+        kinds = dict(zip(rows.id, rows.anomaly_type, strict=True))
+        ids = sorted(rows.id, key=lambda i: (kinds[i], RANKS.index(ranks[i])))
         batch = data.image_batch(ids)
         scored = module.evaluate({k: v.to(module.device) if isinstance(v, Tensor) else v for k, v in batch.items()})[""]
         defects = [data.table["defect"][i] for i in ids]
         titles = [f"{ranks[i]}: {defect}" for i, defect in zip(ids, defects, strict=True)]
         name = f"{category.replace('/', '-')}.jpg"
-        files[f"heatmaps/{name}"] = _picture(
-            to_rgb(batch["image"], data.mean, data.std), batch["mask"], scored, titles, module.level_titles
-        )
+        images = to_rgb(batch["image"], data.mean, data.std)
+        files[f"heatmaps/{name}"] = _picture(images, batch["mask"], scored, titles, module.map_names)
         score = rows.set_index("id").image_score
         for n, i in enumerate(ids):
             caption = f"{category}: {ranks[i]} by image score, {defects[n]}"
@@ -88,13 +91,18 @@ def overlay(image: np.ndarray, anomaly_map: np.ndarray, low: float, high: float)
 
 
 def _picture(
-    images: np.ndarray, masks: Tensor, scored: ScoredMaps, titles: Sequence[str], level_titles: Sequence[str]
+    images: np.ndarray, masks: Tensor, scored: ScoredMaps, titles: Sequence[str], names: Sequence[str] = ()
 ) -> bytes:
-    """One JPEG: a row per image; columns image, ground truth, the levels from the highest to the lowest, fused map."""
+    """One JPEG: a row per image; columns image, ground truth, the levels from the highest to the lowest, fused map.
+
+    With `names` the level maps stand in their own order under these names.
+    """
     maps = scored.maps.float().cpu().numpy()
-    levels = [level.float().cpu().numpy() for level in reversed(scored.level_maps)] if len(scored.level_maps) > 1 else []
-    names = [*reversed(level_titles)] or [f"map {n + 1} of {len(levels)}" for n in range(len(levels))]
-    columns = ["image", "ground truth", *names[: len(levels)], "anomaly map"]
+    levels = [level.float().cpu().numpy() for level in scored.level_maps] if len(scored.level_maps) > 1 else []
+    if len(names) != len(levels):
+        levels.reverse()
+        names = [f"map {n + 1} of {len(levels)}" for n in range(len(levels))]
+    columns = ["image", "ground truth", *names, "anomaly map"]
     figure = Figure(figsize=(1.7 * len(columns), 1.75 * len(images)), dpi=90, layout="constrained")
     axes = figure.subplots(len(images), len(columns), squeeze=False)
     for row, title in enumerate(titles):

@@ -27,6 +27,8 @@ class RunConfig:
         results: The folder that holds ``runs/`` (records) and ``work/`` (checkpoints, logs).
         protocol: ``clean``: full test set, last epoch, nothing chosen on test images. ``as_released``: what the method's
             released code does, to compare with its printed numbers; every table says so.
+        selection: Which epoch's weights count: ``last``, or ``best_on_test``, the released code's choice by the test set.
+            None is the protocol's own: last if clean, best_on_test if as_released. Clean refuses best_on_test.
         curve_every: Score the test set every so many epochs for a training curve (image and pixel AUROC); 0 for never.
             Under the protocol ``clean`` the curve is only watched: nothing is chosen by it.
         heatmaps: Draw heat maps of the worst, the median and the best image of each category.
@@ -37,6 +39,7 @@ class RunConfig:
     sweep: str = "single"
     results: str = "results"
     protocol: str = "clean"
+    selection: str | None = None
     curve_every: int = 0
     heatmaps: bool = True
     overwrite: bool = False
@@ -44,11 +47,20 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"run.protocol is {self.protocol!r}; allowed are {', '.join(PROTOCOLS)}.")
+        if self.selection not in (None, "last", "best_on_test"):
+            raise ValueError(f"run.selection is {self.selection!r}; allowed are last, best_on_test and null.")
+        if self.selection == "best_on_test" and self.protocol == "clean":
+            raise ValueError("run.selection=best_on_test looks at test labels: it needs run.protocol=as_released.")
         if self.curve_every < 0:
             raise ValueError(f"run.curve_every is {self.curve_every}; give 0 (no curve) or a number of epochs.")
         for key, value in (("name", self.name), ("sweep", self.sweep)):
             if value is not None and (not value or Path(value).name != value or value.startswith(".")):
                 raise ValueError(f"run.{key} is {value!r}; it names a folder: give letters, digits, '-', '_', '=', '.'.")
+
+    @property
+    def selects(self) -> str:
+        """The selection that counts, ``last`` or ``best_on_test``."""
+        return self.selection or ("best_on_test" if self.protocol == "as_released" else "last")
 
     @property
     def record(self) -> Path:

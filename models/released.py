@@ -5,7 +5,12 @@ A method's file says how the authors' parameter names translate: a module-level 
     def released_name(name: str) -> str | None
 
 from their name (without any wrapping prefix such as `module.reconstruction.`) to the network's, None where it has none.
-`load_released` finds that function beside the network's class; a new method needs no entry here.
+`load_released` finds that function beside the network's class; a new method needs no entry here. What a checkpoint
+keeps outside parameters and buffers of the network's own form (ULSAD's statistics) is taken by a second, optional one:
+
+    def import_released_extras(network, state) -> list[str]
+
+given the authors' state dict without the prefix; it returns the names that it used.
 """
 
 from __future__ import annotations
@@ -51,7 +56,7 @@ def load_released(network: nn.Module, checkpoint: str | Path | Mapping[str, Tens
     in_memory = isinstance(checkpoint, Mapping)
     source = dict(checkpoint) if in_memory else read_state_dict(checkpoint)
     where = "The released checkpoint" if in_memory else f"The released checkpoint {checkpoint}"
-    state = network.state_dict()
+    state = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
 
     best: dict[str, str] = {}
     best_prefix = ""
@@ -77,6 +82,9 @@ def load_released(network: nn.Module, checkpoint: str | Path | Mapping[str, Tens
     check_finite({best[own]: value for own, value in found.items()}, where)
     network.load_state_dict(found, strict=False)
     used = set(best.values())
+    if extras := getattr(sys.modules[type(network).__module__], "import_released_extras", None):
+        within = {n.removeprefix(best_prefix): value for n, value in source.items() if n.startswith(best_prefix)}
+        used |= {best_prefix + name for name in extras(network, within)}
     return Imported(best_prefix, sorted(used), [name for name in source if name not in used])
 
 

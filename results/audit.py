@@ -1,7 +1,7 @@
 """Check the printed tables against themselves: every mean row, every gap, and numbers that two tables share.
 
-A mean of numbers rounded to one unit may differ from the printed mean by at most that unit (half of it from the members,
-half from the mean). Within it the two agree up to rounding; beyond it the paper disagrees with itself.
+A mean of numbers rounded to one unit may differ from the printed mean by at most that unit (half of it from the
+members, half from the mean). Within it the two agree up to rounding; beyond it the paper disagrees with itself.
 """
 
 from __future__ import annotations

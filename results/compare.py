@@ -1,4 +1,4 @@
-"""Is A better than B? Paired over the seeds and the categories that both have, with the honest number of observations."""
+"""Is A better than B? Paired over the seeds and the categories that both have, with the honest n."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Paired:
     """A paired comparison over one kind of unit. Differences are A minus B in points of percent.
 
     `n` counts the units, `p_t` and `p_wilcoxon` are two-sided, None where a test is impossible (n < 2, or no spread).
-    `effect` is Cohen's d_z (mean over standard deviation of the differences), `rank` the matched rank-biserial correlation
-    in [-1, 1]. `interval` is the 95 % t interval of the mean difference. `smallest` is the smallest p that the Wilcoxon
-    test can give at this n.
+    `effect` is Cohen's d_z (mean over standard deviation of the differences), `rank` the matched rank-biserial
+    correlation in [-1, 1]. `interval` is the 95 % t interval of the mean difference. `smallest` is the smallest p that
+    the Wilcoxon test can give at this n.
     """
 
     unit: str
@@ -78,9 +78,8 @@ def choose(records: Sequence[StoredRecord], selector: str) -> list[StoredRecord]
             known = sorted({name for stored in mine for name in stored.record.cell})
             names = [name for name in known if name == key or name.endswith(f".{key}")]
             if len(names) != 1:
-                raise ValueError(
-                    f"{selector!r}: {key!r} is not one parameter of {sweep}{_nearest(key, [name.rpartition('.')[2] for name in known])}"
-                )
+                close = _nearest(key, [name.rpartition(".")[2] for name in known])
+                raise ValueError(f"{selector!r}: {key!r} is not one parameter of {sweep}{close}")
             found = [s for s in mine if canonical(s.record.cell.get(names[0])) == canonical(value)]
             if not found:
                 values = sorted({str(stored.record.cell.get(names[0])) for stored in mine})
@@ -137,8 +136,9 @@ def compare(
     categories = tuple(sorted(set.intersection(*(set(values) for values in by_seed))))
     lost = sorted(set.union(*(set(values) for values in by_seed)) - set(categories))
     if lost:
-        raise ValueError(f"{metric} of {', '.join(lost)} is not there for every seed of A and B; a comparison over the rest "
-                         "would hide it")  # fmt: skip
+        raise ValueError(
+            f"{metric} of {', '.join(lost)} is not there for every seed of A and B; comparing the rest would hide it"
+        )
     grid = 100 * np.array([[values_a[s][c] - values_b[s][c] for c in categories] for s in seeds])
     over_categories = paired("category", list(zip(categories, grid.mean(axis=0), strict=True)))
     over_seeds = paired("seed", [(f"seed {s}", float(d)) for s, d in zip(seeds, grid.mean(axis=1), strict=True)])
@@ -186,16 +186,12 @@ def _caveats(
         "The category test asks whether the difference would hold on further categories of this kind; the seed test "
         "whether it would hold in further trainings on these categories.",
     ]
-    for result in (categories, seeds):
+    for result, units in ((categories, "categories"), (seeds, "seeds")):
         if result.n < 2:
-            notes.append(
-                f"One {result.unit} allows no test over {'categories' if result.unit == 'category' else 'seeds'}."
-            )
+            notes.append(f"One {result.unit} allows no test over {units}.")
         elif result.smallest > 0.05:
-            notes.append(
-                f"With n = {result.n} the Wilcoxon test over {'categories' if result.unit == 'category' else 'seeds'} cannot "
-                f"give p below {result.smallest:.3g}, whatever the data."
-            )
+            least = f"p below {result.smallest:.3g}, whatever the data"
+            notes.append(f"With n = {result.n} the Wilcoxon test over {units} cannot give {least}.")
     recipes = {
         (
             s.record.backbone["name"],
@@ -233,7 +229,7 @@ def report(result: Comparison) -> str:
         f"A {result.mean_a:.2f}, B {result.mean_b:.2f}, A − B = {result.over_seeds.difference:+.2f} points "
         f"({len(result.categories)} categories, seeds {', '.join(map(str, result.seeds))}).",
         "",
-        "| paired over | n | A − B | 95 % interval | p (t) | p (Wilcoxon) | effect d_z | rank-biserial | A better / worse |",
+        "| paired over | n | A − B | 95 % interval | p (t) | p (Wilcoxon) | d_z | rank-biserial | A better / worse |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in (result.over_categories, result.over_seeds):

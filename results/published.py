@@ -2,8 +2,8 @@
 
 Columns: source, table, dataset, category, method, variant, metric, value, std, certainty, note. Values are percent, as
 printed, wrong ones included; ``<metric>_gap`` is the gap to the default row as printed. A category ``mean`` (or
-``mean_objects``, ``mean_textures``) is a printed mean, not one that was computed here. certainty: printed; cross-checked
-and repaired for tables read from a picture; cited for a number that another paper or page quotes.
+``mean_objects``, ``mean_textures``) is a printed mean, not one that was computed here. certainty: printed;
+cross-checked and repaired for tables read from a picture; cited for a number that another paper or page quotes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Printed:
 def read_published(folder: str | Path = FOLDER) -> dict[tuple[str, ...], Printed]:
     """All printed numbers by (source, table, dataset, category, method, variant, metric), in the files' order.
 
-    Raises ValueError naming file and line for wrong columns, an unknown certainty, no number, or a key that occurs twice.
+    Raises ValueError naming file and line for wrong columns, an unknown certainty, no number, or a repeated key.
     """
     return dict(_read(str(folder)))
 

@@ -36,6 +36,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from results.sweep_file import cell_key
+
 SCHEMA = 1
 PROTOCOLS = ("clean", "as_released")
 SETTINGS = ("unified", "per_category")
@@ -148,16 +150,21 @@ class StoredRecord:
 
     @cached_property
     def scores(self) -> dict[tuple[str, str, str, str, str], tuple[float, str]]:
-        """(variant, scope, dataset, category, metric) -> (value, reason); a ``dataset/category`` key loses its prefix."""
+        """(variant, scope, dataset, category, metric) -> (value, reason); ``dataset/`` before a category is cut."""
         columns = self.columns
         keys = zip(*(columns[name] for name in METRIC_COLUMNS[:5]), strict=True)
         pairs = zip(columns["value"], columns["reason"], strict=True)
         return {(v, s, d, plain_category(d, c), m): pair for (v, s, d, c, m), pair in zip(keys, pairs, strict=True)}
 
-    @property
+    @cached_property
     def name(self) -> str:
         """``sweep/run``, by which messages and tables name a record."""
         return f"{self.record.sweep}/{self.record.run}"
+
+    @cached_property
+    def cell(self) -> frozenset:
+        """Identity of the record's cell, the seed left out; see :func:`results.sweep_file.cell_key`."""
+        return cell_key(self.record.cell)
 
     @cached_property
     def history(self) -> pd.DataFrame:
@@ -212,7 +219,7 @@ class RecordSet(Sequence[StoredRecord]):
 
 
 def plain_category(dataset: str, category: str) -> str:
-    """The category's own name, also if it was recorded as ``dataset/category`` because data sets were trained together."""
+    """The category's own name, also if it was recorded as ``dataset/category`` (data sets trained together)."""
     return category.removeprefix(f"{dataset}/") if dataset else category
 
 

@@ -273,7 +273,8 @@ def _html_cell(cell: Cell, table: Table, column: Column, row: Row) -> str:
     title = html.escape("\n".join(line for line in lines if line), quote=True)
     sort = "" if value.mean is None else f"{value.mean:.10g}"
     if cell.runs is not None and cell.runs.records:
-        text = f'<a href="#{record_id(cell.runs.records[0])}" data-records="{html.escape(" ".join(cell.runs.records))}">{text}</a>'
+        records = html.escape(" ".join(cell.runs.records), quote=True)
+        text = f'<a href="#{record_id(cell.runs.records[0])}" data-records="{records}">{text}</a>'
     return f'<td data-sort="{sort}" title="{title}">{text}</td>'
 
 

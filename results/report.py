@@ -24,20 +24,21 @@ _CONFIGS = 300  # beyond so many records their configurations stay in the record
 _PICTURES = 12_000_000  # bytes of heat maps in one page
 
 _READING = """
-<p>Numbers are percent, the mean over categories and then over seeds; ± is the sample standard deviation over seeds of that
-mean. <strong>Bold</strong> is best, <u>underlined</u> second best, ★ the default row, brackets the distance to it.
+<p>Numbers are percent, the mean over categories and then over seeds; ± is the sample standard deviation over seeds of
+that mean. <strong>Bold</strong> is best, <u>underlined</u> second best, ★ the default row, brackets the distance to it.
 A dash is a number that does not exist: no table averages over fewer categories, and below it is listed what is missing.
 Point at a number to see what it is, click on it for the runs behind it. Click on the head of a column to sort.</p>
 <dl>
 <dt><strong>Protocol clean</strong></dt>
-<dd>Full test set, last epoch, thresholds only from held-out normal images, no flipped AUROC, exact metrics. The default.</dd>
+<dd>The default: full test set, last epoch, thresholds only from held-out normal images, no flipped AUROC, exact
+metrics.</dd>
 <dt><strong>Protocol as_released</strong></dt>
-<dd>What a method's released code does, test-set model selection included, so that a printed number can be compared.</dd>
+<dd>What a method's released code does, test-set model selection included, to compare with a printed number.</dd>
 <dt><strong>Unified, per category</strong></dt>
 <dd>One model for all categories of a data set, or one model each.</dd>
 </dl>
-<p>Runs of different protocols, profiles, backbones, image sizes, metric versions or data never stand in one table; where the
-records would make it so, the page shows the refusal instead.</p>
+<p>Runs of different protocols, profiles, backbones, image sizes, metric versions or data never stand in one table;
+where the records would make it so, the page shows the refusal instead.</p>
 """
 
 
@@ -158,7 +159,7 @@ def _papers(records: Sequence[StoredRecord], shown: dict[str, StoredRecord]) -> 
         beside = ""
         for kind, mine in kinds(records) if records else []:
             beside += _guarded(name, kind, lambda s=spec, m=mine, k=kind: _beside(s, m, k, shown))
-        content = render.html_text(paper_table(spec, "published")) if not beside else beside
+        content = beside or render.html_text(paper_table(spec, "published"))
         opened = " open" if beside else ""
         parts.append(f"<details{opened}><summary>{html.escape(spec.title)}</summary>{content}</details>")
     return "".join(parts)
@@ -201,8 +202,8 @@ def _gallery(records: Sequence[StoredRecord], shown: dict[str, StoredRecord]) ->
         link = f'<a href="#{record_id(stored.name)}">{html.escape(stored.name)}</a>'
         shout = '<p class="shout">RANDOM BACKBONE WEIGHTS</p>' if stored.record.random_weights else ""
         parts.append(f"<h3>{html.escape(title)}</h3>{shout}<p class='caption'>Run {link}</p><div class='gallery'>")
-        for (_, file), rows in stored.heatmaps.groupby(["path", "file"], sort=False):
-            path = Path(rows["path"].iloc[0])
+        for file, rows in stored.heatmaps.groupby("path", sort=False):
+            path = Path(file)
             data = path.read_bytes() if path.is_file() else b""
             if not data or len(data) > left:
                 skipped += 1
@@ -213,15 +214,15 @@ def _gallery(records: Sequence[StoredRecord], shown: dict[str, StoredRecord]) ->
             ranks = ", ".join(f"{row.rank}: {row.defect} ({float(row.image_score):.3g})" for row in rows.itertuples())
             source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
             parts.append(
-                f'<figure><img loading="lazy" alt="{html.escape(f"heat maps of {category}", quote=True)}" src="{source}">'
+                f'<figure><img loading="lazy" alt="{html.escape(category, quote=True)}" src="{source}">'
                 f"<figcaption><strong>{html.escape(category)}</strong> {html.escape(ranks)}</figcaption></figure>"
             )
         parts.append("</div>")
     if not chosen:
         return "<p>No record holds heat maps.</p>"
     rule = (
-        "Chosen by rule among the anomalous test images of each category: lowest (worst), median and highest (best) image "
-        "score, which stands in brackets. One colour scale per category."
+        "Chosen by rule among the anomalous test images of each category: lowest (worst), median and highest (best) "
+        "image score, which stands in brackets. One colour scale per category."
     )
     note = (
         f"<p class='missing'>{skipped} pictures are left out to keep the page small; they are in the records.</p>"
@@ -258,7 +259,8 @@ def _records(shown: dict[str, StoredRecord]) -> str:
             "Parameters": ", ".join(f"{key} {value:,}" for key, value in record.parameters.items()),
             "Commit": commit,
             "Command": came.get("command"),
-            "Started, took": f"{came.get('started', 'unknown')}, {came.get('wall_seconds', '?')} s, {came.get('epochs', '?')} epochs",
+            "Started": came.get("started"),
+            "Took": f"{came.get('wall_seconds', '?')} s, {came.get('epochs', '?')} epochs",
             "Device": came.get("device"),
             "Versions": versions,
             "Notes": "; ".join(record.notes),

@@ -108,7 +108,7 @@ def find_spec(name: str, folder: str | Path = FOLDER) -> Spec:
 
 
 def spec_for_sweep(sweep: str, folder: str | Path = FOLDER) -> Spec:
-    """The spec of a sweep's table: the one of its name, else the first that says ``sweep: <name>``, else a plain one."""
+    """The spec of a sweep's table: the one of its name, else the first with ``sweep: <name>``, else a plain one."""
     if (Path(folder) / f"{sweep}.yaml").is_file():
         return find_spec(sweep, folder)
     for name in spec_names(folder):

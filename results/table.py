@@ -11,7 +11,8 @@ from results.names import COSTS, is_ranked
 @dataclass
 class Value:
     """One number. `mean` and `std` are in percent (costs in their own unit); `mean` is None if there is none, then
-    `reason` says why. `n` is the number of seeds behind it, `records` the runs ("sweep/run"), `mark` best, second or "".
+    `reason` says why. `n` is the number of seeds behind it, `records` the runs ("sweep/run"), `mark` best, second or
+    "".
     """
 
     mean: float | None = None

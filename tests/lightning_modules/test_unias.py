@@ -77,8 +77,8 @@ def test_all_rows_of_table_4_come_from_one_forward_pass(monkeypatch):
     level_maps = scored[""].level_maps
     size = (32, 32)
     four, three = (
-        method.head.level_blurs[i](F.interpolate(level_maps[i][:, None], size, mode="bilinear", align_corners=False))
-        for i in (3, 2)
+        method.head.level_blurs[i](F.interpolate(level_map[:, None], size, mode="bilinear", align_corners=False))
+        for i, level_map in ((3, level_maps[0]), (2, level_maps[1]))
     )
     for name, expected in (("levels=4", four), ("levels=4+3", four * three)):
         expected = F.interpolate(expected, (64, 64), mode="bilinear", align_corners=True)[:, 0]
@@ -89,7 +89,8 @@ def test_a_subset_trained_by_itself_keeps_the_blur_of_its_levels():
     method = module(levels=[4, 2], select=TABLE_4)
     assert [blur.taps.numel() for blur in method.head.level_blurs] == [7, 3]
     assert list(method.subsets) == ["levels=4", "levels=2"]
-    assert method.level_titles == ["level 2", "level 4"]
+    assert method.map_names == ("level 4", "level 2")
+    assert [level.shape[1] for level in method.evaluate(batch())[""].level_maps] == [4, 16]
     assert set(method.evaluate(batch())) == {"", "levels=4", "levels=2"}
 
 

@@ -83,7 +83,7 @@ def test_steps_of_one_epoch_are_averaged(runs):
 def test_the_shortcut_figure_has_loss_in_blue_on_a_log_axis_localisation_red_detection_green(runs, sweep):
     shortcut(runs)
     figure = figures.curves_figure(find_spec("identical_shortcut"), runs.read(), sweep)
-    loss, right = figure.axes[0], [axis for axis in figure.axes if axis not in figure.axes[:2]][0]
+    loss, right = figure.axes[0], next(axis for axis in figure.axes if axis not in figure.axes[:2])
     assert loss.get_yscale() == "log"
     assert loss.get_title() == "MLP"
     assert {line.get_color() for line in loss.lines} == {figures.BLUE}

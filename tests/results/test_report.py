@@ -1,8 +1,8 @@
 """The report as a reader sees it: in a real browser where there is one, and in the page's own text everywhere.
 
 The page is complete without scripts, so every fact of `test_the_page_says` holds in any browser. Where a Chromium is
-installed (or CHROMIUM names one), `test_a_reader_in_a_real_browser` clicks through the page in it; elsewhere it checks that
-every element that the script reaches for is there, and says which of the two it did.
+installed (or CHROMIUM names one), `test_a_reader_in_a_real_browser` clicks through the page in it; elsewhere it checks
+that every element that the script reaches for is there, and says which of the two it did.
 """
 
 import html.parser
@@ -33,7 +33,7 @@ def picture(colour):
 
 @pytest.fixture(scope="module")
 def site(runs_at, tmp_path_factory):
-    """Records of an ablation, a training on MVTec AD, heat maps, a conflict and a damaged record; (page text, folder)."""
+    """An ablation, a training on MVTec AD, heat maps, a conflict and a damaged record; (page text, folder)."""
     tmp_path = tmp_path_factory.mktemp("site")
     runs = runs_at(tmp_path / "runs")
     index = "dataset,category,rank,defect,image_score,file,caption\n"
@@ -187,7 +187,8 @@ out.figures = [...document.querySelectorAll("#ablations ~ figure img")].filter(v
 out.groups = [...document.querySelectorAll("tr.groupname")].length;
 Promise.all(images.map((i) => i.decode())).then(() => {
   out.images = images.map((i) => [i.naturalWidth, i.naturalHeight]);
-  const pre = document.createElement("pre"); pre.id = "probe"; pre.textContent = JSON.stringify(out); document.body.append(pre);
+  const pre = document.createElement("pre"); pre.id = "probe";
+  pre.textContent = JSON.stringify(out); document.body.append(pre);
 });
 </script></body>"""
 

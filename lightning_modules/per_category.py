@@ -1,0 +1,195 @@
+"""One model per category: `fit` trains the categories one after the other and joins their results into one record.
+
+The setting is a flag of the data module (``--data.init_args.setting=per_category``). Each category's own record stays
+in the run's working folder and a finished one is not trained again, so an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+
+from datamodules.readers import list_dataset
+from lightning_modules.callbacks import write_progress
+from lightning_modules.run import sweep_parameters
+from results.records import RunRecord, StoredRecord, read_record, write_record
+
+NOT_AVERAGED = ("dsc_threshold",)
+"""Metrics that are no scores; a mean over categories would mean nothing."""
+
+
+class OneModelEach(Exception):
+    """The configuration asks for one model per category; :meth:`run` does it."""
+
+    def __init__(self, run: Any, config_text: str, parts: list[dict[str, Any]]) -> None:
+        super().__init__(f"{len(parts)} categories, one model each")
+        self.name, self.sweep, self.overwrite = run.name, run.sweep, run.overwrite
+        self.results = Path(run.results)
+        self.config_text, self.parts = config_text, parts
+
+    @property
+    def work(self) -> Path:
+        """The run's working folder."""
+        return self.results / "work" / self.sweep / self.name
+
+    def run(self, fit: Callable[[list[str]], Any]) -> Path | None:
+        """Calls `fit` with each category's additional arguments and writes the joint record; returns its folder."""
+        target = self.results / "runs" / self.sweep / self.name
+        if target.exists() and not self.overwrite:
+            raise SystemExit(f"{target} is already a finished run: choose another --run.name, or --run.overwrite=true.")
+        if target.exists():
+            for folder in ("runs", "work"):  # records and checkpoints of the run that is replaced
+                shutil.rmtree(self.work / folder, ignore_errors=True)
+        stored, progress = [], self.work / "progress.json"
+        for number, part in enumerate(self.parts):
+            folder = self.work / "runs" / "categories" / part["run"]
+            if not folder.exists():
+                rank_zero_info(f"Category {number + 1} of {len(self.parts)}: {part['run']}")
+                fit(
+                    [
+                        f"--data.init_args.datasets={json.dumps([part['dataset']])}",
+                        f"--run.name={part['run']}",
+                        "--run.sweep=categories",
+                        f"--run.results={self.work}",
+                        "--run.overwrite=false",
+                        "--trainer.logger=false",
+                    ]
+                )
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.barrier()
+            if not folder.exists():
+                return None  # interrupted: the next call goes on here
+            stored.append(read_record(folder))
+            rank_zero_only(write_progress)(progress, number + 1, len(self.parts), {})
+        return self._write(stored)
+
+    @rank_zero_only
+    def _write(self, stored: list[StoredRecord]) -> Path:
+        record = join_records([s.record for s in stored], self.name, self.sweep)
+        metrics = join_metrics(s.metrics for s in stored)
+        history = pd.concat(
+            [
+                s.history.assign(metric=part["run"] + "/" + s.history.metric)
+                for s, part in zip(stored, self.parts, strict=True)
+            ],
+            ignore_index=True,
+        )
+        path = write_record(
+            self.results / "runs",
+            record,
+            metrics,
+            history,
+            self.config_text,
+            attachments=join_attachments([(part["run"], s.path) for s, part in zip(stored, self.parts, strict=True)]),
+            overwrite=self.overwrite,
+        )
+        rank_zero_info(f"Run record: {path}")
+        return path
+
+
+def split(subcommand: str, config: Any) -> None:
+    """Raises :class:`OneModelEach` if the configuration's datasets have more than one category; else does nothing."""
+    parts = []
+    for dataset in config.data.init_args.datasets:
+        label = dataset.label or dataset.name
+        listing = list_dataset(dataset.name, dataset.root, dataset.categories or None, dataset.label)
+        for category in dict.fromkeys(listing.table["category"]):
+            entry = {"name": dataset.name, "root": str(dataset.root), "categories": [category], "label": label}
+            parts.append({"run": category, "dataset": entry})
+    if len(parts) <= 1:
+        return
+    if len({part["dataset"]["label"] for part in parts}) > 1:
+        parts = [{**part, "run": f"{part['dataset']['label']}-{part['run']}"} for part in parts]
+    if subcommand != "fit":
+        raise SystemExit(
+            f"setting per_category: {subcommand} works on one model, so name one category "
+            f"(CATEGORIES={parts[0]['dataset']['categories'][0]}) and its checkpoint."
+        )
+    plain = json.loads(json.dumps(config.as_dict(), default=str))
+    raise OneModelEach(config.run, yaml.safe_dump(plain, sort_keys=False), parts)
+
+
+def join_records(records: list[RunRecord], run: str, sweep: str) -> RunRecord:
+    """The record of all categories together; what differs between them (time, memory) is added up or the largest."""
+    first = records[0]
+    datasets: dict[str, dict[str, Any]] = {}
+    for record in records:
+        for entry in record.datasets:
+            known = datasets.setdefault(entry["name"], {**entry, "categories": [], "fingerprint": []})
+            known["categories"] += entry["categories"]
+            known["fingerprint"].append(entry["fingerprint"])
+    for entry in datasets.values():
+        entry["fingerprint"] = hashlib.sha256("".join(entry["fingerprint"]).encode()).hexdigest()
+    provenance = dict(first.provenance)
+    for key, rule in (("wall_seconds", sum), ("seconds_per_epoch", sum), ("peak_memory_bytes", max)):
+        values = [record.provenance[key] for record in records if key in record.provenance]
+        if values:
+            provenance[key] = rule(values)
+    notes = list(dict.fromkeys(note for record in records for note in record.notes))
+    return replace(
+        first,
+        run=run,
+        sweep=sweep,
+        cell=sweep_parameters(),
+        setting="per_category",
+        datasets=list(datasets.values()),
+        provenance=provenance,
+        notes=[*notes, f"{len(records)} models, one per category; parameters are those of one model"],
+    )
+
+
+def join_metrics(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """Category rows of all tables and their unweighted means; nothing is pooled over different models.
+
+    tables: one per category, with the columns of metrics.csv. A mean says in `reason` which categories it misses; `n`
+    counts those that it has.
+    """
+    parts = [table[table.scope == "category"] for table in tables]
+    categories = pd.concat(parts, ignore_index=True)
+    names = list(dict.fromkeys(categories.dataset))
+    rows = []
+    for dataset in dict.fromkeys([*names, ""]):
+        chosen = categories if dataset == "" else categories[categories.dataset == dataset]
+        for (variant, metric), group in chosen.groupby(["variant", "metric"], sort=False):
+            if metric in NOT_AVERAGED:
+                continue
+            defined = group.value[group.value.notna()]
+            missing = group.category[group.value.isna()].tolist()
+            value = math.fsum(defined) / len(defined) if len(defined) else math.nan
+            reason = f"undefined in {', '.join(missing)}" if missing else ""
+            rows.append((variant, "mean", dataset, "", metric, value, len(defined), reason))
+    return pd.concat([categories, pd.DataFrame(rows, columns=categories.columns)], ignore_index=True)
+
+
+def join_attachments(folders: Iterable[tuple[str, Path]]) -> dict[str, bytes | str]:
+    """The attachments of several records in one: CSV files one below the other, pictures side by side."""
+    tables: dict[str, list[pd.DataFrame]] = {}
+    files: dict[str, bytes | str] = {}
+    for name, folder in folders:
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            relative = path.relative_to(folder).as_posix()
+            if relative in ("record.json", "metrics.csv", "history.csv", "config.yaml"):
+                continue
+            if path.suffix == ".csv":
+                tables.setdefault(relative, []).append(pd.read_csv(path))
+            else:
+                files[f"{Path(relative).parent}/{name}-{path.name}" if relative in files else relative] = (
+                    path.read_bytes()
+                )
+    for relative, parts in tables.items():
+        buffer = io.StringIO()
+        pd.concat(parts, ignore_index=True).to_csv(buffer, index=False)
+        files[relative] = buffer.getvalue()
+    return files

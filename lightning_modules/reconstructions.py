@@ -1,0 +1,210 @@
+"""Pictures of what a trained run reconstructs: ``python -m lightning_modules.reconstructions results/runs/SWEEP/RUN``.
+
+A :class:`models.visual_decoder.VisualDecoder` is trained on the run's normal training images to turn the method's clean
+features back into images, then draws, per category, an anomalous test image's features and their reconstruction. It
+serves every method whose pairs are feature maps. Decoder and figure are written beside the run's checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from matplotlib.figure import Figure
+from rich.progress import track
+from torch import Tensor
+from torch.nn import functional as F
+
+from datamodules import UnifiedDataModule
+from lightning_modules.base import ReconstructionModule
+from lightning_modules.heatmaps import overlay, to_rgb
+from models.visual_decoder import VisualDecoder
+from results.records import read_record
+
+COLUMNS = ("normal", "anomaly", "its features", "reconstructed", "ground truth", "anomaly map")
+
+
+def load_run(folder: Path) -> tuple[ReconstructionModule, UnifiedDataModule]:
+    """The trained method, in eval mode, and the data module, set up, of a finished run.
+
+    Args:
+        folder: The run's record, ``<results>/runs/<sweep>/<run>``; its checkpoint lies in ``<results>/work``.
+
+    Raises:
+        FileNotFoundError: the checkpoint is gone.
+        ValueError: the data on disk, or the backbone's weights, are not those of the run.
+    """
+    record = read_record(folder)
+    config = yaml.safe_load(record.config_text)
+    backbone = config["model"]["init_args"]["backbone"]
+    if backbone["weights"] == "auto":
+        backbone["weights"] = record.record.backbone["weights"]
+    checkpoint = work_folder(folder) / "checkpoints" / "last.ckpt"
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"{checkpoint} does not exist; the run's weights are needed. Train the run again.")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(ReconstructionModule, "model")
+    parser.add_subclass_arguments(UnifiedDataModule, "data")
+    built = parser.instantiate_classes(parser.parse_object({key: config[key] for key in ("model", "data")}))
+    module, data = built.model, built.data
+    state = torch.load(checkpoint, map_location="cpu", weights_only=False)
+    module.on_load_checkpoint(state)
+    module.load_state_dict(state["state_dict"])
+    data.setup("fit")
+    for dataset in record.record.datasets:
+        now = data.fingerprints[dataset["name"]]
+        if now != dataset["fingerprint"]:
+            raise ValueError(
+                f"The images of {dataset['name']} changed since the run {folder}: their fingerprint was "
+                f"{dataset['fingerprint'][:12]} and is {now[:12]}. Train the run again."
+            )
+    return module.eval(), data
+
+
+def work_folder(folder: Path) -> Path:
+    """``<results>/work/<sweep>/<run>`` of the record ``<results>/runs/<sweep>/<run>``."""
+    folder = folder.resolve()
+    return folder.parents[2] / "work" / folder.parent.name / folder.name
+
+
+def train_decoder(
+    module: ReconstructionModule, data: UnifiedDataModule, epochs: int, width: int, lr: float = 1e-4
+) -> tuple[VisualDecoder, float]:
+    """Train a decoder of the method's clean features on the normal training images, with Adam.
+
+    Returns it in eval mode, and the last epoch's mean squared error on normalised images.
+    """
+    device = module.device
+    decoder = None
+    error = 0.0
+    for _ in track(range(epochs), "Visual decoder", transient=True):
+        errors = []
+        for batch in data.train_dataloader():
+            maps, _ = _maps(module, batch)
+            if decoder is None:
+                shapes = [m.shape for m in maps]
+                decoder = VisualDecoder([s[1] for s in shapes], [s[2:] for s in shapes], module.image_size, width)
+                optimizer = torch.optim.Adam(decoder.to(device).parameters(), lr=lr)
+            images = batch["image"].to(device)
+            loss = F.mse_loss(decoder(maps), images)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            errors.append(loss.detach())
+        error = torch.stack(errors).mean().item()
+    return decoder.eval(), error
+
+
+@torch.no_grad()
+def _maps(module: ReconstructionModule, batch: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """The clean features and the reconstructions of a batch, float32 maps (B, C, H, W)."""
+    pairs = module.reconstruct({k: v.to(module.device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+    return [pair.target.float() for pair in pairs], [pair.reconstruction.float() for pair in pairs]
+
+
+def choose(image_scores: pd.DataFrame, table: pd.DataFrame) -> dict[str, tuple[int, int]]:
+    """Per category the ids of a normal and an anomalous test image, each with the median image score of its kind.
+
+    Args:
+        image_scores: ``id``, ``category``, ``label`` and ``image_score`` of the test images.
+        table: The sample table; a category without normal test images shows its first training image.
+    """
+    chosen = {}
+    for category, rows in image_scores.groupby("category", sort=False):
+        ordered = rows.sort_values(["image_score", "id"])
+        normal, anomalous = (ordered[ordered.label == label].id.tolist() for label in (0, 1))
+        if not anomalous:
+            continue
+        if not normal:
+            same = table[(table.category == category.split("/")[-1]) & (table.split == "train")]
+            normal = same.id.tolist()[:1]
+        chosen[category] = (normal[len(normal) // 2], anomalous[len(anomalous) // 2])
+    return chosen
+
+
+@torch.no_grad()
+def draw(
+    module: ReconstructionModule, data: UnifiedDataModule, decoder: VisualDecoder, chosen: dict[str, tuple[int, int]]
+) -> bytes:
+    """One JPEG with a row per category and the columns of :data:`COLUMNS`."""
+    figure = Figure(figsize=(1.5 * len(COLUMNS) + 0.4, 1.5 * len(chosen) + 0.3), dpi=120, layout="constrained")
+    axes = figure.subplots(len(chosen), len(COLUMNS), squeeze=False)
+    for row, (category, (normal, anomalous)) in zip(axes, chosen.items(), strict=True):
+        batch = data.image_batch([normal, anomalous])
+        scored = module.evaluate({"image": batch["image"].to(module.device)})[""].maps.cpu().numpy()
+        decoded = [decoder(maps)[1:] for maps in _maps(module, batch)]
+        rgb = to_rgb(torch.cat([batch["image"], *(picture.cpu() for picture in decoded)]), data.mean, data.std)
+        pictures: Sequence = (
+            *rgb,
+            batch["mask"][1, 0].numpy(),
+            overlay(rgb[1], scored[1], scored.min(), scored.max()),
+        )
+        for axis, picture in zip(row, pictures, strict=True):
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=1)  # the colour map concerns the mask only
+            axis.set_xticks([])
+            axis.set_yticks([])
+        row[0].set_ylabel(category, fontsize=8)
+    for axis, title in zip(axes[0], COLUMNS, strict=True):
+        axis.set_title(title, fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="jpg", pil_kwargs={"quality": 88})
+    return buffer.getvalue()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m lightning_modules.reconstructions", description=__doc__)
+    parser.add_argument("run", type=Path, help="record of a finished run, results/runs/SWEEP/RUN")
+    parser.add_argument("--epochs", type=int, default=100, help="epochs of the decoder (default 100)")
+    parser.add_argument("--width", type=int, default=256, help="channels of the decoder's first stage (default 256)")
+    parser.add_argument("--categories", default="", help="comma list of category keys to draw (default: all)")
+    parser.add_argument("--output", type=Path, help="the figure (default: reconstructions.jpg beside the checkpoint)")
+    options = parser.parse_args(arguments)
+    if options.epochs < 1 or options.width < 16:
+        parser.error(f"epochs must be at least 1 and width at least 16, found {options.epochs} and {options.width}.")
+    torch.manual_seed(0)
+    module, data = load_run(options.run)
+    module = module.to("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = choose(pd.read_csv(options.run / "image_scores.csv"), data.table)
+    wanted = [name for name in options.categories.split(",") if name]
+    if unknown := [name for name in wanted if name not in chosen]:
+        parser.error(f"no anomalous test image of {', '.join(unknown)}; there are: {', '.join(chosen)}.")
+    chosen = {name: ids for name, ids in chosen.items() if not wanted or name in wanted}
+
+    work = work_folder(options.run)
+    file, settings = work / "visual_decoder.pt", {"epochs": options.epochs, "width": options.width}
+    decoder = _stored(file, settings, module, data)
+    if decoder is None:
+        decoder, error = train_decoder(module, data, **settings)
+        torch.save({"settings": settings, "state": decoder.state_dict()}, file)
+        print(f"Visual decoder: mean squared error {error:.4f} on normalised training images; kept in {file}")
+    output = options.output or work / "reconstructions.jpg"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_bytes(draw(module, data, decoder, chosen))
+    print(output)
+
+
+def _stored(
+    file: Path, settings: dict[str, int], module: ReconstructionModule, data: UnifiedDataModule
+) -> VisualDecoder | None:
+    """The decoder of an earlier call with the same settings and a checkpoint that is older than it."""
+    checkpoint = file.parent / "checkpoints" / "last.ckpt"
+    if not file.is_file() or file.stat().st_mtime < checkpoint.stat().st_mtime:
+        return None
+    stored = torch.load(file, map_location=module.device, weights_only=True)
+    if stored["settings"] != settings:
+        return None
+    shapes = [m.shape for m in _maps(module, data.image_batch([0]))[0]]
+    decoder = VisualDecoder([s[1] for s in shapes], [s[2:] for s in shapes], module.image_size, settings["width"])
+    decoder.load_state_dict(stored["state"])
+    return decoder.to(module.device).eval()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""From a finished run to the figure of what it reconstructs."""
+
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from datamodules import DatasetConfig, UnifiedDataModule
+from lightning_modules import reconstructions
+from lightning_modules.rlr import RLR
+from models.backbones import BackboneConfig
+from results.records import METRIC_COLUMNS, RunRecord, write_record
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished run on two categories of 64x64 images, as the command line leaves it, and its module."""
+    rng = np.random.default_rng(0)
+    for category in ("nut", "tile"):
+        for kind, count in (("train/good", 3), ("test/good", 2), ("test/hole", 3)):
+            folder = tmp_path / "data" / category / kind
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(folder / f"{number}.png")
+    model = {
+        "class_path": "lightning_modules.rlr.RLR",
+        "init_args": {
+            "backbone": {"name": "test_efficientnet.r160_in1k", "levels": [3, 4], "weights": "random"},
+            "image_size": 128,
+            "widths": [16, 16],
+            "layers": 1,
+            "heads": 2,
+        },
+    }
+    data = {
+        "class_path": "datamodules.UnifiedDataModule",
+        "init_args": {
+            "datasets": [{"name": "folder", "root": str(tmp_path / "data")}],
+            "image_size": 128,
+            "resize": "pil_lanczos",
+            "batch_size": 3,
+        },
+    }
+    torch.manual_seed(0)
+    module = RLR(BackboneConfig("test_efficientnet.r160_in1k", (3, 4), weights="random"), image_size=128,
+                 widths=[16, 16], layers=1, heads=2)  # fmt: skip
+    state = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(state)
+    work = tmp_path / "results" / "work" / "single" / "mine" / "checkpoints"
+    work.mkdir(parents=True)
+    torch.save(state, work / "last.ckpt")
+    images = UnifiedDataModule([DatasetConfig("folder", str(tmp_path / "data"))], 128, "pil_lanczos", 3)
+    images.setup("fit")
+    test = images.table[images.table.split == "test"]
+    scores = pd.DataFrame(
+        {"id": test.id, "category": test.category, "label": test.label, "image_score": rng.random(len(test))}
+    )
+    record = RunRecord(
+        run="mine",
+        sweep="single",
+        cell={},
+        method="rlr",
+        profile="custom",
+        protocol="clean",
+        setting="unified",
+        seed=0,
+        image_size=(128, 128),
+        resize="pil_lanczos",
+        backbone=module.extractor.provenance,
+        datasets=[{"name": "folder", "fingerprint": images.fingerprint, "categories": ["nut", "tile"]}],
+        metrics={"version": "0"},
+    )
+    folder = write_record(
+        tmp_path / "results" / "runs",
+        record,
+        pd.DataFrame([("", "mean", "folder", "", "image_auroc", 0.5, 2, "")], columns=METRIC_COLUMNS),
+        pd.DataFrame(columns=["epoch", "step", "metric", "value"]),
+        yaml.safe_dump({"model": model, "data": data}),
+        attachments={"image_scores.csv": scores.to_csv(index=False)},
+    )
+    return folder, module
+
+
+def test_a_run_comes_back_from_its_folder_with_the_weights_it_was_trained_to(run):
+    folder, module = run
+    loaded, data = reconstructions.load_run(folder)
+    images = data.image_batch([0, 1])["image"]
+    with torch.no_grad():
+        assert torch.equal(loaded(images).maps, module.eval()(images).maps)
+
+
+def test_the_figure_has_a_row_per_category_and_the_decoder_is_trained_once(run, capsys):
+    folder, _ = run
+    arguments = [str(folder), "--epochs=2", "--width=16"]
+    reconstructions.main(arguments)
+    assert "mean squared error" in capsys.readouterr().out
+    work = reconstructions.work_folder(folder)
+    first = (work / "reconstructions.jpg").read_bytes()
+    width, height = Image.open(io.BytesIO(first)).size
+    assert 2 < width / height < 3.5  # six columns, two rows
+    reconstructions.main(arguments)
+    assert "mean squared error" not in capsys.readouterr().out
+    assert (work / "reconstructions.jpg").read_bytes() == first
+
+
+def test_the_median_image_of_each_kind_is_shown():
+    scores = pd.DataFrame(
+        [(0, "a", 0, 0.1), (1, "a", 0, 0.9), (2, "a", 0, 0.2), (3, "a", 1, 0.7), (4, "b", 1, 0.3)],
+        columns=["id", "category", "label", "image_score"],
+    )
+    table = pd.DataFrame({"id": [7, 8], "category": ["a", "b"], "split": ["train", "train"]})
+    assert reconstructions.choose(scores, table) == {"a": (2, 3), "b": (8, 4)}
+
+
+def test_a_run_whose_images_changed_is_refused(run, tmp_path):
+    folder, _ = run
+    Image.new("RGB", (64, 64)).save(tmp_path / "data" / "nut" / "train" / "good" / "9.png")
+    with pytest.raises(ValueError, match="changed since the run"):
+        reconstructions.load_run(folder)
+
+
+def test_a_run_without_its_checkpoint_says_what_is_missing(run):
+    folder, _ = run
+    (reconstructions.work_folder(folder) / "checkpoints" / "last.ckpt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"last\.ckpt"):
+        reconstructions.load_run(folder)
+
+
+def test_a_mistyped_category_is_refused(run, capsys):
+    folder, _ = run
+    with pytest.raises(SystemExit):
+        reconstructions.main([str(folder), "--categories=nutt"])
+    assert "nut, tile" in capsys.readouterr().err
