@@ -49,7 +49,26 @@ sweep: setup  ## Run an ablation and rebuild its table: ABLATION= [PROFILE= WORK
 sweeps: setup  ## List all ablations.
 	$(PY) -m sweeps list
 
+table: setup  ## One table of a paper: TABLE= [SOURCE=published|runs|both FORMAT=terminal|markdown|csv|latex|html].
+	$(PY) -m results table $(TABLE) --source $(or $(SOURCE),both) --format $(or $(FORMAT),terminal)
+
+tables: setup  ## Rebuild every table under results/tables/.
+	$(PY) -m results tables
+
+audit: setup  ## Check the papers' printed tables against themselves.
+	$(PY) -m results audit
+
+compare: setup  ## Paired tests between two methods, runs or cells: A= B=.
+	$(PY) -m results compare "$(A)" "$(B)"
+
+report: setup  ## One self-contained HTML page of all tables, figures and heat maps.
+	$(PY) -m results report
+
+reconstructions: setup  ## Picture what a run reconstructs: RUN=<record folder>.
+	$(PY) -m lightning_modules.reconstructions $(RUN) $(ARGS)
+
 bench-metrics: setup  ## Time our metrics against other libraries.
 	$(PY) -m lightning_modules.metrics.benchmark
 
-.PHONY: help setup test lint train predict check-data synthetic sweep sweeps bench-metrics
+.PHONY: help setup test lint train predict check-data synthetic sweep sweeps table tables \
+	audit compare report reconstructions bench-metrics

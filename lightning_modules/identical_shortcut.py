@@ -26,7 +26,9 @@ class IdenticalShortcut(ReconstructionModule):
         head: As in UniAD.
         optimizer: As in UniAD.
         image_size: Input size in pixels.
+        grid: Token grid (height, width); by default the highest level's size.
         hidden: Width of the hidden layers (mlp 1792, cnn 512) or of the transformers' feed-forward part (1024).
+        d_model: Transformers and ``uniad`` only, width of their tokens.
         dropout: Transformers only, 0.1; 0 shows what dropout itself prevents.
         jitter_scale: Feature jitter; the study has none (0) except in ``uniad``, whose default is 20.
     """
@@ -41,24 +43,32 @@ class IdenticalShortcut(ReconstructionModule):
         head: HeadConfig = HeadConfig(),
         optimizer: OptimizerConfig = OptimizerConfig(weight_decay=1e-4, lr_drops=(801,)),
         image_size: ImageSize = 224,
+        grid: tuple[int, int] | None = None,
         hidden: int | None = None,
+        d_model: int = 256,
         dropout: float | None = None,
         jitter_scale: float | None = None,
     ) -> None:
         super().__init__(backbone, head, optimizer, image_size)
-        self.grid = self.extractor.sizes(self.image_size)[-1]
+        self.grid = grid or self.extractor.sizes(self.image_size)[-1]
         self.preparation = concatenation(self.grid)
         shape = [sum(self.extractor.channels)], [self.grid]
         if network == "uniad":
             self.network = uniad.UniAD(
                 *shape,
+                d_model=d_model,
                 feedforward=hidden or 1024,
                 dropout=0.1 if dropout is None else dropout,
                 jitter_scale=20.0 if jitter_scale is None else jitter_scale,
             )
         else:
             self.network = shortcut.shortcut_network(
-                network, *shape, hidden=hidden, dropout=dropout, jitter_scale=jitter_scale or 0.0
+                network,
+                *shape,
+                hidden=hidden,
+                d_model=d_model,
+                dropout=dropout,
+                jitter_scale=jitter_scale or 0.0,
             )
 
     def prepare(self, levels: list[Tensor]) -> list[Tensor]:

@@ -69,6 +69,7 @@ def shortcut_network(
     *,
     grid: tuple[int, int] | None = None,
     hidden: int | None = None,
+    d_model: int = 256,
     dropout: float | None = None,
     jitter_scale: float = 0.0,
     jitter_probability: float = 1.0,
@@ -78,6 +79,7 @@ def shortcut_network(
     kind: `mlp`, `cnn`, or UniAD's transformer without mask and with an ordinary decoder: `transformer_one_query`,
         `transformer_no_query`.
     hidden: width of the hidden layers (mlp: 1792, cnn: 512) or of the transformers' feed-forward part (1024).
+    d_model: transformers only, width of their tokens.
     dropout: transformers only, 0.1; with 0 it is the control that shows what dropout itself prevents.
     jitter_scale, jitter_probability: 0 = off; an MLP with scale 20 is the control that separates denoising from
         architecture.
@@ -95,6 +97,7 @@ def shortcut_network(
         channels,
         sizes,
         grid=grid,
+        d_model=d_model,
         feedforward=hidden or 1024,
         dropout=0.1 if dropout is None else dropout,
         query="first" if kind == "transformer_one_query" else "none",

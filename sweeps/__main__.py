@@ -1,4 +1,4 @@
-"""``python -m sweeps run|list``: ablations on this machine."""
+"""``python -m sweeps run|list|register|agents|pull``: ablations on this machine and with W&B's server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from rich.console import Console
 from rich.markup import escape
 
-from sweeps import listing, preflight, prepare, sweep_file
+from sweeps import cluster, listing, preflight, prepare, sweep_file
 from sweeps.display import Display
 from sweeps.errors import SweepError
 from sweeps.runner import Job, Runner, check_writable
@@ -52,6 +52,22 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(function=listing.show)
     show.add_argument("ablation", nargs="?", help="list the cells of this ablation")
     show.add_argument("--profile", help="folder in sweeps/profiles/ (default: $PROFILE or demo)")
+
+    send = commands.add_parser("register", help="register an ablation with W&B and print how to start agents")
+    send.set_defaults(function=cluster.register)
+    send.add_argument("ablation", help="name of a file in sweeps/, or a path to a sweep file")
+    send.add_argument("--profile", help="folder in sweeps/profiles/ (default: $PROFILE or demo)")
+    send.add_argument("--seeds", type=_numbers, help="seeds like 0,1,2; every cell runs once with each")
+
+    work = commands.add_parser("agents", help="run one W&B agent per GPU")
+    work.set_defaults(function=cluster.agents)
+    work.add_argument("sweep", help="entity/project/sweep, as printed by register")
+    work.add_argument("--gpus", help="GPU numbers like 0,1, one agent on each, or none (default: all)")
+    work.add_argument("--workers", type=_positive, help="agents without GPUs (default: 1)")
+
+    fetch = commands.add_parser("pull", help="fetch the run records of a W&B sweep")
+    fetch.set_defaults(function=cluster.pull)
+    fetch.add_argument("sweep", help="entity/project/sweep")
     return parser
 
 

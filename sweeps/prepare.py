@@ -152,9 +152,9 @@ def jobs(
     variables: Mapping[str, str],
     sets: list[Dataset],
     weights: Weights,
-    threads: int,
+    count: int,
 ) -> list[Job]:
-    """The cells as jobs with names, command lines and environments. threads: CPU threads of one cell."""
+    """The cells as jobs with names, command lines and environments. count: CPU threads of one cell."""
     identifier = Identifier(sweep, variables, sets)
     result = []
     for cell in cells:
@@ -167,8 +167,7 @@ def jobs(
                 run=run,
                 words=[*command.expand(sweep.command, cell.parameters, sys.executable, variables), f"--run.name={run}"],
                 environment={
-                    **variables,
-                    **{name: variables.get(name) or str(threads) for name in _THREADS},
+                    **threads(variables, count),
                     **({"WEIGHTS": own} if own else {}),
                     "WANDB_RUN_GROUP": sweep.name,
                     "WANDB_RUN_ID": f"{sweep.name}-{run}",
@@ -178,6 +177,11 @@ def jobs(
             )
         )
     return result
+
+
+def threads(variables: Mapping[str, str], count: int) -> dict[str, str]:
+    """The variables with a number of CPU threads for each numerical library, unless the user chose one."""
+    return {**variables, **{name: variables.get(name) or str(count) for name in _THREADS}}
 
 
 def cores() -> int:

@@ -9,11 +9,26 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform.startswith("linux") else None
 GRACE = 5.0  # seconds that a cell's helpers may outlive it
+
+
+def die_with_parent() -> Callable[[], None]:
+    """What a child does before it becomes its program: own process group, and on Linux SIGTERM when the parent dies."""
+    parent = os.getpid()
+
+    def prepare() -> None:
+        os.setpgid(0, 0)
+        if _LIBC is not None:
+            _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:
+                os._exit(128 + signal.SIGTERM)
+
+    return prepare
 
 
 class CellProcess:
@@ -24,15 +39,6 @@ class CellProcess:
     """
 
     def __init__(self, words: list[str], environment: dict[str, str], log: Path, inherit: int | None = None) -> None:
-        parent = os.getpid()
-
-        def prepare() -> None:
-            os.setpgid(0, 0)
-            if _LIBC is not None:
-                _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-                if os.getppid() != parent:
-                    os._exit(128 + signal.SIGTERM)
-
         with log.open("ab") as output:
             output.write(f"$ {' '.join(words)}\n".encode())
             output.flush()
@@ -42,7 +48,7 @@ class CellProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                preexec_fn=prepare,
+                preexec_fn=die_with_parent(),
                 pass_fds=() if inherit is None else (inherit,),
             )
         self.pid = self._process.pid

@@ -297,6 +297,11 @@ def _grid(parameters: dict[str, dict[str, Any]], path: Path) -> list[Cell]:
 def _random(parameters: dict[str, dict[str, Any]], count: int | None, sampler_seed: int, path: Path) -> list[Cell]:
     if count is None:
         raise SweepError(f"{path}: method random needs an end: write run_cap in the file or give --count.")
+    return draw(parameters, count, sampler_seed)
+
+
+def draw(parameters: dict[str, dict[str, Any]], count: int, sampler_seed: int) -> list[Cell]:
+    """Draw ``count`` points, each with every seed; repeatable, and equal points once."""
     # The seeds of the runs are no part of the search: each drawn point runs with every seed.
     seeds = parameters.get(SEED, {})
     seed_values = unique(seeds.get("values", [seeds["value"]] if "value" in seeds else []))

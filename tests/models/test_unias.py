@@ -1,8 +1,8 @@
 """UniAS: parity with the released code, parameter counts, and what each option promises."""
 
 import json
-import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,6 @@ from models.unias import (
     released_name,
 )
 
-PARITY = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
-CASES = [case for case in json.loads((PARITY / "cases.json").read_text()) if case["method"] == "unias"]
 MVTEC = ([24, 32, 56, 160], [(112, 112), (56, 56), (28, 28), (14, 14)])
 HEAD = HeadConfig(
     distance="cosine",
@@ -64,55 +62,45 @@ def features_of(network: UniAS, batch: int = 2) -> list[torch.Tensor]:
 # Parity with the released code
 
 
-def fill(name: str, shape: list[int]) -> np.ndarray:
-    return np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+def fill(name: str, shape: Sequence[int]) -> torch.Tensor:
+    """The recorded inputs' numbers: standard normals that depend on the name alone."""
+    normals = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+    return torch.from_numpy(normals.astype(np.float32))
 
 
-def released_state(keys: dict[str, list[int]], prefix: str = "") -> dict[str, torch.Tensor]:
-    state = {}
-    for name, shape in keys.items():
-        value = 0.03 * fill(prefix + name, shape)
-        if "norm" in name.lower() and name.endswith("weight") and len(shape) == 1:
-            value = 1 + value
-        state[prefix + name] = torch.from_numpy(np.float32(value))
-    return state
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case["tag"])
-def test_authors_checkpoints_give_the_authors_reconstructions_maps_and_loss(case, monkeypatch):
-    shapes = list(case["input"]["shape"].items())
-    keys = json.loads((PARITY / case["file"].replace(".npz", "_keys.json")).read_text())
-    options = {name: case["hparams"][name] for name in ("neighbor_size", "heads") if name in case["hparams"]}
+@pytest.mark.parity("unias")
+def test_authors_checkpoints_give_the_authors_reconstructions_maps_and_loss(parity_case, assert_parity, monkeypatch):
+    shapes = parity_case.input["shape"]
+    keys = parity_case.key_shapes()
+    options = {name: parity_case.hparams[name] for name in ("neighbor_size", "heads") if name in parity_case.hparams}
     options["attention"] = "dual" if any("Channel" in name for name in keys) else "spatial"
-    network = UniAS([shape[1] for _, shape in shapes], [shape[2:] for _, shape in shapes], **options).eval()
-    imported = load_released(network, released_state(keys, case["key_prefix"]))
+    network = UniAS([shape[1] for shape in shapes.values()], [shape[2:] for shape in shapes.values()], **options).eval()
+    state = network.state_dict()
+
+    def rule(name: str, normals: torch.Tensor) -> torch.Tensor:
+        return 0.03 * normals + float("norm" in name.lower() and name.endswith("weight") and normals.ndim == 1)
+
+    of_this_grid = {name: list(state[released_name(name)].shape) for name in keys}
+    imported = load_released(network, parity_case.state(of_this_grid, rule))
+    assert imported.prefix == parity_case.key_prefix
     assert not imported.unused
-    targets = [torch.from_numpy(fill(f"target:{case['tag']}{level}", shape)) for level, shape in shapes]
-    residuals = [torch.from_numpy(0.3 * fill(f"residual:{case['tag']}{level}", shape)) for level, shape in shapes]
-    inputs = [torch.cat(pair, dim=1) for pair in zip(targets, residuals, strict=True)]
-    monkeypatch.setattr(
-        network.filter, "forward", lambda features: (inputs, targets)
-    )  # fixtures enter after the filter
+    targets = [fill(f"target:{parity_case.tag}{level}", shape) for level, shape in shapes.items()]
+    residuals = [0.3 * fill(f"residual:{parity_case.tag}{level}", shape) for level, shape in shapes.items()]
+    inputs = [torch.cat(both, dim=1) for both in zip(targets, residuals, strict=True)]
+    monkeypatch.setattr(network.filter, "forward", lambda _: (inputs, targets))  # recordings enter after the filter
     with torch.no_grad():
         pairs = network(targets)
-    side = 2 * shapes[0][1][-1]
-    found = {"pred": AnomalyHead(HEAD)(pairs, (side, side)).maps[:, None]}
-    for pair, (level, _) in zip(pairs, shapes, strict=True):
-        found[level.replace("res", "recon")] = pair.reconstruction
+    image_size = tuple(2 * side for side in targets[0].shape[2:])
+    found = {"pred": AnomalyHead(HEAD)(pairs, image_size).maps[:, None]}
+    found |= {f"recon{level[3:]}": pair.reconstruction for level, pair in zip(shapes, pairs, strict=True)}
     found["loss_as_released"] = reconstruction_loss(pairs, weight=10.0, cosine_term="as_released")
-
-    expected = np.load(PARITY / case["file"])
-    for name, description in case["arrays"].items():
-        array = found[name].numpy()
-        if "every 8th row and column" in description:
-            array = array[..., ::8, ::8]
-        reference = expected[f"{case['tag']}.{name}"]
-        assert array.shape == reference.shape, name
-        assert np.abs(array - reference).max() <= 1e-4 * np.abs(reference).max(), name
+    for name, description in parity_case.arrays.items():
+        array = found[name][..., ::8, ::8] if "every 8th row and column" in description else found[name]
+        assert_parity(array, parity_case.array(name))
 
 
 def test_importer_finds_every_parameter_once():
-    keys = json.loads((PARITY / "unias_keys.json").read_text())
+    keys = json.loads((Path(__file__).parent / "parity" / "unias_keys.json").read_text())
     assert sorted(map(released_name, keys)) == sorted(UniAS(*MVTEC).state_dict())
     assert released_name("backbone.conv_stem.weight") is None
 

@@ -90,6 +90,28 @@ def project(tmp_path: Path) -> Project:
     return Project(tmp_path)
 
 
+@pytest.fixture(scope="session")
+def make_project() -> Callable[[Path], Project]:
+    """For projects that live longer than a test."""
+    return Project
+
+
+@pytest.fixture(scope="session")
+def alive() -> Callable[[int], bool]:
+    """Whether a process runs; one that ended and was not waited for does not."""
+
+    def running(pid: int) -> bool:
+        try:
+            os.kill(pid, 0)
+            return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        except ProcessLookupError:
+            return False
+        except OSError:
+            return not Path("/proc").is_dir()
+
+    return running
+
+
 @pytest.fixture
 def wait_for() -> Callable[..., None]:
     """Wait until a condition holds, with a limit in seconds."""

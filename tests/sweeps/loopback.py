@@ -9,9 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-import sys
 import threading
-import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -53,8 +51,7 @@ class Server:
         self.requests: list[str] = []
         self.unknown: list[str] = []
         handler = type("Handler", (_Handler,), {"server_state": self})
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._http.daemon_threads = True
+        self._http = _Listener(("127.0.0.1", 0), handler)
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
 
     @property
@@ -73,6 +70,7 @@ class Server:
         }
 
     def stop(self) -> None:
+        """Stop answering."""
         self._http.shutdown()
         self._http.server_close()
 
@@ -133,20 +131,16 @@ class Server:
         busy = json.loads(variables["runState"])
         commands: list[dict[str, Any]] = []
         if not busy:
-            # What the agent no longer runs and did not report as finished was pre-empted, or it crashed.
-            for run in self.runs.values():
-                if run.agent == agent and run.state == "preempting":
-                    self.queue[sweep].append(run.name)
-                    run.agent, run.state = None, "preempted"
-            preempted = [name for name in self.queue[sweep] if self.runs[name].state == "preempted"]
+            for run in self._of(sweep):
+                if run.agent == agent and run.state == "running":
+                    run.state = "crashed"
             if self.queue[sweep]:
-                name = (preempted or self.queue[sweep])[0]
-                self.queue[sweep].remove(name)
+                name = self.queue[sweep].pop(0)
                 run = self.runs[name]
                 kind = "resume" if run.starts else "run"
                 run.agent, run.state, run.starts = agent, "running", run.starts + 1
                 commands = [{"type": kind, "run_id": name, "args": run.args, "program": None, "run_storage_id": name}]
-            elif all(run.state != "running" for run in self._of(sweep)):
+            elif all(run.state not in ("running", "preempting") for run in self._of(sweep)):
                 commands = [{"type": "exit"}]
         return {"agentHeartbeat": {"agent": {"id": agent}, "commands": json.dumps(commands)}}
 
@@ -207,7 +201,10 @@ class Server:
                 run.state = "preempting"
             if content.get("complete") is not None and content.get("exitcode") is not None:
                 run.exit_code = content["exitcode"]
-                if run.state != "preempting" or run.exit_code == 0:
+                if run.state == "preempting" and run.exit_code != 0:
+                    run.state = "preempted"
+                    self.queue[run.name[: len("sweep000")]].insert(0, run.name)
+                else:
                     run.state = "finished" if run.exit_code == 0 else "failed"
         return {}
 
@@ -215,6 +212,13 @@ class Server:
 def _project() -> dict[str, Any]:
     entity = {"id": "E", "name": ENTITY}
     return {"id": "P", "internalId": base64.b64encode(b"Project:v1:1").decode(), "name": PROJECT, "entity": entity}
+
+
+class _Listener(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up is no news."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -260,10 +264,3 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server_state.requests.append(f"GET {self.path}")
         self._reply({})
-
-
-if __name__ == "__main__":
-    server = Server()
-    print(json.dumps(server.environment), flush=True)
-    while sys.stdin.read(1):
-        time.sleep(1)

@@ -1,6 +1,7 @@
 """A stand-in for the training program: same arguments, work files and run record, in milliseconds.
 
-Its dotted keys steer it: ``model.epochs``, ``model.nap`` (seconds per epoch), ``model.end`` (ok, fail, silent, hang).
+Its dotted keys steer it: ``model.epochs``, ``model.nap`` (seconds per epoch), ``model.end`` (ok, fail, silent, kill,
+hang, leave), ``model.wandb`` (report to W&B).
 """
 
 import json
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 
 arguments = dict(word[2:].split("=", 1) for word in sys.argv[1:] if word.startswith("--") and "=" in word)
-sweep, run = arguments["run.sweep"], arguments["run.name"]
+sweep, run = arguments["run.sweep"], arguments.get("run.name") or os.environ["WANDB_RUN_ID"]
 work = Path("results/work") / sweep / run
 checkpoint = work / "checkpoints" / "last.json"
 epochs, nap, end = int(arguments.get("model.epochs", 3)), float(arguments.get("model.nap", 0)), arguments["model.end"]
@@ -29,6 +30,18 @@ if end == "hang":
 if end == "leave":
     # Lightning leaves in order when it is told to stop, with code 0.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+tracked = None
+if arguments.get("model.wandb") == "True":
+    import wandb
+
+    def preempted(number: int, frame: object) -> None:
+        tracked.mark_preempting()
+        tracked.finish(exit_code=143)
+        sys.exit(143)
+
+    tracked = wandb.init(resume="allow")
+    signal.signal(signal.SIGTERM, preempted)
+work.mkdir(parents=True, exist_ok=True)
 with (work / "starts.txt").open("a") as starts:
     starts.write(f"{os.getpid()}\n")
 history = json.loads(checkpoint.read_text()) if checkpoint.exists() else []
@@ -37,6 +50,8 @@ for epoch in range(len(history), epochs):
     time.sleep(nap)
     history.append(f"{arguments.get('seed_everything', 0)}/{epoch}")
     write(checkpoint, history)
+    if tracked:
+        tracked.log({"epoch": epoch})
     write(
         work / "progress.json",
         {"epoch": epoch + 1, "epochs": epochs, "metrics": {"train/loss": 0.5}},
@@ -57,3 +72,5 @@ if end != "silent":
         "sweep_parameters": Path(os.environ["WANDB_SWEEP_PARAM_PATH"]).read_text(),
     }
     write(Path("results/runs") / sweep / run / "record.json", record)
+if tracked:
+    tracked.finish()

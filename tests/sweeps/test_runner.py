@@ -9,21 +9,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 RUN = ("run", "toy", "--no-table")
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs; one that ended and was not waited for does not."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
 
 
 def test_importing_the_runner_does_not_import_torch() -> None:
@@ -103,7 +93,7 @@ def test_only_runs_the_chosen_cells(project: Any) -> None:
 
 
 def test_first_ctrl_c_stops_in_order_and_the_next_run_goes_on_from_the_checkpoint(
-    project: Any, wait_for: Callable[..., None]
+    project: Any, wait_for: Callable[..., None], alive: Callable[[int], bool]
 ) -> None:
     project.sweep({"model.end": ["leave"], "model.size": [1, 2, 3], "model.nap": 0.3, "model.epochs": 4})
     process = project.start(*RUN, "--workers", "2")
@@ -124,7 +114,9 @@ def test_first_ctrl_c_stops_in_order_and_the_next_run_goes_on_from_the_checkpoin
     assert sum("starting at epoch 1" in line or "starting at epoch 2" in line for line in resumed) == 2
 
 
-def test_second_ctrl_c_kills_cells_that_do_not_listen(project: Any, wait_for: Callable[..., None]) -> None:
+def test_second_ctrl_c_kills_cells_that_do_not_listen(
+    project: Any, wait_for: Callable[..., None], alive: Callable[[int], bool]
+) -> None:
     project.sweep({"model.end": "hang", "model.epochs": 1})
     process = project.start(*RUN)
     wait_for(lambda: len(list(project.folder.glob("results/work/toy/*/progress.json"))) == 1)
@@ -140,7 +132,7 @@ def test_second_ctrl_c_kills_cells_that_do_not_listen(project: Any, wait_for: Ca
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process of its parent's death")
 def test_killed_runner_leaves_no_cell_behind_and_the_next_run_finishes(
-    project: Any, wait_for: Callable[..., None]
+    project: Any, wait_for: Callable[..., None], alive: Callable[[int], bool]
 ) -> None:
     project.sweep({"model.size": [1, 2], "model.nap": 0.4, "model.epochs": 3})
     process = project.start(*RUN, "--workers", "2")

@@ -1,0 +1,180 @@
+"""The same sweep files with W&B's real client, against a server on this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from sweeps import cluster, command, sweep_file
+from sweeps.errors import SweepError
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def server() -> Iterator[Any]:
+    spec = importlib.util.spec_from_file_location("loopback", HERE / "loopback.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["loopback"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    running = module.Server()
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def online(project: Any, server: Any) -> Any:
+    """The project with the server's address in its environment."""
+    project.environment |= server.environment
+    return project
+
+
+def communicate(process: subprocess.Popen, limit: float = 240) -> str:
+    """Everything a process printed until its end; a failure shows what it printed until the limit."""
+    try:
+        return process.communicate(timeout=limit)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        pytest.fail(f"no end within {limit} s:\n{process.communicate()[0]}")
+
+
+@pytest.mark.slow
+def test_two_agents_share_a_grid_and_run_each_cell_once_with_the_runners_command(online: Any, server: Any) -> None:
+    online.sweep({"model.size": [1, 2, 3], "model.places": [["a", "b"], ["a"]], "model.nap": 0.5})
+    code, output = online.run("register", "toy", "--profile", "demo")
+    assert code == 0, output
+    assert "make agents SWEEP=local/unirecon/sweep000" in output
+    output = communicate(online.start("agents", "local/unirecon/sweep000", "--gpus", "0,3"))
+    assert server.unknown == []
+    records = online.records()
+    assert len(records) == len(online.starts()) == 6, output
+    assert {record["environment"]["CUDA_VISIBLE_DEVICES"] for record in records.values()} == {"0", "3"}
+    assert {run.starts for run in server.runs.values()} == {1}
+    of_agents = sorted(record["arguments"] for record in records.values())
+    sweep = sweep_file.load(str(online.folder / "sweeps" / "toy.yaml"))
+    of_runner = [
+        command.expand(sweep.command, cell.parameters, "python", {"PROFILE": "demo"}) for cell in sweep.cells()
+    ]
+    assert of_agents == sorted(words[words.index("program.py") + 1 :] for words in of_runner)
+    parameters = [yaml.safe_load(record["sweep_parameters"]) for record in records.values()]
+    shutil.rmtree(online.folder / "results")
+    assert online.run("run", "toy", "--no-table", "--gpus", "0,3")[0] == 0
+    locally = [yaml.safe_load(record["sweep_parameters"]) for record in online.records().values()]
+    assert sorted(map(str, locally)) == sorted(map(str, parameters))
+
+
+@pytest.mark.slow
+def test_preempted_cell_is_handed_out_again_and_goes_on_from_its_checkpoint(
+    online: Any, server: Any, wait_for: Callable[..., None]
+) -> None:
+    online.sweep({"model.wandb": True, "model.epochs": 4, "model.nap": 1.0})
+    assert online.run("register", "toy")[0] == 0
+    first = online.start("agents", "local/unirecon/sweep000", "--gpus", "none")
+    wait_for(lambda: any(online.folder.glob("results/work/toy/*/checkpoints/last.json")), limit=120)
+    first.send_signal(signal.SIGTERM)
+    output = communicate(first)
+    (run,) = server.runs.values()
+    assert run.state == "preempted", output
+    assert online.records() == {}
+    output = communicate(online.start("agents", "local/unirecon/sweep000", "--gpus", "none"))
+    (record,) = online.records().values()
+    assert record["run"] == run.name
+    assert record["history"] == ["0/0", "0/1", "0/2", "0/3"]
+    assert run.starts == 2, output
+    assert run.state == "finished"
+    assert [line.split('"epoch":')[1][0] for line in run.history] == ["0", "1", "2", "3"], "history goes on"
+    starts = (online.folder / "results" / "work" / "toy" / run.name / "starts.txt").read_text().split()
+    assert len(starts) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sweep_file.names())
+def test_wandb_accepts_every_shipped_sweep_file(name: str, server: Any, tmp_path: Path) -> None:
+    variables = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    outcome = subprocess.run(
+        [sys.executable, "-m", "wandb", "sweep", str(Path("sweeps", f"{name}.yaml").resolve())],
+        env={**variables, **server.environment},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    assert "violation" not in outcome.stderr.lower()
+    (content,) = server.sweeps.values()
+    assert content["name"] == name
+    cells = sweep_file.load(name).cells()
+    handed_out = [{key: entry["value"] for key, entry in run.args.items()} for run in server.runs.values()]
+    assert handed_out == [cell.parameters for cell in cells]
+
+
+def test_slurm_script_runs_one_agent_program_per_task(tmp_path: Path) -> None:
+    fake = tmp_path / "srun"
+    fake.write_text('#!/bin/sh\necho "srun $@"\n')
+    fake.chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SWEEP": "me/unirecon/abc"}
+    outcome = subprocess.run(["bash", "sweeps/slurm.sh"], env=variables, capture_output=True, text=True)
+    assert outcome.stdout == "srun .venv/bin/python -m sweeps agents me/unirecon/abc\n", outcome.stderr
+    del variables["SWEEP"]
+    outcome = subprocess.run(["bash", "sweeps/slurm.sh"], env=variables, capture_output=True, text=True)
+    assert outcome.returncode != 0
+    assert "SWEEP=entity/project/sweep" in outcome.stderr
+
+
+def test_sweep_id_without_its_project_is_refused(project: Any) -> None:
+    code, output = project.run("agents", "abc")
+    assert code == 2
+    assert "entity/project/sweep" in output
+
+
+class Artifact:
+    """What W&B's client offers of an artifact."""
+
+    def __init__(self, files: dict[str, str], kind: str = "run-record") -> None:
+        self.type = kind
+        self._files = files
+
+    def download(self, root: str) -> None:
+        Path(root).mkdir(parents=True)
+        for name, text in self._files.items():
+            (Path(root) / name).write_text(text)
+
+
+def run_with(*artifacts: Artifact) -> Any:
+    return SimpleNamespace(name="r1", logged_artifacts=lambda: list(artifacts))
+
+
+def test_pull_files_a_record_under_the_names_it_bears_and_never_replaces_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = run_with(
+        Artifact({}, "model"), Artifact({"record.json": '{"sweep": "toy", "run": "a1", "x": 1}', "m.csv": ""})
+    )
+    assert cluster._fetch(run) == "new"
+    assert sorted(path.name for path in Path("results/runs/toy/a1").iterdir()) == ["m.csv", "record.json"]
+    other = run_with(Artifact({"record.json": '{"sweep": "toy", "run": "a1", "x": 2}'}))
+    assert cluster._fetch(other) == "here already"
+    assert '"x": 1' in Path("results/runs/toy/a1/record.json").read_text()
+    assert cluster._fetch(run_with(Artifact({}, "model"))) == "without a record"
+    assert [path.name for path in Path("results/runs").iterdir()] == ["toy"], "nothing half-made stays"
+
+
+@pytest.mark.parametrize("record", ['{"sweep": "..", "run": "a"}', '{"sweep": "toy", "run": "a/b"}', "{}", "{"])
+def test_pull_refuses_a_record_that_would_land_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SweepError, match="W&B run r1"):
+        cluster._fetch(run_with(Artifact({"record.json": record})))
