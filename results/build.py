@@ -111,7 +111,7 @@ def sweep_table(
     rows = [Row(row.labels, row.group, row.rule, row.default) for row in entries]
     table = Table(spec.name, spec.title, "runs", headers, rows, columns, cells, notes=list(spec.notes))
     check_table(pool.used, _varies(spec, sweep), f"the table of sweep {spec.sweep}")
-    table.missing += _missing_seeds(entries, records)
+    table.missing += _missing_seeds(entries, pool, spec, keys)
     if strays:
         listed = ", ".join(strays[:5]) + (f" and {len(strays) - 5} more" if len(strays) > 5 else "")
         table.notes.append(f"Runs of cells that are not in the sweep file, left out: {listed}.")
@@ -292,8 +292,9 @@ def _sweep_rows(
         cells = [{key: cell.get(key) for key in order} for cell in unique.values()]
         cells.sort(key=lambda cell: [repr(canonical(cell[key])) for key in order])
     else:
-        wanted = [cell_key(cell) for cell in cells]
-        strays = [s.name for s in records if not any(cell <= cell_key(s.record.cell) for cell in wanted)]
+        wanted = {cell_key(cell) for cell in cells}
+        kept = set(order)
+        strays = [s.name for s in records if frozenset(item for item in s.cell if item[0] in kept) not in wanted]
     labels = {_full_key(key, known, spec.name): entry for key, entry in spec.parameters.items()} if known else {}
     default = (
         {_full_key(key, known, spec.name): canonical(value) for key, value in spec.default.items()} if known else {}
@@ -335,31 +336,17 @@ def _varies(spec: Spec, sweep: SweepFile | None) -> set[str]:
     return {axis for key in keys for part, axes in _SWEPT_AXES if part in f".{key}" for axis in axes}
 
 
-def _missing_seeds(entries: Sequence[Entry], records: Sequence[StoredRecord]) -> list[str]:
+def _missing_seeds(entries: Sequence[Entry], pool: Pool, spec: Spec, known: Sequence[str]) -> list[str]:
     """Cells that lack a seed which other cells have."""
-    seeds = {stored.record.seed for stored in records}
-    keys = [(stored, cell_key(stored.record.cell)) for stored in records]
+    seeds = {stored.record.seed for stored in pool.records}
     lines = []
     for entry in entries:
-        cell = entry.runs.get("cell")
-        if not isinstance(cell, Mapping) or not cell:
-            continue
-        wanted = {canonical(value) for value in cell.values()}
-        have = {s.record.seed for s, key in keys if wanted <= {value for _, value in key} and _within(cell, key)}
+        cell = {_full_key(key, known, spec.name): value for key, value in (entry.runs.get("cell") or {}).items()}
+        have = {stored.record.seed for stored in pool.of_cell(spec.sweep, cell_key(cell))} if cell else set()
         if have and have != seeds:
-            lines.append(
-                f"{describe_cell(cell)}: seed {_list(sorted(seeds - have))} is missing (there: {_list(sorted(have))})"
-            )
+            lost, there = _list(sorted(seeds - have)), _list(sorted(have))
+            lines.append(f"{describe_cell(cell)}: seed {lost} is missing (there: {there})")
     return lines
-
-
-def _within(cell: Mapping[str, Any], key: frozenset) -> bool:
-    named = dict(key)
-    for short, value in cell.items():
-        full = [name for name in named if name == short or name.endswith(f".{short}")]
-        if len(full) != 1 or named[full[0]] != canonical(value):
-            return False
-    return True
 
 
 def _missing_values(table: Table) -> list[str]:
@@ -372,6 +359,7 @@ def _missing_values(table: Table) -> list[str]:
             whole.setdefault(reasons.pop(), []).append(name)
     lines = [f"{', '.join(columns)}: {reason}" for reason, columns in whole.items()]
     told = {name for columns in whole.values() for name in columns}
+    never = []  # rows without any run, told in one line
     for row, line in zip(table.rows, table.cells, strict=True):
         reasons_of: dict[str, list[str]] = {}
         for name, cell in zip(names_of, line, strict=True):
@@ -379,9 +367,12 @@ def _missing_values(table: Table) -> list[str]:
                 reasons_of.setdefault(cell.runs.reason, []).append(name)
         title = " / ".join(part for part in (row.group, *row.labels) if part)
         for reason, columns in reasons_of.items():
-            which = "all columns" if len(columns) == len(names_of) and len(columns) > 1 else ", ".join(columns)
-            lines.append(f"{title}: {which}: {reason}")
-    return lines
+            everything = len(columns) == len(names_of) and len(columns) > 1
+            if everything and reason == "no run":
+                never.append(title)
+            else:
+                lines.append(f"{title}: {'all columns' if everything else ', '.join(columns)}: {reason}")
+    return [*lines, f"no run of {'; '.join(never)}"] if never else lines
 
 
 def _finish(table: Table, spec: Spec, pool: Pool) -> None:

@@ -54,11 +54,10 @@ def cell_curves(
 ) -> list[tuple[str, list[StoredRecord]]]:
     """The sweep's cells in the table's order: label and records (one per seed, may be empty)."""
     entries, _, _ = _sweep_rows(spec, records, sweep, known_keys(records, sweep))
-    keys = [(stored, cell_key(stored.record.cell)) for stored in records]
     found = []
     for entry in entries:
         wanted = cell_key(entry.runs.get("cell") or {})
-        found.append((", ".join(entry.labels), [stored for stored, key in keys if wanted <= key]))
+        found.append((", ".join(entry.labels), [stored for stored in records if wanted <= stored.cell]))
     return found
 
 

@@ -36,6 +36,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from results.sweep_file import cell_key
+
 SCHEMA = 1
 PROTOCOLS = ("clean", "as_released")
 SETTINGS = ("unified", "per_category")
@@ -154,10 +156,15 @@ class StoredRecord:
         pairs = zip(columns["value"], columns["reason"], strict=True)
         return {(v, s, d, plain_category(d, c), m): pair for (v, s, d, c, m), pair in zip(keys, pairs, strict=True)}
 
-    @property
+    @cached_property
     def name(self) -> str:
         """``sweep/run``, by which messages and tables name a record."""
         return f"{self.record.sweep}/{self.record.run}"
+
+    @cached_property
+    def cell(self) -> frozenset:
+        """Identity of the record's cell, the seed left out; see :func:`results.sweep_file.cell_key`."""
+        return cell_key(self.record.cell)
 
     @cached_property
     def history(self) -> pd.DataFrame:

@@ -17,7 +17,7 @@ import yaml
 
 from results.names import COSTS, DATASET_CATEGORIES, PARTIAL_MEANS
 from results.records import StoredRecord
-from results.sweep_file import SEED_KEYS, canonical, cell_key, describe_cell
+from results.sweep_file import SEED_KEYS, canonical, describe_cell
 from results.table import Value
 
 #: What must agree in a whole table, and what must agree among the records of one method (its recipe).
@@ -71,30 +71,35 @@ class Pool:
     rms_std: bool = False
     used: list[tuple[Query, StoredRecord]] = field(default_factory=list)
     categories: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    _cells: dict[str, frozenset] = field(default_factory=dict)
-    _found: dict[tuple, list[StoredRecord]] = field(default_factory=dict)
+    _index: dict[tuple, set[int]] = field(default_factory=dict)
     _checked: set[tuple] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        """Index the records by sweep and by each item of their cells."""
+        index: dict[tuple, set[int]] = defaultdict(set)
+        for number, stored in enumerate(self.records):
+            index[(stored.record.sweep,)].add(number)
+            if not stored.cell:
+                index[(None,)].add(number)
+            for item in stored.cell:
+                index[(stored.record.sweep, item)].add(number)
+        self._index = dict(index)
+
+    def of_cell(self, sweep: str | None, cell: frozenset | None) -> list[StoredRecord]:
+        """The sweep's records whose cell contains `cell`; without a sweep the trainings that belong to none."""
+        found = [self._index.get((sweep,), set())]
+        found += [self._index.get((sweep, item), set()) for item in (cell or ()) if sweep is not None]
+        return [self.records[number] for number in sorted(set.intersection(*found))]
 
     def find(self, query: Query) -> list[StoredRecord]:
         """The records that answer a query, one or more per seed."""
-        key = (query.sweep, query.cell)
-        if key not in self._found:
-            self._found[key] = [stored for stored in self.records if self._fits(stored, query)]
         return [
             stored
-            for stored in self._found[key]
+            for stored in self.of_cell(query.sweep, query.cell)
             if (query.method is None or stored.record.method == query.method)
             and (query.setting is None or stored.record.setting == query.setting)
             and any(dataset["name"] == query.dataset for dataset in stored.record.datasets)
         ]
-
-    def _fits(self, stored: StoredRecord, query: Query) -> bool:
-        cell = self._cells.get(stored.name)
-        if cell is None:
-            cell = self._cells.setdefault(stored.name, cell_key(stored.record.cell))
-        if query.sweep is None:
-            return not cell
-        return stored.record.sweep == query.sweep and (not query.cell or query.cell <= cell)
 
     def value(self, query: Query) -> Value:
         """Mean over seeds of a query, or a value without mean that says why; never a mean over fewer categories."""
@@ -152,11 +157,11 @@ def _seed_values(records: list[StoredRecord], query: Query, needed: Sequence[str
     """One seed's values for the needed categories, from one record or from one per category; and what is missing."""
     values, reasons = [], []
     for category in needed:
-        scope = "pooled" if category == "pooled" else "category"
-        keys = [(query.variant, scope, query.dataset, category, query.metric)]
-        if scope == "pooled":
-            keys = [(query.variant, scope, dataset, "", query.metric) for dataset in (query.dataset, "")]
-        hits = [(stored, stored.scores[key]) for stored in records for key in keys if key in stored.scores]
+        keys = [(query.variant, "category", query.dataset, category, query.metric)]
+        if category == "pooled":  # over the data set; over all that were trained together only if that is all there is
+            keys = [(query.variant, "pooled", dataset, "", query.metric) for dataset in (query.dataset, "")]
+        key = next((key for key in keys if any(key in stored.scores for stored in records)), keys[0])
+        hits = [(stored, stored.scores[key]) for stored in records if key in stored.scores]
         if len(hits) > 1:
             raise ConflictError(
                 [(f"the run of seed {seed}", {stored.name: [stored.name] for stored, _ in hits})], "one cell"

@@ -18,12 +18,13 @@ from .counting import (
     key_order,
 )
 from .ranking import Ranking
-from .store import Category
+from .store import Category, DeviceMaps
 from .sync import Group
 
 CHUNK_PIXELS = 1 << 20  # pixels grouped at a time, over all threads: 4 bytes each, and 16 for those in the window
-WINDOW_BYTES = 30 << 20  # size of a window: what its rank table and its counts take
-KEY_BYTES = 52  # per distinct anomalous score in a window
+WINDOW_BYTES = 26 << 20  # size of a window: what its rank table and its counts take
+KEY_BYTES = 64  # per distinct anomalous score in a window
+DEVICE_WINDOW_BYTES = 256 << 20  # on an accelerator a window costs a sort of all maps
 PAGE_BYTES = 12 << 10  # per 65,536 keys that a window spans
 LOWEST, HIGHEST = -(1 << 31), 1 << 31
 Found = tuple[np.ndarray, np.ndarray, np.ndarray]  # distinct keys ascending, how often each occurs, region weights
@@ -63,17 +64,17 @@ class PixelResult:
     at_all: Overlap = field(default_factory=Overlap)
 
 
-def windows(histogram: np.ndarray) -> list[tuple[int, int]]:
+def windows(histogram: np.ndarray, budget: int) -> list[tuple[int, int]]:
     """Ranges [low, high) of keys, descending, that cover the key axis down to the lowest anomalous score.
 
     histogram: int64 (65536,), anomalous pixels by the high 16 bits of their key (shifted to be non-negative), that is
-    by page. A range takes at most `WINDOW_BYTES`, or is a single page.
+    by page. A range takes at most `budget` bytes, or is a single page.
     """
     result: list[tuple[int, int]] = []
     high, top, keys, low = HIGHEST, None, 0, HIGHEST
     for page in np.flatnonzero(histogram)[::-1].tolist():
         distinct = min(int(histogram[page]), 1 << 16)
-        if top is not None and (keys + distinct) * KEY_BYTES + (top - page + 1) * PAGE_BYTES > WINDOW_BYTES:
+        if top is not None and (keys + distinct) * KEY_BYTES + (top - page + 1) * PAGE_BYTES > budget:
             result.append((low, high))
             high, top, keys = low, None, 0
         top = page if top is None else top
@@ -107,7 +108,9 @@ class PixelEvaluation:
             self.map: Callable = pool.map
             histogram = self.group.sum(sum(self.map(self._histogram, self.categories), np.zeros(1 << 16, np.int64)))
             counted = np.zeros(len(self.categories), dtype=np.int64)
-            for low, high in windows(histogram):
+            on_device = np.array([any(isinstance(c.maps, DeviceMaps) for c in self.categories)], dtype=np.int64)
+            budget = DEVICE_WINDOW_BYTES if self.group.sum(on_device).any() else WINDOW_BYTES
+            for low, high in windows(histogram, budget):
                 counted += self._window(low, high, counted)
             if overlaps:
                 self._overlaps()
@@ -235,19 +238,21 @@ class PixelEvaluation:
     def _overlaps(self) -> None:
         pooled = self.pooled.ranking
 
-        def measure(number: int) -> list[list[float]]:
+        def measure(number: int) -> np.ndarray:
             category, own = self.categories[number], self.results[number].ranking
-            thresholds = (own.best_sum.key, own.best_f1.key, pooled.best_sum.key, pooled.best_f1.key, LOWEST)
-            return sum(
-                (overlaps(category, rows, thresholds) for rows in category.chunks(self.chunk_pixels)), np.zeros((5, 4))
-            )
+            thresholds = [LOWEST, own.best_sum.key, own.best_f1.key]
+            if self.wants_pooled:
+                thresholds += [pooled.best_sum.key, pooled.best_f1.key]
+            parts = (overlaps(category, rows, thresholds) for rows in category.chunks(self.chunk_pixels))
+            return sum(parts, np.zeros((len(thresholds), 4)))
 
         measured = list(self.map(measure, range(len(self.categories))))
-        flat = self.group.sum(np.array(measured))
+        flat = self.group.sum(np.array(measured).reshape(-1, 5 if self.wants_pooled else 3, 4))
         for number, result in enumerate(self.results):
-            result.at_sum, result.at_f1, result.at_all = (Overlap(*flat[number, k]) for k in (0, 1, 4))
-        pooled = flat.sum(axis=0)
-        self.pooled.at_sum, self.pooled.at_f1, self.pooled.at_all = (Overlap(*pooled[k]) for k in (2, 3, 4))
+            result.at_all, result.at_sum, result.at_f1 = (Overlap(*flat[number, k]) for k in range(3))
+        if self.wants_pooled:
+            whole = flat.sum(axis=0)
+            self.pooled.at_all, self.pooled.at_sum, self.pooled.at_f1 = (Overlap(*whole[k]) for k in (0, 3, 4))
 
 
 def overlaps(category: Category, rows: np.ndarray, thresholds: Sequence[int]) -> np.ndarray:
@@ -280,4 +285,4 @@ def merge(found: Sequence[Found]) -> Found:
     first = first_of_each(keys)
     if not len(first):
         return keys, hits, weights
-    return keys[first], np.add.reduceat(hits[order], first), np.add.reduceat(weights[order], first)
+    return keys[first], np.add.reduceat(hits[order], first, dtype=np.int32), np.add.reduceat(weights[order], first)

@@ -70,8 +70,8 @@ class MetricResult:
 class AnomalyMetrics(Metric):
     """Accumulates anomaly maps, masks, image scores and labels, in batches of any size and order.
 
-    categories: category -> dataset name, or a sequence of categories (dataset ""), or None to take them as they come;
-        a sample of a category that is not listed is an error.
+    categories: category -> dataset name, or a sequence of categories (dataset ""), or None to take them as they come
+        (sorted by name); a sample of a category that is not listed is an error.
     metrics: names to compute (None = all, see `definitions.METRICS`). Without a pixel metric no map is kept.
     pooled: also rank all categories together.
     fpr_limits: limits of AUPRO; 0.3 is named `pixel_aupro`, others `pixel_aupro_<limit>`.
@@ -196,7 +196,8 @@ class AnomalyMetrics(Metric):
         self._check_samples(names, truth, scores, sample)
         first = self._first_seen(names, truth, numbers, sample)
         if self.keeps_maps:
-            maps = _check_maps(maps, B, sample)
+            on_device = isinstance(maps, torch.Tensor) and self._stays_on_device(maps)
+            maps = _check_maps(maps, B, sample, on_device)
             masks = _check_masks(masks, maps, sample)
             scored = [b for b in first if known[b]]
             found = self.regions.get(numbers[scored] if ids is not None else None, masks[scored])
@@ -209,7 +210,8 @@ class AnomalyMetrics(Metric):
         for name in dict.fromkeys(names[b] for b in first):
             category = self._categories.get(name)
             if category is None:
-                category = self._categories[name] = self._new_category(name, maps)
+                on_device = isinstance(maps, torch.Tensor)  # maps that need not stay there are an array by now
+                category = self._categories[name] = self._new_category(name, on_device)
             chosen = [b for b in first if names[b] == name]
             with_map = [b for b in chosen if known[b]] if self.keeps_maps else []
             rows = dict(zip(with_map, range(len(category.regions), len(category.regions) + B), strict=False))
@@ -254,9 +256,9 @@ class AnomalyMetrics(Metric):
                 )
         return [b for b, _ in new.values()]
 
-    def _new_category(self, name: str, maps: Stack | None = None) -> Category:
+    def _new_category(self, name: str, on_device: bool = False) -> Category:
         dataset = self.datasets[name] if self.datasets is not None else ""
-        if isinstance(maps, torch.Tensor) and self._stays_on_device(maps):
+        if on_device:
             return Category(name, dataset, DeviceMaps())
         return Category(name, dataset, FileMaps(self.maps_directory) if self.maps_directory else MemoryMaps())
 
@@ -269,7 +271,7 @@ class AnomalyMetrics(Metric):
         group = Group()
         if group.size > 1:
             self._agree(group)
-        names = list(self.datasets) if self.datasets is not None else list(self._categories)
+        names = list(self.datasets) if self.datasets is not None else sorted(self._categories)
         categories = [self._categories.get(name) or self._new_category(name) for name in names]
         scopes = self._evaluate(categories, group)
         rows = [
@@ -286,8 +288,9 @@ class AnomalyMetrics(Metric):
         if any(group.gather_objects(self._numbered)):
             raise ValueError("with several processes `update` needs ids, otherwise samples cannot be told apart")
         if self.datasets is None:
-            everywhere = sorted({name for names in group.gather_objects(list(self._categories)) for name in names})
-            self._categories = {name: self._categories.get(name) or self._new_category(name) for name in everywhere}
+            everywhere = {name for names in group.gather_objects(list(self._categories)) for name in names}
+            for name in everywhere:
+                self._categories.setdefault(name, self._new_category(name))
         owned = group.gather(np.array(list(self._seen), dtype=np.int64))
         earlier = set().union(*(part.tolist() for part in owned[: group.rank]))
         for category in self._categories.values():
@@ -426,23 +429,20 @@ def _stack(name: str, values: Stack | None, B: int) -> Stack:
     return values
 
 
-def _check_maps(maps: Stack | None, B: int, sample: Callable[[int], str]) -> Stack:
-    """Finite float32 (B, H, W) maps, on the device they came on."""
+def _check_maps(maps: Stack | None, B: int, sample: Callable[[int], str], on_device: bool) -> Stack:
+    """Finite float32 (B, H, W) maps: a tensor if they stay on their device, else an array."""
     maps = _stack("maps", maps, B)
     if str(maps.dtype).removeprefix("torch.") not in ("float32", "float64"):
         raise TypeError(
             f"maps are {maps.dtype}, expected float32: half precision moves pixel AP by up to 1e-3. "
             "Convert the feature distances with .float() before they are upsampled"
         )
-    if isinstance(maps, torch.Tensor):
-        if maps.device.type == "cpu":
-            maps = maps.numpy()
-        else:
-            maps = maps.float()
-            finite = bool(torch.isfinite(maps).all())
-    if isinstance(maps, np.ndarray):
+    if on_device:
+        maps = maps.float()
+        finite = bool(torch.isfinite(maps).all())
+    else:
         with np.errstate(over="ignore"):
-            maps = maps.astype(np.float32, copy=False)
+            maps = _numpy(maps).astype(np.float32, copy=False)
         finite = not maps.size or bool(np.isfinite(maps.max()) and np.isfinite(maps.min()))
     if not finite:
         for b, values in enumerate(_numpy(maps)):

@@ -51,9 +51,7 @@ class MemoryMaps:
                     result[i, j] = np.count_nonzero(keys >= threshold)
         return result
 
-    def count(
-        self, chunks: Sequence[np.ndarray], low: int, high: int, table: RankTable, space: Workspace
-    ) -> np.ndarray:
+    def count(self, chunks: Chunks, low: int, high: int, table: RankTable, space: Workspace) -> np.ndarray:
         """int32 (2 * table.size + 1,): pixels with key in [low, high) that have this slot of the table or a higher."""
         slots = space.slots(2 * table.size + 1)
         for rows in chunks:
@@ -107,7 +105,8 @@ class DeviceMaps(MemoryMaps):
 
     def append(self, maps: torch.Tensor) -> None:
         """Keep maps (float32 (B, H, W)) as the next B rows."""
-        self._rows.extend(torch_float_to_key(maps.reshape(len(maps), -1)))
+        device = self._rows[0].device if self._rows else None
+        self._rows.extend(torch_float_to_key(torch.as_tensor(maps, device=device).reshape(len(maps), -1)))
 
     def pick(self, rows: np.ndarray, regions: Sequence[Regions]) -> np.ndarray:
         """Keys (int32, on the CPU) of the pixels of the regions of each row, row after row."""
@@ -125,17 +124,12 @@ class DeviceMaps(MemoryMaps):
         counts = [torch.stack([(self._rows[row] >= t).sum() for t in thresholds]) for row in rows]
         return torch.stack(counts).cpu().numpy()
 
-    def count(
-        self, chunks: Sequence[np.ndarray], low: int, high: int, table: RankTable, space: Workspace
-    ) -> np.ndarray:
+    def count(self, chunks: Chunks, low: int, high: int, table: RankTable, space: Workspace) -> np.ndarray:
         """int64 (2 * table.size + 1,), as `MemoryMaps.count`, by sorting on the device."""
         ordered = torch.sort(torch.cat([self._rows[row] for rows in chunks for row in rows])).values
-        first, last = (
-            int(torch.searchsorted(ordered, torch.tensor(bound, device=ordered.device))) if -(1 << 31) < bound < 1 << 31
-            else (0 if bound < 0 else len(ordered))
-            for bound in (low, high)
-        )  # fmt: skip
-        ordered = ordered[first:last]
+        bounds = torch.tensor([low, min(high, (1 << 31) - 1)], dtype=torch.int32, device=ordered.device)
+        first, last = torch.searchsorted(ordered, bounds).tolist()
+        ordered = ordered[first : last if high < 1 << 31 else None]
         members = torch.from_numpy(table.members()).to(ordered.device)
         running = torch.empty(2 * table.size + 1, dtype=torch.int64, device=ordered.device)
         running[0] = len(ordered)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import pandas as pd
 import pytest
 
 from results import render
@@ -137,7 +138,7 @@ def test_an_undefined_metric_is_a_dash_with_its_reason(runs, sweep):
 def test_a_missing_cell_and_a_missing_seed_are_listed(runs, sweep):
     fill(runs, skip={(1, 2, 0), (1, 2, 1), (1, 1, 1)})
     table = sweep_table(spec(), runs.read("mask"), sweep)
-    assert "1 / {encoder, decoder1}: all columns: no run" in table.missing
+    assert "no run of 1 / {encoder, decoder1}" in table.missing
     assert any("mask_places={encoder}: seed 1 is missing (there: 0)" in line for line in table.missing)
     text = render.markdown(table)
     assert "91.0 (−1.2) [n=1]" in text, "a number from fewer seeds than the others says so"
@@ -308,6 +309,22 @@ def test_several_data_sets_get_a_group_of_columns_each(runs, sweep):
     assert any("BTAD" in line and "is missing" in line for line in table.missing)
 
 
+def test_pooled_scores_of_the_data_set_win_over_those_of_everything(runs):
+    from results.records import METRIC_COLUMNS, RunRecord, write_record
+    from results.scores import Pool, Query
+
+    runs.add()
+    stored = runs.read()[0]
+    extra = [
+        ("", "pooled", dataset, "", "image_auroc", value, 30, "") for dataset, value in (("", 0.5), ("synthetic", 0.6))
+    ]
+    metrics = pd.concat([stored.metrics, pd.DataFrame(extra, columns=list(METRIC_COLUMNS))])
+    record = RunRecord(**{**vars(stored.record), "run": "pooled", "sweep": "other"})
+    write_record(runs.root, record, metrics, stored.history, "")
+    value = Pool(runs.read("other")).value(Query("image_auroc", "synthetic", "pooled"))
+    assert value.mean == pytest.approx(60.0)
+
+
 def test_each_cell_has_a_table_per_category(runs, sweep):
     fill(runs)
     tables = category_tables(spec(), runs.read("mask"), sweep)
@@ -447,8 +464,8 @@ def test_thousands_of_records_aggregate_in_seconds(runs, tmp_path, monkeypatch):
     for value in values:
         for seed in range(5):
             runs.add("many", {"a.b": value}, seed, categories=categories, scored=metrics)
-    start = time.perf_counter()
+    start = time.process_time()
     table = sweep_table(spec(sweep="many", default={}), runs.read("many"), read_sweep(tmp_path / "many.yaml"))
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     assert table.cells[0][0].runs.n == 5
-    assert seconds < 3, f"120 records took {seconds:.1f} s"  # 0.1 s on an idle machine
+    assert seconds < 2, f"120 records took {seconds:.1f} s of CPU"  # about 0.15 s; 3000 take 3 s

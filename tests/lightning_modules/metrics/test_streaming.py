@@ -1,0 +1,48 @@
+"""Maps in files: the memory of an evaluation must not grow with the number of images."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from lightning_modules.metrics import AnomalyMetrics, evaluation
+
+SIZE = (96, 96)
+
+
+def peak_memory(images: int, directory) -> int:
+    """Bytes at the highest point of an evaluation of `images` maps."""
+    rng = np.random.default_rng(0)
+    mask = np.zeros((1, *SIZE), dtype=bool)
+    mask[0, 10:40, 20:50] = True
+    metrics = AnomalyMetrics(maps_directory=directory, threads=1)
+    tracemalloc.start()
+    for number in range(images):
+        maps = rng.random((1, *SIZE), dtype=np.float32)
+        metrics.update(maps, mask, [0.5], [1], [f"c{number % 2}"], [number])
+    assert not np.isnan(metrics.compute().value("pixel_ap"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_memory_stays_within_a_few_kilobytes_per_image(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "WINDOW_BYTES", 1 << 20)
+    monkeypatch.setattr(evaluation, "CHUNK_PIXELS", 1 << 16)
+    few, many = 60, 240
+    growth = (peak_memory(many, tmp_path) - peak_memory(few, tmp_path)) / (many - few)
+    assert growth < 4_000 < SIZE[0] * SIZE[1] * 4 / 9  # a map is 36,864 bytes
+
+
+def test_temporary_files_disappear(tmp_path, problem):
+    problem(1).compute(maps_directory=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_truncated_file_is_an_error_not_a_number(tmp_path, problem):
+    metrics = problem(2).feed(AnomalyMetrics(maps_directory=tmp_path))
+    metrics._categories["c0"].maps._file.truncate(100)
+    with pytest.raises(OSError, match="truncated"):
+        metrics.compute()
