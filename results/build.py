@@ -54,8 +54,9 @@ def paper_table(
         for column, cell in zip(spec.columns, line, strict=True):
             if source != "runs":
                 cell.published = _printed_value(cell.key, printed)
-            if source != "published" and cell.key.get("method") != "dataset":
-                cell.runs = pool.value(_query(spec, cell.key, {**row.runs, **column.runs}, keys))
+            runs = {**row.runs, **column.runs}
+            if source != "published" and cell.key.get("method") != "dataset" and "absent" not in runs:
+                cell.runs = pool.value(_query(spec, cell.key, runs, keys))
     table = Table(spec.name, spec.title, source, spec.row_headers, rows, columns, cells, notes=list(spec.notes))
     check_table(pool.used, _varies(spec, None), f"table {spec.name}")
     _finish(table, spec, pool)
@@ -96,9 +97,9 @@ def sweep_table(
         columns.append(dataclasses.replace(_column(column, spec), group=group or column.group))
         for row, line in zip(entries, cells, strict=True):
             key = {**_merge(spec, row, column), "dataset": dataset}
-            line.append(
-                Cell(runs=pool.value(_query(spec, key, {**row.runs, **column.runs}, keys, sweep=True)), key=key)
-            )
+            runs = {**row.runs, **column.runs}
+            value = Value(reason="no run corresponds") if "absent" in runs else None
+            line.append(Cell(runs=value or pool.value(_query(spec, key, runs, keys, sweep=True)), key=key))
     if reference and "source" in spec.where:
         printed = read_published() if published is None else published
         paper = f"printed, {names.dataset_label(spec.where.get('dataset', ''))}".rstrip(", ")
@@ -330,8 +331,8 @@ def _varying_in(records: Sequence[StoredRecord]) -> list[str]:
 def _varies(spec: Spec, sweep: SweepFile | None) -> set[str]:
     """Axes on which the records of a sweep differ on purpose."""
     keys = list(sweep.varying) if sweep else []
-    for row in spec.rows or ():
-        keys += [str(key) for key in row.runs.get("cell") or {}]
+    for entry in (*(spec.rows or ()), *spec.columns):
+        keys += [str(key) for key in entry.runs.get("cell") or {}]
     keys += list(spec.parameters)
     return {axis for key in keys for part, axes in _SWEPT_AXES if part in f".{key}" for axis in axes}
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from results.names import COSTS, DATASET_CATEGORIES, PARTIAL_MEANS
+from results.names import COSTS, DATASET_CATEGORIES, PARTIAL_MEANS, is_percent
 from results.records import StoredRecord
 from results.sweep_file import SEED_KEYS, canonical, describe_cell
 from results.table import Value
@@ -113,6 +113,8 @@ class Pool:
         self.used += [(query, stored) for stored in found]
         if query.metric in COSTS:
             return _cost(found, query.metric)
+        if not is_percent(query.metric) and query.category.startswith("mean"):
+            return Value(reason="a score's scale differs between categories, so it has no mean")
         by_seed: dict[int, list[StoredRecord]] = defaultdict(list)
         for stored in found:
             by_seed[stored.record.seed].append(stored)
@@ -126,13 +128,14 @@ class Pool:
             table.append(values)
         if problems:
             return Value(reason="; ".join(problems), records=names, n=len(by_seed))
-        means = [statistics.fmean(values) * 100 for values in table]
+        scale = 100 if is_percent(query.metric) else 1
+        means = [statistics.fmean(values) * scale for values in table]
         std = None
         if len(means) > 1:
             std = statistics.stdev(means)
             if self.rms_std and len(needed) > 1:
                 columns = [statistics.variance(column) for column in zip(*table, strict=True)]
-                std = math.sqrt(statistics.fmean(columns)) * 100
+                std = math.sqrt(statistics.fmean(columns)) * scale
         return Value(statistics.fmean(means), std, len(means), records=names)
 
     def _needed(self, query: Query) -> tuple[str, ...]:

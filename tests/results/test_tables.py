@@ -274,7 +274,7 @@ def test_rows_may_be_variants_of_one_run_beside_the_printed_rows(runs):
     variants = [f"levels={text}" for text in ("4", "3", "2", "1", "4+3", "4+1", "4+3+2", "4+3+2+1")]
     values = {(v, c, "dsc"): 0.5 + 0.01 * i for i, v in enumerate(variants) for c in ("bolt", "gear", "tile")}
     for seed in (0, 1):
-        runs.add("feature_levels", {"model.init_args.mode": "select"}, seed, variants=variants, values=values,
+        runs.add("feature_levels", {"model.init_args.levels": [4, 3, 2, 1]}, seed, variants=variants, values=values,
                  scored=("pixel_ap", "dsc", "pixel_auroc"), method="unias")  # fmt: skip
     levels = find_spec("unias_4")
     table = sweep_table(levels, runs.read("feature_levels"), None)
@@ -282,6 +282,21 @@ def test_rows_may_be_variants_of_one_run_beside_the_printed_rows(runs):
     assert table.cells[0][1].runs.gap == pytest.approx(-7.0)
     assert [column.group for column in table.columns] == [""] * 3 + ["printed, MVTec AD"] * 3
     assert table.cells[7][4].published.mean == 59.33
+
+
+def test_a_papers_table_of_backbones_is_filled_from_the_sweep_over_them(runs):
+    from results.names import DATASET_CATEGORIES
+
+    categories = DATASET_CATEGORIES["mvtec_loco"]
+    for value, name in ((0.8, "resnet50.a1_in1k"), (0.85, "wide_resnet50_2.racm_in1k")):
+        runs.add("backbones", {"model.init_args.backbone.name": name}, value=value, dataset="mvtec_loco", method="ulsad",
+                 categories=categories, backbone={"name": name, "weights": "imagenet"},
+                 scored=("image_auroc", "pixel_auroc", "pixel_aupro"))  # fmt: skip
+    table = paper_table(find_spec("ulsad_23"), "both", runs.read())
+    assert table.cells[5][0].difference == pytest.approx(80.0 - 81.79)
+    assert table.cells[0][3].runs is None, "the unnamed fourth number has no counterpart"
+    assert table.missing == ["ResNet152 I-AUROC, ResNet152 P-AUROC, ResNet152 AUPRO, WideResNet101-2 I-AUROC, "
+                             "WideResNet101-2 P-AUROC, WideResNet101-2 AUPRO: no run"]  # fmt: skip
 
 
 def test_costs_come_from_the_records(runs, tmp_path):
@@ -307,6 +322,14 @@ def test_several_data_sets_get_a_group_of_columns_each(runs, sweep):
     assert table.cells[0][0].runs.mean is not None
     assert table.cells[0][2].runs.mean is None, path
     assert any("BTAD" in line and "is missing" in line for line in table.missing)
+
+
+def test_a_threshold_is_a_score_not_a_percentage_and_has_no_mean(runs, sweep):
+    values = {("", category, "dsc_threshold"): 12.5 for category in ("bolt", "gear", "tile")}
+    runs.add("mask", {SIZE: 7, PLACE: ["encoder"]}, 0, scored=("dsc_threshold",), values=values)
+    columns = (Entry(("t",), where={"metric": "dsc_threshold"}),)
+    table = category_tables(spec(columns=columns), runs.read("mask"), sweep)[0]
+    assert [line[0].runs.mean for line in table.cells] == [12.5, 12.5, 12.5, None]
 
 
 def test_pooled_scores_of_the_data_set_win_over_those_of_everything(runs):
