@@ -18,6 +18,9 @@ from sweeps.state import WORK, Lock, read_json, write_json
 from sweeps.sweep_file import Cell, SweepFile
 
 SYNTHETIC = Path("data/synthetic")
+SYNTHETIC_LOCO = Path("data/synthetic_loco")
+"""Four categories of the benchmark in the layout of MVTec LOCO AD."""
+LOCO_OPTIONS = ("--layout", "mvtec_loco", "--categories", "cable,circuit_board,gasket,pill_tray")
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
@@ -67,7 +70,9 @@ def data(sets: list[Dataset], profile: str, say: Callable[[str], None]) -> None:
     """Make the embedded benchmark if it is used and absent; SweepError if other data is missing."""
     for dataset in sets:
         if dataset.name == "synthetic":
-            _make_synthetic(dataset.root, say)
+            _make_synthetic(dataset.root, (), say)
+        elif dataset.name == "mvtec_loco" and dataset.root == SYNTHETIC_LOCO:
+            _make_synthetic(dataset.root, LOCO_OPTIONS, say)
         elif not dataset.root.is_dir():
             raise SweepError(
                 f"The data set {dataset.name} of profile {profile} should be in {dataset.root}, which is no folder. "
@@ -75,7 +80,7 @@ def data(sets: list[Dataset], profile: str, say: Callable[[str], None]) -> None:
             )
 
 
-def _make_synthetic(root: Path, say: Callable[[str], None]) -> None:
+def _make_synthetic(root: Path, options: tuple[str, ...], say: Callable[[str], None]) -> None:
     lock = Lock(WORK / "synthetic.lock")
     lock.acquire(wait=True)
     try:
@@ -86,7 +91,7 @@ def _make_synthetic(root: Path, say: Callable[[str], None]) -> None:
         part = root.with_name(f".{root.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.parent.mkdir(parents=True, exist_ok=True)
-        code = subprocess.run([sys.executable, "-m", "datamodules", "synthetic", str(part)]).returncode
+        code = subprocess.run([sys.executable, "-m", "datamodules", "synthetic", str(part), *options]).returncode
         if code:
             raise SweepError(f"Making the embedded benchmark failed with exit code {code}; its message is above.")
         if root.is_dir():
