@@ -8,7 +8,7 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,9 @@ class Pool:
         """Mean over seeds of a query, or a value without mean that says why; never a mean over fewer categories."""
         found = self.find(query)
         if not found:
-            return Value(reason="no run")
+            others = sorted({stored.record.setting for stored in self.find(replace(query, setting=None))})
+            told = f" with setting {query.setting} ({', '.join(others)} is there)" if others else ""
+            return Value(reason=f"no run{told}")
         key = (query.dataset, tuple(stored.name for stored in found))
         if key not in self._checked:
             check_cell(found, query)

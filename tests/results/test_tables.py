@@ -256,8 +256,8 @@ def test_ours_beside_the_papers_with_the_difference(runs):
     j = next(i for i, c in enumerate(table.columns) if (c.group, c.label) == ("UniAD", "unified"))
     assert table.cells[-1][j].difference == pytest.approx(97.1 - 96.5)
     assert table.cells[0][j].runs.mean == pytest.approx(97.1)
-    assert len(table.missing) == 1
-    assert table.missing[0].endswith("UniAD separate: no run")
+    assert len(table.missing) == 2
+    assert table.missing[1] == "UniAD separate: no run with setting per_category (unified is there)"
     objects = [row.labels[0] for row in table.rows].index("Mean of objects")
     assert table.cells[objects][j].runs.mean == pytest.approx(97.1)
 
@@ -291,12 +291,18 @@ def test_a_papers_table_of_backbones_is_filled_from_the_sweep_over_them(runs):
     for value, name in ((0.8, "resnet50.a1_in1k"), (0.85, "wide_resnet50_2.racm_in1k")):
         runs.add("backbones", {"model.init_args.backbone.name": name}, value=value, dataset="mvtec_loco", method="ulsad",
                  categories=categories, backbone={"name": name, "weights": "imagenet"},
-                 scored=("image_auroc", "pixel_auroc", "pixel_aupro"))  # fmt: skip
+                 scored=("image_auroc", "pixel_auroc", "pixel_aupro"), setting="per_category")  # fmt: skip
     table = paper_table(find_spec("ulsad_23"), "both", runs.read())
     assert table.cells[5][0].difference == pytest.approx(80.0 - 81.79)
     assert table.cells[0][3].runs is None, "the unnamed fourth number has no counterpart"
     assert table.missing == ["ResNet152 I-AUROC, ResNet152 P-AUROC, ResNet152 AUPRO, WideResNet101-2 I-AUROC, "
                              "WideResNet101-2 P-AUROC, WideResNet101-2 AUPRO: no run"]  # fmt: skip
+
+
+def test_runs_of_the_other_setting_are_not_taken_and_their_existence_is_told(runs):
+    runs.add(dataset="btad", categories=("01", "02", "03"), method="ulsad")
+    table = paper_table(find_spec("ulsad_15"), "runs", runs.read())
+    assert "ULSAD: no run with setting per_category (unified is there)" in table.missing
 
 
 def test_costs_come_from_the_records(runs, tmp_path):
