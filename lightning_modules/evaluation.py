@@ -121,6 +121,7 @@ class TestCurve(L.Callback):
         self.tie = tie
         self.best: tuple[float, int, dict[str, Tensor]] | None = None
         self._regions = RegionCache()
+        self._is_put_back = False
 
     @torch.no_grad()
     def on_train_epoch_end(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
@@ -151,9 +152,18 @@ class TestCurve(L.Callback):
             return True
         return value > self.best[0] or (value == self.best[0] and self.tie == "last")
 
+    def on_train_end(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
+        self._put_back(module)
+
     def on_fit_end(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
+        # A training that was cut off after its last epoch is resumed without any, and its end is not announced.
+        if not self._is_put_back:
+            self._put_back(module)
+
+    def _put_back(self, module: ReconstructionModule) -> None:
         if self.best is not None:
             module.network.load_state_dict(self.best[2])
+        self._is_put_back = True
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}

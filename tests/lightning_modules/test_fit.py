@@ -124,7 +124,7 @@ def test_images_without_masks_give_reasons_instead_of_zeros(tmp_path, write_data
 
 
 def test_a_non_finite_loss_stops_the_run_and_names_step_categories_and_files(project):
-    with pytest.raises(Exception, match=r"(?s)loss is (nan|inf) at step \d+.*bolt: .*\.png") as caught:
+    with pytest.raises(SystemExit, match=r"(?s)loss is (nan|inf) at step \d+.*bolt: .*\.png") as caught:
         project.run("--model.init_args.optimizer.lr=1e30", "--trainer.max_epochs=4", "--trainer.gradient_clip_val=1e30")
     assert "disc: " in str(caught.value)
     assert not (project.results / "runs" / "single" / "first").exists()
