@@ -64,6 +64,9 @@ table: setup  ## One table of a paper: TABLE= [SOURCE=published|runs|both FORMAT
 tables: setup  ## Rebuild every table under results/tables/.
 	$(PY) -m results tables
 
+figures: setup  ## Figures of a sweep or of a paper's table: ABLATION=.
+	$(PY) -m results figures $(ABLATION)
+
 audit: setup  ## Check the papers' printed tables against themselves.
 	$(PY) -m results audit
 
@@ -80,4 +83,4 @@ bench-metrics: setup  ## Time our metrics against other libraries.
 	$(PY) -m lightning_modules.metrics.benchmark
 
 .PHONY: help setup test lint train predict check-data synthetic sweep sweeps wandb-sweep agents pull table tables \
-	audit compare report reconstructions bench-metrics
+	audit figures compare report reconstructions bench-metrics
