@@ -44,7 +44,7 @@ synthetic: setup  ## Make the embedded benchmark in data/synthetic.
 
 sweep: setup  ## Run an ablation and rebuild its table: ABLATION= [PROFILE= WORKERS= GPUS= SEEDS= ONLY= RETRY_FAILED=1].
 	$(PY) -m sweeps run $(ABLATION) $(if $(WORKERS),--workers $(WORKERS)) $(if $(GPUS),--gpus $(GPUS)) \
-		$(if $(SEEDS),--seeds $(SEEDS)) $(if $(ONLY),--only $(ONLY)) $(if $(RETRY_FAILED),--retry-failed)
+		$(if $(SEEDS),--seeds $(SEEDS)) $(foreach o,$(ONLY),--only $(o)) $(if $(RETRY_FAILED),--retry-failed)
 
 sweeps: setup  ## List all ablations.
 	$(PY) -m sweeps list

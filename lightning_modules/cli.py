@@ -31,7 +31,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 import datamodules
 import lightning_modules
 from datamodules.errors import DataError
-from lightning_modules import heatmaps, per_category
+from lightning_modules import heatmaps, per_category, tracking
 from lightning_modules.arguments import PlainParser
 from lightning_modules.base import NonFiniteLossError, ReconstructionModule
 from lightning_modules.caching import CacheConfig, attach
@@ -171,7 +171,9 @@ class UniReconCLI(LightningCLI):
                 trainer[name] = getattr(recipe, name)
         data.seed = config.seed_everything
         if config.run.name is None:
-            config.run.name = f"{model.method}-{self.started:%Y%m%d-%H%M%S}-seed{config.seed_everything}"
+            # A cell that W&B hands out again after a pre-emption keeps its run id, and so finds its checkpoint.
+            agent = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
+            config.run.name = agent or f"{model.method}-{self.started:%Y%m%d-%H%M%S}-seed{config.seed_everything}"
         if data.setting == "per_category":
             per_category.split(self.subcommand, config)
 
@@ -317,6 +319,7 @@ class UniReconCLI(LightningCLI):
             attachments=attachments,
             overwrite=self.run_config.overwrite,
         )
+        tracking.log_record(path, self.evaluation.result.table)
         rank_zero_info(f"Run record: {path}")
 
     def record(self) -> RunRecord:
@@ -399,6 +402,7 @@ def main(arguments: list[str] | None = None) -> None:
         except per_category.OneModelEach as split:
             split.run(lambda more: UniReconCLI([*arguments, *more]))
     except SIGTERMException:
+        tracking.report_preemption()
         sys.exit(143)
     except (DataError, NonFiniteLossError) as error:
         raise SystemExit(f"error: {error}") from error
