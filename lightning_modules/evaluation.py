@@ -183,6 +183,8 @@ def print_metrics(table: pd.DataFrame) -> None:
         for name in columns:
             shown.add_column(name, justify="right")
         for (scope, dataset, category), group in rows.groupby(["scope", "dataset", "category"], sort=False):
+            if dataset and not category and rows.dataset[rows.scope == "category"].nunique() == 1:
+                continue  # the same as over all datasets
             values = group.set_index("metric").value
             label = category or f"{scope}{f' of {dataset}' if dataset else ''}"
             shown.add_row(label, *("-" if pd.isna(values[c]) else f"{100 * values[c]:.2f}" for c in columns))
