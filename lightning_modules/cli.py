@@ -163,11 +163,11 @@ class UniReconCLI(LightningCLI):
         data.seed = config.seed_everything
         if config.run.name is None:
             config.run.name = f"{model.method}-{self.started:%Y%m%d-%H%M%S}-seed{config.seed_everything}"
-        if data.setting == "per_category":
-            per_category.split(self.subcommand, config)
 
     def instantiate_classes(self) -> None:
         """Refuses what a constructor refuses with its own words, not with a trace of the parser's."""
+        if self.config[self.subcommand].data.init_args.setting == "per_category":
+            per_category.split(self.subcommand, self.config[self.subcommand])
         try:
             super().instantiate_classes()
         except ValueError as error:
