@@ -49,11 +49,23 @@ sweep: setup  ## Run an ablation and rebuild its table: ABLATION= [PROFILE= WORK
 sweeps: setup  ## List all ablations.
 	$(PY) -m sweeps list
 
+wandb-sweep: setup  ## Register an ablation with W&B and print how to start agents: ABLATION= [PROFILE= SEEDS=].
+	$(PY) -m sweeps register $(ABLATION) $(if $(SEEDS),--seeds $(SEEDS))
+
+agents: setup  ## One W&B agent per GPU: SWEEP=entity/project/sweep [GPUS=0,1 WORKERS=].
+	$(PY) -m sweeps agents $(SWEEP) $(if $(GPUS),--gpus $(GPUS)) $(if $(WORKERS),--workers $(WORKERS))
+
+pull: setup  ## Fetch the run records of a W&B sweep: SWEEP=entity/project/sweep.
+	$(PY) -m sweeps pull $(SWEEP)
+
 table: setup  ## One table of a paper: TABLE= [SOURCE=published|runs|both FORMAT=terminal|markdown|csv|latex|html].
 	$(PY) -m results table $(TABLE) --source $(or $(SOURCE),both) --format $(or $(FORMAT),terminal)
 
 tables: setup  ## Rebuild every table under results/tables/.
 	$(PY) -m results tables
+
+figures: setup  ## Figures of a sweep or of a paper's table: ABLATION=.
+	$(PY) -m results figures $(ABLATION)
 
 audit: setup  ## Check the papers' printed tables against themselves.
 	$(PY) -m results audit
@@ -70,5 +82,5 @@ reconstructions: setup  ## Picture what a run reconstructs: RUN=<record folder>.
 bench-metrics: setup  ## Time our metrics against other libraries.
 	$(PY) -m lightning_modules.metrics.benchmark
 
-.PHONY: help setup test lint train predict check-data synthetic sweep sweeps table tables \
-	audit compare report reconstructions bench-metrics
+.PHONY: help setup test lint train predict check-data synthetic sweep sweeps wandb-sweep agents pull table tables \
+	audit figures compare report reconstructions bench-metrics

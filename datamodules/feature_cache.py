@@ -288,7 +288,10 @@ class Batches(BatchSampler):
 def cached_loader(
     batches: CachedBatches, sampler: Sampler, batch_size: int, drop_last: bool, num_workers: int
 ) -> DataLoader:
-    """Loader over whole batches; rows that live on a device need neither workers nor pinned memory."""
+    """Loader over whole batches; rows that live on a device need neither workers nor pinned memory.
+
+    It has a generator of its own, so that it takes nothing from the global one that dropout and noise draw from.
+    """
     resident = batches.resident is not None
     return DataLoader(
         batches,
@@ -297,4 +300,5 @@ def cached_loader(
         num_workers=0 if resident else num_workers,
         pin_memory=not resident and torch.cuda.is_available(),
         persistent_workers=not resident and num_workers > 0,
+        generator=torch.Generator().manual_seed(0),
     )

@@ -112,6 +112,7 @@ class ReconstructionModule(L.LightningModule):
         self.extractor = FeatureExtractor(backbone)
         self.head = AnomalyHead(head)
         self.optimizer_config = optimizer
+        self.trained_epochs = 0
         self._unchecked_loss: tuple[Tensor, Mapping[str, Any], int] | None = None
 
     # ---- what a method may change ------------------------------------------------------------------------------------
@@ -172,8 +173,12 @@ class ReconstructionModule(L.LightningModule):
         self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(batch["label"]), prog_bar=True)
         return loss
 
+    def on_train_batch_end(self, outputs: Any, batch: Mapping[str, Any], batch_idx: int) -> None:
+        if self.trainer.is_last_batch:  # before anything looks at the epoch's weights
+            self._check_loss()
+
     def on_train_epoch_end(self) -> None:
-        self._check_loss()
+        self.trained_epochs = self.current_epoch + 1
 
     def _check_loss(self) -> None:
         """Looks at the previous step's loss, which is ready by now, so that the device is never made to wait."""
@@ -214,6 +219,7 @@ class ReconstructionModule(L.LightningModule):
         for name in [name for name in checkpoint["state_dict"] if name.startswith("extractor.")]:
             del checkpoint["state_dict"][name]
         checkpoint["backbone"] = self.extractor.provenance
+        checkpoint["trained_epochs"] = self.trained_epochs
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained_on, now = checkpoint["backbone"], self.extractor.provenance
@@ -223,5 +229,6 @@ class ReconstructionModule(L.LightningModule):
                 f"(sha256 {trained_on['sha256'][:12]}), but the backbone at hand is {now['name']} with weights "
                 f"{now['weights']} (sha256 {now['sha256'][:12]}). Give the same backbone and weights."
             )
+        self.trained_epochs = checkpoint["trained_epochs"]
         own = self.extractor.state_dict(prefix="extractor.")
         checkpoint["state_dict"] = {**checkpoint["state_dict"], **own}

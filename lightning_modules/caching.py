@@ -41,8 +41,10 @@ class CacheConfig:
             raise ValueError(f"cache.mode is {self.mode!r}; allowed are float32, float16 and off.")
 
 
-def attach(model: ReconstructionModule, data: UnifiedDataModule, config: CacheConfig, device: torch.device) -> None:
-    """Gives the data module an entry of the cache to serve ``features`` from, building it if needed.
+def attach(
+    model: ReconstructionModule, data: UnifiedDataModule, config: CacheConfig, device: torch.device, build: bool
+) -> None:
+    """Gives the data module an entry of the cache to serve ``features`` from; without ``build`` only one that exists.
 
     Nothing happens, with a word why, when the cache is off, when images are augmented (their features differ each time)
     or when the features would not fit.
@@ -66,6 +68,8 @@ def attach(model: ReconstructionModule, data: UnifiedDataModule, config: CacheCo
         images=model.needs_images,
     )
     root = Path(config.root)
+    if not build and not (root / spec.key / "meta.json").exists():
+        return
     try:
         cache = _open(root, spec, model, data, config, device)
         try:

@@ -12,10 +12,26 @@ from typing import Any
 import lightning as L
 import numpy as np
 import pandas as pd
+import torch
 from PIL import Image
 
 from lightning_modules.base import ReconstructionModule
 from models.head import ScoredMaps
+
+
+class EpochSeed(L.Callback):
+    """Draws dropout, noise and masks of an epoch from (seed, epoch, process) alone.
+
+    A resumed run then equals an uninterrupted one, and nothing that happens between epochs (a curve, the building of a
+    cache) changes the training.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        place = np.random.SeedSequence([self.seed, trainer.current_epoch, trainer.global_rank])
+        torch.manual_seed(int(place.generate_state(1, np.uint64)[0]))
 
 
 class History(L.Callback):
@@ -70,13 +86,16 @@ def write_progress(path: Path, epoch: int, epochs: int, metrics: Mapping[str, fl
 class Predictions(L.Callback):
     """Writes what ``predict`` finds: ``scores.csv``, the raw float32 maps (``.npy``) and heat maps over the images.
 
-    All heat maps share one colour scale, given by ``low`` and ``high`` or else by the first batch's range, so that a
-    normal image stays dark.
+    All heat maps share one colour scale, so that a normal image stays dark.
+
+    Args:
+        folder: Where the files go.
+        scale: Ends of the colour scale; None takes median and maximum of the first batch.
     """
 
-    def __init__(self, folder: Path, low: float | None = None, high: float | None = None) -> None:
+    def __init__(self, folder: Path, scale: tuple[float, float] | None = None) -> None:
         self.folder = folder
-        self.range = None if low is None or high is None else (low, high)
+        self.range = scale
         self._scores: list[tuple[str, float]] = []
 
     def on_predict_batch_end(

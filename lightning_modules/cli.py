@@ -23,17 +23,19 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 import datamodules
 import lightning_modules
+from datamodules.errors import DataError
 from lightning_modules import heatmaps, per_category
-from lightning_modules.base import ReconstructionModule
+from lightning_modules.arguments import PlainParser
+from lightning_modules.base import NonFiniteLossError, ReconstructionModule
 from lightning_modules.caching import CacheConfig, attach
-from lightning_modules.callbacks import History, Predictions, Progress
+from lightning_modules.callbacks import EpochSeed, History, Predictions, Progress
 from lightning_modules.evaluation import Evaluation, TestCurve
 from lightning_modules.run import RunConfig, provenance, sweep_parameters
 from results.records import RunRecord, write_record
@@ -45,6 +47,10 @@ EXPECTED_WARNINGS = (
     ".*module.s. in eval mode at the start of training",  # the frozen backbone
     ".*does not have many workers",  # cached features need none
 )
+
+
+COLOUR_SCALE = "colour_scale.json"
+"""In a record: the ends of the colour scale of the run's heat maps, for ``predict``."""
 
 
 def import_methods() -> dict[str, type[ReconstructionModule]]:
@@ -116,6 +122,7 @@ class UniReconCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=None,
+            parser_class=PlainParser,
             seed_everything_default=0,
             trainer_defaults={
                 "use_distributed_sampler": False,  # the data module deals its samples to processes itself
@@ -127,7 +134,7 @@ class UniReconCLI(LightningCLI):
             args=args,
         )
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+    def add_arguments_to_parser(self, parser: PlainParser) -> None:
         parser.add_class_arguments(RunConfig, "run")
         parser.add_class_arguments(CacheConfig, "cache")
 
@@ -135,6 +142,8 @@ class UniReconCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        if config.seed_everything is False:
+            raise SystemExit("seed_everything is false, but every run has a seed: give a number, or true for a random one.")
         model = _class(config.model.class_path)
         recipe = model.recipe
         data, trainer = config.data.init_args, config.trainer
@@ -171,6 +180,7 @@ class UniReconCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
+            # Some constructors are called by the parser, which wraps their words in its own.
             reasons = [line[4:] for line in str(error).splitlines() if line.startswith("  - ")]
             reasons = [reason for reason in reasons if not reason.startswith("Expected a <class 'NoneType'>")]
             raise SystemExit("\n".join(reasons) or str(error)) from error
@@ -186,8 +196,9 @@ class UniReconCLI(LightningCLI):
                 f"{self.run_config.record} is already a finished run: choose another --run.name, or --run.overwrite=true."
             )
         given = self._get(self.config_init, "trainer")
-        self.evaluation, self.history = Evaluation(), History()
-        callbacks = [*(given.get("callbacks") or []), self.evaluation, self.history, *self._callbacks()]
+        self.evaluation, self.history, self.curve = Evaluation(), History(), None
+        own = [EpochSeed(self.config[self.subcommand].seed_everything), self.evaluation, self.history, *self._callbacks()]
+        callbacks = [*(given.get("callbacks") or []), *own]
         if given.get("logger") is None:
             kwargs["logger"] = self._wandb_logger()
         if given.get("plugins") is None and SLURMEnvironment.detect():
@@ -198,7 +209,7 @@ class UniReconCLI(LightningCLI):
         run, model = self.run_config, self.model
         callbacks: list[L.Callback] = [RichProgressBar(leave=False)] if sys.stdout.isatty() else []
         if self.subcommand == "predict":
-            return [*callbacks, Predictions(run.work / "predictions")]
+            return [*callbacks, Predictions(run.work / "predictions", _colour_scale(run.record / COLOUR_SCALE))]
         if self.subcommand != "fit":
             return callbacks
         epochs = self._get(self.config_init, "trainer")["max_epochs"]
@@ -209,7 +220,8 @@ class UniReconCLI(LightningCLI):
             select, released_every = model.recipe.best_on_test
             every = every or released_every
         if every:
-            callbacks.append(TestCurve(self.history, every, select, model.recipe.best_on_test_tie))
+            self.curve = TestCurve(self.history, every, select, model.recipe.best_on_test_tie)
+            callbacks.append(self.curve)
         checkpoint = ModelCheckpoint(
             run.work / "checkpoints",
             filename="last",
@@ -236,13 +248,30 @@ class UniReconCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        last = self.run_config.work / "checkpoints" / "last.ckpt"
-        if subcommand == "fit" and kwargs.get("ckpt_path") is None and last.is_file():
-            rank_zero_info(f"Going on from {last}")
-            kwargs["ckpt_path"] = str(last)
+        if kwargs.get("ckpt_path") is None:
+            last = self.run_config.work / "checkpoints" / "last.ckpt"
+            if last.is_file():
+                rank_zero_info(f"Going on from {last}" if subcommand == "fit" else f"Weights from {last}")
+                kwargs["ckpt_path"] = str(last)
+            elif subcommand != "fit":
+                raise SystemExit(
+                    f"{subcommand} needs trained weights: give --ckpt_path, or the configuration of a trained run "
+                    f"(there is no {last})."
+                )
         if subcommand == "predict":
             kwargs["return_predictions"] = False
         return kwargs
+
+    def before_validate(self) -> None:
+        if not self.datamodule.holdout and not self._validation_images():
+            raise SystemExit(
+                "No normal image is held out, so there is nothing to validate on: set --data.init_args.holdout, for "
+                "example to 0.1, as in the training."
+            )
+        self._serve_features(build=False)
+
+    def before_test(self) -> None:
+        self._serve_features(build=False)
 
     def before_fit(self) -> None:
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -250,12 +279,18 @@ class UniReconCLI(LightningCLI):
         rank_zero_info(
             f"{self.model.method}: {trainable:,} trainable parameters on {backbone['name']} ({backbone['weights']} weights)"
         )
-        attach(self.model, self.datamodule, self._get(self.config_init, "cache"), self.trainer.strategy.root_device)
+        self._serve_features(build=True)
         self._training_started = time.perf_counter()
 
+    def _serve_features(self, build: bool) -> None:
+        cache = self._get(self.config_init, "cache")
+        attach(self.model, self.datamodule, cache, self.trainer.strategy.root_device, build)
+
+    def _validation_images(self) -> int:
+        self.datamodule.setup("validate")
+        return int((self.datamodule.table["split"] == "val").sum())
+
     def after_fit(self) -> None:
-        if self.trainer.interrupted:
-            return
         self.training_seconds = time.perf_counter() - self._training_started
         self.trainer.save_checkpoint(self.run_config.work / "checkpoints" / "last.ckpt")
         self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
@@ -264,9 +299,12 @@ class UniReconCLI(LightningCLI):
     def after_test(self) -> None:
         if not self.trainer.is_global_zero:
             return
-        attachments: dict[str, bytes | str] = {"image_scores.csv": self.evaluation.image_scores.to_csv(index=False)}
+        attachments: dict[str, bytes | str] = {
+            "image_scores.csv": self.evaluation.image_scores.to_csv(index=False),
+            COLOUR_SCALE: json.dumps(self.evaluation.colour_scale),
+        }
         if self.run_config.heatmaps:
-            self.model.eval()
+            self.model.eval().to(self.trainer.strategy.root_device)  # the trainer has moved it off the device
             scores = self.evaluation.image_scores
             attachments |= heatmaps.draw(self.model, self.datamodule, heatmaps.choose(scores), scores)
         config_text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
@@ -289,13 +327,16 @@ class UniReconCLI(LightningCLI):
         notes += model.record_notes()
         if data.left_out:
             notes.append(f"test_subset {data.test_subset}: {len(data.left_out)} test images are not evaluated")
-        epochs = trainer.current_epoch
-        started = provenance(model.device) | {
+        if self.curve is not None and self.curve.best is not None:
+            metric, epoch = self.curve.select, self.curve.best[1]
+            notes.append(f"weights of epoch index {epoch}, chosen on the test set by {metric}")
+        device = trainer.strategy.root_device
+        started = provenance(device) | {
             "started": self.started.isoformat(timespec="seconds"),
             "wall_seconds": round((datetime.now().astimezone() - self.started).total_seconds(), 1),
-            "epochs": epochs,
+            "epochs": model.trained_epochs,
             "seconds_per_epoch": round(getattr(self, "training_seconds", 0.0) / max(1, self.history.epochs_seen), 3),
-            "peak_memory_bytes": _peak_memory(model.device),
+            "peak_memory_bytes": _peak_memory(device),
             "world_size": trainer.world_size,
             "effective_batch_size": data.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
             "precision": str(trainer.precision),
@@ -323,6 +364,11 @@ class UniReconCLI(LightningCLI):
 def _class(path: str) -> type:
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)
+
+
+def _colour_scale(file: Path) -> tuple[float, float] | None:
+    """Ends of the colour scale that the run's test set gave; None if the run has no record."""
+    return tuple(json.loads(file.read_text())) if file.is_file() else None
 
 
 def _peak_memory(device: torch.device) -> int:
@@ -354,3 +400,5 @@ def main(arguments: list[str] | None = None) -> None:
             split.run(lambda more: UniReconCLI([*arguments, *more]))
     except SIGTERMException:
         sys.exit(143)
+    except (DataError, NonFiniteLossError) as error:
+        raise SystemExit(f"error: {error}") from error

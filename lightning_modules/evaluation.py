@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pandas as pd
 import torch
 from rich.console import Console
@@ -18,6 +19,7 @@ from lightning_modules.base import ReconstructionModule
 from lightning_modules.callbacks import History
 from lightning_modules.logical import DEFINITIONS, LogicalEvaluation, has_logical
 from lightning_modules.metrics import AnomalyMetrics, MetricResult, RegionCache
+from lightning_modules.metrics.sync import Group
 from models.head import ScoredMaps
 
 SHOWN = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_aupro", "dsc")
@@ -40,19 +42,23 @@ def update_metrics(metrics: AnomalyMetrics, batch: Mapping[str, Any], scored: Sc
 class Evaluation(L.Callback):
     """Collects maps and scores during ``trainer.test`` and computes every metric at its end.
 
-    After the test, :attr:`result` holds one long table over all variants and :attr:`image_scores` one row per image.
+    After the test, :attr:`result` holds one long table over all variants, :attr:`image_scores` one row per image, and
+    :attr:`colour_scale` the ends of a colour scale on which normal images are dark: the median pixel, and the 90 %
+    quantile over images of the highest one.
     """
 
     def __init__(self) -> None:
         self.result: MetricResult | None = None
         self.image_scores: pd.DataFrame | None = None
+        self.colour_scale: tuple[float, float] | None = None
         self._metrics: dict[str, AnomalyMetrics] = {}
         self._rows: list[tuple[int, str, str, int, float, str]] = []
+        self._ranges: list[tuple[float, float]] = []
         self._regions = RegionCache()
         self._logical: LogicalEvaluation | None = None
 
     def on_test_epoch_start(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
-        self._metrics, self._rows = {}, []
+        self._metrics, self._rows, self._ranges = {}, [], []
         table = trainer.datamodule.table
         self._logical = LogicalEvaluation(table, category_keys(table)) if has_logical(table) else None
 
@@ -73,6 +79,8 @@ class Evaluation(L.Callback):
             update_metrics(self._metrics[variant], batch, scored)
             if self._logical is not None:
                 self._logical.update(variant, batch, scored.maps, scored.image_scores)
+        pixels = outputs[""].maps.flatten(1)
+        self._ranges += zip(pixels.median(1).values.tolist(), pixels.amax(1).tolist(), strict=True)
         scores: Tensor = outputs[""].image_scores
         columns = batch["id"].tolist(), batch["category"], batch["anomaly_type"], batch["label"].tolist()
         self._rows += zip(*columns, scores.tolist(), batch["path"], strict=True)
@@ -89,8 +97,12 @@ class Evaluation(L.Callback):
         keys = zip(table.dataset, table.category, strict=True)
         table["category"] = [category.removeprefix(f"{dataset}/") for dataset, category in keys]
         self.result.table = table
+        group = Group()
+        rows = [row for part in group.gather_objects(self._rows) for row in part]
+        middles, peaks = np.array([pair for part in group.gather_objects(self._ranges) for pair in part]).T
+        self.colour_scale = float(np.median(middles)), float(np.quantile(peaks, 0.9))
         columns = ["id", "category", "anomaly_type", "label", "image_score", "path"]
-        self.image_scores = pd.DataFrame(self._rows, columns=columns)
+        self.image_scores = pd.DataFrame(rows, columns=columns).sort_values("id", ignore_index=True)
         if trainer.is_global_zero:
             print_metrics(self.result.table)
 
@@ -109,6 +121,7 @@ class TestCurve(L.Callback):
         self.tie = tie
         self.best: tuple[float, int, dict[str, Tensor]] | None = None
         self._regions = RegionCache()
+        self._is_put_back = False
 
     @torch.no_grad()
     def on_train_epoch_end(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
@@ -119,10 +132,11 @@ class TestCurve(L.Callback):
         names += [self.select] if self.select not in (None, *names) else []
         metrics = AnomalyMetrics(trainer.datamodule.dataset_of(), names, pooled=False, regions=self._regions)
         module.eval()
-        module.before_scoring(last_epoch=epoch + 1 == trainer.max_epochs)
-        for batch in trainer.datamodule.test_dataloader():
-            batch = trainer.strategy.batch_to_device(batch)
-            update_metrics(metrics, batch, module.evaluate(batch)[""])
+        with trainer.precision_plugin.val_step_context():
+            module.before_scoring(last_epoch=epoch + 1 == trainer.max_epochs)
+            for batch in trainer.datamodule.test_dataloader():
+                batch = trainer.strategy.batch_to_device(batch)
+                update_metrics(metrics, batch, module.evaluate(batch)[""])
         module.train()
         table = metrics.compute().table
         means = table[(table.scope == "mean") & (table.dataset == "")].set_index("metric").value
@@ -139,8 +153,17 @@ class TestCurve(L.Callback):
         return value > self.best[0] or (value == self.best[0] and self.tie == "last")
 
     def on_train_end(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
+        self._put_back(module)
+
+    def on_fit_end(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
+        # A training that was cut off after its last epoch is resumed without any, and its end is not announced.
+        if not self._is_put_back:
+            self._put_back(module)
+
+    def _put_back(self, module: ReconstructionModule) -> None:
         if self.best is not None:
             module.network.load_state_dict(self.best[2])
+        self._is_put_back = True
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}

@@ -47,6 +47,9 @@ def load_run(folder: Path) -> tuple[ReconstructionModule, UnifiedDataModule]:
     if backbone["weights"] == "auto":
         backbone["weights"] = record.record.backbone["weights"]
     checkpoint = work_folder(folder) / "checkpoints" / "last.ckpt"
+    if not checkpoint.is_file() and record.record.setting == "per_category":
+        parts = work_folder(folder) / "runs" / "categories"
+        raise FileNotFoundError(f"{folder} holds one model per category; give one of the records in {parts}.")
     if not checkpoint.is_file():
         raise FileNotFoundError(f"{checkpoint} does not exist; the run's weights are needed. Train the run again.")
     parser = ArgumentParser(exit_on_error=False)
@@ -150,6 +153,8 @@ def draw(
             axis.imshow(picture, cmap="gray", vmin=0, vmax=1)  # the colour map concerns the mask only
             axis.set_xticks([])
             axis.set_yticks([])
+        if not batch["has_mask"][1]:
+            row[4].text(0.5, 0.5, "no mask", color="white", fontsize=8, ha="center", transform=row[4].transAxes)
         row[0].set_ylabel(category, fontsize=8)
     for axis, title in zip(axes[0], COLUMNS, strict=True):
         axis.set_title(title, fontsize=8)

@@ -68,10 +68,11 @@ class UniAS(ReconstructionModule):
         levels = sorted(network.get("levels") or range(1, len(backbone.levels) + 1))
         super().__init__(backbone, _of_levels(head, levels, len(backbone.levels)), optimizer, image_size)
         self.network = unias.UniAS(self.extractor.channels, self.extractor.sizes(self.image_size), **network)
+        self.map_names = tuple(f"level {level}" for level in reversed(levels))
         self.loss_weight, self.cosine_term = loss_weight, cosine_term
         wanted = {subset: _subset(subset, len(backbone.levels)) for subset in select}
         self.subsets = {
-            f"levels={subset}": [levels.index(level) for level in chosen]
+            f"levels={subset}": sorted(levels.index(level) for level in chosen)
             for subset, chosen in wanted.items()
             if set(chosen) <= set(levels)
         }
@@ -81,12 +82,16 @@ class UniAS(ReconstructionModule):
         return unias.reconstruction_loss(pairs, self.loss_weight, self.cosine_term)
 
     def evaluate(self, batch: Mapping[str, Any]) -> dict[str, ScoredMaps]:
-        """The product of all levels' maps under "", and that of every subset of ``select`` under its name."""
+        """The product of all levels' maps under "", and that of every subset of ``select`` under its name.
+
+        ``level_maps`` go from the coarsest level to the finest, as the supplement's Fig. 3 shows them.
+        """
         level_maps = self.head.level_maps(self.reconstruct(batch))
-        return {
+        scored = {
             name: self.head.score(level_maps, self.image_size, selection=positions)
             for name, positions in {"": None, **self.subsets}.items()
         }
+        return {name: each._replace(level_maps=level_maps[::-1]) for name, each in scored.items()}
 
 
 def _of_levels(head: HeadConfig, levels: Sequence[int], count: int) -> HeadConfig:

@@ -25,12 +25,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+WORDS = 13
+"""Distinct products of three shifts of one axis."""
+
 
 class UpsampleConvolutions(nn.Module):
     """Bilinear up-sampling with aligned corners, then 3x3 convolutions in -> in -> in -> out without activations.
 
-    `folded=None` folds where it saves work (an area at least eight times the input's); `True` and `False` force a path.
-    Both paths have the same parameters and the same result.
+    `folded=None` folds where the largest tensor on the way is then smaller, which is also where it is faster; `True` and
+    `False` force a path. Both paths have the same parameters and the same result.
 
     Shapes: (B, in_channels, *in_size) -> (B, out_channels, *out_size), float.
     """
@@ -49,7 +52,8 @@ class UpsampleConvolutions(nn.Module):
             nn.Conv2d(in_channels, channels, 3, padding=1) for channels in (in_channels, in_channels, out_channels)
         )
         if folded is None:
-            folded = out_size[0] * out_size[1] >= 8 * in_size[0] * in_size[1]
+            plain = 2 * in_channels * out_size[0] * out_size[1]
+            folded = plain >= WORDS**2 * out_channels * in_size[0] * in_size[1] and min(out_size) >= 5
         if folded and min(out_size) < 5:
             raise ValueError(
                 f"the folded path needs an output of at least 5x5 pixels, found {out_size[0]}x{out_size[1]}"

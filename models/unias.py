@@ -235,6 +235,9 @@ class FeatureFiltering(nn.Module):
             return F.avg_pool2d(level, 3, stride=1, padding=1)
         return level if self.kind == "none" else self.blur(level)
 
+    def extra_repr(self) -> str:
+        return self.kind
+
 
 class FeaturePyramid(nn.Module):
     """Top-down pyramid with a Transformer encoder at its top (released code, after MaskFormer's pixel decoder).
@@ -367,6 +370,9 @@ class SampleAwareQuery(nn.Module):
         pooled = torch.cat([guide.mean(1, keepdim=True), guide.amax(1, keepdim=True)], dim=1)
         return _to_tokens(self.spatial_weight(pooled)).sigmoid()
 
+    def extra_repr(self) -> str:
+        return f"sar={self.sar}"
+
 
 class DualAttentionLayer(nn.Module):
     """Spatial attention over n tokens of w, plus channel attention over w tokens of n (supplement; released code).
@@ -482,6 +488,9 @@ class MultiGranularity(nn.Module):
     def forward(self, grid: Tensor) -> Tensor:
         outputs = [branch(grid) for branch in self.branches]
         return sum(F.gelu(output) for output in outputs) if self.gated else sum(outputs)
+
+    def extra_repr(self) -> str:
+        return f"gated={self.gated}"
 
 
 def _to_tokens(grid: Tensor) -> Tensor:

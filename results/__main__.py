@@ -140,28 +140,30 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _figures(options: argparse.Namespace) -> int:
-    """Figures of one sweep."""
+    """Figures of a sweep, or of a paper's table with our runs beside the printed numbers."""
     from results import figures
 
-    sweep, spec, records = (
-        load_sweep(options.name, options.sweeps),
-        spec_for_sweep(options.name),
-        _records(options, options.name),
-    )
-    paths = []
-    if spec.kind == "curves":
-        paths.append(
-            figures.save(figures.curves_figure(spec, records, sweep), options.out / f"{options.name}.{options.suffix}")
-        )
+    drawn = {}
+    paper = find_spec(options.name) if options.name in spec_names() else None
+    if paper is not None and paper.rows is not None and "source" in paper.where and paper.sweep is None:
+        table = paper_table(paper, "both", _records(options))
+        for metric in dict.fromkeys(column.metric for column in table.columns if column.ranked):
+            drawn[f"{options.name}.{metric}"] = figures.against_published(table, metric)
     else:
-        table = build_sweep(spec, records, sweep, False)
-        bars = figures.ablation_bars(table, records)
-        paths.append(figures.save(bars, options.out / f"{options.name}.{options.suffix}"))
-        for price in ("parameters", "seconds_per_epoch"):
-            metric = next((c.metric for c in table.columns if c.ranked), "")
-            figure = figures.cost_against_quality(table, records, metric, price)
-            if figure is not None:
-                paths.append(figures.save(figure, options.out / f"{options.name}.{price}.{options.suffix}"))
+        spec = paper or spec_for_sweep(options.name)
+        sweep, records = load_sweep(spec.sweep, options.sweeps), _records(options, spec.sweep)
+        if spec.kind == "curves":
+            drawn[options.name] = figures.curves_figure(spec, records, sweep)
+        else:
+            table = build_sweep(spec, records, sweep, False)
+            drawn[options.name] = figures.ablation_bars(table, records)
+            metric = next((column.metric for column in table.columns if column.ranked), "")
+            for price in ("parameters", "seconds_per_epoch"):
+                drawn[f"{options.name}.{price}"] = figures.cost_against_quality(table, records, metric, price)
+    wanted = {name: figure for name, figure in drawn.items() if figure is not None}
+    paths = [figures.save(figure, options.out / f"{name}.{options.suffix}") for name, figure in wanted.items()]
+    if not paths:
+        raise ValueError(f"nothing to draw for {options.name}: no run stands beside a printed number")
     for path in paths:
         console.print(f"figure: {path}", highlight=False)
     return 0
@@ -282,7 +284,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--metric", action="append")
     sub.add_argument("--dataset")
     sub.add_argument("--variant", default="")
-    sub = add("figures", _figures, [records], "figures of a sweep")
+    sub = add("figures", _figures, [records], "figures of a sweep or a paper's table")
     sub.add_argument("name")
     sub.add_argument("--out", type=Path, default=OUT)
     sub.add_argument("--suffix", choices=("png", "svg", "pdf"), default="png")

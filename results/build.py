@@ -54,8 +54,9 @@ def paper_table(
         for column, cell in zip(spec.columns, line, strict=True):
             if source != "runs":
                 cell.published = _printed_value(cell.key, printed)
-            if source != "published" and cell.key.get("method") != "dataset":
-                cell.runs = pool.value(_query(spec, cell.key, {**row.runs, **column.runs}, keys))
+            runs = {**row.runs, **column.runs}
+            if source != "published" and cell.key.get("method") != "dataset" and "absent" not in runs:
+                cell.runs = pool.value(_query(spec, cell.key, runs, keys))
     table = Table(spec.name, spec.title, source, spec.row_headers, rows, columns, cells, notes=list(spec.notes))
     check_table(pool.used, _varies(spec, None), f"table {spec.name}")
     _finish(table, spec, pool)
@@ -96,9 +97,9 @@ def sweep_table(
         columns.append(dataclasses.replace(_column(column, spec), group=group or column.group))
         for row, line in zip(entries, cells, strict=True):
             key = {**_merge(spec, row, column), "dataset": dataset}
-            line.append(
-                Cell(runs=pool.value(_query(spec, key, {**row.runs, **column.runs}, keys, sweep=True)), key=key)
-            )
+            runs = {**row.runs, **column.runs}
+            value = Value(reason="no run corresponds") if "absent" in runs else None
+            line.append(Cell(runs=value or pool.value(_query(spec, key, runs, keys, sweep=True)), key=key))
     if reference and "source" in spec.where:
         printed = read_published() if published is None else published
         paper = f"printed, {names.dataset_label(spec.where.get('dataset', ''))}".rstrip(", ")
@@ -330,8 +331,8 @@ def _varying_in(records: Sequence[StoredRecord]) -> list[str]:
 def _varies(spec: Spec, sweep: SweepFile | None) -> set[str]:
     """Axes on which the records of a sweep differ on purpose."""
     keys = list(sweep.varying) if sweep else []
-    for row in spec.rows or ():
-        keys += [str(key) for key in row.runs.get("cell") or {}]
+    for entry in (*(spec.rows or ()), *spec.columns):
+        keys += [str(key) for key in entry.runs.get("cell") or {}]
     keys += list(spec.parameters)
     return {axis for key in keys for part, axes in _SWEPT_AXES if part in f".{key}" for axis in axes}
 
@@ -359,6 +360,7 @@ def _missing_values(table: Table) -> list[str]:
             whole.setdefault(reasons.pop(), []).append(name)
     lines = [f"{', '.join(columns)}: {reason}" for reason, columns in whole.items()]
     told = {name for columns in whole.values() for name in columns}
+    never = []  # rows without any run, told in one line
     for row, line in zip(table.rows, table.cells, strict=True):
         reasons_of: dict[str, list[str]] = {}
         for name, cell in zip(names_of, line, strict=True):
@@ -366,9 +368,12 @@ def _missing_values(table: Table) -> list[str]:
                 reasons_of.setdefault(cell.runs.reason, []).append(name)
         title = " / ".join(part for part in (row.group, *row.labels) if part)
         for reason, columns in reasons_of.items():
-            which = "all columns" if len(columns) == len(names_of) and len(columns) > 1 else ", ".join(columns)
-            lines.append(f"{title}: {which}: {reason}")
-    return lines
+            everything = len(columns) == len(names_of) and len(columns) > 1
+            if everything and reason == "no run":
+                never.append(title)
+            else:
+                lines.append(f"{title}: {'all columns' if everything else ', '.join(columns)}: {reason}")
+    return [*lines, f"no run of {'; '.join(never)}"] if never else lines
 
 
 def _finish(table: Table, spec: Spec, pool: Pool) -> None:

@@ -72,6 +72,11 @@ def is_ranked(metric: str) -> bool:
     return metric not in COSTS and not _NOT_RANKED.search(metric)
 
 
+def is_percent(metric: str) -> bool:
+    """Whether tables print the metric times one hundred; thresholds are scores in the map's own unit."""
+    return not metric.endswith("threshold")
+
+
 def metric_label(metric: str) -> str:
     """Table heading of a metric or cost."""
     if metric in COSTS:

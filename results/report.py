@@ -71,6 +71,7 @@ def page(records: RecordSet | Sequence[StoredRecord], sweeps: Path) -> str:
         ("papers", "The papers' tables", papers),
         ("audit", "Audit of the printed numbers", audited),
         ("gallery", "Heat maps", gallery),
+        ("definitions", "Metric definitions", _definitions(shown)),
         ("records", "Records", _records(shown)),
     ]
     links = "".join(f'<a href="#{anchor}">{html.escape(title)}</a>' for anchor, title, _ in sections)
@@ -230,6 +231,22 @@ def _gallery(records: Sequence[StoredRecord], shown: dict[str, StoredRecord]) ->
         else ""
     )
     return f"<p>{rule}</p>{note}" + "".join(parts)
+
+
+def _definitions(shown: dict[str, StoredRecord]) -> str:
+    """What each metric means, as the runs recorded it, per version of the metrics."""
+    versions: dict[str, dict[str, str]] = {}
+    for stored in shown.values():
+        found = stored.record.metrics
+        versions.setdefault(str(found["version"]), {}).update(found.get("definitions") or {})
+    parts = []
+    for version, definitions in sorted(versions.items()):
+        lines = "".join(
+            f"<dt><strong>{html.escape(names.metric_label(name))}</strong></dt><dd>{html.escape(str(text))}</dd>"
+            for name, text in definitions.items()
+        )
+        parts.append(f"<h3>Version {html.escape(version)}</h3><dl>{lines}</dl>")
+    return "".join(parts) or "<p>No record on this page states its metrics.</p>"
 
 
 def _records(shown: dict[str, StoredRecord]) -> str:

@@ -8,14 +8,14 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from results.names import COSTS, DATASET_CATEGORIES, PARTIAL_MEANS
+from results.names import COSTS, DATASET_CATEGORIES, PARTIAL_MEANS, is_percent
 from results.records import StoredRecord
 from results.sweep_file import SEED_KEYS, canonical, describe_cell
 from results.table import Value
@@ -105,7 +105,9 @@ class Pool:
         """Mean over seeds of a query, or a value without mean that says why; never a mean over fewer categories."""
         found = self.find(query)
         if not found:
-            return Value(reason="no run")
+            others = sorted({stored.record.setting for stored in self.find(replace(query, setting=None))})
+            told = f" with setting {query.setting} ({', '.join(others)} is there)" if others else ""
+            return Value(reason=f"no run{told}")
         key = (query.dataset, tuple(stored.name for stored in found))
         if key not in self._checked:
             check_cell(found, query)
@@ -113,6 +115,8 @@ class Pool:
         self.used += [(query, stored) for stored in found]
         if query.metric in COSTS:
             return _cost(found, query.metric)
+        if not is_percent(query.metric) and query.category.startswith("mean"):
+            return Value(reason="a score's scale differs between categories, so it has no mean")
         by_seed: dict[int, list[StoredRecord]] = defaultdict(list)
         for stored in found:
             by_seed[stored.record.seed].append(stored)
@@ -126,13 +130,14 @@ class Pool:
             table.append(values)
         if problems:
             return Value(reason="; ".join(problems), records=names, n=len(by_seed))
-        means = [statistics.fmean(values) * 100 for values in table]
+        scale = 100 if is_percent(query.metric) else 1
+        means = [statistics.fmean(values) * scale for values in table]
         std = None
         if len(means) > 1:
             std = statistics.stdev(means)
             if self.rms_std and len(needed) > 1:
                 columns = [statistics.variance(column) for column in zip(*table, strict=True)]
-                std = math.sqrt(statistics.fmean(columns)) * 100
+                std = math.sqrt(statistics.fmean(columns)) * scale
         return Value(statistics.fmean(means), std, len(means), records=names)
 
     def _needed(self, query: Query) -> tuple[str, ...]:
@@ -157,11 +162,11 @@ def _seed_values(records: list[StoredRecord], query: Query, needed: Sequence[str
     """One seed's values for the needed categories, from one record or from one per category; and what is missing."""
     values, reasons = [], []
     for category in needed:
-        scope = "pooled" if category == "pooled" else "category"
-        keys = [(query.variant, scope, query.dataset, category, query.metric)]
-        if scope == "pooled":
-            keys = [(query.variant, scope, dataset, "", query.metric) for dataset in (query.dataset, "")]
-        hits = [(stored, stored.scores[key]) for stored in records for key in keys if key in stored.scores]
+        keys = [(query.variant, "category", query.dataset, category, query.metric)]
+        if category == "pooled":  # over the data set; over all that were trained together only if that is all there is
+            keys = [(query.variant, "pooled", dataset, "", query.metric) for dataset in (query.dataset, "")]
+        key = next((key for key in keys if any(key in stored.scores for stored in records)), keys[0])
+        hits = [(stored, stored.scores[key]) for stored in records if key in stored.scores]
         if len(hits) > 1:
             raise ConflictError(
                 [(f"the run of seed {seed}", {stored.name: [stored.name] for stored, _ in hits})], "one cell"

@@ -21,7 +21,8 @@
 
 A row or column is a metric's name or a mapping. Its selectors (source, table, dataset, category, method, variant,
 metric, setting) say what stands there; a list of values makes one row or column each, and two lists every combination,
-the first one becoming the group. ``runs:`` holds what differs for our runs: variant, cell, sweep, method, setting.
+the first one becoming the group. ``runs:`` holds what differs for our runs: variant, cell, sweep, method, setting;
+``runs: false`` says that no run of ours corresponds to it.
 """
 
 from __future__ import annotations
@@ -177,7 +178,8 @@ def _entries(raw: Any, allowed: Sequence[str], where: str, axis: str) -> tuple[E
         if not isinstance(item, Mapping):
             item = {axis: str(item)}
         _check_keys(item, allowed, where)
-        _check_keys(item.get("runs") or {}, _RUNS, f"{where}: runs")
+        if item.get("runs") is not False:
+            _check_keys(item.get("runs") or {}, _RUNS, f"{where}: runs")
         entries += _expand(item)
     return tuple(entries)
 
@@ -200,7 +202,7 @@ def _expand(item: Mapping[str, Any]) -> list[Entry]:
             labels = (names.label(axis, fixed[axis]),)
         group = str(item["group"]) if "group" in item else " ".join(shown)
         where = fixed | chosen
-        runs = dict(item.get("runs") or {})
+        runs = {"absent": True} if item.get("runs") is False else dict(item.get("runs") or {})
         if "setting" in where:  # the papers' word for it is part of the printed variant
             setting = where.pop("setting")
             where.setdefault("variant", f"setting={setting}")

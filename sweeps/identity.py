@@ -46,7 +46,7 @@ class Identifier:
         self._shared = {
             "command": _words_that_matter(sweep, environment),
             "configs": [read_config(path) for path in command.configs(sweep.command, environment)],
-            "code": code_hash(_code_roots(sweep, environment), Path(".")),
+            "code": code_hash(code_roots(sweep, environment), Path(".")),
             "data": [[data.name, data_hash(data)] for data in datasets],
         }
         self._environment = environment
@@ -129,7 +129,13 @@ def code_hash(modules: Iterable[str], root: Path) -> str:
 
 
 def reached_files(modules: Iterable[str], root: Path) -> set[Path]:
-    """Source files below root that the modules import, directly or not; parents' ``__init__.py`` included."""
+    """Source files below root that the modules import, directly or not; parents' ``__init__.py`` included.
+
+    A package that looks its modules up by name counts as a whole, except a program's own (one with ``__main__``): which of
+    its classes a run uses is named in the run's configuration, and that is where the search starts.
+    """
+    modules = list(modules)
+    programs = {module.split(".")[0] for module in modules if module.endswith(".__main__")}
     found: set[Path] = set()
     waiting = [file for module in modules for file in _module_files(module, root)]
     while waiting:
@@ -139,7 +145,18 @@ def reached_files(modules: Iterable[str], root: Path) -> set[Path]:
         found.add(path)
         for module in _imports(path, root):
             waiting += _module_files(module, root)
+        if path.relative_to(root).parts[0] not in programs and _looks_modules_up(path):
+            waiting += [other for other in path.parent.glob("*.py") if other.name != "__main__.py"]
     return found
+
+
+def _looks_modules_up(path: Path) -> bool:
+    """Whether a source file imports modules whose names it does not write down."""
+    names = {"import_module", "iter_modules", "walk_packages", "__import__"}
+    return any(
+        (isinstance(node, ast.Name) and node.id in names) or (isinstance(node, ast.Attribute) and node.attr in names)
+        for node in ast.walk(_tree(path, path.stat().st_mtime_ns))
+    )
 
 
 def _module_files(dotted: str, root: Path) -> list[Path]:
@@ -204,7 +221,7 @@ def _words_that_matter(sweep: SweepFile, environment: Mapping[str, str]) -> list
     ]
 
 
-def _code_roots(sweep: SweepFile, environment: Mapping[str, str]) -> list[str]:
+def code_roots(sweep: SweepFile, environment: Mapping[str, str]) -> list[str]:
     """Modules where the search for code starts: the program and the classes that configurations and parameters name."""
     words = command.resolve(sweep.command, environment)
     roots = [f"{after}.__main__" for word, after in itertools.pairwise(words) if word == "-m"]

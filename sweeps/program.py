@@ -39,11 +39,15 @@ class Parser(cli.UniReconCLI):
             with contextlib.redirect_stderr(printed):
                 self.config = self.parser.parse_args(cli.with_environment(arguments, os.environ))
                 self.subcommand = self.config["subcommand"]
+                parsed = self.config[self.subcommand]
+                configuration = parsed.as_dict()
+                # One model per category lists the data's categories here, and the data may not be there yet.
+                parsed.data.init_args.setting = "unified"
                 self.before_instantiate_classes()
         except SystemExit as error:
             message = error.code if isinstance(error.code, str) else printed.getvalue().rpartition("error: ")[2]
             raise Refusal(_essence(message)) from error
-        return self.config[self.subcommand].as_dict()
+        return configuration
 
 
 def _essence(message: str) -> str:

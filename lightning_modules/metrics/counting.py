@@ -22,18 +22,33 @@ SLICE = 1 << 14  # pixels looked up at a time: the temporaries stay in the first
 GROUP_BITS = 12  # pixels are grouped into at most 4,096 stretches of the key axis
 
 
+INFINITY = 0x7F800000  # key of +inf; -inf has the key -INFINITY - 1, and NaN lies beyond one of the two
+
+
 def float_to_key(scores: np.ndarray) -> np.ndarray:
-    """int32 keys of float32 scores: a < b exactly if key(a) < key(b); -0.0 has the key of 0.0. Returns a copy."""
+    """int32 keys of float32 scores: a < b exactly if key(a) < key(b); -0.0 has the key of 0.0. Returns a copy.
+
+    Raises ValueError if a score is not finite.
+    """
     keys = (scores + np.float32(0)).view(np.int32)  # -0.0 + 0.0 = 0.0
-    if keys.size and keys.min() < 0:
+    if not keys.size:
+        return keys
+    lowest = int(keys.min())
+    if lowest < 0:
         np.bitwise_xor(keys, np.int32(0x7FFFFFFF), out=keys, where=keys < 0)
+        lowest = int(keys.min())
+    if lowest <= -INFINITY - 1 or int(keys.max()) >= INFINITY:
+        raise ValueError("scores are not finite")
     return keys
 
 
 def torch_float_to_key(scores: torch.Tensor) -> torch.Tensor:
     """`float_to_key` of a float32 tensor, on its device."""
     keys = (scores + 0.0).view(torch.int32)
-    return torch.where(keys < 0, keys ^ 0x7FFFFFFF, keys)
+    keys = torch.where(keys < 0, keys ^ 0x7FFFFFFF, keys)
+    if bool(((keys <= -INFINITY - 1) | (keys >= INFINITY)).any()):
+        raise ValueError("scores are not finite")
+    return keys
 
 
 def key_to_float(key: int) -> float:

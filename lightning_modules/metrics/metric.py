@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torchmetrics import Metric
 
-from .counting import key_to_float
+from .counting import float_to_key, key_to_float, torch_float_to_key
 from .definitions import IMAGE_METRICS, NOT_AVERAGED, OVERLAP_METRICS, VERSION, aupro_name, describe, select_metrics
 from .evaluation import PixelEvaluation, PixelResult, default_threads
 from .ranking import rank
@@ -196,9 +196,10 @@ class AnomalyMetrics(Metric):
         self._check_samples(names, truth, scores, sample)
         first = self._first_seen(names, truth, numbers, sample)
         if self.keeps_maps:
+            maps = _stack("maps", maps, B)
             on_device = isinstance(maps, torch.Tensor) and self._stays_on_device(maps)
-            maps = _check_maps(maps, B, sample, on_device)
             masks = _check_masks(masks, maps, sample)
+            keys = _to_keys(maps, sample, on_device)
             scored = [b for b in first if known[b]]
             found = self.regions.get(numbers[scored] if ids is not None else None, masks[scored])
             regions = dict(zip(scored, found, strict=True))
@@ -210,8 +211,7 @@ class AnomalyMetrics(Metric):
         for name in dict.fromkeys(names[b] for b in first):
             category = self._categories.get(name)
             if category is None:
-                on_device = isinstance(maps, torch.Tensor)  # maps that need not stay there are an array by now
-                category = self._categories[name] = self._new_category(name, on_device)
+                category = self._categories[name] = self._new_category(name, self.keeps_maps and on_device)
             chosen = [b for b in first if names[b] == name]
             with_map = [b for b in chosen if known[b]] if self.keeps_maps else []
             rows = dict(zip(with_map, range(len(category.regions), len(category.regions) + B), strict=False))
@@ -223,8 +223,8 @@ class AnomalyMetrics(Metric):
                 category.rows.append(rows.get(b, -1))
             if with_map:
                 category.regions.extend(regions[b] for b in with_map)
-                chosen_maps = maps if len(with_map) == B else maps[with_map]
-                category.maps.append(chosen_maps if isinstance(category.maps, DeviceMaps) else _numpy(chosen_maps))
+                chosen_keys = keys if len(with_map) == B else keys[with_map]
+                category.maps.append(chosen_keys if isinstance(category.maps, DeviceMaps) else _numpy(chosen_keys))
 
     def _check_samples(
         self, names: list[str], labels: np.ndarray, scores: np.ndarray, sample: Callable[[int], str]
@@ -429,30 +429,30 @@ def _stack(name: str, values: Stack | None, B: int) -> Stack:
     return values
 
 
-def _check_maps(maps: Stack | None, B: int, sample: Callable[[int], str], on_device: bool) -> Stack:
-    """Finite float32 (B, H, W) maps: a tensor if they stay on their device, else an array."""
-    maps = _stack("maps", maps, B)
+def _to_keys(maps: Stack, sample: Callable[[int], str], on_device: bool) -> Stack:
+    """Keys (int32 (B, H * W)) of float maps (B, H, W): a tensor if they stay on their device, else an array."""
     if str(maps.dtype).removeprefix("torch.") not in ("float32", "float64"):
         raise TypeError(
             f"maps are {maps.dtype}, expected float32: half precision moves pixel AP by up to 1e-3. "
             "Convert the feature distances with .float() before they are upsampled"
         )
-    if on_device:
-        maps = maps.float()
-        finite = bool(torch.isfinite(maps).all())
-    else:
+    try:
+        if on_device:
+            return torch_float_to_key(maps.float().flatten(1))
         with np.errstate(over="ignore"):
-            maps = _numpy(maps).astype(np.float32, copy=False)
-        finite = not maps.size or bool(np.isfinite(maps.max()) and np.isfinite(maps.min()))
-    if not finite:
+            values = _numpy(maps).astype(np.float32, copy=False)
+        return float_to_key(values.reshape(len(maps), math.prod(maps.shape[1:])))
+    except ValueError:
         for b, values in enumerate(_numpy(maps)):
-            bad = np.argwhere(~np.isfinite(values))
+            with np.errstate(over="ignore"):
+                bad = np.argwhere(~np.isfinite(values.astype(np.float32)))
             if len(bad):
                 y, x = bad[0].tolist()
                 raise ValueError(
-                    f"{sample(b)}: {len(bad)} scores of its map are not finite, {values[y, x]} at ({y}, {x})"
-                )
-    return maps
+                    f"{sample(b)}: {len(bad)} scores of its map are not finite in float32, "
+                    f"the first is {values[y, x]} at ({y}, {x})"
+                ) from None
+        raise
 
 
 def _check_masks(masks: Stack | None, maps: Stack, sample: Callable[[int], str]) -> np.ndarray:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .counting import RankTable, Workspace, float_to_key, torch_float_to_key
+from .counting import RankTable, Workspace
 from .regions import Regions, expand_runs
 
 Thresholds = Sequence[int]
@@ -24,9 +24,8 @@ class MemoryMaps:
         self._rows: list[np.ndarray] = []
         self.highest: list[int] = []
 
-    def append(self, maps: np.ndarray) -> None:
-        """Keep maps (float32 (B, H, W)) as the next B rows."""
-        keys = float_to_key(maps.reshape(len(maps), -1))
+    def append(self, keys: np.ndarray) -> None:
+        """Keep keys (int32 (B, H * W), not copied) as the next B rows."""
         self._store(keys)
         self.highest.extend(keys.max(axis=1).tolist())
 
@@ -103,10 +102,10 @@ class FileMaps(MemoryMaps):
 class DeviceMaps(MemoryMaps):
     """Maps as int32 keys on an accelerator, where they are sorted and counted; only anomalous keys and counts leave."""
 
-    def append(self, maps: torch.Tensor) -> None:
-        """Keep maps (float32 (B, H, W)) as the next B rows."""
+    def append(self, keys: torch.Tensor) -> None:
+        """Keep keys (int32 (B, H * W), not copied) as the next B rows."""
         device = self._rows[0].device if self._rows else None
-        self._rows.extend(torch_float_to_key(torch.as_tensor(maps, device=device).reshape(len(maps), -1)))
+        self._rows.extend(torch.as_tensor(keys, device=device))
 
     def pick(self, rows: np.ndarray, regions: Sequence[Regions]) -> np.ndarray:
         """Keys (int32, on the CPU) of the pixels of the regions of each row, row after row."""

@@ -30,10 +30,19 @@ def test_folded_heads_give_what_the_plain_convolutions_give_with_the_same_gradie
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_heads_fold_by_themselves_only_where_it_saves_work():
-    assert UpsampleConvolutions(2, 2, (4, 4), (16, 16)).folded
-    assert not UpsampleConvolutions(2, 2, (4, 4), (4, 4)).folded
-    assert not UpsampleConvolutions(2, 2, (4, 4), (8, 8)).folded
+@pytest.mark.parametrize(
+    ("width", "channels", "grid", "size", "folded"),
+    [
+        (256, 24, 14, 112, True),
+        (256, 32, 14, 56, True),
+        (256, 56, 14, 28, False),
+        (256, 160, 14, 14, False),
+        (64, 64, 8, 64, False),
+        (64, 1, 2, 4, False),  # too small for the bias image
+    ],
+)
+def test_heads_fold_by_themselves_only_where_it_saves_work(width, channels, grid, size, folded):
+    assert UpsampleConvolutions(width, channels, (grid, grid), (size, size)).folded is folded
 
 
 def test_plain_and_folded_heads_load_each_others_weights():

@@ -143,5 +143,6 @@ def test_the_command_line_writes_the_curves_table_and_figure(runs, tmp_path, swe
     arguments = ["--root", str(runs.root), "--sweeps", str(tmp_path), "--out", str(tmp_path / "out")]
     assert main(["sweep", "identical_shortcut", *arguments]) == 0
     assert (tmp_path / "out" / "identical_shortcut.png").stat().st_size > 10_000
+    assert main(["figures", "uniad_1", *arguments]) == 2, "no run of MVTec AD: nothing to draw"
     assert main(["figures", "identical_shortcut", *arguments, "--suffix", "svg"]) == 0
     assert (tmp_path / "out" / "identical_shortcut.svg").read_text().startswith("<?xml")

@@ -63,10 +63,10 @@ class Project:
             text=True,
         )
 
-    def run(self, *words: str, **variables: str) -> tuple[int, str]:
+    def run(self, *words: str, limit: float = 60, **variables: str) -> tuple[int, str]:
         """Run ``python -m sweeps``; return the exit code and everything printed."""
         process = self.start(*words, **variables)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=limit)
         return process.returncode, output
 
     def records(self, name: str = "toy") -> dict[str, dict[str, Any]]:

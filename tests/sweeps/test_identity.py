@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sweeps import prepare, sweep_file
+from sweeps import identity, prepare, sweep_file
 from sweeps.errors import SweepError
 from sweeps.identity import Dataset, Identifier, code_hash, data_hash, reached_files
 from sweeps.sweep_file import Cell
@@ -135,6 +135,33 @@ def test_code_of_this_repository_is_found_from_its_program() -> None:
     reached = {str(path.relative_to(root)) for path in reached_files(["sweeps.__main__"], root)}
     assert reached == set(), "the runner itself determines no result"
     assert code_hash(["datamodules"], root) != code_hash(["models"], root)
+
+
+def test_modules_looked_up_by_name_count(repository: Path) -> None:
+    (repository / "nets" / "__init__.py").write_text(
+        "from importlib import import_module\nimport_module('nets.hidden')"
+    )
+    (repository / "nets" / "hidden.py").write_text("x = 1")
+    before = name()
+    edit(repository / "nets" / "hidden.py", "x = 1", "x = 2")
+    assert name() != before
+
+
+@pytest.mark.parametrize(
+    ("ablation", "needed", "strange"),
+    [("uniad_components", "lightning_modules/uniad.py", "lightning_modules/rlr.py")],
+)
+def test_shipped_sweep_depends_on_its_own_method_the_data_and_the_metrics(
+    ablation: str, needed: str, strange: str
+) -> None:
+    root = Path(__file__).resolve().parents[2]
+    roots = identity.code_roots(sweep_file.load(ablation), {"PROFILE": "demo"})
+    reached = {str(path.relative_to(root)) for path in reached_files(roots, root)}
+    assert {needed, "lightning_modules/cli.py", "lightning_modules/base.py", "models/uniad.py"} <= reached
+    assert {"datamodules/unified.py", "datamodules/readers/base.py", "models/backbones.py"} <= reached
+    assert any(path.startswith("lightning_modules/metrics/") for path in reached)
+    assert strange not in reached, "another method's edit must not start this sweep again"
+    assert not any(path.startswith(("results/", "sweeps/", "tests/")) for path in reached)
 
 
 def test_environment_names_the_data_before_the_profile_does(repository: Path) -> None:

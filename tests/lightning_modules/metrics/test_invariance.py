@@ -126,6 +126,13 @@ def test_more_samples_after_compute_are_counted(problem):
     same(p.feed(metrics, order=np.arange(6, 10)).compute(), p.compute(), tolerance=1e-14)
 
 
+def test_an_empty_batch_changes_nothing(problem):
+    p = problem(18)
+    metrics = p.feed(AnomalyMetrics())
+    metrics.update(p.maps[:0], p.masks[:0], [], [], [], np.zeros(0, dtype=int))
+    same(p.compute(), metrics.compute())
+
+
 def test_maps_may_be_overwritten_after_update(problem):
     p = problem(18)
     before = p.compute()

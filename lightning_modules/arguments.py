@@ -1,0 +1,59 @@
+"""The parser of the command line: refuses in plain words, with the nearest name that exists."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser
+
+_NOISE = ("Given value", "- Expected a <class 'NoneType'>", "Subtypes:", "Errors:", "Does not validate against any of")
+
+
+class PlainParser(LightningArgumentParser):
+    """Ends with one short message, without the usage of two hundred options and without the search through types."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises SystemExit with what was found, where, and the nearest name that would be accepted."""
+        lines = [line for line in message.strip().splitlines() if not line.strip().startswith(_NOISE)]
+        parser = getattr(ex, "subcommand_parser", None) or self
+        text = "\n".join([*lines, *_hints(message, list(_options(parser)))])
+        raise SystemExit(f"error: {text}\n`{parser.prog.replace(' [options]', '')} --help` lists all options.") from ex
+
+
+def _options(parser: Any) -> Iterator[str]:
+    """Names of all options, without dashes, of a parser and of its subcommands."""
+    for action in parser._actions:
+        yield from (option.lstrip("-") for option in action.option_strings if option.startswith("--"))
+    for choice in getattr(parser._subcommands_action, "choices", None) or ():
+        yield from _options(parser._subcommands_action.choices[choice])
+
+
+def _hints(message: str, options: list[str]) -> Iterator[str]:
+    """Sentences on the unknown names in a message of the parser."""
+    for name in re.findall(r"unrecognized arguments: --([^\s=]+)", message):
+        yield from _nearest(name, options)
+    where = ""
+    for line in message.splitlines():
+        if found := re.search(r"given class_path '([\w.]+)'", line):
+            where = found[1]
+        elif found := re.search(r"Option '([\w.]+)' is not accepted", line):
+            yield from _nearest(found[1], class_options(where) if where else options)
+
+
+def class_options(path: str) -> list[str]:
+    """Names of a class's constructor arguments, also of those it hands on; those of dataclasses with dots."""
+    module, _, name = path.rpartition(".")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(getattr(importlib.import_module(module), name))
+    return list(parser.get_defaults().keys(branches=True))
+
+
+def _nearest(name: str, known: Iterable[str]) -> Iterator[str]:
+    near = difflib.get_close_matches(name, sorted(set(known)), n=2, cutoff=0.6)
+    if near:
+        yield f"Did you mean {' or '.join(near)}?"

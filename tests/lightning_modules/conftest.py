@@ -1,0 +1,158 @@
+"""A dataset of a few small photographs on disk, and UniAD small enough to train in a second."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from lightning_modules.cli import main
+from results.records import StoredRecord, read_record
+
+SIDE = 72  # not the size of the run, so that resizing takes part
+CATEGORIES = ("bolt", "disc")
+VARIABLES = ("DATASET", "DATA_ROOT", "CATEGORIES", "BACKBONE", "WEIGHTS", "PROFILE", "WANDB", "WANDB_SWEEP_ID")
+
+
+def _part(category: str, rng: np.random.Generator) -> np.ndarray:
+    """A bright bar or disc, a little moved, on a dark noisy ground: uint8 (SIDE, SIDE, 3)."""
+    rows, columns = np.mgrid[:SIDE, :SIDE] - (SIDE // 2 + rng.integers(-4, 5, 2))[:, None, None]
+    inside = (abs(rows) < 24) & (abs(columns) < 9) if category == "bolt" else rows**2 + columns**2 < 24**2
+    grey = np.where(inside, 190, 60) + rng.normal(0, 6, (SIDE, SIDE))
+    return np.repeat(grey.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def write_dataset(root: Path, masks: bool = True, train: int = 6) -> Path:
+    """Two categories in the layout of MVTec AD: per category ``train`` normal, 2 normal and 3 scratched test images."""
+    for number, category in enumerate(CATEGORIES):
+        rng = np.random.default_rng(number)
+        for split, count in (("train", train), ("test", 2)):
+            for k in range(count):
+                _save(root / category / split / "good" / f"{k:03d}.png", _part(category, rng))
+        for k in range(3):
+            image, mask = _part(category, rng), np.zeros((SIDE, SIDE), np.uint8)
+            top, left = rng.integers(20, 40, 2)
+            mask[top : top + 6, left : left + 14] = 255
+            image[mask > 0] = 250 - image[mask > 0]
+            _save(root / category / "test" / "scratch" / f"{k:03d}.png", image)
+            if masks:
+                _save(root / category / "ground_truth" / "scratch" / f"{k:03d}_mask.png", mask)
+    return root
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+class Project:
+    """The command line in a folder of its own, with a configuration of tiny UniAD on a dataset."""
+
+    def __init__(self, folder: Path, data: Path, reader: str = "mvtec_ad") -> None:
+        self.folder = folder
+        self.results = folder / "results"
+        self.config = folder / "uniad.yaml"
+        init_args = {
+            "backbone": {
+                "name": "test_efficientnet.r160_in1k",
+                "levels": [1, 2, 3, 4],
+                "weights": "random",
+                "padding": "default",
+            },
+            "image_size": 64,
+            "d_model": 16,
+            "heads": 2,
+            "feedforward": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "neighbor_size": 3,
+            "optimizer": {"lr": 0.001},
+        }
+        datasets = [{"name": reader, "root": str(data)}]
+        config = {
+            "model": {"class_path": "lightning_modules.uniad.UniAD", "init_args": init_args},
+            "data": {"class_path": "datamodules.UnifiedDataModule", "init_args": {"datasets": datasets, "num_workers": 0}},
+            "trainer": {"max_epochs": 2, "accelerator": "cpu", "devices": 1},
+            "run": {"results": str(self.results), "heatmaps": False},
+            "cache": {"root": str(folder / "cache")},
+        }
+        self.config.write_text(yaml.safe_dump(config))
+
+    def arguments(self, *more: str, command: str = "fit", name: str = "first", logger: bool = False) -> list[str]:
+        """Arguments of one command; without ``logger`` nothing is logged."""
+        quiet = [] if logger else ["--trainer.logger=false"]
+        return [command, f"--config={self.config}", f"--run.name={name}", *quiet, *more]
+
+    def run(self, *more: str, command: str = "fit", name: str = "first", logger: bool = False) -> None:
+        """Runs one command in this process."""
+        main(self.arguments(*more, command=command, name=name, logger=logger))
+
+    def fit(self, *more: str, name: str = "first") -> StoredRecord:
+        """Trains and returns the record."""
+        self.run(*more, name=name)
+        return self.record(name)
+
+    def record(self, name: str = "first") -> StoredRecord:
+        return read_record(self.results / "runs" / "single" / name)
+
+    def checkpoint(self, name: str = "first") -> Path:
+        return self.results / "work" / "single" / name / "checkpoints" / "last.ckpt"
+
+    def weights(self, name: str = "first") -> dict[str, torch.Tensor]:
+        return torch.load(self.checkpoint(name), weights_only=False)["state_dict"]
+
+    def losses(self, name: str = "first") -> list[float]:
+        """Training loss of each epoch, from the record."""
+        history = self.record(name).history
+        return history[history.metric == "train/loss"].value.tolist()
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No variable of the caller's steers a test, one thread, and no generator is left seeded for the next test."""
+    for variable in VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two categories with masks; not to be changed by a test."""
+    return write_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture()
+def project(tmp_path: Path, data_root: Path) -> Project:
+    """A folder without any run."""
+    return Project(tmp_path, data_root)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, data_root: Path) -> Project:
+    """A project whose run "first" has finished, with heat maps; not to be changed by a test."""
+    project = Project(tmp_path_factory.mktemp("trained"), data_root)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    project.run("--run.heatmaps=true")
+    torch.set_num_threads(threads)
+    return project
+
+
+@pytest.fixture(scope="session")
+def write_data():
+    """Writes a dataset of its own for a test that changes it."""
+    return write_dataset
+
+
+@pytest.fixture(scope="session")
+def make_project():
+    """A project in a folder, on a dataset."""
+    return Project

@@ -1,0 +1,57 @@
+"""`predict`: scores, raw maps and heat maps of any folder of images with a trained run."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from lightning_modules.cli import main
+
+
+@pytest.fixture(scope="module")
+def predictions(trained, data_root, tmp_path_factory):
+    """Files that `predict` wrote for all test images of one category, started as `make predict` does."""
+    run = trained.results / "runs" / "single" / "first"
+    main(["predict", f"--config={run / 'config.yaml'}", f"--data.init_args.predict_root={data_root / 'bolt' / 'test'}"])
+    return trained.results / "work" / "single" / "first" / "predictions"
+
+
+def test_scores_are_those_of_the_test_run(predictions, trained):
+    with open(predictions / "scores.csv") as file:
+        rows = {row["image"]: float(row["image_score"]) for row in csv.DictReader(file)}
+    tested = pd.read_csv(trained.results / "runs" / "single" / "first" / "image_scores.csv").set_index("path").image_score
+    assert len(rows) == 5
+    for path, score in rows.items():
+        assert score == pytest.approx(tested[path], rel=1e-5)
+
+
+def test_every_image_has_its_raw_map_and_its_heat_map(predictions):
+    maps = sorted(predictions.glob("*.npy"))
+    assert len(maps) == 5
+    for path in maps:
+        values = np.load(path)
+        assert values.shape == (64, 64)
+        assert values.dtype == np.float32
+        assert Image.open(path.with_suffix(".jpg")).size == (64, 64)
+
+
+def test_a_heat_map_does_not_depend_on_the_images_beside_it(predictions, trained, data_root):
+    run, image = trained.results / "runs" / "single" / "first", data_root / "bolt" / "test" / "good" / "000.png"
+    options = [f"--data.init_args.predict_root={image}", "--run.name=alone", f"--ckpt_path={trained.checkpoint()}"]
+    (trained.results / "runs" / "single" / "alone").symlink_to(run)  # the record that holds the colour scale
+    main(["predict", f"--config={run / 'config.yaml'}", *options])
+    (trained.results / "runs" / "single" / "alone").unlink()
+    (alone,) = (trained.results / "work" / "single" / "alone" / "predictions").glob("*.jpg")
+    beside = next(p for p in predictions.glob("*-000.jpg") if int(p.name[:6]) == 0)
+    assert np.array_equal(np.asarray(Image.open(alone)), np.asarray(Image.open(beside)))
+
+
+def test_an_unreadable_image_is_named(trained, tmp_path):
+    (tmp_path / "photo.png").write_bytes(b"not an image")
+    run = trained.results / "runs" / "single" / "first"
+    with pytest.raises(SystemExit, match=r"photo\.png"):
+        main(["predict", f"--config={run / 'config.yaml'}", f"--data.init_args.predict_root={tmp_path}"])

@@ -1,0 +1,77 @@
+"""An interrupted run, started again with the same command, ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+
+from lightning_modules.callbacks import EpochSeed, Progress
+
+
+class Interruption(RuntimeError):
+    """Stands for a power cut."""
+
+
+def _cut(monkeypatch: pytest.MonkeyPatch, owner: type, hook: str, epoch: int) -> None:
+    """The hook raises at an epoch index."""
+
+    def cut(self, trainer, *args):
+        if trainer.current_epoch == epoch:
+            raise Interruption
+        return original(self, trainer, *args)
+
+    original = getattr(owner, hook)
+    monkeypatch.setattr(owner, hook, cut)
+
+
+EPOCHS = "--trainer.max_epochs=4"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, data_root, make_project):
+    project = make_project(tmp_path_factory.mktemp("whole"), data_root)
+    torch.set_num_threads(1)
+    project.run(EPOCHS, "--model.init_args.optimizer.lr_drops=[2]", "--run.curve_every=2")
+    return project
+
+
+@pytest.mark.parametrize(
+    ("owner", "hook", "epoch"),
+    [(EpochSeed, "on_train_epoch_start", 2), (Progress, "on_train_epoch_end", 3)],
+    ids=["between two epochs", "before the last epoch's checkpoint"],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    uninterrupted, project, monkeypatch, owner, hook, epoch
+):
+    more = (EPOCHS, "--model.init_args.optimizer.lr_drops=[2]", "--run.curve_every=2")
+    with monkeypatch.context() as patch:
+        _cut(patch, owner, hook, epoch)
+        with pytest.raises(Interruption):
+            project.run(*more)
+    assert not (project.results / "runs").exists()  # complete or absent
+    project.run(*more)
+    pd.testing.assert_frame_equal(project.record().history, uninterrupted.record().history)
+    pd.testing.assert_frame_equal(project.record().metrics, uninterrupted.record().metrics)
+    assert project.record().record.provenance["epochs"] == 4
+    for name, value in uninterrupted.weights().items():
+        assert torch.equal(project.weights()[name], value), name
+
+
+def test_a_training_cut_off_after_its_last_epoch_still_ends_with_the_best_weights(project, monkeypatch):
+    more = ("--run.protocol=as_released", "--run.curve_every=1", EPOCHS, "--model.init_args.optimizer.lr=0.05")
+    with monkeypatch.context() as patch:
+        _cut(patch, EpochSeed, "on_train_end", 4)
+        with pytest.raises(Interruption):
+            project.run(*more)
+    record = project.fit(*more)
+    best = record.history[record.history.metric == "curve/pixel_auroc"].value.max()
+    means = record.metrics[(record.metrics.scope == "mean") & (record.metrics.dataset == "")].set_index("metric").value
+    assert means["pixel_auroc"] == pytest.approx(best, abs=1e-9)
+
+
+def test_progress_goes_on_from_where_it_stopped(uninterrupted):
+    state = json.loads((uninterrupted.results / "work" / "single" / "first" / "progress.json").read_text())
+    assert (state["epoch"], state["epochs"]) == (4, 4)
