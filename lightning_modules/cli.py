@@ -174,11 +174,11 @@ class UniReconCLI(LightningCLI):
             # A cell that W&B hands out again after a pre-emption keeps its run id, and so finds its checkpoint.
             agent = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
             config.run.name = agent or f"{model.method}-{self.started:%Y%m%d-%H%M%S}-seed{config.seed_everything}"
-        if data.setting == "per_category":
-            per_category.split(self.subcommand, config)
 
     def instantiate_classes(self) -> None:
         """Refuses what a constructor refuses with its own words, not with a trace of the parser's."""
+        if self.config[self.subcommand].data.init_args.setting == "per_category":
+            per_category.split(self.subcommand, self.config[self.subcommand])
         try:
             super().instantiate_classes()
         except ValueError as error:

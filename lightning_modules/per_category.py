@@ -21,6 +21,7 @@ import torch
 import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
+from datamodules.errors import DataError
 from datamodules.readers import list_dataset
 from lightning_modules.callbacks import write_progress
 from lightning_modules.run import sweep_parameters
@@ -104,7 +105,10 @@ def split(subcommand: str, config: Any) -> None:
     parts = []
     for dataset in config.data.init_args.datasets:
         label = dataset.label or dataset.name
-        listing = list_dataset(dataset.name, dataset.root, dataset.categories or None, dataset.label)
+        try:
+            listing = list_dataset(dataset.name, dataset.root, dataset.categories or None, dataset.label)
+        except DataError as error:
+            raise SystemExit(str(error)) from error
         for category in dict.fromkeys(listing.table["category"]):
             entry = {"name": dataset.name, "root": str(dataset.root), "categories": [category], "label": label}
             parts.append({"run": category, "dataset": entry})
