@@ -91,11 +91,13 @@ def anomalib_aupro(maps: np.ndarray, masks: np.ndarray) -> Numbers:
 def adeval_1000(maps: np.ndarray, masks: np.ndarray) -> Numbers:
     from adeval import EvalAccumulator
 
+    if not hasattr(np, "trapz"):  # ADEval 1.1 needs the name that numpy 2.4 dropped
+        np.trapz = np.trapezoid  # noqa: NPY201
     low, high = float(maps.min()), float(maps.max())
     accumulator = EvalAccumulator(low, high, low, high, nstrips=1000)
     accumulator.add_anomap_batch(maps, masks.astype(np.uint8))
-    accumulator.add_image(maps.max(axis=(1, 2)), masks.any(axis=(1, 2)))
-    values = accumulator.summary()
+    with np.errstate(invalid="ignore"):  # no image scores were given
+        values = accumulator.summary()
     return {"pixel_auroc": values["p_auroc"], "pixel_ap": values["p_aupr"], "pixel_aupro": values["p_aupro"]}
 
 
