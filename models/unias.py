@@ -160,9 +160,10 @@ class UniAS(nn.Module):
         Under autocast the trained layers run in its dtype; targets and reconstructions are float32 all the same.
         """
         self._check_features(features)
-        inputs, targets = self.filter(features)
-        inputs = [self.jitter(x) for x in inputs]
-        pyramid = self.pyramid([x.contiguous(memory_format=torch.channels_last) for x in inputs])
+        lowest = self.levels[0]
+        inputs, targets = self.filter(features[lowest - 1 :])
+        inputs = [self.jitter(x).contiguous(memory_format=torch.channels_last) for x in inputs]
+        pyramid = self.pyramid(inputs)
         embedded = {
             level: self.patch_embeddings[str(level)](pyramid[level]) + embedding
             for level, embedding in zip(reversed(self.levels), self.level_embedding, strict=True)
@@ -174,7 +175,7 @@ class UniAS(nn.Module):
             query = self.transformers[key](query, embedded[level], self.query_position, self.position, self.visible)
             query = _to_tokens(self.hybrids[key](_to_grid(query, self.grid)))
             reconstructions[level] = self.heads[key](_to_grid(self.norm(query), self.grid)).float()
-        return [Pair(targets[level - 1].float(), reconstructions[level]) for level in self.levels]
+        return [Pair(targets[level - lowest].float(), reconstructions[level]) for level in self.levels]
 
     def train(self, mode: bool = True) -> UniAS:
         super().train(mode)
@@ -242,7 +243,7 @@ class FeatureFiltering(nn.Module):
 class FeaturePyramid(nn.Module):
     """Top-down pyramid with a Transformer encoder at its top (released code, after MaskFormer's pixel decoder).
 
-    X_l (B, channels_l, H_l, W_l) for every level -> {level: Y_l (B, width, H_l, W_l)} for the levels from `lowest` up.
+    X_l (B, channels_l, H_l, W_l) -> {level: Y_l (B, width, H_l, W_l)}, both for the levels from `lowest` up.
     """
 
     def __init__(
@@ -258,7 +259,7 @@ class FeaturePyramid(nn.Module):
     ) -> None:
         super().__init__()
         self.sizes = list(sizes)
-        self.top = len(channels)
+        self.lowest, self.top = lowest, len(channels)
         self.finer = list(range(self.top - 1, lowest - 1, -1))
         self.top_projection = _kaiming(nn.Conv2d(channels[-1], width, 1))
         self.encoder = nn.ModuleList(EncoderLayer(width, heads, feedforward, dropout) for _ in range(encoder_layers))
@@ -279,7 +280,7 @@ class FeaturePyramid(nn.Module):
         outputs = {self.top: y}
         for level in self.finer:
             y = F.interpolate(y, size=self.sizes[level - 1], mode="bilinear", align_corners=False)
-            y = self.output[str(level)](self.lateral[str(level)](inputs[level - 1]) + y)
+            y = self.output[str(level)](self.lateral[str(level)](inputs[level - self.lowest]) + y)
             outputs[level] = y
         return outputs
 
