@@ -1,4 +1,4 @@
-"""Command line: `python -m datamodules check --dataset NAME --data-root PATH` and `... synthetic OUT`."""
+"""Command line: `python -m datamodules check --dataset NAME --data-root PATH`, `... synthetic OUT` and `... cache`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -30,7 +31,36 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--dataset", required=True, help="mvtec_ad, mvtec_loco, btad, mpdd, visa, folder or synthetic")
     check.add_argument("--data-root", required=True, help="folder of the dataset")
     check.add_argument("--categories", help="names separated by commas, default all")
+    cache = commands.add_parser("cache", help="list the entries of the feature cache, or delete some")
+    cache.add_argument("--root", default="results/cache", help="folder of the cache")
+    cache.add_argument("--clear", nargs="+", metavar="KEY", help="delete these entries; `all` deletes everything")
     return parser
+
+
+def _cache(options: argparse.Namespace, console: Console) -> int:
+    from rich.table import Table
+
+    from datamodules.errors import did_you_mean
+    from datamodules.feature_cache import age, entries, remove
+
+    found = entries(Path(options.root))
+    if options.clear:
+        chosen = [entry for entry in found if entry.key in options.clear or "all" in options.clear]
+        unknown = set(options.clear) - {"all", *(entry.key for entry in found)}
+        if unknown:
+            name = sorted(unknown)[0]
+            raise DataError(f"{options.root} has no entry {name!r}. {did_you_mean(name, [e.key for e in found])}")
+        for entry in chosen:
+            done = "deleted" if remove(entry) else "in use by a process, left as it is"
+            console.print(f"{entry.key}: {done} ({entry.nbytes / 2**20:.0f} MiB)")
+        return 0
+    shown = Table(title=f"{options.root}: {sum(entry.nbytes for entry in found) / 2**30:.2f} GiB")
+    for column in ("key", "holds", "MiB", "last used"):
+        shown.add_column(column, justify="right" if column == "MiB" else "left")
+    for entry in reversed(found):
+        shown.add_row(entry.key, entry.title, f"{entry.nbytes / 2**20:.0f}", age(entry.used))
+    console.print(shown)
+    return 0
 
 
 def _synthetic(options: argparse.Namespace, console: Console) -> int:
@@ -64,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     console = Console()
     try:
-        return {"check": _check, "synthetic": _synthetic}[options.command](options, console)
+        return {"check": _check, "synthetic": _synthetic, "cache": _cache}[options.command](options, console)
     except DataError as error:
         Console(stderr=True).print("[bold red]error:[/]", escape(str(error)), highlight=False, soft_wrap=True)
         return 2

@@ -1,9 +1,9 @@
 """Features of frozen backbones on disk: computed once per image, read by every epoch, run, seed and method that needs them.
 
 An entry is a folder named by the hash of everything that decides its content (:class:`CacheSpec`). It holds one memory-
-mapped array per level, the packed masks and a checksum per row. It is built beside its place, row by row, and renamed
-when complete, so a half-written entry is never read and an interrupted build goes on where it stopped. Rows whose
-checksum fails raise :class:`DamagedCacheError`; the entry is then built anew.
+mapped array per level, the packed masks, the resized images if they are asked for, and a checksum per row. It is built
+beside its place, row by row, and renamed when complete, so a half-written entry is never read and an interrupted build
+goes on where it stopped. Every row is compared with its checksum when the entry is opened; a damaged entry is built anew.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -25,16 +26,24 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
-from datamodules.dataset import Row
+from datamodules.dataset import UNKNOWN, ImageSource, Row
 
-VERSION = 1
+VERSION = 2
 """Of the layout and of the way features are computed; raising it makes all older entries stale."""
 
 DTYPES = ("float32", "float16")
+FLUSH_EVERY = 512  # rows
+
+Computed = Iterator[tuple[list[Tensor], Tensor, Tensor | None]]
+"""Consecutive batches: levels (B, C_l, H_l, W_l), masks bool (B, 1, H, W), images uint8 (B, 3, H, W) or None."""
 
 
-class DamagedCacheError(RuntimeError):
-    """A stored row is not what was written."""
+class CacheTooLargeError(RuntimeError):
+    """The entry does not fit into the budget or onto the disk."""
+
+
+class NonFiniteFeaturesError(RuntimeError):
+    """A backbone gave NaN or infinity, or a number that float16 cannot hold."""
 
 
 @dataclass(frozen=True)
@@ -42,36 +51,47 @@ class CacheSpec:
     """Everything that decides an entry's content.
 
     Args:
-        backbone: Name, sha256 of the weights, padding and levels of the frozen backbone.
-        preparation: What is done to the levels before anything trainable, in words (see ``ReconstructionModule.prepare``).
+        content: Hash of the images, masks and reading rules in the order of their ids.
         image_size: (height, width) in pixels.
         resize: Resize rule of the data module.
+        backbone: Name, sha256 of the weights, padding and levels of the frozen backbone; None: no features, only images.
+        preparation: What is done to the levels before anything trainable, in words (see ``ReconstructionModule.prepare``).
         mean: Normalisation of the input images, per channel.
         std: Likewise.
-        fingerprint: Fingerprint of the data.
         dtype: ``float32`` (bit-exact) or ``float16``.
         images: Whether the resized images are kept too, for a network that reads them.
     """
 
-    backbone: dict[str, Any]
-    preparation: str
+    content: str
     image_size: tuple[int, int]
     resize: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    fingerprint: str
+    backbone: dict[str, Any] | None = None
+    preparation: str = "none"
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
     dtype: str = "float32"
     images: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"Feature cache dtype is {self.dtype!r}; allowed are {', '.join(DTYPES)}.")
+        if self.backbone is None and not self.images:
+            raise ValueError("A cache entry without a backbone holds images: set images=True.")
 
     @property
     def key(self) -> str:
         """Name of the entry's folder."""
         text = json.dumps({"version": VERSION, **asdict(self)}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+    @property
+    def title(self) -> str:
+        """A few words for a person."""
+        size = "x".join(map(str, self.image_size))
+        if self.backbone is None:
+            return f"images at {size}, {self.resize}"
+        levels = ",".join(map(str, self.backbone["levels"]))
+        return f"{self.backbone['name']}, levels {levels}, images at {size}, {self.resize}, {self.dtype}"
 
 
 class FeatureCache:
@@ -84,6 +104,9 @@ class FeatureCache:
         levels: One array (N, C_l, H_l, W_l) per level, memory-mapped; row i belongs to the table's row with id i.
         masks: uint8 (N, ceil(H * W / 8)), bits of the boolean masks.
         images: uint8 (N, 3, H, W), or None.
+
+    Raises:
+        OSError, ValueError, KeyError: a file is missing or not what it should be.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -95,26 +118,13 @@ class FeatureCache:
         self.images = arrays.get("image")
         self.image_size = tuple(self.meta["spec"]["image_size"])
         self._checksums = np.load(folder / "checksums.npy")
-        self._checked = np.zeros(len(self.masks), bool)
-        os.utime(folder / "meta.json")
+        with contextlib.suppress(OSError):  # another user's entry can be read, but not marked as used
+            os.utime(folder / "meta.json")
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes on disk."""
-        return sum(file.stat().st_size for file in self.folder.iterdir())
-
-    def check(self, rows: np.ndarray) -> None:
-        """Compares rows that were not read before with their checksums; raises DamagedCacheError."""
-        for row in rows[~self._checked[rows]]:
-            if _checksum(self._arrays(), row) != self._checksums[row]:
-                (self.folder / "meta.json").unlink(missing_ok=True)  # without it the entry is never opened again
-                raise DamagedCacheError(
-                    f"{self.folder}: row {row} is damaged (checksum). The entry is given up; the next run builds it anew."
-                )
-            self._checked[row] = True
-
-    def _arrays(self) -> list[np.ndarray]:
-        return [*self.levels, self.masks, *([] if self.images is None else [self.images])]
+    def is_intact(self) -> bool:
+        """Whether every row has the checksum that it was written with; reads the entry once."""
+        arrays = [*self.levels, self.masks, *([] if self.images is None else [self.images])]
+        return _first_damaged(arrays, self._checksums) == len(self._checksums)
 
 
 def _checksum(arrays: Sequence[np.ndarray], row: int) -> int:
@@ -124,57 +134,77 @@ def _checksum(arrays: Sequence[np.ndarray], row: int) -> int:
     return value
 
 
+def _first_damaged(arrays: Sequence[np.ndarray], checksums: np.ndarray) -> int:
+    """The first row whose checksum fails; the number of checksums if none does."""
+    rows = range(len(checksums))
+    return next((row for row in rows if _checksum(arrays, row) != checksums[row]), len(checksums))
+
+
 def open_or_build(
     root: Path,
     spec: CacheSpec,
     rows: int,
-    compute: Callable[[int], Iterator[tuple[list[Tensor], Tensor, Tensor | None]]],
+    compute: Callable[[int], Computed],
     budget: int,
+    announce: Callable[[str], None] = lambda message: None,
 ) -> FeatureCache:
-    """The entry of ``spec``, built first if it is missing; other processes asking for it wait and then read it.
+    """The entry of ``spec``, built first if it is missing or damaged; other processes asking for it wait and then read it.
 
     Args:
         root: Folder of all entries.
         spec: What to store.
         rows: Number of images N.
-        compute: Called with the first missing row; yields, in row order, (levels, masks bool (B, 1, H, W), images uint8
-            (B, 3, H, W) or None) of consecutive batches.
+        compute: Called with the first missing row; yields consecutive batches in row order.
         budget: Bytes that all entries together may take; the least recently used ones make room.
+        announce: Told, in a sentence, of every build and its size before anything is written, and of waiting.
 
     Raises:
         CacheTooLargeError: the entry alone would exceed the budget or the free disk space.
+        NonFiniteFeaturesError: a feature is NaN or infinite.
     """
     root.mkdir(parents=True, exist_ok=True)
     folder = root / spec.key
-    with _locked(root / f"{spec.key}.lock"):
-        if not (folder / "meta.json").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            _build(root, spec, rows, compute, budget)
+    with _locked(root, spec.key, lambda: announce(f"Waiting for another process that writes {folder}")):
+        if folder.exists():
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                cache = FeatureCache(folder)
+                if cache.is_intact():
+                    return cache
+            announce(f"{folder} is damaged; it is built anew.")
+            shutil.rmtree(folder)
+        _build(root, spec, rows, compute, budget, announce)
         return FeatureCache(folder)
 
 
-class CacheTooLargeError(RuntimeError):
-    """The entry does not fit into the budget or onto the disk."""
-
-
-def _build(root: Path, spec: CacheSpec, rows: int, compute: Callable, budget: int) -> None:
+def _build(
+    root: Path,
+    spec: CacheSpec,
+    rows: int,
+    compute: Callable[[int], Computed],
+    budget: int,
+    announce: Callable[[str], None],
+) -> None:
     partial = root / f"{spec.key}.partial"
-    state = partial / "state.json"
-    done = json.loads(state.read_text())["done"] if state.exists() else 0
-    arrays: dict[str, np.ndarray] = {}
-    if done:
-        names = json.loads(state.read_text())["arrays"]
-        arrays = {name: np.lib.format.open_memmap(partial / f"{name}.npy", mode="r+") for name in names}
-        checksums = np.lib.format.open_memmap(partial / "checksums.npy", mode="r+")
+    done, arrays, checksums = _unfinished(partial, rows)
+    start = done
     for levels, masks, images in compute(done):
         batch = {f"level{i}": level.to(getattr(torch, spec.dtype)).cpu().numpy() for i, level in enumerate(levels)}
+        if not all(np.isfinite(values).all() for values in batch.values()):
+            shutil.rmtree(partial, ignore_errors=True)
+            limit = " (float16 holds up to 65504: cache.mode=float32 holds more)" if spec.dtype == "float16" else ""
+            raise NonFiniteFeaturesError(
+                f"The features of images {done} to {done + len(masks) - 1} hold NaN or infinity{limit}. "
+                "Look at the backbone's weights."
+            )
         batch["mask"] = np.packbits(masks.flatten(1).cpu().numpy(), axis=1)
         if images is not None:
             batch["image"] = images.cpu().numpy()
         if not arrays:
             shutil.rmtree(partial, ignore_errors=True)
+            needed = sum(rows * values[0].nbytes for values in batch.values())
+            announce(f"Cache of {rows} images, {needed / 2**30:.2f} GiB, in {root / spec.key}: {spec.title}")
+            _make_room(root, needed, budget)
             partial.mkdir()
-            _make_room(root, spec, sum(rows * values[0].nbytes for values in batch.values()), budget)
             arrays = {
                 name: np.lib.format.open_memmap(partial / f"{name}.npy", "w+", values.dtype, (rows, *values.shape[1:]))
                 for name, values in batch.items()
@@ -186,40 +216,151 @@ def _build(root: Path, spec: CacheSpec, rows: int, compute: Callable, budget: in
         for row in range(done, end):
             checksums[row] = _checksum(list(arrays.values()), row)
         done = end
-        if done % 512 < len(masks):
-            for array in (*arrays.values(), checksums):
-                array.flush()
-            state.write_text(json.dumps({"done": done, "arrays": list(arrays)}))
+        if done - start >= FLUSH_EVERY:
+            start = done
+            _flush(partial, arrays, checksums, done)
     if done != rows:
         raise RuntimeError(f"{partial}: {done} of {rows} rows were computed.")
-    for array in (*arrays.values(), checksums):
-        array.flush()
-    (partial / "meta.json").write_text(json.dumps({"spec": asdict(spec), "arrays": list(arrays), "version": VERSION}))
-    state.unlink(missing_ok=True)
+    _flush(partial, arrays, checksums, done)
+    meta = {"spec": asdict(spec), "title": spec.title, "arrays": list(arrays), "rows": rows, "version": VERSION}
+    (partial / "meta.json").write_text(json.dumps(meta))
+    (partial / "state.json").unlink()
     partial.rename(root / spec.key)
 
 
-def _make_room(root: Path, spec: CacheSpec, needed: int, budget: int) -> None:
+def _flush(partial: Path, arrays: dict[str, np.ndarray], checksums: np.ndarray, done: int) -> None:
+    """Writes everything to disk, and only then that it is there."""
+    for array in (*arrays.values(), checksums):
+        array.flush()
+    temporary = partial / "state.tmp"
+    temporary.write_text(json.dumps({"done": done, "arrays": list(arrays)}))
+    temporary.replace(partial / "state.json")
+
+
+def _unfinished(partial: Path, rows: int) -> tuple[int, dict[str, np.ndarray], np.ndarray | None]:
+    """(intact rows, arrays, checksums) of an interrupted build; (0, {}, None) if nothing of it can be used."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        state = json.loads((partial / "state.json").read_text())
+        arrays = {name: np.lib.format.open_memmap(partial / f"{name}.npy", "r+") for name in state["arrays"]}
+        checksums = np.lib.format.open_memmap(partial / "checksums.npy", "r+")
+        done = _first_damaged(list(arrays.values()), checksums[: state["done"]])
+        if done and all(len(array) == rows for array in (*arrays.values(), checksums)):
+            return done, arrays, checksums
+    return 0, {}, None
+
+
+# ---- the folder of all entries -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry, or what an interrupted build left of one.
+
+    Args:
+        folder: Its folder.
+        title: What it holds, in words.
+        nbytes: Bytes on disk.
+        used: When it was last opened, in seconds since the epoch.
+        complete: False for an interrupted build.
+    """
+
+    folder: Path
+    title: str
+    nbytes: int
+    used: float
+    complete: bool
+
+    @property
+    def key(self) -> str:
+        return self.folder.name.removesuffix(".partial")
+
+
+def entries(root: Path) -> list[Entry]:
+    """All entries below ``root``, the least recently used first."""
+    found = []
+    for folder in root.iterdir() if root.is_dir() else ():
+        if not folder.is_dir():
+            continue
+        with contextlib.suppress(FileNotFoundError):  # another process has just removed or renamed it
+            meta = folder / "meta.json"
+            complete = meta.is_file() and folder.suffix != ".partial"
+            title = json.loads(meta.read_text()).get("title", "?") if complete else "interrupted build"
+            files = [file.stat() for file in folder.iterdir()]
+            used = meta.stat().st_mtime if complete else max((f.st_mtime for f in files), default=0.0)
+            found.append(Entry(folder, title, sum(f.st_size for f in files), used, complete))
+    return sorted(found, key=lambda entry: entry.used)
+
+
+def remove(entry: Entry) -> bool:
+    """Deletes an entry unless a process is just opening or building it; whether it did."""
+    try:
+        with _locked(entry.folder.parent, entry.key, None):
+            shutil.rmtree(entry.folder, ignore_errors=True)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _make_room(root: Path, needed: int, budget: int) -> None:
     """Deletes the least recently used entries until ``needed`` bytes fit into the budget."""
     if needed > budget:
-        raise CacheTooLargeError(f"needs {needed / 2**30:.1f} GiB, the budget is {budget / 2**30:.1f} GiB")
-    entries = sorted((meta.stat().st_mtime, meta.parent) for meta in root.glob("*/meta.json"))
-    sizes = {folder: sum(file.stat().st_size for file in folder.iterdir()) for _, folder in entries}
-    for _, folder in entries:
-        if sum(sizes.values()) + needed <= budget:
+        raise CacheTooLargeError(f"needs {needed / 2**30:.2f} GiB, the budget is {budget / 2**30:.2f} GiB")
+    present = entries(root)
+    total = sum(entry.nbytes for entry in present)
+    for entry in present:
+        if total + needed <= budget:
             break
-        shutil.rmtree(folder)
-        del sizes[folder]
+        if remove(entry):
+            total -= entry.nbytes
     free = shutil.disk_usage(root).free
     if needed > 0.9 * free:
-        raise CacheTooLargeError(f"needs {needed / 2**30:.1f} GiB, the disk of {root} has {free / 2**30:.1f} GiB free")
+        raise CacheTooLargeError(f"needs {needed / 2**30:.2f} GiB, the disk of {root} has {free / 2**30:.2f} GiB free")
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def _locked(root: Path, key: str, waiting: Callable[[], None] | None) -> Iterator[None]:
+    """Holds the entry's lock; without ``waiting``, BlockingIOError if another process holds it."""
+    with open(root / f"{key}.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting is None:
+                raise
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def age(seconds_since_epoch: float) -> str:
+    """How long ago, in the largest unit that fits."""
+    seconds = time.time() - seconds_since_epoch
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return "just now"
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+class CachedImages:
+    """Resized images and masks from a cache, in the place of an :class:`ImageSource`.
+
+    Args:
+        cache: An entry with images.
+        source: For images that are not of the table (prediction on a folder).
+    """
+
+    def __init__(self, cache: FeatureCache, source: ImageSource) -> None:
+        self.cache, self.source = cache, source
+
+    def load(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
+        """Image uint8 (H, W, 3) and mask bool (H, W)."""
+        if row.label == UNKNOWN:
+            return self.source.load(row)
+        height, width = self.cache.image_size
+        mask = np.unpackbits(self.cache.masks[row.id], count=height * width).view(bool).reshape(height, width)
+        return np.ascontiguousarray(self.cache.images[row.id].transpose(1, 2, 0)), mask
 
 
 class CachedBatches(Dataset):
@@ -242,7 +383,6 @@ class CachedBatches(Dataset):
         self.normalised = torch.from_numpy(normalised)
         self.resident: list[Tensor] | None = None
         if device is not None:
-            cache.check(self.ids)
             self.resident = [torch.from_numpy(level[self.ids]).to(device) for level in cache.levels]
 
     def __len__(self) -> int:
@@ -252,7 +392,6 @@ class CachedBatches(Dataset):
         positions = [getattr(position, "row", position) for position in positions]
         ids = self.ids[positions]
         if self.resident is None:
-            self.cache.check(ids)
             features = [torch.from_numpy(level[ids]) for level in self.cache.levels]
         else:
             index = torch.tensor(positions, device=self.resident[0].device)

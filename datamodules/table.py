@@ -16,10 +16,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -133,6 +135,23 @@ def fingerprint(table: SampleTable, roots: Mapping[str, str | Path]) -> str:
     digest = hashlib.sha256()
     for line in sorted(lines):
         digest.update(line.encode("utf-8", "surrogateescape") + b"\n")
+    return digest.hexdigest()
+
+
+def content_hash(table: SampleTable, roots: Mapping[str, str | Path], rules: Mapping[str, Any]) -> str:
+    """sha256 that changes with any image, mask or their order: what is computed once per row of `table` depends on it.
+
+    Args:
+        table: the samples; their order is their ids'.
+        roots: as in `fingerprint`.
+        rules: whatever else decides how a file becomes pixels, as plain values.
+    """
+    digest = hashlib.sha256(json.dumps(rules, sort_keys=True).encode())
+    for row in table.itertuples(index=False):
+        for path in (row.image_path, *row.mask_paths):
+            file = os.stat(path)
+            place = Path(os.path.relpath(path, roots[row.dataset])).as_posix()
+            digest.update(f"{row.id}\t{place}\t{file.st_size}\t{file.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

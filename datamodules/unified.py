@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader, DistributedSampler
 from datamodules.augmentation import Augmentation
 from datamodules.dataset import UNKNOWN, ImageSource, Row, TableDataset, collate, table_rows
 from datamodules.errors import DataError, did_you_mean
-from datamodules.feature_cache import CachedBatches, FeatureCache, cached_loader
+from datamodules.feature_cache import CachedBatches, CachedImages, FeatureCache, cached_loader
 from datamodules.images import BIT_DEPTHS, REMARKABLE, check_resize, infer_bit_depth, read_header
 from datamodules.problems import WARNING, describe
 from datamodules.readers import Listing, list_dataset, raise_on_errors
 from datamodules.sampling import EvalSampler, TrainSampler, check_sampling
 from datamodules.subset import left_out
-from datamodules.table import SPLITS, SampleTable, category_keys, concatenate, fingerprint, hold_out
+from datamodules.table import SPLITS, SampleTable, category_keys, concatenate, content_hash, fingerprint, hold_out
 from datamodules.tree import IMAGE_SUFFIXES
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -157,9 +157,9 @@ class UnifiedDataModule(L.LightningDataModule):
         self.fingerprints: dict[str, str] = {}
         self._source: ImageSource | None = None
         self._cache: FeatureCache | None = None
-        self._resident: dict[tuple[int, int], CachedBatches] = {}
+        self._resident: dict[tuple[int, ...], CachedBatches] = {}
         self._resident_on: torch.device | None = None
-        self._resident_limit = 0
+        self._resident_room = 0
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -200,6 +200,7 @@ class UnifiedDataModule(L.LightningDataModule):
             )
         self.left_out = left_out(self.table, self.test_subset)
         thresholds = {label: listing.reader.mask_threshold for label, listing in listings.items()}
+        self._roots, self._rules = roots, {"bit_depths": bit_depths, "thresholds": thresholds}
         self._source = self._make_source(bit_depths, thresholds)
 
     def _check_filled_in(self) -> None:
@@ -328,31 +329,34 @@ class UnifiedDataModule(L.LightningDataModule):
             dataset, batch_size, num_workers=self._workers(), collate_fn=collate, worker_init_fn=_quiet_worker
         )
 
+    def content(self) -> str:
+        """Hash of all images and masks in the order of their ids, for the key of a cache; see `content_hash`."""
+        return content_hash(self.table, self._roots, self._rules)
+
+    def serve_images_from(self, cache: FeatureCache) -> None:
+        """From now on images and masks of the table are read, decoded and resized, from an entry that holds them."""
+        self._source = CachedImages(cache, self._source)
+
     def serve_from(self, cache: FeatureCache, device: torch.device, resident_bytes: int) -> None:
         """From now on training, validation and test batches carry ``features`` from the cache instead of images.
 
         Args:
             cache: An entry for this table.
-            device: Where training happens; training features of up to ``resident_bytes`` are copied there once.
-            resident_bytes: 0 reads every batch from disk.
-
-        Raises:
-            DamagedCacheError: a row fails its checksum; rows that stay on disk are checked when first read.
+            device: Where training happens; splits are copied there once, as long as they fit.
+            resident_bytes: How much may be copied; what does not fit is read from disk batch by batch.
         """
-        self._cache, self._resident_on, self._resident_limit = cache, device, resident_bytes
+        self._cache, self._resident_on, self._resident_room = cache, device, resident_bytes
         self._resident.clear()
-        for split in SPLITS:
-            if rows := self._rows(split):
-                self._served(rows)
 
     def _served(self, rows: list[Row]) -> CachedBatches:
         """The rows' batches, copied to the device if they fit; made once per split."""
-        key = (rows[0].id, len(rows))
+        key = tuple(row.id for row in rows)
         if key not in self._resident:
             needed = len(rows) * sum(level[0].nbytes for level in self._cache.levels)
             normalised = TableDataset(rows, self._source, self.mean, self.std).normalised
-            device = self._resident_on if needed <= self._resident_limit else None
-            self._resident[key] = CachedBatches(self._cache, rows, normalised, device)
+            fits = needed <= self._resident_room
+            self._resident_room -= needed if fits else 0
+            self._resident[key] = CachedBatches(self._cache, rows, normalised, self._resident_on if fits else None)
         return self._resident[key]
 
     def _loader(
@@ -360,6 +364,7 @@ class UnifiedDataModule(L.LightningDataModule):
     ) -> DataLoader:
         workers = self._workers()
         if self._cache is not None and dataset.rows[0].label != UNKNOWN:
+            workers = 0 if self._resident_on.type == "cpu" else workers  # a batch is one copy of a millisecond
             return cached_loader(self._served(dataset.rows), sampler, batch_size, drop_last, workers)
         return DataLoader(
             dataset,

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.progress import track
-from torch import Tensor
 
 from datamodules import UnifiedDataModule
-from datamodules.feature_cache import CacheSpec, CacheTooLargeError, DamagedCacheError, FeatureCache, open_or_build
+from datamodules.feature_cache import CacheSpec, CacheTooLargeError, Computed, FeatureCache, open_or_build
 from lightning_modules.base import ReconstructionModule
 
 BATCH = 32
@@ -27,14 +25,14 @@ class CacheConfig:
         mode: ``float32`` (bit-exact), ``float16`` (half the size, not exact) or ``off``.
         root: Its folder.
         budget_gb: GiB that it may take on disk; the least recently used entries make room.
-        resident_gb: Training features up to this size are held in the memory of the training device; larger ones are
-            read from disk batch by batch.
+        resident_gb: GiB of a GPU's memory that may hold features; by default half of what is free. What does not fit,
+            and everything on a CPU, is read from disk batch by batch.
     """
 
     mode: str = "float32"
     root: str = "results/cache"
     budget_gb: float = 50.0
-    resident_gb: float = 4.0
+    resident_gb: float | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in ("float32", "float16", "off"):
@@ -44,59 +42,75 @@ class CacheConfig:
 def attach(
     model: ReconstructionModule, data: UnifiedDataModule, config: CacheConfig, device: torch.device, build: bool
 ) -> None:
-    """Gives the data module an entry of the cache to serve ``features`` from; without ``build`` only one that exists.
+    """Lets the data module serve ``features`` from the cache, or, where that cannot be, at least decoded images.
 
-    Nothing happens, with a word why, when the cache is off, when images are augmented (their features differ each time)
-    or when the features would not fit.
+    Features cannot be served when images are augmented (their features differ each time) or do not fit into the budget;
+    then the resized images are kept, and the backbone runs in every step. Without ``build``, only an entry that exists
+    is used.
     """
     if config.mode == "off":
         return
-    if data.augmentation != "none":
-        rank_zero_info(f"No feature cache: images are augmented ({data.augmentation}), so their features differ each time.")
-        return
     data.setup("fit")
+    source = {"content": data.content(), "image_size": tuple(data.image_size), "resize": data.resize}
     provenance = model.extractor.provenance
-    spec = CacheSpec(
+    features = CacheSpec(
+        **source,
         backbone={k: provenance[k] for k in ("name", "sha256", "padding")} | {"levels": list(model.extractor.config.levels)},
         preparation=model.preparation,
-        image_size=tuple(data.image_size),
-        resize=data.resize,
         mean=tuple(data.mean),
         std=tuple(data.std),
-        fingerprint=data.fingerprint,
         dtype=config.mode,
         images=model.needs_images,
     )
-    root = Path(config.root)
-    if not build and not (root / spec.key / "meta.json").exists():
-        return
-    try:
-        cache = _open(root, spec, model, data, config, device)
+    if data.augmentation == "none":
         try:
-            data.serve_from(cache, device, int(config.resident_gb * 2**30))
-        except DamagedCacheError as error:
-            rank_zero_warn(str(error))
-            data.serve_from(_open(root, spec, model, data, config, device), device, int(config.resident_gb * 2**30))
+            cache = _open(features, model, data, config, device, build)
+            if cache is not None:
+                data.serve_from(cache, device, _resident_bytes(config, device))
+            return
+        except CacheTooLargeError as error:
+            why = f"it {error}"
+    else:
+        why = f"images are augmented ({data.augmentation}), so their features differ each time"
+    rank_zero_info(f"No feature cache: {why}. The backbone runs in every step; decoded images are cached.")
+    try:
+        cache = _open(CacheSpec(**source, images=True), model, data, config, device, build)
+        if cache is not None:
+            data.serve_images_from(cache)
     except CacheTooLargeError as error:
-        rank_zero_info(f"No feature cache: it {error}. Images are read and the backbone runs in every step.")
+        rank_zero_info(f"No image cache: it {error}. Images are read and decoded in every step.")
+
+
+def _resident_bytes(config: CacheConfig, device: torch.device) -> int:
+    """Bytes of features that may live on the training device."""
+    if device.type != "cuda":
+        return 0  # the system keeps the file in memory anyway, as far as there is room
+    if config.resident_gb is not None:
+        return int(config.resident_gb * 2**30)
+    return torch.cuda.mem_get_info(device)[0] // 2
 
 
 def _open(
-    root: Path,
     spec: CacheSpec,
     model: ReconstructionModule,
     data: UnifiedDataModule,
     config: CacheConfig,
     device: torch.device,
-) -> FeatureCache:
+    build: bool,
+) -> FeatureCache | None:
+    """The entry of ``spec``; None if it does not exist and shall not be built."""
+
     @torch.no_grad()
-    def compute(first: int) -> Iterator[tuple[list[Tensor], Tensor, Tensor | None]]:
+    def compute(first: int) -> Computed:
         home = model.device
         model.extractor.to(device)
         loader = data.all_images(first, BATCH)
-        for batch in track(loader, "Backbone features", disable=not sys.stdout.isatty(), transient=True):
-            levels = model.prepare(model.extractor(batch["image"].to(device)))
+        for batch in track(loader, "Cache", disable=not sys.stdout.isatty(), transient=True):
+            levels = [] if spec.backbone is None else model.prepare(model.extractor(batch["image"].to(device)))
             yield levels, batch["mask"], batch["pixels"] if spec.images else None
         model.extractor.to(home)
 
-    return open_or_build(root, spec, len(data.table), compute, int(config.budget_gb * 2**30))
+    root = Path(config.root)
+    if not build and not (root / spec.key / "meta.json").exists():
+        return None
+    return open_or_build(root, spec, len(data.table), compute, int(config.budget_gb * 2**30), rank_zero_info)

@@ -31,6 +31,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 import datamodules
 import lightning_modules
 from datamodules.errors import DataError
+from datamodules.feature_cache import NonFiniteFeaturesError
 from lightning_modules import heatmaps, per_category, tracking
 from lightning_modules.arguments import PlainParser
 from lightning_modules.base import NonFiniteLossError, ReconstructionModule
@@ -404,5 +405,5 @@ def main(arguments: list[str] | None = None) -> None:
     except SIGTERMException:
         tracking.report_preemption()
         sys.exit(143)
-    except (DataError, NonFiniteLossError) as error:
+    except (DataError, NonFiniteFeaturesError, NonFiniteLossError) as error:
         raise SystemExit(f"error: {error}") from error

@@ -129,7 +129,7 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data"))
 
 
-@pytest.fixture()
+@pytest.fixture
 def project(tmp_path: Path, data_root: Path) -> Project:
     """A folder without any run."""
     return Project(tmp_path, data_root)

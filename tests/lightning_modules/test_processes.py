@@ -27,7 +27,12 @@ def _program(arguments: list[str], **variables: str) -> None:
 
 
 def test_two_processes_find_the_numbers_of_one(trained):
-    more = ["--trainer.devices=2", "--trainer.strategy=ddp", f"--ckpt_path={trained.checkpoint()}", "--data.init_args.eval_batch_size=3"]
+    more = [
+        "--trainer.devices=2",
+        "--trainer.strategy=ddp",
+        f"--ckpt_path={trained.checkpoint()}",
+        "--data.init_args.eval_batch_size=3",
+    ]
     _program(trained.arguments(*more, command="test", name="two"))
     one, two = trained.record("first"), trained.record("two")
     assert two.record.provenance["world_size"] == 2
