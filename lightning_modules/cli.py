@@ -37,7 +37,7 @@ from lightning_modules.arguments import PlainParser
 from lightning_modules.base import NonFiniteLossError, ReconstructionModule
 from lightning_modules.caching import CacheConfig, attach
 from lightning_modules.callbacks import EpochSeed, History, Predictions, Progress
-from lightning_modules.evaluation import Evaluation, TestCurve
+from lightning_modules.evaluation import Evaluation, EvaluationCurve
 from lightning_modules.run import RunConfig, provenance, sweep_parameters
 from results.records import RunRecord, write_record
 
@@ -223,7 +223,7 @@ class UniReconCLI(LightningCLI):
             select, released_every = model.recipe.best_on_test
             every = every or released_every
         if every:
-            self.curve = TestCurve(self.history, every, select, model.recipe.best_on_test_tie)
+            self.curve = EvaluationCurve(self.history, every, select, model.recipe.best_on_test_tie)
             callbacks.append(self.curve)
         checkpoint = ModelCheckpoint(
             run.work / "checkpoints",

@@ -107,7 +107,7 @@ class Evaluation(L.Callback):
             print_metrics(self.result.table)
 
 
-class TestCurve(L.Callback):
+class EvaluationCurve(L.Callback):
     """Image and pixel AUROC on the test set every ``every`` epochs while training, for a curve.
 
     With ``select`` (protocol ``as_released`` only) the weights of the best epoch by that metric are put back when training

@@ -19,7 +19,7 @@ from lightning_modules.base import OptimizerConfig
 from lightning_modules.callbacks import History
 from lightning_modules.cli import main
 from lightning_modules.dfr import DFR
-from lightning_modules.evaluation import Evaluation, TestCurve
+from lightning_modules.evaluation import Evaluation, EvaluationCurve
 from lightning_modules.ulsad import ULSAD, QuantileConfig
 from models.backbones import BackboneConfig
 from results.records import read_record
@@ -187,7 +187,7 @@ def test_a_checkpoint_brings_statistics_and_quantiles_and_scores_the_same(loco, 
 
 
 def released(root, tmp_path, tie, best_epoch=None):
-    curve = TestCurve(History(), 1, "image_auroc", tie)
+    curve = EvaluationCurve(History(), 1, "image_auroc", tie)
     module, source, _ = fitted(root, tmp_path, epochs=3, callbacks=[curve], protocol=("as_released", "best_on_test"))
     return module, source, curve
 
@@ -199,7 +199,7 @@ def test_as_released_keeps_quantiles_only_if_the_last_epoch_is_the_best(loco, tm
         ([0.8, 0.8, 0.8], 0, False),
     ):
         means = iter(values)
-        monkeypatch.setattr(TestCurve, "_is_best", _scripted(TestCurve._is_best, means))
+        monkeypatch.setattr(EvaluationCurve, "_is_best", _scripted(EvaluationCurve._is_best, means))
         module, _, curve = released(loco, tmp_path, "first")
         assert curve.best[1] == expected
         assert bool(module.network.quantiles.groups) == has_quantiles

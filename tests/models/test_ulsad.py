@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from models.head import AnomalyHead, HeadConfig
 from models.reconstruction import Pair
 from models.ulsad import (
-    ULSADNetwork,
     BranchQuantiles,
     ChannelStatistics,
     FeatureAggregator,
     FeatureReconstructionNetwork,
     GlobalAutoencoder,
     ULSADDetails,
+    ULSADNetwork,
     feature_attention,
     resolve_global_map,
     ulsad_distance,
