@@ -88,9 +88,9 @@ def environment_arguments(environment: Mapping[str, str]) -> list[str]:
         raise SystemExit(f"CATEGORIES={','.join(categories)} needs exactly one DATASET; found {len(names)}.")
     arguments = []
     if names:
-        datasets: list[dict[str, Any]] = [{"name": n, "root": r} for n, r in zip(names, roots, strict=True)]
-        if categories:
-            datasets[0]["categories"] = categories
+        # Every key is written: what is left out would be taken over from the configuration files.
+        chosen = categories or None
+        datasets = [{"name": n, "root": r, "categories": chosen, "label": None} for n, r in zip(names, roots, strict=True)]
         arguments.append(f"--data.init_args.datasets={json.dumps(datasets)}")
     for variable, key in (("BACKBONE", "name"), ("WEIGHTS", "weights")):
         if environment.get(variable):
@@ -198,6 +198,8 @@ class UniReconCLI(LightningCLI):
             raise SystemExit(
                 f"{self.run_config.record} is already a finished run: choose another --run.name, or --run.overwrite=true."
             )
+        if self.subcommand == "fit" and self.run_config.record.exists():
+            (self.run_config.work / "checkpoints" / "last.ckpt").unlink(missing_ok=True)  # the finished run's
         given = self._get(self.config_init, "trainer")
         self.evaluation, self.history, self.curve = Evaluation(), History(), None
         own = [EpochSeed(self.config[self.subcommand].seed_everything), self.evaluation, self.history, *self._callbacks()]

@@ -24,13 +24,14 @@ def test_without_variables_arguments_are_left_alone():
 def test_one_dataset_with_categories_becomes_one_argument():
     arguments = environment_arguments({"DATASET": "mvtec_ad", "DATA_ROOT": "/d", "CATEGORIES": "bottle,cable"})
     assert arguments == [
-        '--data.init_args.datasets=[{"name": "mvtec_ad", "root": "/d", "categories": ["bottle", "cable"]}]'
+        '--data.init_args.datasets=[{"name": "mvtec_ad", "root": "/d", "categories": ["bottle", "cable"], "label": null}]'
     ]
 
 
 def test_several_datasets_pair_with_their_roots_in_order():
     (argument,) = environment_arguments({"DATASET": "mvtec_ad,visa", "DATA_ROOT": "/m,/v"})
-    assert argument.endswith('[{"name": "mvtec_ad", "root": "/m"}, {"name": "visa", "root": "/v"}]')
+    rest = '"categories": null, "label": null'
+    assert argument.endswith(f'[{{"name": "mvtec_ad", "root": "/m", {rest}}}, {{"name": "visa", "root": "/v", {rest}}}]')
 
 
 @pytest.mark.parametrize(
