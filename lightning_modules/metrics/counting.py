@@ -6,22 +6,21 @@ are <= k is one look-up and one popcount. Counting all pixels by that number ("s
 anomalous score, how many pixels are above it and how many equal it. Counts add up over images, which is what threads,
 files on disk and processes use.
 
-Pixels are first grouped by the high bits of their key with scipy's counting sort (the transposition of a one-row sparse
-matrix, a few ns per pixel), so that the look-ups walk through the table instead of jumping about in it.
+The pixels of an image are grouped once by the high 16 bits of their key (their "page") with scipy's counting sort (the
+transposition of a one-row sparse matrix, a few ns per pixel). Then the key axis is worked through in windows of a few
+pages, whose tables and counts stay in the cache of a core and whose pixels are slices of the groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from scipy.sparse import csr_array
 
 SLICE = 1 << 14  # pixels looked up at a time: the temporaries stay in the first cache levels
-GROUP_BITS = 12  # pixels are grouped into at most 4,096 stretches of the key axis
-
-
+PAGE_BITS = 16
 INFINITY = 0x7F800000  # key of +inf; -inf has the key -INFINITY - 1, and NaN lies beyond one of the two
 
 
@@ -82,21 +81,30 @@ def first_of_each(ordered: np.ndarray) -> np.ndarray:
     return np.flatnonzero(new)
 
 
-class Workspace:
-    """Scratch arrays of one thread for `SLICE` pixels."""
+def group_pages(keys: np.ndarray) -> np.ndarray:
+    """The int32 keys (N,) with their pages (key >> 16) in ascending order."""
+    if not len(keys):
+        return keys
+    pages = keys >> PAGE_BITS
+    pages -= pages.min()
+    return counting_sort(keys, pages, int(pages.max()) + 1)
 
-    def __init__(self) -> None:
+
+class Workspace:
+    """Scratch arrays of one thread. counts: integer type of the pixel counts."""
+
+    def __init__(self, counts: type) -> None:
         self.index = np.empty(SLICE, dtype=np.int64)
         self.a, self.b = (np.empty(SLICE, dtype=np.int32) for _ in range(2))
         self.words, self.shift = (np.empty(SLICE, dtype=np.uint64) for _ in range(2))
         self.bits, self.more = (np.empty(SLICE, dtype=np.uint8) for _ in range(2))
-        self.ones = torch.ones(SLICE, dtype=torch.int32)
-        self._slots = np.empty(0, dtype=np.int32)
+        self.ones = torch.from_numpy(np.ones(SLICE, dtype=counts))
+        self._slots = np.empty(0, dtype=counts)
 
     def slots(self, size: int) -> np.ndarray:
-        """int32 (size,) zeros, in memory that is used again."""
+        """(size,) zeros, in memory that is used again."""
         if len(self._slots) < size:
-            self._slots = np.empty(size, dtype=np.int32)
+            self._slots = np.empty(size, dtype=self._slots.dtype)
         self._slots[:size] = 0
         return self._slots[:size]
 
@@ -104,14 +112,14 @@ class Workspace:
 class RankTable:
     """Slots of keys among a set of distinct keys.
 
-    keys: arrays of ascending, distinct int32 keys; the set is their union and must not be empty. low: no key that is
-    looked up is below it (default: one below the lowest member).
+    keys: arrays of ascending, distinct int32 keys; the set is their union and must not be empty. low: no key, member or
+    not, is below it.
     The slot of a key k is 2 * (members <= k) - (1 if k is a member), 0 .. 2 * size.
     """
 
-    def __init__(self, keys: Sequence[np.ndarray], low: int | None = None) -> None:
+    def __init__(self, keys: Sequence[np.ndarray], low: int) -> None:
         keys = [k for k in keys if len(k)]
-        self.low = min(int(k[0]) for k in keys) - 1 if low is None else low
+        self.low = low
         self.span = max(int(k[-1]) for k in keys) + 1 - self.low  # all higher keys have the slot of this offset
         self.words = np.zeros((self.span >> 6) + 1, dtype=np.uint64)
         for k in keys:
@@ -125,7 +133,6 @@ class RankTable:
         self.size = int(self.below[-1])
         self.below -= bits
         self.below *= 2
-        self.group_shift = max(0, self.span.bit_length() - GROUP_BITS)
 
     def members(self) -> np.ndarray:
         """int32 (size,): the set, ascending."""
@@ -135,12 +142,6 @@ class RankTable:
     def offsets(self, keys: np.ndarray) -> np.ndarray:
         """uint32 distances of int32 keys from `low` (wraps around: keys below `low` become very large)."""
         return keys.view(np.uint32) - np.uint32(self.low & 0xFFFFFFFF)
-
-    def group(self, offsets: np.ndarray) -> np.ndarray:
-        """Offsets (uint32 (N,), overwritten), cut at the span, grouped by their high bits."""
-        np.minimum(offsets, np.uint32(self.span), out=offsets)
-        digits = (offsets >> np.uint32(self.group_shift)).view(np.int32)
-        return counting_sort(offsets, digits, (self.span >> self.group_shift) + 1)
 
     def slots(self, offsets: np.ndarray, space: Workspace) -> np.ndarray:
         """int32 slots, in `space.a`, of at most SLICE offsets (uint32, at most the span)."""
@@ -162,13 +163,23 @@ class RankTable:
         np.add(slots, bits, out=slots)
         return slots
 
-    def count(self, offsets: np.ndarray, slots: np.ndarray, space: Workspace) -> None:
-        """Adds to `slots` (int32 (2 * size + 1,)) the number of offsets (uint32 (N,), overwritten) in each slot."""
+    def count(self, keys: Iterable[np.ndarray], space: Workspace) -> np.ndarray:
+        """(2 * size + 1,), in memory of `space`: how many of the keys have this slot or a higher one.
+
+        keys: int32 arrays, overwritten; none may hold a key below `low`.
+        """
+        slots = space.slots(2 * self.size + 1)
         target = torch.from_numpy(slots)
-        grouped = self.group(offsets)
-        for start in range(0, len(grouped), SLICE):
-            slot = self.slots(grouped[start : start + SLICE], space)
-            target.index_add_(0, torch.from_numpy(slot), space.ones[: len(slot)])
+        for part in keys:
+            offsets = part.view(np.uint32)
+            np.subtract(offsets, np.uint32(self.low & 0xFFFFFFFF), out=offsets)
+            np.minimum(offsets, np.uint32(self.span), out=offsets)
+            for start in range(0, len(offsets), SLICE):
+                slot = self.slots(offsets[start : start + SLICE], space)
+                target.index_add_(0, torch.from_numpy(slot), space.ones[: len(slot)])
+        running = slots[::-1]
+        np.cumsum(running, dtype=slots.dtype, out=running)
+        return slots
 
     def positions(self, keys: np.ndarray, space: Workspace) -> np.ndarray:
         """int32 (N,): which member, ascending, each of the keys (all members) is."""

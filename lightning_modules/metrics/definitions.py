@@ -16,7 +16,7 @@ _DICE = (
     "mean over images of 2|P&G| / (|P| + |G|), P = pixels with score >= t, G = mask; "
     "an image whose mask is empty counts 1 if P is empty, else 0"
 )
-_IOU = _DICE.replace("2|P&G| / (|P| + |G|)", "|P&G| / |P|G|").replace("|P|G|", "|P or G|")
+_IOU = _DICE.replace("2|P&G| / (|P| + |G|)", "|P&G| / |P or G|")
 _UNIAS = "t* = the score with the highest precision + recall on the pixel PR curve, the lowest such score (UniAS rule)"
 
 IMAGE_DEFINITIONS: dict[str, str] = {

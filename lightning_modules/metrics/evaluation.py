@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from .counting import (
-    SLICE,
-    RankTable,
-    Workspace,
-    first_of_each,
-    key_order,
-)
+from .counting import PAGE_BITS, RankTable, Workspace, first_of_each, key_order
 from .ranking import Ranking
-from .store import Category, DeviceMaps
+from .store import HIGHEST, LOWEST, Category, DeviceMaps
 from .sync import Group
 
-CHUNK_PIXELS = 1 << 20  # pixels grouped at a time, over all threads: 4 bytes each, and 16 for those in the window
-WINDOW_BYTES = 26 << 20  # size of a window: what its rank table and its counts take
-KEY_BYTES = 64  # per distinct anomalous score in a window
-DEVICE_WINDOW_BYTES = 256 << 20  # on an accelerator a window costs a sort of all maps
-PAGE_BYTES = 12 << 10  # per 65,536 keys that a window spans
-LOWEST, HIGHEST = -(1 << 31), 1 << 31
+CHUNK_PIXELS = 1 << 19  # pixels per task where the order of the work is free
+WINDOW = (1 << 16, 64)  # distinct anomalous scores and pages: at most 1.5 MB, about the cache of a core
+STRETCH_KEYS = 5 << 17  # distinct anomalous scores in the windows of a stretch: about 40 bytes each
+DEVICE_WINDOW = (1 << 22, 1 << 12)  # on an accelerator a window costs a sort of all maps
 Found = tuple[np.ndarray, np.ndarray, np.ndarray]  # distinct keys ascending, how often each occurs, region weights
+Window = tuple[int, int, int]  # keys [low, high), and at most how many distinct anomalous ones
 
 
 def default_threads() -> int:
@@ -51,8 +44,8 @@ class PixelResult:
     """Pixel ranking of one group of images (a category or several pooled) and its overlaps at thresholds.
 
     images: those with a mask; labelled: those of them that are labelled anomalous; anomalous: those whose mask is not
-    empty. at_sum, at_f1, at_all: overlaps at the
-    precision + recall threshold, the F1 threshold and when everything is predicted.
+    empty. at_sum, at_f1, at_all: overlaps at the precision + recall threshold, at the F1 threshold and when everything
+    is predicted.
     """
 
     images: int
@@ -64,24 +57,45 @@ class PixelResult:
     at_all: Overlap = field(default_factory=Overlap)
 
 
-def windows(histogram: np.ndarray, budget: int) -> list[tuple[int, int]]:
-    """Ranges [low, high) of keys, descending, that cover the key axis down to the lowest anomalous score.
+def windows(histogram: np.ndarray, most_keys: int, most_pages: int) -> list[Window]:
+    """Windows, descending, that cover the key axis down to the page of the lowest anomalous score.
 
-    histogram: int64 (65536,), anomalous pixels by the high 16 bits of their key (shifted to be non-negative), that is
-    by page. A range takes at most `budget` bytes, or is a single page.
+    histogram: int64 (65536,), anomalous pixels by the page of their key (page 0 = the lowest). A window holds at most
+    `most_keys` distinct anomalous scores on at most `most_pages` pages, or is a single page.
     """
-    result: list[tuple[int, int]] = []
+    result: list[Window] = []
     high, top, keys, low = HIGHEST, None, 0, HIGHEST
     for page in np.flatnonzero(histogram)[::-1].tolist():
-        distinct = min(int(histogram[page]), 1 << 16)
-        if top is not None and (keys + distinct) * KEY_BYTES + (top - page + 1) * PAGE_BYTES > budget:
-            result.append((low, high))
+        distinct = min(int(histogram[page]), 1 << PAGE_BITS)
+        if top is not None and (keys + distinct > most_keys or top - page + 1 > most_pages):
+            result.append((low, high, keys))
             high, top, keys = low, None, 0
         top = page if top is None else top
-        low, keys = (page << 16) + LOWEST, keys + distinct
+        low, keys = (page << PAGE_BITS) + LOWEST, keys + distinct
     if top is not None:
-        result.append((low, high))
+        result.append((low, high, keys))
     return result
+
+
+def stretches(all_windows: Sequence[Window], most_keys: int) -> list[list[Window]]:
+    """Consecutive windows with at most `most_keys` distinct anomalous scores together (or a single window)."""
+    result: list[list[Window]] = []
+    for window in all_windows:
+        if result and sum(keys for _, _, keys in result[-1]) + window[2] <= most_keys:
+            result[-1].append(window)
+        else:
+            result.append([window])
+    return result
+
+
+@dataclass
+class Counted:
+    """What a window holds: for each category (2, U) normal pixels at or above and above each key, and how many in all."""
+
+    categories: list[np.ndarray]
+    inside: np.ndarray
+    pooled: np.ndarray  # (2 * U + 1,) for the keys of all categories together, by slot
+    table: RankTable
 
 
 class PixelEvaluation:
@@ -95,7 +109,6 @@ class PixelEvaluation:
         self.group = group
         self.threads = threads
         self.limits = limits
-        self.chunk_pixels = max(SLICE, CHUNK_PIXELS // threads)
         self._local = threading.local()
 
     def run(self, pooled: bool, overlaps: bool) -> tuple[list[PixelResult], PixelResult]:
@@ -104,14 +117,14 @@ class PixelEvaluation:
         self.results = [self._result(*row) for row in totals.tolist()]
         self.pooled = self._result(*totals.sum(axis=0).tolist())
         self.wants_pooled = pooled
+        self.counts = np.int64 if totals[:, 3].sum() >= 1 << 31 else np.int32
+        on_device = np.array([any(isinstance(c.maps, DeviceMaps) for c in self.categories)], dtype=np.int64)
+        size = DEVICE_WINDOW if self.group.sum(on_device).any() else WINDOW
         with ThreadPoolExecutor(self.threads) as pool:
             self.map: Callable = pool.map
-            histogram = self.group.sum(sum(self.map(self._histogram, self.categories), np.zeros(1 << 16, np.int64)))
             counted = np.zeros(len(self.categories), dtype=np.int64)
-            on_device = np.array([any(isinstance(c.maps, DeviceMaps) for c in self.categories)], dtype=np.int64)
-            budget = DEVICE_WINDOW_BYTES if self.group.sum(on_device).any() else WINDOW_BYTES
-            for low, high in windows(histogram, budget):
-                counted += self._window(low, high, counted)
+            for stretch in stretches(windows(self._histogram(), *size), STRETCH_KEYS):
+                counted += self._stretch(stretch, counted)
             if overlaps:
                 self._overlaps()
         return self.results, self.pooled
@@ -137,78 +150,117 @@ class PixelEvaluation:
 
     def _space(self) -> Workspace:
         if not hasattr(self._local, "space"):
-            self._local.space = Workspace()
+            self._local.space = Workspace(self.counts)
         return self._local.space
 
-    def _histogram(self, category: Category) -> np.ndarray:
-        histogram = np.zeros(1 << 16, dtype=np.int64)
-        for rows in category.chunks(self.chunk_pixels):
-            keys = category.anomalous(rows)[0]
-            histogram += np.bincount((keys >> 16) + (1 << 15), minlength=1 << 16)
-        return histogram
+    def _chunks(self) -> list[tuple[int, np.ndarray]]:
+        """(category number, rows) pieces of all maps."""
+        return [(number, rows) for number, c in enumerate(self.categories) for rows in c.chunks(CHUNK_PIXELS)]
+
+    def _histogram(self) -> np.ndarray:
+        """Anomalous pixels by page. Prepares the maps for counting."""
+        histogram, lock = np.zeros(1 << 16, dtype=np.int64), threading.Lock()
+
+        def prepare(task: tuple[int, np.ndarray]) -> None:
+            category, rows = self.categories[task[0]], task[1]
+            category.prepare(rows)
+            pages = (category.anomalous(rows)[0] >> PAGE_BITS) + (1 << 15)
+            found, times = np.unique(pages, return_counts=True)
+            with lock:
+                histogram[found] += times
+
+        list(self.map(prepare, self._chunks()))
+        return self.group.sum(histogram)
 
     def _collect(self, category: Category, low: int, high: int) -> Found:
         """Distinct anomalous keys in [low, high) of this process, how often each occurs and their region weights."""
         found: Found = (np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int32), np.zeros(0))
         waiting = [found]
-        for rows in category.chunks(self.chunk_pixels):
+        for rows in category.chunks(CHUNK_PIXELS):
             keys, weights = category.anomalous(rows)
             inside = (keys >= low) & (keys < high)
             keys = keys[inside]
             waiting.append((keys, np.ones(len(keys), dtype=np.int32), weights[inside]))
-            if sum(len(keys) for keys, _, _ in waiting) > 2 * len(waiting[0][0]) + self.chunk_pixels:
+            if sum(len(keys) for keys, _, _ in waiting) > 2 * len(waiting[0][0]) + CHUNK_PIXELS:
                 waiting = [merge(waiting)]
         return merge(waiting)
 
-    def _window(self, low: int, high: int, counted: np.ndarray) -> np.ndarray:
-        """Feeds the scores in [low, high) to the rankings. counted: pixels of each category at or above `high`."""
-        found = list(self.map(lambda c: self._collect(c, low, high), self.categories))
+    def _stretch(self, stretch: list[Window], counted: np.ndarray) -> np.ndarray:
+        """Feeds the scores of some windows to the rankings.
+
+        counted: normal pixels of each category above the stretch. Returns the normal pixels of each category in it.
+        """
+        edges = [*(low for low, _, _ in stretch[::-1]), stretch[0][1]]
+        found = list(self.map(lambda c: self._collect(c, edges[0], edges[-1]), self.categories))
         found = self._merge_processes(found)
-        table = RankTable([keys for keys, _, _ in found], low)
-        positions = [table.positions(keys, self._space()) for keys, _, _ in found]
-        total = np.zeros(2 * table.size + 1 if self.wants_pooled else 0, dtype=np.int64 if self._many() else np.int32)
-        counts = [np.zeros((2, len(keys)), dtype=total.dtype) for keys, _, _ in found]  # at or above, above
-        inside = np.zeros(len(found), dtype=np.int64)
-        lock = threading.Lock()
+        cuts = [np.searchsorted(keys, edges) for keys, _, _ in found]
+        rows = [c.scored_rows() for c in self.categories]
+        bounds = list(self.map(lambda i: self.categories[i].maps.bounds(rows[i], edges), range(len(found))))
 
-        def count(task: tuple[int, list[np.ndarray]]) -> None:
-            number, chunks = task
-            slots = self.categories[number].maps.count(chunks, low, high, table, self._space())
-            position = 2 * positions[number].astype(np.int64)
-            with lock:
-                counts[number][0] += slots[position + 1]
-                counts[number][1] += slots[position + 2]
-                inside[number] += slots[0]
+        def part(number: int, k: int) -> Found:
+            chosen = slice(cuts[number][k], cuts[number][k + 1])
+            return tuple(column[chosen] for column in found[number])
+
+        def count(k: int) -> Counted:
+            space = self._space()
+            keys = [part(number, k)[0] for number in range(len(found))]
+            table = RankTable(keys, edges[k])
+            pooled = np.zeros(2 * table.size + 1 if self.wants_pooled else 0, dtype=self.counts)
+            inside, categories = np.zeros(len(found), dtype=np.int64), []
+            for number, category in enumerate(self.categories):
+                position = 2 * table.positions(keys[number], space).astype(np.int64)
+                window = bounds[number][:, k : k + 2]
+                slots = category.maps.count(rows[number], category.of(rows[number]), window, table, space)
                 if self.wants_pooled:
-                    np.add(total, slots, out=total)
+                    np.add(pooled, slots, out=pooled)
+                inside[number] = slots[0]
+                categories.append(np.stack((slots[position + 1], slots[position + 2])).astype(self.counts))
+            return Counted(categories, inside, pooled, table)
 
-        list(self.map(count, self._tasks()))
-        counts = [c.reshape(2, -1) for c in self.group.sum_all([c.reshape(-1) for c in counts])]
-        total = self.group.sum(total)
-        inside = self.group.sum(inside)
+        order = range(len(stretch) - 1, -1, -1)
+        windows_counted = []
+        for k, window in zip(order, self._sum_processes(self.map(count, order)), strict=True):
+            if self.wants_pooled:
+                above = int(counted.sum()) + sum(int(w.inside.sum()) for w in windows_counted)
+                self._rank_pooled([part(number, k) for number in range(len(found))], window, above)
+            window.pooled = window.table = None
+            windows_counted.append(window)
 
         def rank(number: int) -> None:
-            keys, hits, weights = found[number]
-            ge, gt = counts[number][:, ::-1]
-            self.results[number].ranking.add(
-                keys[::-1], hits[::-1], ge, gt, weights[::-1], counted=int(counted[number])
-            )
+            above, false = int(counted[number]), []
+            for window in windows_counted:
+                false.append(window.categories[number][:, ::-1].astype(np.int64) + above)
+                above += int(window.inside[number])
+            false_at, false_above = np.concatenate(false, axis=1)
+            keys, hits, weights = (column[::-1] for column in found[number])
+            self.results[number].ranking.add(keys, hits, false_at, false_above, weights)
 
         list(self.map(rank, range(len(found))))
-        if self.wants_pooled:
-            del counts
-            keys = np.empty(table.size, dtype=np.int32)
-            hits = np.zeros(table.size, dtype=np.int32)
-            weights = np.zeros(table.size)
-            for position, (own_keys, own_hits, own_weights) in zip(positions, found, strict=True):
-                keys[position] = own_keys
-                hits[position] += own_hits
-                weights[position] += own_weights
-            above = int(counted.sum())
-            self.pooled.ranking.add(
-                keys[::-1], hits[::-1], total[1::2][::-1], total[2::2][::-1], weights[::-1], counted=above
-            )
-        return inside
+        return sum(window.inside for window in windows_counted)
+
+    def _rank_pooled(self, parts: list[Found], window: Counted, above: int) -> None:
+        table = window.table
+        keys, hits, weights = np.empty(table.size, np.int32), np.zeros(table.size, np.int32), np.zeros(table.size)
+        for own_keys, own_hits, own_weights in parts:
+            position = table.positions(own_keys, self._space())
+            keys[position] = own_keys
+            hits[position] += own_hits
+            weights[position] += own_weights
+        false_at, false_above = window.pooled[1::2], window.pooled[2::2]
+        columns = (column[::-1] for column in (keys, hits, false_at, false_above, weights))
+        self.pooled.ranking.add(*columns, counted=above)
+
+    def _sum_processes(self, windows_counted: Iterable[Counted]) -> Iterable[Counted]:
+        """The counts of all processes, in one message for the windows of a stretch."""
+        if self.group.size == 1:
+            return windows_counted
+        windows_counted = list(windows_counted)
+        arrays = [[*w.categories, w.pooled, w.inside.astype(self.counts)] for w in windows_counted]
+        sums = iter(self.group.sum_all([array.reshape(-1) for window in arrays for array in window]))
+        for window in windows_counted:
+            window.categories = [next(sums).reshape(2, -1) for _ in window.categories]
+            window.pooled, window.inside = next(sums), next(sums).astype(np.int64)
+        return windows_counted
 
     def _merge_processes(self, found: list[Found]) -> list[Found]:
         """The union over the processes of what each found, per category; the same on all of them."""
@@ -222,32 +274,23 @@ class PixelEvaluation:
         ranks = range(self.group.size)
         return [merge([tuple(column[r][i] for column in pieces) for r in ranks]) for i in range(len(found))]
 
-    def _many(self) -> bool:
-        return sum(r.ranking.positives + r.ranking.negatives for r in self.results) >= 1 << 31
-
-    def _tasks(self) -> list[tuple[int, list[np.ndarray]]]:
-        """(category number, chunks of rows), largest first: whole categories, or parts of them if they are few."""
-        pieces = -(-2 * self.threads // max(len(self.categories), 1)) if len(self.categories) < 2 * self.threads else 1
-        tasks = []
-        for number, category in enumerate(self.categories):
-            chunks = category.chunks(self.chunk_pixels)
-            size = min(max(1, -(-len(chunks) // pieces)), (1 << 30) // self.chunk_pixels)  # counts stay below 2^31
-            tasks.extend((number, chunks[i : i + size]) for i in range(0, len(chunks), size))
-        return sorted(tasks, key=lambda task: -sum(len(rows) for rows in task[1]))
-
     def _overlaps(self) -> None:
         pooled = self.pooled.ranking
+        flat = np.zeros((len(self.categories), 5 if self.wants_pooled else 3, 4))
+        lock = threading.Lock()
 
-        def measure(number: int) -> np.ndarray:
-            category, own = self.categories[number], self.results[number].ranking
+        def measure(task: tuple[int, np.ndarray]) -> None:
+            number, rows = task
+            own = self.results[number].ranking
             thresholds = [LOWEST, own.best_sum.key, own.best_f1.key]
             if self.wants_pooled:
                 thresholds += [pooled.best_sum.key, pooled.best_f1.key]
-            parts = (overlaps(category, rows, thresholds) for rows in category.chunks(self.chunk_pixels))
-            return sum(parts, np.zeros((len(thresholds), 4)))
+            sums = overlaps(self.categories[number], rows, thresholds)
+            with lock:
+                flat[number] += sums
 
-        measured = list(self.map(measure, range(len(self.categories))))
-        flat = self.group.sum(np.array(measured).reshape(-1, 5 if self.wants_pooled else 3, 4))
+        list(self.map(measure, self._chunks()))
+        flat = self.group.sum(flat)
         for number, result in enumerate(self.results):
             result.at_all, result.at_sum, result.at_f1 = (Overlap(*flat[number, k]) for k in range(3))
         if self.wants_pooled:
@@ -260,18 +303,19 @@ def overlaps(category: Category, rows: np.ndarray, thresholds: Sequence[int]) ->
 
     The prediction is key >= threshold. An image whose mask is empty has Dice and IoU 1 if nothing is predicted, else 0.
     """
-    regions = [category.regions[row] for row in rows]
-    keys = category.maps.pick(rows, regions)
-    sizes = np.array([r.pixels for r in regions], dtype=np.int64)
+    regions = category.of(rows)
+    keys = category.maps.anomalous(rows, regions)
+    sizes = np.array([found.pixels for found in regions], dtype=np.int64)
     ends = np.cumsum(sizes)
-    predicted = category.maps.predicted(rows, thresholds)
+    false = category.maps.false_above(rows, regions, thresholds)
     sums = np.zeros((len(thresholds), 4))
     for t, threshold in enumerate(thresholds):
         hits = np.concatenate(([0], np.cumsum(keys >= threshold)))
         both = hits[ends] - hits[ends - sizes]
-        empty, nothing = sizes == 0, predicted[:, t] == 0
-        either = np.where(empty, 1, predicted[:, t] + sizes - both)
-        dice, iou = 2 * both / np.where(empty, 1, predicted[:, t] + sizes), both / either
+        predicted = both + false[:, t]
+        empty, nothing = sizes == 0, predicted == 0
+        dice = 2 * both / np.where(empty, 1, predicted + sizes)
+        iou = both / np.where(empty, 1, predicted + sizes - both)
         normal = float((empty & nothing).sum())
         sums[t] = dice.sum() + normal, iou.sum() + normal, dice.sum(), iou.sum()
     return sums

@@ -1,7 +1,7 @@
 """Threshold metrics from counts.
 
 Every metric here is a function of, for each distinct score u of an anomalous item: how many items are anomalous with
-exactly this score, how many items score >= u and how many score > u. Between two such scores only normal items are
+exactly this score, how many normal items score >= u and how many score > u. Between two such scores only normal items are
 passed: recall and PRO stand still, precision and F1 fall. So nothing but the scores of the anomalous items is a
 candidate threshold, and ties between normal and anomalous items are the difference of the two counts.
 """
@@ -48,40 +48,42 @@ class Ranking:
         self,
         keys: np.ndarray,
         hits: np.ndarray,
-        at_or_above: np.ndarray,
-        above: np.ndarray,
+        false_at: np.ndarray,
+        false_above: np.ndarray,
         weights: np.ndarray | None = None,
         counted: int = 0,
     ) -> None:
         """Add a stretch of distinct scores, all below those added before.
 
-        keys: (U,) descending; hits: int (U,), anomalous items with this score; at_or_above, above: int (U,), all items
-        with score >= and > key; weights: float64 (U,), sum over the anomalous pixels with this score of their weight
-        in the regions (1 / area for PRO); counted: items above all of these that the two counts leave out.
+        keys: (U,) descending; hits: int (U,), anomalous items with this score; false_at, false_above: int (U,), normal
+        items with score >= and > key; weights: float64 (U,), sum over the anomalous pixels with this score of their
+        weight in the regions (1 / area for PRO); counted: normal items above all of these that the two counts leave out.
         """
         for start in range(0, len(keys), BLOCK):
             part = slice(start, start + BLOCK)
-            c, ge, gt = (np.asarray(a[part], dtype=np.int64) for a in (hits, at_or_above, above))
+            c, ge, gt = (np.asarray(a[part], dtype=np.int64) for a in (hits, false_at, false_above))
             ge, gt = ge + counted, gt + counted
             tp = np.cumsum(c) + self._hits
-            false_ge, false_gt = ge - tp, gt - (tp - c)
-            self._pairs += int((c * (2 * self.negatives - false_ge - false_gt)).sum())
-            precision = tp / ge
+            predicted = tp + ge
+            self._pairs += int((c * (2 * self.negatives - ge - gt)).sum())
+            precision = tp / predicted
             self._precision += float((c * precision).sum())
-            self._keep_best(self.best_f1, 2 * tp / (self.positives + ge), keys[part], tp, ge)
-            self._keep_best(self.best_sum, precision + tp / self.positives, keys[part], tp, ge)
+            self._keep_best(self.best_f1, 2 * tp / (self.positives + predicted), keys[part], tp, predicted)
+            self._keep_best(self.best_sum, precision + tp / self.positives, keys[part], tp, predicted)
             if weights is not None:
                 for limit in self.fpr_limits:
-                    area = float((weights[part] * area_right_of(false_gt, false_ge, limit * self.negatives)).sum())
+                    area = float((weights[part] * area_right_of(gt, ge, limit * self.negatives)).sum())
                     self._areas[limit] = self._areas.get(limit, 0.0) + area
             self._hits = int(tp[-1])
 
     @staticmethod
-    def _keep_best(best: Threshold, values: np.ndarray, keys: np.ndarray, tp: np.ndarray, ge: np.ndarray) -> None:
+    def _keep_best(
+        best: Threshold, values: np.ndarray, keys: np.ndarray, tp: np.ndarray, predicted: np.ndarray
+    ) -> None:
         last = len(values) - 1 - int(np.argmax(values[::-1]))  # on ties the lowest threshold
         if values[last] >= best.value:
             best.value, best.key = float(values[last]), keys[last].item()
-            best.hits, best.predicted = int(tp[last]), int(ge[last])
+            best.hits, best.predicted = int(tp[last]), int(predicted[last])
 
     def auroc(self) -> float:
         """Fraction of (anomalous, normal) pairs in the right order, ties one half."""
@@ -112,10 +114,10 @@ def area_right_of(false_gt: np.ndarray, false_ge: np.ndarray, limit: float) -> n
 
 def rank(scores: np.ndarray, labels: np.ndarray) -> Ranking:
     """Ranking of a small set of scores (float (N,)) with labels (bool (N,), True = anomalous), by sorting."""
-    order = np.sort(scores)
+    normal = np.sort(scores[~labels])
     keys, hits = np.unique(scores[labels], return_counts=True)
-    above = len(order) - np.searchsorted(order, keys, side="right")
-    at_or_above = len(order) - np.searchsorted(order, keys, side="left")
-    ranking = Ranking(positives=int(labels.sum()), negatives=int((~labels).sum()))
-    ranking.add(keys[::-1], hits[::-1], at_or_above[::-1], above[::-1])
+    false_at = len(normal) - np.searchsorted(normal, keys, side="left")
+    false_above = len(normal) - np.searchsorted(normal, keys, side="right")
+    ranking = Ranking(positives=int(labels.sum()), negatives=len(normal))
+    ranking.add(keys[::-1], hits[::-1], false_at[::-1], false_above[::-1])
     return ranking

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,58 +11,98 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .counting import RankTable, Workspace
+from .counting import PAGE_BITS, RankTable, Workspace, group_pages
 from .regions import Regions, expand_runs
 
-Thresholds = Sequence[int]
-Chunks = Sequence[np.ndarray]  # rows in pieces
+COUNTED_TOGETHER = 1 << 18  # pixels of a window that are copied at a time
+LOWEST, HIGHEST = -(1 << 31), 1 << 31  # below and above every key
 
 
 class MemoryMaps:
-    """Maps as int32 keys in memory: 4 bytes per pixel, each pixel once."""
+    """Maps as int32 keys in memory: 4 bytes per pixel, each pixel once.
+
+    `prepare` reorders a row: first its normal pixels, by page, then its anomalous pixels, run after run.
+    """
 
     def __init__(self) -> None:
         self._rows: list[np.ndarray] = []
+        self._normal: list[int] = []  # normal pixels of each row, -1 before `prepare`
         self.highest: list[int] = []
 
     def append(self, keys: np.ndarray) -> None:
         """Keep keys (int32 (B, H * W), not copied) as the next B rows."""
         self._store(keys)
+        self._normal.extend([-1] * len(keys))
         self.highest.extend(keys.max(axis=1).tolist())
 
     def _store(self, keys: np.ndarray) -> None:
         self._rows.extend(keys)
 
-    def read(self, rows: np.ndarray) -> list[np.ndarray]:
-        """Keys (int32 (H * W,)) of each of the rows."""
-        return [self._rows[row] for row in rows]
+    def _read(self, row: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return self._rows[row][start:stop]
 
-    def pick(self, rows: np.ndarray, regions: Sequence[Regions]) -> np.ndarray:
-        """Keys (int32) of the pixels of the regions of each row, row after row."""
-        parts = [k[r.index()] for k, r in zip(self.read(rows), regions, strict=True) if len(r.starts)]
+    def _write(self, row: int, keys: np.ndarray) -> None:
+        self._rows[row][:] = keys
+
+    def prepare(self, rows: np.ndarray, regions: Sequence[Regions]) -> None:
+        """Reorder the rows, given the anomalous pixels of each."""
+        for row, found in zip(rows, regions, strict=True):
+            if self._normal[row] >= 0:
+                continue
+            keys = self._read(row)
+            index = found.index()
+            if len(index):
+                outside = np.ones(len(keys), dtype=bool)
+                outside[index] = False
+                reordered = np.concatenate((group_pages(keys[outside]), keys[index]))
+            else:
+                reordered = group_pages(keys)
+            self._write(row, reordered)
+            self._normal[row] = len(keys) - len(index)
+
+    def anomalous(self, rows: np.ndarray, regions: Sequence[Regions]) -> np.ndarray:
+        """Keys (int32) of the anomalous pixels of prepared rows, row after row, run after run."""
+        parts = [self._read(row, self._normal[row]) for row, found in zip(rows, regions, strict=True) if found.pixels]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
 
-    def predicted(self, rows: np.ndarray, thresholds: Thresholds) -> np.ndarray:
-        """int64 (rows, thresholds): pixels of each row with key >= threshold."""
-        result = np.zeros((len(rows), len(thresholds)), dtype=np.int64)
-        for i, (row, keys) in enumerate(zip(rows, self.read(rows), strict=True)):
-            for j, threshold in enumerate(thresholds):
-                if self.highest[row] >= threshold:
-                    result[i, j] = np.count_nonzero(keys >= threshold)
+    def bounds(self, rows: np.ndarray, edges: Sequence[int]) -> np.ndarray:
+        """int64 (rows, edges): where in each prepared row the keys >= edge begin.
+
+        edges: ascending, multiples of the page size; only the last one may be `HIGHEST`.
+        """
+        result = np.empty((len(rows), len(edges)), dtype=np.int64)
+        targets = np.array([edge for edge in edges if edge < HIGHEST], dtype=np.int32)
+        for i, row in enumerate(rows):
+            normal = self._read(row, 0, self._normal[row])
+            result[i] = len(normal)
+            result[i, : len(targets)] = np.searchsorted(normal, targets)  # the order within a page does not matter
         return result
 
-    def count(self, chunks: Chunks, low: int, high: int, table: RankTable, space: Workspace) -> np.ndarray:
-        """int32 (2 * table.size + 1,): pixels with key in [low, high) that have this slot of the table or a higher."""
-        slots = space.slots(2 * table.size + 1)
-        for rows in chunks:
-            offsets = np.concatenate(self.read(rows)).view(np.uint32)
-            np.subtract(offsets, np.uint32(low & 0xFFFFFFFF), out=offsets)  # wraps around below `low`
-            if high - low < 1 << 32:
-                offsets = offsets[offsets < np.uint32(high - low)]
-            table.count(offsets, slots, space)
-        running = slots[::-1]
-        np.cumsum(running, dtype=np.int32, out=running)
-        return slots
+    def count(
+        self, rows: np.ndarray, regions: Sequence[Regions], bounds: np.ndarray, table: RankTable, space: Workspace
+    ) -> np.ndarray:
+        """(2 * table.size + 1,), in memory of `space`: normal pixels of the window with this slot or a higher one.
+
+        bounds: (rows, 2), the part of each prepared row that lies in the window.
+        """
+        sizes = np.cumsum(bounds[:, 1] - bounds[:, 0])
+        pieces = np.split(np.arange(len(rows)), np.flatnonzero(np.diff(sizes // COUNTED_TOGETHER)) + 1)
+        parts = ([self._read(rows[i], *bounds[i]) for i in piece] for piece in pieces if len(piece))
+        return table.count((np.concatenate(part) for part in parts), space)
+
+    def false_above(self, rows: np.ndarray, regions: Sequence[Regions], thresholds: Sequence[int]) -> np.ndarray:
+        """int64 (rows, thresholds): normal pixels of each prepared row with key >= threshold."""
+        result = np.zeros((len(rows), len(thresholds)), dtype=np.int64)
+        pages = [max(t >> PAGE_BITS << PAGE_BITS, LOWEST) for t in thresholds]
+        after = [min(p + (1 << PAGE_BITS), HIGHEST - 1) for p in pages]
+        for i, row in enumerate(rows):
+            normal = self._read(row, 0, self._normal[row])
+            start, stop = np.searchsorted(normal, np.array([pages, after], dtype=np.int32))
+            for j, t in enumerate(thresholds):
+                if self.highest[row] >= t:
+                    within = np.count_nonzero(normal[start[j] : stop[j]] >= t)
+                    result[i, j] = len(normal) - stop[j] + within
+        return result
 
 
 class FileMaps(MemoryMaps):
@@ -70,33 +111,37 @@ class FileMaps(MemoryMaps):
     def __init__(self, directory: str | Path) -> None:
         super().__init__()
         self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 (lives as long as the maps)
+        self._lock = threading.Lock()
         self._places: list[tuple[int, int]] = []  # row -> (first byte, pixels)
         self._end = 0
 
     def _store(self, keys: np.ndarray) -> None:
-        self._file.seek(self._end)
         for row in keys:
-            data = memoryview(row).cast("B")
-            while len(data):
-                data = data[self._file.write(data) :]
             self._places.append((self._end, len(row)))
             self._end += row.nbytes
+            self._write(len(self._places) - 1, row)
 
-    def read(self, rows: np.ndarray) -> list[np.ndarray]:
-        """Keys (int32 (H * W,)) of each of the rows, from the file."""
-        result = []
-        for row in rows:
-            start, pixels = self._places[row]
-            keys = np.empty(pixels, dtype=np.int32)
-            data = memoryview(keys).cast("B")
-            self._file.seek(start)
+    def _write(self, row: int, keys: np.ndarray) -> None:
+        data = memoryview(keys).cast("B")
+        with self._lock:
+            self._file.seek(self._places[row][0])
+            while len(data):
+                data = data[self._file.write(data) :]
+
+    def _read(self, row: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        place, pixels = self._places[row]
+        keys = np.empty((pixels if stop is None else stop) - start, dtype=np.int32)
+        data = memoryview(keys).cast("B")
+        with self._lock:
+            self._file.seek(place + 4 * start)
             while len(data):
                 got = self._file.readinto(data)
                 if not got:
-                    raise OSError(f"the temporary file of maps ended at byte {start} of {self._end}: was it truncated?")
+                    raise OSError(
+                        f"the temporary file of maps ends before byte {place + 4 * pixels}: was it truncated?"
+                    )
                 data = data[got:]
-            result.append(keys)
-        return result
+        return keys
 
 
 class DeviceMaps(MemoryMaps):
@@ -107,34 +152,57 @@ class DeviceMaps(MemoryMaps):
         device = self._rows[0].device if self._rows else None
         self._rows.extend(torch.as_tensor(keys, device=device))
 
-    def pick(self, rows: np.ndarray, regions: Sequence[Regions]) -> np.ndarray:
-        """Keys (int32, on the CPU) of the pixels of the regions of each row, row after row."""
-        chosen = [(self._rows[row], r) for row, r in zip(rows, regions, strict=True) if len(r.starts)]
-        if not chosen:
-            return np.zeros(0, dtype=np.int32)
-        sizes = np.cumsum([0] + [keys.numel() for keys, _ in chosen])
-        starts = np.concatenate([r.starts + offset for (_, r), offset in zip(chosen, sizes, strict=False)])
-        index = expand_runs(starts, np.concatenate([r.lengths for _, r in chosen]))
-        joined = torch.cat([keys for keys, _ in chosen])
-        return joined[torch.from_numpy(index).to(joined.device)].cpu().numpy()
+    def prepare(self, rows: np.ndarray, regions: Sequence[Regions]) -> None:
+        """Nothing: the rows stay as they are."""
 
-    def predicted(self, rows: np.ndarray, thresholds: Thresholds) -> np.ndarray:
-        """int64 (rows, thresholds): pixels of each row with key >= threshold."""
-        counts = [torch.stack([(self._rows[row] >= t).sum() for t in thresholds]) for row in rows]
-        return torch.stack(counts).cpu().numpy()
+    def anomalous(self, rows: np.ndarray, regions: Sequence[Regions]) -> np.ndarray:
+        """Keys (int32, on the CPU) of the anomalous pixels, row after row, run after run."""
+        return self._anomalous(rows, regions).cpu().numpy()
 
-    def count(self, chunks: Chunks, low: int, high: int, table: RankTable, space: Workspace) -> np.ndarray:
-        """int64 (2 * table.size + 1,), as `MemoryMaps.count`, by sorting on the device."""
-        ordered = torch.sort(torch.cat([self._rows[row] for rows in chunks for row in rows])).values
-        bounds = torch.tensor([low, min(high, (1 << 31) - 1)], dtype=torch.int32, device=ordered.device)
-        first, last = torch.searchsorted(ordered, bounds).tolist()
-        ordered = ordered[first : last if high < 1 << 31 else None]
-        members = torch.from_numpy(table.members()).to(ordered.device)
-        running = torch.empty(2 * table.size + 1, dtype=torch.int64, device=ordered.device)
-        running[0] = len(ordered)
-        running[1::2] = len(ordered) - torch.searchsorted(ordered, members)
-        running[2::2] = len(ordered) - torch.searchsorted(ordered, members, right=True)
-        return running.cpu().numpy()
+    def _anomalous(self, rows: np.ndarray, regions: Sequence[Regions]) -> torch.Tensor:
+        joined = torch.cat([self._rows[row] for row in rows])
+        offsets = np.cumsum([0] + [self._rows[row].numel() for row in rows])
+        starts = np.concatenate([r.starts + offset for r, offset in zip(regions, offsets, strict=False)])
+        index = expand_runs(starts, np.concatenate([r.lengths for r in regions]))
+        return joined[torch.from_numpy(index).to(joined.device)]
+
+    def bounds(self, rows: np.ndarray, edges: Sequence[int]) -> np.ndarray:
+        """int64 (rows, edges): the edges themselves in place of positions."""
+        return np.tile(np.array(edges, dtype=np.int64), (len(rows), 1))
+
+    def count(
+        self, rows: np.ndarray, regions: Sequence[Regions], bounds: np.ndarray, table: RankTable, space: Workspace
+    ) -> np.ndarray:
+        """int64 (2 * table.size + 1,), as `MemoryMaps.count`, by sorting on the device. bounds: (rows, 2), keys."""
+        if not len(rows):
+            return np.zeros(2 * table.size + 1, dtype=np.int64)
+        every = torch.sort(torch.cat([self._rows[row] for row in rows])).values
+        anomalous = torch.sort(self._anomalous(rows, regions)).values
+        return (_running(every, bounds[0], table) - _running(anomalous, bounds[0], table)).cpu().numpy()
+
+    def false_above(self, rows: np.ndarray, regions: Sequence[Regions], thresholds: Sequence[int]) -> np.ndarray:
+        """int64 (rows, thresholds): normal pixels of each row with key >= threshold."""
+        counts = torch.stack([torch.stack([(self._rows[row] >= t).sum() for t in thresholds]) for row in rows])
+        ends = np.cumsum([found.pixels for found in regions])
+        anomalous = self.anomalous(rows, regions)
+        for j, t in enumerate(thresholds):
+            hits = np.concatenate(([0], np.cumsum(anomalous >= t)))
+            inside = hits[ends] - hits[np.concatenate(([0], ends[:-1]))]
+            counts[:, j] -= torch.from_numpy(inside).to(counts.device)
+        return counts.cpu().numpy()
+
+
+def _running(ordered: torch.Tensor, bounds: np.ndarray, table: RankTable) -> torch.Tensor:
+    """int64 (2 * table.size + 1,): how many of the ascending keys within the bounds have this slot or a higher one."""
+    limits = np.minimum(bounds, HIGHEST - 1).astype(np.int32)  # no key is that high
+    first, last = torch.searchsorted(ordered, torch.from_numpy(limits).to(ordered.device)).tolist()
+    ordered = ordered[first:last]
+    members = torch.from_numpy(table.members()).to(ordered.device)
+    running = torch.empty(2 * table.size + 1, dtype=torch.int64, device=ordered.device)
+    running[0] = len(ordered)
+    running[1::2] = len(ordered) - torch.searchsorted(ordered, members)
+    running[2::2] = len(ordered) - torch.searchsorted(ordered, members, right=True)
+    return running
 
 
 @dataclass
@@ -170,8 +238,18 @@ class Category:
         height, width = self.regions[row].shape
         return height * width
 
+    def of(self, rows: np.ndarray) -> list[Regions]:
+        """Regions of map rows."""
+        return [self.regions[row] for row in rows]
+
+    def prepare(self, rows: np.ndarray) -> None:
+        """Put the rows in the order in which they are counted."""
+        self.maps.prepare(rows, self.of(rows))
+
     def anomalous(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Keys (int32) and region weights (float64, 1 / area of the pixel's region) of the anomalous pixels."""
-        regions = [self.regions[row] for row in rows]
-        weights = [np.repeat((1.0 / r.areas)[r.labels], r.lengths) for r in regions if len(r.starts)]
-        return self.maps.pick(rows, regions), np.concatenate(weights) if weights else np.zeros(0)
+        regions = [found for found in self.of(rows) if len(found.starts)]
+        if not regions:
+            return np.zeros(0, dtype=np.int32), np.zeros(0)
+        weights = [np.repeat((1.0 / found.areas)[found.labels], found.lengths) for found in regions]
+        return self.maps.anomalous(rows, self.of(rows)), np.concatenate(weights)

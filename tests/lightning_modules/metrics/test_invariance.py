@@ -49,7 +49,8 @@ def test_small_windows_and_chunks_change_nothing(problem, seed, levels):
     p = problem(seed, images=8, levels=levels, categories=2)
     before = p.compute(threads=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "WINDOW_BYTES", 0)  # one page of keys at a time
+        patch.setattr(evaluation, "WINDOW", (1, 1))  # one page of keys at a time
+        patch.setattr(evaluation, "STRETCH_KEYS", 40)
         patch.setattr(evaluation, "CHUNK_PIXELS", 1)
         same(before, p.compute(threads=3), tolerance=1e-14)
 
@@ -68,7 +69,7 @@ def test_the_accelerator_path_gives_the_same_numbers(problem, seed, levels):
     before = p.compute()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AnomalyMetrics, "_stays_on_device", staticmethod(lambda maps: True))
-        patch.setattr(evaluation, "DEVICE_WINDOW_BYTES", 10_000_000)
+        patch.setattr(evaluation, "DEVICE_WINDOW", (50, 1 << 12))
         p.maps, scores = torch.from_numpy(p.maps), p.scores
         metrics = AnomalyMetrics()
         metrics.update(p.maps, torch.from_numpy(p.masks), scores, p.labels, p.categories, range(6))
