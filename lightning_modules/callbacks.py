@@ -13,6 +13,7 @@ import lightning as L
 import numpy as np
 import pandas as pd
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from PIL import Image
 
 from lightning_modules.base import ReconstructionModule
@@ -123,3 +124,4 @@ class Predictions(L.Callback):
         suffix = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
         with open(self.folder / f"scores{suffix}.csv", "w", newline="") as file:
             csv.writer(file).writerows([("image", "image_score"), *self._scores])
+        rank_zero_info(f"{len(self._scores)} images: scores, raw maps and heat maps are in {self.folder}")
