@@ -285,6 +285,8 @@ class UniReconCLI(LightningCLI):
             f"{self.model.method}: {trainable:,} trainable parameters on {backbone['name']} ({backbone['weights']} weights)"
         )
         self._serve_features(build=True)
+        if self.run_config.compile:
+            self.model.network.compile()
         self._training_started = time.perf_counter()
 
     def _serve_features(self, build: bool) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, stack
-from torch.optim import Adam, AdamW
 
 from lightning_modules.base import ImageSize, OptimizerConfig, Recipe, ReconstructionModule
 from models.backbones import BackboneConfig
@@ -119,9 +118,4 @@ class RLR(ReconstructionModule):
     def configure_optimizers(self) -> Any:
         if self.update != "per_level":
             return super().configure_optimizers()
-        config = self.optimizer_config
-        kind = AdamW if config.name == "adamw" else Adam
-        return [
-            kind(level.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
-            for level in self.network.levels
-        ]
+        return [self.optimizer_of(level.parameters()) for level in self.network.levels]

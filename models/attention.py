@@ -6,6 +6,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.dropout import dropout
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_probability: float) -> Tensor:
+    """softmax(QK'/sqrt(d)) V with dropout on the weights: (B, heads, Lq, d) from (B, heads, Lq, d) and (B, heads, Lk, d).
+
+    mask: bool, True = may attend; every query must see a key. With dropout on a CPU the steps are written out, because
+    there `scaled_dot_product_attention` does just that, with a dropout that takes as long as all its products.
+    """
+    if dropout_probability == 0.0 or query.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_probability)
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return dropout(scores.softmax(dim=-1), dropout_probability) @ value
+
 
 class MultiHeadAttention(nn.Module):
     """Attention on tokens (B, L, d), with positions added to queries and keys and never to values.
@@ -50,12 +66,12 @@ class MultiHeadAttention(nn.Module):
         key = key if key_position is None else key + key_position
         q_weight, k_weight, v_weight = self.in_proj_weight.chunk(3)
         q_bias, k_bias, v_bias = self.in_proj_bias.chunk(3)
-        attended = F.scaled_dot_product_attention(
+        attended = attention(
             self._split(F.linear(query, q_weight, q_bias)),
             self._split(F.linear(key, k_weight, k_bias)),
             self._split(F.linear(value, v_weight, v_bias)),
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
+            mask,
+            self.dropout if self.training else 0.0,
         )
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -44,6 +45,13 @@ def border_index(length: int, pad: int, border: Border) -> Tensor:
         return torch.zeros_like(positions)
     folded = positions.remainder(2 * (length - 1))
     return torch.where(folded < length, folded, 2 * (length - 1) - folded)
+
+
+@lru_cache(maxsize=64)
+def _border_index_on(length: int, pad: int, border: Border, device: torch.device) -> Tensor:
+    """`border_index` on a device; kept, so that no blur waits for a copy from the host."""
+    with torch.inference_mode(False):  # training may use what a scoring run has made
+        return border_index(length, pad, border).to(device)
 
 
 class GaussianBlur(nn.Module):

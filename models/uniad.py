@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import MultiHeadAttention
+from models.dropout import Dropout
 from models.jitter import FeatureJitter
 from models.masks import neighbor_mask
 from models.neck import resize_concatenate
@@ -134,7 +135,7 @@ class EncoderLayer(nn.Module):
         self.feedforward = FeedForward(d_model, feedforward, dropout)
         self.norm1 = nn.LayerNorm(d_model)
         self.norm2 = nn.LayerNorm(d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
         """x: (B, L, d); position: (L, d); mask: bool (L, L), True = visible. Returns (B, L, d)."""
@@ -160,7 +161,7 @@ class DecoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(d_model)
         self.norm2 = nn.LayerNorm(d_model)
         self.norm3 = nn.LayerNorm(d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self, previous: Tensor, memory: Tensor, position: Tensor, mask1: Tensor | None, mask2: Tensor | None
@@ -184,7 +185,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.linear1 = nn.Linear(d_model, hidden)
         self.linear2 = nn.Linear(hidden, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear2(self.dropout(F.relu(self.linear1(x))))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import MultiHeadAttention
+from models.dropout import Dropout
 from models.blur import GaussianBlur
 from models.jitter import FeatureJitter
 from models.linear_head import UpsampleConvolutions
@@ -440,7 +441,7 @@ class Residual(nn.Module):
     def __init__(self, block: nn.Module, width: int, dropout: float) -> None:
         super().__init__()
         self.block = block
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, *args: Tensor, **positions: Tensor | None) -> Tensor:
@@ -451,7 +452,7 @@ class FeedForward(nn.Sequential):
     """(B, n, w) -> (B, n, w) over a hidden layer with ReLU and dropout."""
 
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
-        super().__init__(nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, width))
+        super().__init__(nn.Linear(width, hidden), nn.ReLU(), Dropout(dropout), nn.Linear(hidden, width))
 
 
 def hybrid_block(kind: Hybrid, width: int) -> nn.Module:

@@ -1,0 +1,37 @@
+"""The options that buy speed keep the numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_modules.uniad import UniAD
+
+
+def test_bfloat16_training_has_float32_losses_and_nearly_the_same_course(project, monkeypatch):
+    kinds = set()
+    original = UniAD.loss
+
+    def loss(self, pairs):
+        value = original(self, pairs)
+        kinds.add((pairs[0].reconstruction.dtype, value.dtype))
+        return value
+
+    project.fit("--trainer.max_epochs=3", name="float32")
+    monkeypatch.setattr(UniAD, "loss", loss)
+    record = project.fit("--trainer.max_epochs=3", "--trainer.precision=bf16-mixed", name="bfloat16")
+    assert kinds == {(torch.bfloat16, torch.float32)}
+    assert record.record.provenance["precision"] == "bf16-mixed"
+    np.testing.assert_allclose(project.losses("bfloat16"), project.losses("float32"), rtol=0.02)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_trains_and_scores_like_an_uncompiled_one(project):
+    exact = "--model.init_args.dropout=0", "--model.init_args.jitter_scale=0"
+    project.fit(*exact, name="plain")
+    project.fit(*exact, "--run.compile=true", name="compiled")
+    np.testing.assert_allclose(project.losses("compiled"), project.losses("plain"), rtol=1e-4)
+    values = [project.record(name).metrics.value for name in ("plain", "compiled")]
+    np.testing.assert_allclose(*values, atol=1e-2)
+    assert not [name for name in project.weights("compiled") if "_orig_mod" in name]
