@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import pkgutil
+import shutil
 import sys
 import time
 import warnings
@@ -286,6 +287,8 @@ class UniReconCLI(LightningCLI):
         )
         self._serve_features(build=True)
         if self.run_config.compile:
+            if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+                raise SystemExit("run.compile needs a C++ compiler (g++ or clang++), and none is on this machine's PATH.")
             self.model.network.compile()
         self._training_started = time.perf_counter()
 

@@ -95,8 +95,13 @@ class FeatureExtractor(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
-        """images: (B, 3, H, W), normalised as the weights expect. Returns (B, C_l, H_l, W_l), lowest level first."""
-        levels = self.net(images)
+        """images: (B, 3, H, W), normalised as the weights expect. Returns (B, C_l, H_l, W_l), lowest level first.
+
+        Features are computed in the images' own dtype, also under autocast: what a method sees does not depend on
+        whether its features were cached.
+        """
+        with torch.autocast(images.device.type, enabled=False):
+            levels = self.net(images)
         return [level.permute(0, 3, 1, 2) for level in levels] if self._channels_last else list(levels)
 
     def sizes(self, image_size: int | tuple[int, int]) -> list[tuple[int, int]]:

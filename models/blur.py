@@ -80,7 +80,7 @@ class GaussianBlur(nn.Module):
         taps = self.taps.to(images.dtype)
         for axis in (-2, -1):  # shifted sums: five to ten times faster on a CPU than a convolution of single channels
             length = images.shape[axis]
-            padded = images.index_select(axis, border_index(length, pad, self.border).to(images.device))
+            padded = images.index_select(axis, _border_index_on(length, pad, self.border, images.device))
             images = padded.narrow(axis, 0, length) * taps[0]
             for shift in range(1, taps.numel()):
                 images = torch.addcmul(images, padded.narrow(axis, shift, length), taps[shift])

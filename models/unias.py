@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import MultiHeadAttention
-from models.dropout import Dropout
 from models.blur import GaussianBlur
+from models.dropout import Dropout
 from models.jitter import FeatureJitter
 from models.linear_head import UpsampleConvolutions
 from models.masks import neighbor_mask

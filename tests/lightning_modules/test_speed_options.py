@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -27,6 +29,7 @@ def test_bfloat16_training_has_float32_losses_and_nearly_the_same_course(project
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_network_trains_and_scores_like_an_uncompiled_one(project):
     exact = "--model.init_args.dropout=0", "--model.init_args.jitter_scale=0"
     project.fit(*exact, name="plain")
@@ -35,3 +38,10 @@ def test_a_compiled_network_trains_and_scores_like_an_uncompiled_one(project):
     values = [project.record(name).metrics.value for name in ("plain", "compiled")]
     np.testing.assert_allclose(*values, atol=1e-2)
     assert not [name for name in project.weights("compiled") if "_orig_mod" in name]
+
+
+def test_compiling_without_a_compiler_is_refused_at_once(project, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(SystemExit, match="C\\+\\+ compiler"):
+        project.fit("--run.compile=true", name="refused")

@@ -326,3 +326,13 @@ def test_same_padding_is_tensorflows():
 def test_wrong_options_are_named_with_what_is_allowed(options, message):
     with pytest.raises(ValueError, match=message):
         extractor(**options)
+
+
+def test_autocast_leaves_the_features_of_a_frozen_backbone_alone():
+    net = extractor()
+    plain = net(images())
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = net(images())
+    for one, other in zip(plain, cast, strict=True):
+        assert other.dtype == torch.float32
+        assert torch.equal(one, other)
