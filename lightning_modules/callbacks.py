@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import os
+import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,28 @@ class Progress(L.Callback):
             return
         metrics = {name: value for _, _, name, value in self.history.rows}
         write_progress(self.path, trainer.current_epoch + 1, trainer.max_epochs, metrics)
+
+
+class PlainProgress(L.Callback):
+    """Where there is no terminal for a progress bar: a line on the first epoch, on the last, and every `seconds` between."""
+
+    def __init__(self, seconds: float = 30.0) -> None:
+        self.seconds = seconds
+        self._begun = self._printed = 0.0
+        self._first = 0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._begun, self._first = time.monotonic(), trainer.current_epoch
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        now, done = time.monotonic(), trainer.current_epoch + 1
+        if now - self._printed < self.seconds and done < trainer.max_epochs:
+            return
+        self._printed = now
+        left = (now - self._begun) / (done - self._first) * (trainer.max_epochs - done)
+        loss = trainer.callback_metrics.get("train/loss")
+        shown = "" if loss is None else f"  train/loss {float(loss):.4g}"
+        rank_zero_info(f"epoch {done} of {trainer.max_epochs}{shown}  about {timedelta(seconds=round(left))} left")
 
 
 def write_progress(path: Path, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:

@@ -37,7 +37,7 @@ from lightning_modules import heatmaps, per_category, tracking
 from lightning_modules.arguments import PlainParser
 from lightning_modules.base import NonFiniteLossError, ReconstructionModule
 from lightning_modules.caching import CacheConfig, attach
-from lightning_modules.callbacks import EpochSeed, History, Predictions, Progress
+from lightning_modules.callbacks import EpochSeed, History, PlainProgress, Predictions, Progress
 from lightning_modules.evaluation import Evaluation, EvaluationCurve
 from lightning_modules.run import RunConfig, provenance, sweep_parameters
 from results.records import RunRecord, write_record
@@ -213,7 +213,7 @@ class UniReconCLI(LightningCLI):
 
     def _callbacks(self) -> list[L.Callback]:
         run, model = self.run_config, self.model
-        callbacks: list[L.Callback] = [RichProgressBar(leave=False)] if sys.stdout.isatty() else []
+        callbacks: list[L.Callback] = [RichProgressBar(leave=False) if sys.stdout.isatty() else PlainProgress()]
         if self.subcommand == "predict":
             return [*callbacks, Predictions(run.work / "predictions", _colour_scale(run.record / COLOUR_SCALE))]
         if self.subcommand != "fit":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import numpy as np
 import pandas as pd
@@ -152,3 +153,12 @@ def test_test_on_a_checkpoint_writes_the_same_numbers(trained):
     pd.testing.assert_frame_equal(first, again)
     assert trained.record("again").record.provenance["epochs"] == 2
     torch.manual_seed(0)
+
+
+def test_without_a_terminal_a_line_tells_how_far_the_training_is(project, caplog):
+    caplog.set_level(logging.INFO, logger="lightning.pytorch")
+    project.fit("--trainer.max_epochs=3", name="lines")
+    lines = [record.message for record in caplog.records if record.message.startswith("epoch ")]
+    assert [line.split("  ")[0] for line in lines] == ["epoch 1 of 3", "epoch 3 of 3"]
+    assert "train/loss" in lines[0]
+    assert lines[1].endswith("about 0:00:00 left")
