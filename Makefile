@@ -31,6 +31,7 @@ lint: setup  ## Check style with ruff.
 	$(PY) -m ruff check .
 
 train: setup  ## Train and evaluate once: METHOD= PROFILE= DATASET= DATA_ROOT= [CATEGORIES= BACKBONE= WEIGHTS= RUN= ARGS=].
+	$(PY) -m sweeps data sweeps/profiles/$(PROFILE)/$(METHOD).yaml
 	$(PY) -m lightning_modules fit --config sweeps/profiles/$(PROFILE)/$(METHOD).yaml $(if $(RUN),--run.name=$(RUN)) $(ARGS)
 
 predict: setup  ## Heat maps of any images with a trained run: RUN=<record folder> IMAGES=<folder>.

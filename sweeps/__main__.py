@@ -1,15 +1,16 @@
-"""``python -m sweeps run|list|register|agents|pull``: ablations on this machine and with W&B's server."""
+"""``python -m sweeps run|list|data|register|agents|pull``: ablations on this machine and with W&B's server."""
 
 from __future__ import annotations
 
 import argparse
 import subprocess
 import sys
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
-from sweeps import cluster, listing, preflight, prepare, sweep_file
+from sweeps import cluster, command, listing, preflight, prepare, sweep_file
 from sweeps.display import Display
 from sweeps.errors import SweepError
 from sweeps.runner import Job, Runner, check_writable
@@ -53,6 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("ablation", nargs="?", help="list the cells of this ablation")
     show.add_argument("--profile", help="folder in sweeps/profiles/ (default: $PROFILE or demo)")
 
+    data = commands.add_parser("data", help="look for the data of a configuration; make it if it is the embedded benchmark")
+    data.set_defaults(function=_data)
+    data.add_argument("config", type=Path, help="a file like sweeps/profiles/demo/uniad.yaml")
+
     send = commands.add_parser("register", help="register an ablation with W&B and print how to start agents")
     send.set_defaults(function=cluster.register)
     send.add_argument("ablation", help="name of a file in sweeps/, or a path to a sweep file")
@@ -82,6 +87,13 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.replace(",", " ").split()]
 
 
+def _data(options: argparse.Namespace, console: Console) -> int:
+    variables = prepare.environment(None)
+    sets = prepare.datasets([options.config], variables)
+    prepare.data(sets, variables["PROFILE"], lambda text: console.print(text, highlight=False))
+    return 0
+
+
 def _run(options: argparse.Namespace, console: Console) -> int:
     def say(text: str) -> None:
         console.print(text, highlight=False)
@@ -94,7 +106,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     # The check takes seconds; on a sweep's first run it goes on beside the other preparations.
     check = preflight.Check(sweep, cells, variables) if not (WORK / sweep.name).exists() else None
     try:
-        sets = prepare.datasets(sweep, variables)
+        sets = prepare.datasets(command.configs(sweep.command, variables), variables)
         prepare.data(sets, variables["PROFILE"], say)
         gpus = prepare.gpus(options.gpus)
         workers = len(gpus) or options.workers or min(4, prepare.cores())

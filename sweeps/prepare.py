@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,10 @@ def environment(profile: str | None, base: Mapping[str, str] = os.environ) -> di
     return result
 
 
-def datasets(sweep: SweepFile, variables: Mapping[str, str]) -> list[Dataset]:
-    """The data sets of the runs: what DATASET, DATA_ROOT and CATEGORIES name, else what the profile names."""
+def datasets(configs: Iterable[Path], variables: Mapping[str, str]) -> list[Dataset]:
+    """The data sets of the runs: what DATASET, DATA_ROOT and CATEGORIES name, else what the configurations name."""
     named: list[Mapping[str, Any]] = []
-    for path in command.configs(sweep.command, variables):
+    for path in configs:
         named = lookup(read_config(path), "data.init_args.datasets") or named
     names, roots, categories = (_parts(variables.get(key)) for key in ("DATASET", "DATA_ROOT", "CATEGORIES"))
     if len(names) != len(roots):
@@ -185,8 +185,12 @@ def jobs(
 
 
 def threads(variables: Mapping[str, str], count: int) -> dict[str, str]:
-    """The variables with a number of CPU threads for each numerical library, unless the user chose one."""
-    return {**variables, **{name: variables.get(name) or str(count) for name in _THREADS}}
+    """The variables with one number of CPU threads for all numerical libraries, the user's if there is one.
+
+    It must be one number: a library with more threads than the others waits for a core by spinning on it.
+    """
+    count = next((variables[name] for name in _THREADS if variables.get(name)), str(count))
+    return {**variables, **{name: variables.get(name) or count for name in _THREADS}}
 
 
 def cores() -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sweeps import identity, prepare, sweep_file
+from sweeps import command, identity, prepare, sweep_file
 from sweeps.errors import SweepError
 from sweeps.identity import Dataset, Identifier, code_hash, data_hash, reached_files
 from sweeps.sweep_file import Cell
@@ -173,7 +173,7 @@ def test_environment_names_the_data_before_the_profile_does(repository: Path) ->
     sweep = sweep_file.load("toy")
 
     def named(**variables: str) -> list[Dataset]:
-        return prepare.datasets(sweep, {"PROFILE": "demo", **variables})
+        return prepare.datasets(command.configs(sweep.command, {"PROFILE": "demo"}), {"PROFILE": "demo", **variables})
 
     assert named() == [Dataset("mvtec", Path("data/mvtec"), ("cable",))]
     assert named(DATASET="btad", DATA_ROOT="/b", CATEGORIES="01, 02") == [Dataset("btad", Path("/b"), ("01", "02"))]

@@ -62,6 +62,20 @@ def test_embedded_benchmark_is_made_once_and_appears_whole(prepared: Any) -> Non
     assert len(prepared.records()) == 3
 
 
+def test_single_training_finds_the_embedded_benchmark_made(prepared: Any) -> None:
+    for made in (1, 0):
+        process = prepared.start("data", "sweeps/profiles/demo/toy.yaml")
+        assert process.communicate(timeout=60)[0].count("Making") == made
+        assert process.returncode == 0
+    assert (prepared.folder / "data" / "synthetic" / "1.png").is_file()
+
+
+def test_numerical_libraries_share_one_number_of_threads() -> None:
+    assert set(prepare.threads({}, 2).values()) == {"2"}
+    assert set(prepare.threads({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": ""}, 2).values()) == {"1"}
+    assert prepare.threads({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "3"}, 2)["MKL_NUM_THREADS"] == "3"
+
+
 def test_weights_are_decided_once_per_sweep_and_random_ones_are_shouted(prepared: Any) -> None:
     _, output = prepared.run(*RUN, "--only", "size=1")
     assert "mobilenet has RANDOM weights" in output
