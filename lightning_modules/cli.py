@@ -282,9 +282,8 @@ class UniReconCLI(LightningCLI):
     def before_fit(self) -> None:
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         backbone = self.model.extractor.provenance
-        rank_zero_info(
-            f"{self.model.method}: {trainable:,} trainable parameters on {backbone['name']} ({backbone['weights']} weights)"
-        )
+        size = f"{trainable:,} trainable parameters" if trainable else "a network that the training data will size"
+        rank_zero_info(f"{self.model.method}: {size} on {backbone['name']} ({backbone['weights']} weights)")
         self._serve_features(build=True)
         if self.run_config.compile:
             if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):

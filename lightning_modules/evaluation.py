@@ -22,8 +22,20 @@ from lightning_modules.metrics import AnomalyMetrics, MetricResult, RegionCache
 from lightning_modules.metrics.sync import Group
 from models.head import ScoredMaps
 
-SHOWN = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_aupro", "dsc")
+SHOWN = {
+    "image_auroc": "image\nAUROC",
+    "image_auroc_structural": "struc\nAUROC",
+    "image_auroc_logical": "logic\nAUROC",
+    "image_ap": "image\nAP",
+    "pixel_auroc": "pixel\nAUROC",
+    "pixel_ap": "pixel\nAP",
+    "pixel_aupro": "AUPRO",
+    "pixel_auspro_mean": "AU-\nsPRO",
+    "dsc": "DSC",
+}
 """Columns of the table printed after an evaluation; the record holds all metrics."""
+OF_SOME_DATA = ("image_auroc_structural", "image_auroc_logical", "pixel_auspro_mean")
+"""Columns left out where a category has nothing of their kind."""
 
 
 def update_metrics(metrics: AnomalyMetrics, batch: Mapping[str, Any], scored: ScoredMaps) -> None:
@@ -178,17 +190,20 @@ def print_metrics(table: pd.DataFrame) -> None:
     reasons: dict[str, None] = {}
     for variant, rows in table.groupby("variant", sort=False):
         shown = Table(title=variant or None, caption="percent; mean = unweighted over categories; pooled = one ranking over all")
-        shown.add_column("category")
-        columns = [name for name in SHOWN if name in set(rows.metric)]
+        shown.add_column("category", no_wrap=True)
+        of_categories = rows[rows.scope == "category"]
+        defined = of_categories.groupby("metric").value.count()
+        everywhere = set(defined.index[defined == of_categories.category.nunique()])
+        columns = [c for c in SHOWN if c in (everywhere if c in OF_SOME_DATA else set(rows.metric))]
         for name in columns:
-            shown.add_column(name, justify="right")
+            shown.add_column(SHOWN[name], justify="right")
         for (scope, dataset, category), group in rows.groupby(["scope", "dataset", "category"], sort=False):
             if dataset and not category and rows.dataset[rows.scope == "category"].nunique() == 1:
                 continue  # the same as over all datasets
             values = group.set_index("metric").value
             label = category or f"{scope}{f' of {dataset}' if dataset else ''}"
-            shown.add_row(label, *("-" if pd.isna(values[c]) else f"{100 * values[c]:.2f}" for c in columns))
-            reasons |= dict.fromkeys(f"{label}: {r}" for r in group.reason.dropna().unique() if r)
+            shown.add_row(label, *("-" if pd.isna(values.get(c)) else f"{100 * values[c]:.2f}" for c in columns))
+            reasons |= dict.fromkeys(f"{label}: {r}" for r in group[group.metric.isin(columns)].reason.dropna().unique() if r)
         console.print(shown)
     for reason in reasons:
         console.print(f"- {reason}", highlight=False)
