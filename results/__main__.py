@@ -219,10 +219,7 @@ def _filters(options: argparse.Namespace) -> str:
 
 def _print(table: Table, form: str | None) -> None:
     if form in (None, "terminal"):
-        wide = Console(width=max(console.width, render.natural_width(table))) if console.is_terminal else console
-        if not console.is_terminal:
-            wide = Console(width=max(100, render.natural_width(table)))
-        render.print_table(table, wide)
+        render.print_table(table, console if console.is_terminal else Console(width=120))
     else:
         print(render.render(table, form), end="")
 

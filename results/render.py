@@ -80,19 +80,38 @@ def render(table: Table, form: str) -> str:
 
 
 def terminal(table: Table, width: int | None = None) -> str:
-    """The table drawn by rich, with ANSI marks, as wide as needed (at least the console)."""
-    console = Console(width=max(width or Console().width, natural_width(table)), record=True, file=io.StringIO())
+    """The table drawn by rich, with ANSI marks, for a terminal of `width` characters (default: this one's)."""
+    console = Console(width=width or Console().width, record=True, file=io.StringIO())
     print_table(table, console)
     return console.export_text(styles=True)
 
 
 def print_table(table: Table, console: Console) -> None:
-    """Print the table with its caption, its warnings above and what is missing below."""
-    grid = RichTable(title=escape(table.title), title_style="bold", title_justify="left", header_style="bold")
+    """Print the table with its caption, its warnings above and what is missing below, in blocks if it is too wide."""
+    for warning in table.warnings:
+        console.print(f"[bold red]{escape(warning)}[/]", soft_wrap=True)
+    console.print(f"[bold]{escape(table.title)}[/]", highlight=False)
+    for block in _blocks(table, console.width):
+        groups = {table.columns[n].group for n in block}
+        if len(groups) == 1 and groups != {""}:
+            console.print(f"\n[italic]{escape(*groups)}[/]", highlight=False)
+        console.print(_grid(table, block, show_groups=len(groups) > 1), soft_wrap=True)
+    console.print(f"[dim]{escape(table.caption)}[/]", highlight=False)
+    for note in table.notes:
+        console.print(f"[dim]{escape(note)}[/]", highlight=False)
+    for text in _missing_lines(table):
+        console.print(f"[yellow]{escape(text)}[/]", highlight=False)
+
+
+def _grid(table: Table, block: Sequence[int], show_groups: bool) -> RichTable:
+    """Some columns of the table beside the names of its rows."""
+    columns = [table.columns[n] for n in block]
+    grid = RichTable(header_style="bold")
     for header in table.row_headers:
-        grid.add_column(escape(header))
-    for column in table.columns:
-        grid.add_column(escape("\n".join(part for part in (column.group, column.label) if part)), justify="right")
+        grid.add_column(escape(header), no_wrap=True)
+    for column in columns:
+        heads = (column.group if show_groups else "", column.label)
+        grid.add_column(escape("\n".join(filter(None, heads))), justify="right", no_wrap=True)
     styles = {"best": "[bold]{}[/]", "second": "[underline]{}[/]", "": "{}"}
     for row, line in zip(table.rows, table.cells, strict=True):
         if _starts_group(table, row):
@@ -102,18 +121,28 @@ def print_table(table: Table, console: Console) -> None:
         elif row.rule:
             grid.add_section()
         texts = [
-            cell_text(cell, table, column, lambda text, mark: styles[mark].format(escape(text)))
-            for column, cell in zip(table.columns, line, strict=True)
+            cell_text(line[n], table, column, lambda text, mark: styles[mark].format(escape(text)))
+            for n, column in zip(block, columns, strict=True)
         ]
         grid.add_row(*map(escape, _labels(row)), *texts)
-    for warning in table.warnings:
-        console.print(f"[bold red]{escape(warning)}[/]", soft_wrap=True)
-    console.print(grid)
-    console.print(f"[dim]{escape(table.caption)}[/]", highlight=False)
-    for note in table.notes:
-        console.print(f"[dim]{escape(note)}[/]", highlight=False)
-    for text in _missing_lines(table):
-        console.print(f"[yellow]{escape(text)}[/]", highlight=False)
+    return grid
+
+
+def _blocks(table: Table, width: int) -> list[list[int]]:
+    """Numbers of the columns that stand side by side: all if `width` has room, else a named group for itself."""
+    if natural_width(table) <= width:
+        return [list(range(len(table.columns)))]
+    names, widths = _widths(table)
+    blocks: list[list[int]] = []
+    for _, members in itertools.groupby(range(len(table.columns)), key=lambda n: table.columns[n].group):
+        used = width
+        for n in members:
+            if used + widths[n] > width:
+                blocks.append([])
+                used = names
+            blocks[-1].append(n)
+            used += widths[n]
+    return blocks
 
 
 def markdown(table: Table) -> str:
@@ -313,12 +342,23 @@ def _shortened(lines: Sequence[str], limit: int = 12) -> str:
 
 
 def natural_width(table: Table) -> int:
-    """Characters that the table needs on a terminal without wrapping."""
-    texts = [[*_labels(row)] for row in table.rows]
-    for line, cells in zip(texts, table.cells, strict=True):
-        line += [cell_text(cell, table, c, lambda text, _: text) for c, cell in zip(table.columns, cells, strict=True)]
-    heads = [*table.row_headers, *(max((c.group, c.label), key=len) for c in table.columns)]
-    return sum(3 + max(len(text) for text in column) for column in zip(heads, *texts, strict=True)) + 4
+    """Characters that the table needs on a terminal to stand in one block."""
+    names, widths = _widths(table)
+    return names + sum(max(3 + len(c.group), width) for c, width in zip(table.columns, widths, strict=True))
+
+
+def _widths(table: Table) -> tuple[int, list[int]]:
+    """Characters that the names of the rows, with the frame, and each column need on a terminal."""
+    groups = [row.group for row in table.rows if row.group]
+    labels = [[*_labels(row)] for row in table.rows]
+    names = [max(map(len, texts)) for texts in zip(table.row_headers, *labels, strict=True)]
+    names[:1] = [max(names[0], *map(len, groups))] if names and groups else names[:1]
+    cells = zip(*table.cells, strict=True) if table.cells else [()] * len(table.columns)
+    widths = [
+        3 + max([len(column.label), *(len(cell_text(cell, table, column, lambda text, _: text)) for cell in line)])
+        for column, line in zip(table.columns, cells, strict=True)
+    ]
+    return sum(3 + name for name in names) + 1, widths
 
 
 def _plain(value: float | None) -> str:

@@ -102,6 +102,18 @@ def test_the_terminal_is_wide_enough_to_cut_nothing():
     assert "99.7 ± 0.04" in text
 
 
+def test_a_narrow_terminal_gets_the_columns_in_blocks_and_every_number():
+    table = paper_table(find_spec("uniad_1"))
+    texts = [render.terminal(table, width) for width in (400, 60)]
+    plain = [re.sub("\x1b\\[[0-9;]*m", "", text) for text in texts]
+    grids = [[line for line in text.splitlines() if line[:1] in "┏┃┡│├└"] for text in plain]
+    assert len([line for line in grids[0] if line[:1] == "┏"]) == 1
+    assert len([line for line in grids[1] if line[:1] == "┏"]) > 1
+    assert max(map(len, grids[1])) <= 60
+    numbers = [sorted(re.findall(r"\d+\.\d+", "\n".join(grid))) for grid in grids]
+    assert numbers[0] == numbers[1]
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(-0.04, "0.0"), (0.04, "0.0"), (-1.25, "−1.2"), (1.0, "+1.0")],
