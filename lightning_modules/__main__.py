@@ -1,4 +1,7 @@
-from lightning_modules.cli import main
+from lightning_modules import preemption
 
 if __name__ == "__main__":
+    preemption.watch()
+    from lightning_modules.cli import main
+
     main()

@@ -170,7 +170,16 @@ class ReconstructionModule(L.LightningModule):
         self._check_loss()
         loss = self.batch_loss(batch)
         self._unchecked_loss = (loss.detach(), batch, self.global_step)
-        self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(batch["label"]), prog_bar=True)
+        # Over all processes: one's own share of the images would give another curve than a single process's.
+        self.log(
+            "train/loss",
+            loss.detach(),
+            on_step=False,
+            on_epoch=True,
+            batch_size=len(batch["label"]),
+            prog_bar=True,
+            sync_dist=True,
+        )
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Mapping[str, Any], batch_idx: int) -> None:

@@ -33,7 +33,7 @@ import datamodules
 import lightning_modules
 from datamodules.errors import DataError
 from datamodules.feature_cache import NonFiniteFeaturesError
-from lightning_modules import heatmaps, per_category, tracking
+from lightning_modules import heatmaps, per_category, preemption, tracking
 from lightning_modules.arguments import PlainParser
 from lightning_modules.base import NonFiniteLossError, ReconstructionModule
 from lightning_modules.caching import CacheConfig, attach
@@ -196,9 +196,7 @@ class UniReconCLI(LightningCLI):
         except ValueError as error:
             raise SystemExit(str(error)) from error
         if self.subcommand in ("fit", "test") and self.run_config.record.exists() and not self.run_config.overwrite:
-            raise SystemExit(
-                f"{self.run_config.record} is already a finished run: choose another --run.name, or --run.overwrite=true."
-            )
+            per_category.leave_finished(self.run_config, self._configuration())
         if self.subcommand == "fit" and self.run_config.record.exists():
             (self.run_config.work / "checkpoints" / "last.ckpt").unlink(missing_ok=True)  # the finished run's
         given = self._get(self.config_init, "trainer")
@@ -242,13 +240,10 @@ class UniReconCLI(LightningCLI):
 
         run = self.run_config
         run.work.mkdir(parents=True, exist_ok=True)
-        return WandbLogger(
-            project=os.environ.get("WANDB_PROJECT", "unirecon"),
-            name=run.name,
-            group=os.environ.get("WANDB_RUN_GROUP", run.sweep),
-            save_dir=str(run.work),
-            config={"cli": json.loads(self._parser(self.subcommand).dump(self.config[self.subcommand], format="json"))},
-        )
+        return WandbLogger(**tracking.settings(run, self._configuration()), save_dir=str(run.work))
+
+    def _configuration(self) -> dict[str, Any]:
+        return json.loads(self._parser(self.subcommand).dump(self.config[self.subcommand], format="json"))
 
     # ---- running -----------------------------------------------------------------------------------------------------
 
@@ -306,7 +301,8 @@ class UniReconCLI(LightningCLI):
         self.after_test()
 
     def after_test(self) -> None:
-        if not self.trainer.is_global_zero:
+        trainer = self.trainer
+        if not trainer.is_global_zero:
             return
         attachments: dict[str, bytes | str] = {
             "image_scores.csv": self.evaluation.image_scores.to_csv(index=False),
@@ -326,7 +322,8 @@ class UniReconCLI(LightningCLI):
             attachments=attachments,
             overwrite=self.run_config.overwrite,
         )
-        tracking.log_record(path, self.evaluation.result.table)
+        if trainer.logger is not None:
+            tracking.log_record(path, self.evaluation.result.table)
         rank_zero_info(f"Run record: {path}")
 
     def record(self) -> RunRecord:
@@ -403,13 +400,16 @@ def main(arguments: list[str] | None = None) -> None:
     torch.backends.cudnn.allow_tf32 = False  # features in full float32, as the papers' GPUs computed them
     import_methods()
     try:
-        arguments = with_environment(arguments, os.environ)
-        try:
-            UniReconCLI(arguments)
-        except per_category.OneModelEach as split:
-            split.run(lambda more: UniReconCLI([*arguments, *more]))
-    except SIGTERMException:
-        tracking.report_preemption()
-        sys.exit(143)
+        with preemption.reported():
+            _run(with_environment(arguments, os.environ))
     except (DataError, NonFiniteFeaturesError, NonFiniteLossError) as error:
         raise SystemExit(f"error: {error}") from error
+
+
+def _run(arguments: list[str]) -> None:
+    try:
+        UniReconCLI(arguments)
+    except per_category.OneModelEach as split:
+        split.run(lambda more: UniReconCLI([*arguments, *more]))
+    except SIGTERMException:
+        raise preemption.Preempted from None

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pandas as pd
 import torch
@@ -23,8 +23,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from datamodules.errors import DataError
 from datamodules.readers import list_dataset
+from lightning_modules import tracking
 from lightning_modules.callbacks import write_progress
-from lightning_modules.run import sweep_parameters
+from lightning_modules.run import RunConfig, sweep_parameters
 from results.records import RunRecord, StoredRecord, read_record, write_record
 
 NOT_AVERAGED = ("dsc_threshold",)
@@ -34,36 +35,32 @@ NOT_AVERAGED = ("dsc_threshold",)
 class OneModelEach(Exception):
     """The configuration asks for one model per category; :meth:`run` does it."""
 
-    def __init__(self, run: Any, config_text: str, parts: list[dict[str, Any]]) -> None:
+    def __init__(self, run: RunConfig, configuration: dict[str, Any], parts: list[dict[str, Any]]) -> None:
         super().__init__(f"{len(parts)} categories, one model each")
-        self.name, self.sweep, self.overwrite = run.name, run.sweep, run.overwrite
-        self.results = Path(run.results)
-        self.config_text, self.parts = config_text, parts
-
-    @property
-    def work(self) -> Path:
-        """The run's working folder."""
-        return self.results / "work" / self.sweep / self.name
+        self.run_config, self.configuration, self.parts = run, configuration, parts
 
     def run(self, fit: Callable[[list[str]], Any]) -> Path | None:
         """Calls `fit` with each category's additional arguments and writes the joint record; returns its folder."""
-        target = self.results / "runs" / self.sweep / self.name
-        if target.exists() and not self.overwrite:
-            raise SystemExit(f"{target} is already a finished run: choose another --run.name, or --run.overwrite=true.")
-        if target.exists():
+        run, work = self.run_config, self.run_config.work
+        if run.record.exists() and not run.overwrite:
+            leave_finished(run, self.configuration)
+        if run.record.exists():
             for folder in ("runs", "work"):  # records and checkpoints of the run that is replaced
-                shutil.rmtree(self.work / folder, ignore_errors=True)
-        stored, progress = [], self.work / "progress.json"
+                shutil.rmtree(work / folder, ignore_errors=True)
+        if self.configuration["trainer"]["logger"] is not False:
+            tracking.open_run(run, self.configuration)
+        stored = []
         for number, part in enumerate(self.parts):
-            folder = self.work / "runs" / "categories" / part["run"]
-            if not folder.exists():
+            folder = work / "runs" / "categories" / part["run"]
+            new = not folder.exists()
+            if new:
                 rank_zero_info(f"Category {number + 1} of {len(self.parts)}: {part['run']}")
                 fit(
                     [
                         f"--data.init_args.datasets={json.dumps([part['dataset']])}",
                         f"--run.name={part['run']}",
                         "--run.sweep=categories",
-                        f"--run.results={self.work}",
+                        f"--run.results={work}",
                         "--run.overwrite=false",
                         "--trainer.logger=false",
                     ]
@@ -73,12 +70,15 @@ class OneModelEach(Exception):
             if not folder.exists():
                 return None  # interrupted: the next call goes on here
             stored.append(read_record(folder))
-            rank_zero_only(write_progress)(progress, number + 1, len(self.parts), {})
+            if new:
+                tracking.log_history(stored[-1].history, part["run"])
+            rank_zero_only(write_progress)(work / "progress.json", number + 1, len(self.parts), {})
         return self._write(stored)
 
     @rank_zero_only
     def _write(self, stored: list[StoredRecord]) -> Path:
-        record = join_records([s.record for s in stored], self.name, self.sweep)
+        run = self.run_config
+        record = join_records([s.record for s in stored], run.name, run.sweep)
         metrics = join_metrics(s.metrics for s in stored)
         history = pd.concat(
             [
@@ -88,16 +88,32 @@ class OneModelEach(Exception):
             ignore_index=True,
         )
         path = write_record(
-            self.results / "runs",
+            Path(run.results) / "runs",
             record,
             metrics,
             history,
-            self.config_text,
+            yaml.safe_dump(self.configuration, sort_keys=False),
             attachments=join_attachments([(part["run"], s.path) for s, part in zip(stored, self.parts, strict=True)]),
-            overwrite=self.overwrite,
+            overwrite=run.overwrite,
         )
+        tracking.log_record(path, metrics)
         rank_zero_info(f"Run record: {path}")
         return path
+
+
+def leave_finished(run: RunConfig, configuration: dict[str, Any]) -> NoReturn:
+    """Leaves a run that has its record already: with a refusal, or with success if W&B handed it out again.
+
+    The latter run was interrupted after its record was written; what W&B may have missed is reported again.
+    """
+    if not tracking.handed_out(run):
+        raise SystemExit(
+            f"{run.record} is already a finished run: choose another --run.name, or --run.overwrite=true."
+        )
+    rank_zero_info(f"{run.record} was finished before the run was handed out again.")
+    tracking.open_run(run, configuration)
+    tracking.log_record(run.record, read_record(run.record).metrics)
+    raise SystemExit(0)
 
 
 def split(subcommand: str, config: Any) -> None:
@@ -122,7 +138,7 @@ def split(subcommand: str, config: Any) -> None:
             f"(CATEGORIES={parts[0]['dataset']['categories'][0]}) and its checkpoint."
         )
     plain = json.loads(json.dumps(config.as_dict(), default=str))
-    raise OneModelEach(config.run, yaml.safe_dump(plain, sort_keys=False), parts)
+    raise OneModelEach(RunConfig(**plain["run"]), plain, parts)
 
 
 def join_records(records: list[RunRecord], run: str, sweep: str) -> RunRecord:

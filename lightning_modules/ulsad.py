@@ -161,6 +161,7 @@ class ULSAD(ReconstructionModule):
                 on_step=False,
                 on_epoch=True,
                 batch_size=len(batch["label"]),
+                sync_dist=True,
             )
         return torch.stack(list(losses.values())).sum()
 

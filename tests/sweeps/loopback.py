@@ -1,7 +1,8 @@
 """A small stand-in for W&B's server on this machine, for tests: enough for ``wandb sweep``, ``wandb agent`` and runs.
 
 It answers the requests that the client was seen to make and forgets everything when it stops. Sweeps are grids; their
-cells are handed out once each, and a run that reports itself as pre-empted is handed out again under its own id.
+cells are handed out once each, and a run that reports itself as pre-empted is handed out again under its own id. The
+files of artifacts are kept and handed back.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import yaml
 
@@ -39,6 +41,17 @@ class Run:
     exit_code: int | None = None
 
 
+@dataclass
+class Artifact:
+    """An artifact as the server sees it; ``files`` by name, the manifest among them."""
+
+    name: str
+    kind: str
+    run: str
+    committed: bool = False
+    files: dict[str, bytes] = field(default_factory=dict)
+
+
 class Server:
     """W&B on a free port of 127.0.0.1, in threads of this process. ``environment`` points a client at it."""
 
@@ -48,6 +61,7 @@ class Server:
         self.runs: dict[str, Run] = {}
         self.queue: dict[str, list[str]] = {}
         self.agents: dict[str, str] = {}
+        self.artifacts: dict[str, Artifact] = {}
         self.requests: list[str] = []
         self.unknown: list[str] = []
         handler = type("Handler", (_Handler,), {"server_state": self})
@@ -187,6 +201,127 @@ class Server:
         files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]
         return {"createRunFiles": {"runID": variables["run"], "uploadHeaders": [], "files": files}}
 
+    # ---- what a reader asks for --------------------------------------------------------------------------------------
+
+    def _on_GetSweep(self, variables: dict[str, Any]) -> dict[str, Any]:
+        known = variables["name"] in self.sweeps
+        node = {"id": variables["name"], "name": variables["name"], "config": "", "state": "RUNNING"}
+        return {"project": {"sweep": node if known else None}}
+
+    _on_GetSweepLegacy = _on_GetSweep
+
+    def _on_Runs(self, variables: dict[str, Any]) -> dict[str, Any]:
+        (sweep,) = [part["sweep"] for part in json.loads(variables["filters"])["$and"]]
+        edges = [
+            {"node": {"id": run.name, "name": run.name, "state": run.state, "projectId": "1"}, "cursor": run.name}
+            for run in self._of(sweep)
+        ]
+        page = {"endCursor": None, "hasNextPage": False}
+        return {"project": {"internalId": "1", "runCount": len(edges), "runs": {"edges": edges, "pageInfo": page}}}
+
+    # ---- artifacts ---------------------------------------------------------------------------------------------------
+
+    def _on_ArtifactType(self, variables: dict[str, Any]) -> dict[str, Any]:
+        return {"project": {"artifact": None}}
+
+    def _on_FetchArtifactDigestAlgorithm(self, variables: dict[str, Any]) -> dict[str, Any]:
+        return {"project": {"artifactType": None}}
+
+    def _on_CreateArtifact(self, variables: dict[str, Any]) -> dict[str, Any]:
+        given = variables["input"]
+        artifact = f"artifact{len(self.artifacts)}"
+        name = given.get("artifactCollectionName") or given["artifactCollectionNames"][0]
+        self.artifacts[artifact] = Artifact(name, given["artifactTypeName"], given["runName"])
+        node = {"id": artifact, "state": "PENDING", "artifactSequence": {"latestArtifact": None}}
+        return {"createArtifact": {"artifact": node}}
+
+    def _on_CreateArtifactManifest(self, variables: dict[str, Any]) -> dict[str, Any]:
+        artifact = variables["artifactID"]
+        file = {"id": "M", "uploadUrl": self._at(artifact, variables["name"]), "uploadHeaders": []}
+        return {"createArtifactManifest": {"artifactManifest": {"id": artifact, "file": file}}}
+
+    def _on_UpdateArtifactManifest(self, variables: dict[str, Any]) -> dict[str, Any]:
+        artifact = variables["artifactManifestID"]
+        file = {"id": "M", "uploadUrl": self._at(artifact, "wandb_manifest.json"), "uploadHeaders": []}
+        return {"updateArtifactManifest": {"artifactManifest": {"id": artifact, "file": file}}}
+
+    def _on_CreateArtifactFiles(self, variables: dict[str, Any]) -> dict[str, Any]:
+        edges = [
+            {
+                "node": {
+                    "storagePath": f"{file['artifactID']}/{file['name']}",
+                    "uploadUrl": self._at(file["artifactID"], file["name"]),
+                    "uploadHeaders": [],
+                    "uploadMultipartUrls": None,
+                    "artifact": {"id": file["artifactID"]},
+                }
+            }
+            for file in variables["input"]["artifactFiles"]
+        ]
+        return {"createArtifactFiles": {"files": {"edges": edges}}}
+
+    def _on_CommitArtifact(self, variables: dict[str, Any]) -> dict[str, Any]:
+        artifact = variables["artifactID"]
+        self.artifacts[artifact].committed = True
+        return {"commitArtifact": {"artifact": {"id": artifact, "digest": "D"}}}
+
+    def _on_RunOutputArtifacts(self, variables: dict[str, Any]) -> dict[str, Any]:
+        edges = [
+            {"node": self._artifact(identity)}
+            for identity, artifact in self.artifacts.items()
+            if artifact.run == variables["run"] and artifact.committed
+        ]
+        page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
+        artifacts = {"totalCount": len(edges), "pageInfo": page, "edges": edges}
+        return {"project": {"run": {"artifacts": artifacts}}}
+
+    def _artifact(self, identity: str) -> dict[str, Any]:
+        artifact = self.artifacts[identity]
+        collection = {"__typename": "ArtifactSequence", "name": artifact.name, "project": _project()}
+        return {
+            "__typename": "Artifact", "id": identity, "artifactSequence": collection, "versionIndex": 0,
+            "artifactType": {"name": artifact.kind}, "description": None, "metadata": None, "ttlDurationSeconds": -1,
+            "ttlIsInherited": True, "tags": [], "historyStep": None, "state": "COMMITTED", "digest": "D",
+            "size": sum(map(len, artifact.files.values())), "commitHash": None, "fileCount": len(artifact.files),
+            "createdAt": "2026-01-01T00:00:00", "updatedAt": None, "aliases": [],
+        }  # fmt: skip
+
+    def _on_FetchArtifactManifest(self, variables: dict[str, Any]) -> dict[str, Any]:
+        url = self._at(variables["id"], "wandb_manifest.json")
+        return {"artifact": {"currentManifest": {"file": {"directUrl": url}}}}
+
+    _on_ArtifactManifest = _on_FetchArtifactManifest
+
+    def _on_GetArtifactMembershipFileUrls(self, variables: dict[str, Any]) -> dict[str, Any]:
+        (identity,) = [key for key, artifact in self.artifacts.items() if artifact.name == variables["collection"]]
+        edges = [
+            {"node": {"__typename": "File", "name": name, "directUrl": self._at(identity, name)}}
+            for name in self.artifacts[identity].files
+            if name != "wandb_manifest.json"
+        ]
+        page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
+        files = {"pageInfo": page, "edges": edges}
+        collection = {"__typename": "ArtifactSequence", "artifactMembership": {"files": files}}
+        return {"project": {"artifactCollection": collection}}
+
+    def _at(self, artifact: str, name: str) -> str:
+        return f"{self.url}/artifacts/{artifact}/{quote(name)}"
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    def upload(self, path: str, body: bytes) -> None:
+        """Keep a file of an artifact; others are dropped."""
+        parts = unquote(path).split("/", 3)
+        if len(parts) == 4 and parts[1] == "artifacts":
+            self.artifacts[parts[2]].files[parts[3]] = body
+
+    def download(self, path: str) -> bytes | None:
+        """A file of an artifact, or None."""
+        parts = unquote(path.partition("?")[0]).split("/", 3)
+        if len(parts) == 4 and parts[1] == "artifacts":
+            return self.artifacts[parts[2]].files.get(parts[3])
+        return None
+
     def stream(self, run_name: str, content: dict[str, Any]) -> dict[str, Any]:
         """A part of a run's history, summary and end."""
         with self.lock:
@@ -237,7 +372,7 @@ class _Handler(BaseHTTPRequestHandler):
         return body
 
     def _reply(self, content: Any, status: int = 200) -> None:
-        body = json.dumps(content).encode()
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -257,10 +392,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply({})
 
     def do_PUT(self) -> None:
-        self._body()
+        self.server_state.upload(self.path, self._body())
         self.server_state.requests.append("PUT")
         self._reply({})
 
     def do_GET(self) -> None:
         self.server_state.requests.append(f"GET {self.path}")
-        self._reply({})
+        self._reply(self.server_state.download(self.path) or {})
