@@ -30,6 +30,7 @@ from sweeps.state import RECORDS, WORK, read_json
 from sweeps.sweep_file import SEED, Cell
 
 ARTIFACT = "run-record"
+_WITHOUT = "without a record"
 _SWEEP = re.compile(r"[^/\s]+/[^/\s]+/[^/\s]+")
 
 
@@ -109,6 +110,13 @@ def agents(options: argparse.Namespace, console: Console) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    killed = [agent for agent in running if agent.returncode < 0]
+    if killed:
+        console.print(
+            f"{len(killed)} of {len(running)} agents were killed from outside; W&B hands their cells out again. "
+            f"Go on with: make agents SWEEP={options.sweep}",
+            highlight=False,
+        )
     return max(abs(agent.returncode) for agent in running)
 
 
@@ -140,21 +148,24 @@ def pull(options: argparse.Namespace, console: Console) -> int:
         runs = list(wandb.Api().sweep(options.sweep).runs)
     except (ValueError, wandb.errors.CommError) as error:
         raise SweepError(f"W&B has no sweep {options.sweep} for you: {error}") from error
-    counts = {"new": 0, "here already": 0, "without a record": 0}
-    for run in runs:
-        counts[_fetch(run)] += 1
-    console.print(
-        f"{options.sweep}: {len(runs)} runs, " + ", ".join(f"{count} {what}" for what, count in counts.items()),
-        highlight=False,
-    )
-    return int(counts["without a record"] > 0)
+    outcomes = [_fetch(run) for run in runs]
+    counts = [f"{outcomes.count(what)} {what}" for what in ("new", "here already", _WITHOUT)]
+    console.print(f"{options.sweep}: {len(runs)} runs, {', '.join(counts)}", highlight=False)
+    missing = [f"{run.name} ({run.state})" for run, what in zip(runs, outcomes, strict=True) if what == _WITHOUT]
+    if missing:
+        console.print(
+            f"Without a record: {', '.join(missing)}. W&B hands out a failed or crashed cell of a grid again once its run "
+            "is deleted on the sweep's page and the sweep resumed.",
+            highlight=False,
+        )
+    return int(bool(missing))
 
 
 def _fetch(run: Any) -> str:
     """Fetch one run's newest record; the run's folder appears complete or not at all."""
     records = [artifact for artifact in run.logged_artifacts() if artifact.type == ARTIFACT]
     if not records:
-        return "without a record"
+        return _WITHOUT
     part = RECORDS / f".pull-{uuid.uuid4().hex}"
     try:
         records[-1].download(root=str(part))

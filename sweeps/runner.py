@@ -10,6 +10,7 @@ import contextlib
 import csv
 import errno
 import os
+import re
 import shutil
 import signal
 import socket
@@ -251,7 +252,7 @@ class Runner:
             job.state = DONE
         elif self.interrupted or from_outside:
             job.state = INTERRUPTED
-        elif reason := self._machine_fault():
+        elif reason := self._machine_fault(job.log_lines):
             job.state = INTERRUPTED
             self._halt(reason)
         else:
@@ -265,13 +266,17 @@ class Runner:
             job.lock.release()
             self._display.ended(job, "killed from outside, out of memory?" if code == -signal.SIGKILL else "")
 
-    def _machine_fault(self) -> str:
-        """Why every further cell would fail too, or an empty string."""
+    def _machine_fault(self, log_lines: list[str]) -> str:
+        """Why every further cell would fail too, or an empty string; log_lines: the end of a failed cell's log."""
         for root in self._data_roots:
             if not root.is_dir():
                 return f"The data folder {root} is no longer there. Bring it back and start the sweep again."
-        free = shutil.disk_usage(WORK).free
-        if free < _LEAST_DISK:
+        # A large file may not fit where much is free still: then only the cell knows.
+        text = "\n".join(log_lines)
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            if os.strerror(number) in text:
+                return _explain(OSError(number, "", _path_in(text)))
+        if shutil.disk_usage(WORK).free < _LEAST_DISK:
             return _explain(OSError(errno.ENOSPC, "", str(WORK)))
         return ""
 
@@ -324,3 +329,9 @@ def _explain(error: OSError) -> str:
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return f"{where} cannot be written ({os.strerror(error.errno)}). Run records and logs are written there."
     return f"{where}: {error.strerror or error}."
+
+
+def _path_in(text: str) -> str:
+    """The file that Python's message about a failed write names, or the folder of all results."""
+    named = re.findall(r"\[Errno \d+\] [^:\n]+: '([^'\n]+)'", text)
+    return named[-1] if named else str(WORK.parent)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,49 @@ class Project:
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     return Project(tmp_path)
+
+
+@pytest.fixture
+def server() -> Iterator[Any]:
+    """A stand-in for W&B's server; on a failure its view of the runs and agents is printed."""
+    spec = importlib.util.spec_from_file_location("loopback", Path(__file__).with_name("loopback.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["loopback"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    running = module.Server()
+    yield running
+    print(running.describe())
+    running.stop()
+
+
+@pytest.fixture
+def online(project: Project, server: Any) -> Project:
+    """The project with the server's address in its environment; W&B's own folders lie in it too."""
+    folders = {
+        f"WANDB_{kind}_DIR": str(project.folder / "wandb" / kind.lower()) for kind in ("CACHE", "DATA", "CONFIG")
+    }
+    # W&B's service has 30 seconds to start, which a loaded machine may exceed; an agent then dies.
+    project.environment |= server.environment | folders | {"WANDB__SERVICE_WAIT": "200"}
+    return project
+
+
+@pytest.fixture(scope="session")
+def communicate() -> Callable[..., str]:
+    """Everything a process printed until its end; a failure shows what it printed until the limit."""
+
+    def wait(process: subprocess.Popen, limit: float = 240) -> str:
+        try:
+            return process.communicate(timeout=limit)[0]
+        except subprocess.TimeoutExpired:
+            # Its agents and their cells get SIGTERM by its death; whoever holds the output still must not hold the test.
+            process.kill()
+            try:
+                output = process.communicate(timeout=30)[0]
+            except subprocess.TimeoutExpired as error:
+                output = (error.output or b"").decode(errors="replace")
+            pytest.fail(f"no end within {limit} s:\n{output}")
+
+    return wait
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import base64
 import json
 import re
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,6 +23,8 @@ import yaml
 from sweeps.sweep_file import _grid
 
 ENTITY, PROJECT = "local", "unirecon"
+SILENCE = 90.0
+"""Seconds after which a run that neither speaks nor has an agent that does counts as crashed (W&B's server: minutes)."""
 KEY = "0123456789" * 4
 
 
@@ -34,6 +37,7 @@ class Run:
     agent: str | None = None
     state: str = "pending"
     starts: int = 0
+    heard: float = field(default_factory=time.monotonic)
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     history: list[str] = field(default_factory=list)
@@ -82,6 +86,11 @@ class Server:
             "WANDB_PROJECT": PROJECT,
             "WANDB_ERROR_REPORTING": "false",
         }
+
+    def describe(self) -> str:
+        """What the server knows, for a test that failed."""
+        runs = [f"{run.name}: {run.state}, {run.starts} starts, last with {run.agent}" for run in self.runs.values()]
+        return "\n".join(["W&B's stand-in:", *runs, f"waiting: {self.queue}", f"last requests: {self.requests[-12:]}"])
 
     def stop(self) -> None:
         """Stop answering."""
@@ -144,19 +153,29 @@ class Server:
         sweep = self.agents[agent]
         busy = json.loads(variables["runState"])
         commands: list[dict[str, Any]] = []
+        for run in self._of(sweep):
+            silent = time.monotonic() - run.heard > SILENCE
+            if run.name in busy:
+                run.heard = time.monotonic()
+            elif run.state == "running" and (run.agent == agent or silent):
+                run.state = "crashed"
+            elif run.state == "preempting" and silent:
+                self._requeue(run)
         if not busy:
-            for run in self._of(sweep):
-                if run.agent == agent and run.state == "running":
-                    run.state = "crashed"
             if self.queue[sweep]:
                 name = self.queue[sweep].pop(0)
                 run = self.runs[name]
                 kind = "resume" if run.starts else "run"
                 run.agent, run.state, run.starts = agent, "running", run.starts + 1
+                run.heard = time.monotonic()
                 commands = [{"type": kind, "run_id": name, "args": run.args, "program": None, "run_storage_id": name}]
             elif all(run.state not in ("running", "preempting") for run in self._of(sweep)):
                 commands = [{"type": "exit"}]
         return {"agentHeartbeat": {"agent": {"id": agent}, "commands": json.dumps(commands)}}
+
+    def _requeue(self, run: Run) -> None:
+        run.state = "preempted"
+        self.queue[run.name[: len("sweep000")]].insert(0, run.name)
 
     def _of(self, sweep: str) -> list[Run]:
         return [run for run in self.runs.values() if run.name.startswith(sweep)]
@@ -326,6 +345,7 @@ class Server:
         """A part of a run's history, summary and end."""
         with self.lock:
             run = self.runs.setdefault(run_name, Run(run_name))
+            run.heard = time.monotonic()
             for name, part in (content.get("files") or {}).items():
                 if name == "wandb-history.jsonl":
                     offset = part.get("offset", len(run.history))
@@ -337,8 +357,7 @@ class Server:
             if content.get("complete") is not None and content.get("exitcode") is not None:
                 run.exit_code = content["exitcode"]
                 if run.state == "preempting" and run.exit_code != 0:
-                    run.state = "preempted"
-                    self.queue[run.name[: len("sweep000")]].insert(0, run.name)
+                    self._requeue(run)
                 else:
                     run.state = "finished" if run.exit_code == 0 else "failed"
         return {}
@@ -398,4 +417,5 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server_state.requests.append(f"GET {self.path}")
-        self._reply(self.server_state.download(self.path) or {})
+        content = self.server_state.download(self.path)
+        self._reply({} if content is None else content)

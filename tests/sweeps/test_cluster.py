@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,38 +18,11 @@ import yaml
 from sweeps import cluster, command, sweep_file
 from sweeps.errors import SweepError
 
-HERE = Path(__file__).parent
-
-
-@pytest.fixture
-def server() -> Iterator[Any]:
-    spec = importlib.util.spec_from_file_location("loopback", HERE / "loopback.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["loopback"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    running = module.Server()
-    yield running
-    running.stop()
-
-
-@pytest.fixture
-def online(project: Any, server: Any) -> Any:
-    """The project with the server's address in its environment."""
-    project.environment |= server.environment
-    return project
-
-
-def communicate(process: subprocess.Popen, limit: float = 240) -> str:
-    """Everything a process printed until its end; a failure shows what it printed until the limit."""
-    try:
-        return process.communicate(timeout=limit)[0]
-    except subprocess.TimeoutExpired:
-        process.kill()
-        pytest.fail(f"no end within {limit} s:\n{process.communicate()[0]}")
-
 
 @pytest.mark.slow
-def test_two_agents_share_a_grid_and_run_each_cell_once_with_the_runners_command(online: Any, server: Any) -> None:
+def test_two_agents_share_a_grid_and_run_each_cell_once_with_the_runners_command(
+    online: Any, server: Any, communicate: Callable[..., str]
+) -> None:
     online.sweep({"model.size": [1, 2, 3], "model.places": [["a", "b"], ["a"]], "model.nap": 0.5})
     code, output = online.run("register", "toy", "--profile", "demo")
     assert code == 0, output
@@ -76,7 +48,7 @@ def test_two_agents_share_a_grid_and_run_each_cell_once_with_the_runners_command
 
 @pytest.mark.slow
 def test_preempted_cell_is_handed_out_again_and_goes_on_from_its_checkpoint(
-    online: Any, server: Any, wait_for: Callable[..., None]
+    online: Any, server: Any, wait_for: Callable[..., None], communicate: Callable[..., str]
 ) -> None:
     online.sweep({"model.wandb": True, "model.epochs": 4, "model.nap": 1.0})
     assert online.run("register", "toy")[0] == 0

@@ -1,0 +1,109 @@
+"""The real program under W&B's real agents, one of its runs pre-empted: trained once, recorded, logged, fetched."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+
+from results.records import read_records
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SWEEP = "local/unirecon/sweep000"
+EPOCHS = 4
+# Asks the first run that comes to its third epoch to leave, as SLURM would.
+CALLBACK = '''
+import os, signal
+from pathlib import Path
+import lightning as L
+
+class Preempt(L.Callback):
+    def on_train_batch_end(self, trainer, *rest):
+        if trainer.current_epoch == 2 and not Path("preempted").exists():
+            Path("preempted").write_text(os.environ["WANDB_RUN_ID"])
+            os.kill(os.getpid(), signal.SIGTERM)
+'''
+
+
+def prepare(project: Any) -> None:
+    """Two runs of UniAD that differ in nothing that decides the result, on a benchmark of two categories."""
+    shutil.copytree(REPOSITORY / "sweeps" / "profiles", project.folder / "sweeps" / "profiles", dirs_exist_ok=True)
+    content = yaml.safe_load((REPOSITORY / "sweeps" / "neighbor_mask.yaml").read_text())
+    content["parameters"] = {
+        "run.heatmaps": {"values": [True, False]},
+        "model.init_args.neighbor_size": {"value": 3},
+        "seed_everything": {"value": 0},
+    }
+    content["command"][-1:] = [
+        f"--trainer.max_epochs={EPOCHS}",
+        "--trainer.callbacks=preempt.Preempt",
+        "--trainer.accelerator=cpu",
+        "--model.init_args.image_size=64",
+        "${args}",
+    ]
+    (project.folder / "sweeps" / "neighbor_mask.yaml").write_text(yaml.safe_dump(content))
+    (project.folder / "preempt.py").write_text(CALLBACK)
+    words = ["--train", "4", "--test", "2", "--defects", "1", "--size", "64", "--categories", "wood,gear"]
+    subprocess.run(
+        [sys.executable, "-m", "datamodules", "synthetic", "data/synthetic", *words],
+        cwd=project.folder,
+        env=project.environment,
+        check=True,
+    )
+
+
+@pytest.mark.slow
+def test_agents_share_a_grid_and_a_preempted_run_ends_like_the_other(
+    online: Any, server: Any, communicate: Callable[..., str]
+) -> None:
+    prepare(online)
+    online.environment |= {"WEIGHTS": "random", "OMP_NUM_THREADS": "1"}
+    code, output = online.run("register", "neighbor_mask", limit=120)
+    print(output)
+    assert code == 0
+    output = communicate(online.start("agents", SWEEP, "--gpus", "none", "--workers", "2"))
+    print(output)
+    assert server.unknown == []
+    first = server.runs[(online.folder / "preempted").read_text()]
+    (second,) = [run for run in server.runs.values() if run is not first]
+    assert (first.starts, first.state, second.starts, second.state) == (2, "finished", 1, "finished")
+    assert first.agent != second.agent or first.starts == 2
+    assert f"results/work/neighbor_mask/{first.name}/checkpoints/last.ckpt" in output, "went on from its checkpoint"
+
+    stored = {record.record.run: record for record in read_records(online.folder / "results" / "runs", "neighbor_mask")}
+    assert set(stored) == set(server.runs)
+    pd.testing.assert_frame_equal(stored[first.name].metrics, stored[second.name].metrics)
+    pd.testing.assert_frame_equal(stored[first.name].history, stored[second.name].history)
+    for run in (first, second):
+        lines = [json.loads(line) for line in run.history]
+        curve = [(line["epoch"], line["trainer/global_step"]) for line in lines if "train/loss" in line]
+        assert curve == [(epoch, epoch) for epoch in range(EPOCHS)], "one step of each epoch"
+        assert run.config["model.init_args.neighbor_size"]["value"] == 3
+        assert run.config["cli"]["value"]["model"]["init_args"]["neighbor_size"] == 3
+        assert run.summary["image_auroc"] == pytest.approx(mean(stored[run.name].metrics, "image_auroc"))
+        assert "categories" in run.summary
+    drawn = {run.name for run in server.runs.values() if "heatmaps/wood" in run.summary}
+    assert drawn == {name for name, record in stored.items() if record.record.cell["run.heatmaps"]}
+
+    before = {path: path.read_bytes() for path in online.folder.glob("results/runs/neighbor_mask/*/*") if path.is_file()}
+    for folder in ("results/runs", "wandb"):
+        shutil.rmtree(online.folder / folder)
+    code, output = online.run("pull", SWEEP)
+    print(output)
+    assert code == 0
+    assert "2 new" in output
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def mean(metrics: pd.DataFrame, name: str) -> float:
+    """A metric's mean over all categories."""
+    rows = metrics[(metrics.scope == "mean") & (metrics.dataset == "") & (metrics.metric == name)]
+    return rows.value.item()
