@@ -202,7 +202,8 @@ class UniReconCLI(LightningCLI):
         given = self._get(self.config_init, "trainer")
         self.evaluation, self.history, self.curve = Evaluation(), History(), None
         own = [EpochSeed(self.config[self.subcommand].seed_everything), self.evaluation, self.history, *self._callbacks()]
-        callbacks = [*(given.get("callbacks") or []), *own]
+        more = given.get("callbacks") or []
+        callbacks = [*(more if isinstance(more, list) else [more]), *own]
         if given.get("logger") is None:
             kwargs["logger"] = self._wandb_logger()
         if given.get("plugins") is None and SLURMEnvironment.detect():

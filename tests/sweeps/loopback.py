@@ -23,7 +23,7 @@ import yaml
 from sweeps.sweep_file import _grid
 
 ENTITY, PROJECT = "local", "unirecon"
-SILENCE = 90.0
+SILENCE = 30.0
 """Seconds after which a run that neither speaks nor has an agent that does counts as crashed (W&B's server: minutes)."""
 KEY = "0123456789" * 4
 
@@ -86,6 +86,17 @@ class Server:
             "WANDB_PROJECT": PROJECT,
             "WANDB_ERROR_REPORTING": "false",
         }
+
+    def delete_crashed(self) -> int:
+        """What a user does on the sweep's page: delete crashed runs, whereupon a grid's cells are handed out again."""
+        with self.lock:
+            crashed = [run for run in self.runs.values() if run.state == "crashed"]
+            for run in crashed:
+                del self.runs[run.name]
+                again = Run(f"{run.name}x", run.args)
+                self.runs[again.name] = again
+                self.queue[run.name[: len("sweep000")]].append(again.name)
+            return len(crashed)
 
     def describe(self) -> str:
         """What the server knows, for a test that failed."""
