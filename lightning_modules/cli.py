@@ -38,6 +38,7 @@ from lightning_modules.arguments import PlainParser
 from lightning_modules.base import NonFiniteLossError, ReconstructionModule
 from lightning_modules.caching import CacheConfig, attach
 from lightning_modules.callbacks import EpochSeed, History, PlainProgress, Predictions, Progress
+from lightning_modules.checkpoints import WholeCheckpoints
 from lightning_modules.evaluation import Evaluation, EvaluationCurve
 from lightning_modules.run import RunConfig, provenance, sweep_parameters
 from results.records import RunRecord, write_record
@@ -206,8 +207,9 @@ class UniReconCLI(LightningCLI):
         callbacks = [*(more if isinstance(more, list) else [more]), *own]
         if given.get("logger") is None:
             kwargs["logger"] = self._wandb_logger()
-        if given.get("plugins") is None and SLURMEnvironment.detect():
-            kwargs["plugins"] = [SLURMEnvironment(auto_requeue=False)]
+        if given.get("plugins") is None:
+            slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+            kwargs["plugins"] = [WholeCheckpoints(), *slurm]
         return super().instantiate_trainer(callbacks=callbacks, default_root_dir=str(self.run_config.work), **kwargs)
 
     def _callbacks(self) -> list[L.Callback]:

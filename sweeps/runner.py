@@ -316,8 +316,12 @@ def check_writable(folder: Path) -> None:
     probe = folder / f".writable.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("x" * 4096)
-        probe.unlink()
+        if shutil.disk_usage(folder).free < _LEAST_DISK:
+            raise OSError(errno.ENOSPC, "", str(folder))
+        try:
+            probe.write_text("x" * 4096)
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise SweepError(_explain(error)) from error
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import pandas as pd
 import pytest
 import torch
 
 from lightning_modules.callbacks import EpochSeed, Progress
+from lightning_modules.checkpoints import WholeCheckpoints
 
 
 class Interruption(RuntimeError):
@@ -75,3 +78,31 @@ def test_a_training_cut_off_after_its_last_epoch_still_ends_with_the_best_weight
 def test_progress_goes_on_from_where_it_stopped(uninterrupted):
     state = json.loads((uninterrupted.results / "work" / "single" / "first" / "progress.json").read_text())
     assert (state["epoch"], state["epochs"]) == (4, 4)
+
+
+def test_a_checkpoint_that_cannot_be_written_whole_leaves_the_last_one(tmp_path, monkeypatch):
+    path = tmp_path / "run" / "last.ckpt"
+    writer = WholeCheckpoints()
+    writer.save_checkpoint({"epoch": 1}, path)
+    (path.parent / ".last.ckpt.123").write_bytes(b"part of one")  # of a process killed while writing
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", _full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            writer.save_checkpoint({"epoch": 2}, path)
+    assert writer.load_checkpoint(path) == {"epoch": 1}
+    assert list(path.parent.iterdir()) == [path]
+    writer.save_checkpoint({"epoch": 2}, path)
+    assert writer.load_checkpoint(path) == {"epoch": 2}
+
+
+def _full_disk(descriptor: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_the_program_writes_its_checkpoints_whole(project, monkeypatch):
+    monkeypatch.setattr(os, "fsync", _full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        project.run()
+    assert not project.checkpoint().exists()
+    monkeypatch.undo()
+    assert project.fit().record.provenance["epochs"] == 2
