@@ -91,6 +91,28 @@ def test_wandb_accepts_every_shipped_sweep_file(name: str, server: Any, tmp_path
     assert handed_out == [cell.parameters for cell in cells]
 
 
+@pytest.mark.slow
+def test_offline_run_that_is_synced_later_keeps_its_group_its_parameters_and_its_curve(online: Any, server: Any) -> None:
+    online.sweep({"model.size": 2, "model.wandb": True})
+    code, output = online.run("run", "toy", "--no-table", limit=120)
+    assert code == 0, output
+    assert server.requests == [], "nothing is sent without being asked"
+    (log,) = (online.folder / "results" / "work" / "toy" / "wandb").glob("offline-run-*")
+    outcome = subprocess.run(
+        [sys.executable, "-m", "wandb", "sync", str(log)],
+        env=online.environment,
+        cwd=online.folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    (run,) = server.runs.values()
+    assert (run.name, run.group) == (f"toy-{next(iter(online.records()))}", "toy")
+    assert run.config["model.size"]["value"] == 2
+    assert len(run.history) == 3
+
+
 def test_slurm_script_runs_one_agent_program_per_task(tmp_path: Path) -> None:
     fake = tmp_path / "srun"
     fake.write_text('#!/bin/sh\necho "srun $@"\n')
