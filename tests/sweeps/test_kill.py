@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 RUN = ("run", "toy", "--no-table", "--workers", "3")
-PARAMETERS = {"model.size": [1, 2, 3, 4, 5], "model.nap": 0.15, "model.epochs": 4, "seed_everything": [0]}
+PARAMETERS = {"model.size": [1, 2, 3, 4, 5], "model.nap": 0.25, "model.epochs": 4, "seed_everything": [0]}
 
 
 def outcome(project: Any) -> dict[str, Any]:
@@ -33,15 +33,23 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, make_project: Callab
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_killed_sweep_ends_like_an_uninterrupted_one(
-    seed: int, project: Any, uninterrupted: dict[str, Any], alive: Callable[[int], bool]
+    seed: int,
+    project: Any,
+    uninterrupted: dict[str, Any],
+    alive: Callable[[int], bool],
+    wait_for: Callable[..., None],
 ) -> None:
     chance, killed, begin = random.Random(seed), [], time.monotonic()
     project.sweep(PARAMETERS)
     for _ in range(chance.randint(1, 3)):
         process = project.start(*RUN)
-        time.sleep(chance.uniform(0.2, 2.0))
+        if chance.random() < 0.75:  # while cells run, however long the runner takes to start them
+            wait_for(lambda p=process: p.poll() is not None or any(map(alive, project.starts())), 60)
+            time.sleep(chance.uniform(0.0, 1.0))
+        else:
+            time.sleep(chance.uniform(0.2, 2.0))
         cells = [pid for pid in project.starts() if alive(pid)]
-        victim = process.pid if not cells or chance.random() < 0.5 else chance.choice(cells)
+        victim = process.pid if not cells or chance.random() < 0.4 else chance.choice(cells)
         with contextlib.suppress(ProcessLookupError):
             os.kill(victim, signal.SIGKILL)
             killed.append("runner" if victim == process.pid else "cell")
