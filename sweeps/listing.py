@@ -12,7 +12,7 @@ from rich.table import Table
 from sweeps import prepare, sweep_file
 from sweeps.display import duration, short
 from sweeps.errors import SweepError
-from sweeps.state import RECORDS, WORK, read_json
+from sweeps.state import DONE, RECORDS, WORK, read_json
 
 
 def show(options: argparse.Namespace, console: Console) -> int:
@@ -54,7 +54,10 @@ def _cells(sweep: sweep_file.SweepFile) -> Table:
     for path in sorted(Path(WORK, sweep.name).glob("*/state.json")):
         content = read_json(path)
         key = str([content.get("parameters", {}).get(name) for name in varying])
-        states.setdefault(key, []).append(f"{path.parent.name} {content.get('state')}")
+        run = path.parent.name
+        # The record alone decides; a runner that was killed left the state before.
+        state = DONE if Path(RECORDS, sweep.name, run, "record.json").exists() else content.get("state")
+        states.setdefault(key, []).append(f"{run} {state}")
     for cell in sweep.cells():
         values = [cell.parameters[name] for name in varying]
         table.add_row(*map(str, values), "\n".join(states.get(str(values), [])))

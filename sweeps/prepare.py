@@ -21,7 +21,7 @@ SYNTHETIC = Path("data/synthetic")
 SYNTHETIC_LOCO = Path("data/synthetic_loco")
 """Four categories of the benchmark in the layout of MVTec LOCO AD."""
 LOCO_OPTIONS = ("--layout", "mvtec_loco", "--categories", "cable,circuit_board,gasket,pill_tray")
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
 def environment(profile: str | None, base: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -189,8 +189,8 @@ def threads(variables: Mapping[str, str], count: int) -> dict[str, str]:
 
     It must be one number: a library with more threads than the others waits for a core by spinning on it.
     """
-    count = next((variables[name] for name in _THREADS if variables.get(name)), str(count))
-    return {**variables, **{name: variables.get(name) or count for name in _THREADS}}
+    count = next((variables[name] for name in THREADS if variables.get(name)), str(count))
+    return {**variables, **{name: variables.get(name) or count for name in THREADS}}
 
 
 def cores() -> int:

@@ -327,7 +327,8 @@ def check_writable(folder: Path) -> None:
 
 
 def _explain(error: OSError) -> str:
-    where = error.filename or "results/"
+    path = Path(error.filename or WORK.parent)
+    where = path.parent if path.name.startswith(".") else path  # temporary files are no news
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"The disk is full ({where}). Free some space and start the same sweep again."
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):

@@ -16,6 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
+from sweeps.identity import OVERRIDES
+from sweeps.prepare import THREADS
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -31,7 +34,7 @@ class Project:
             **{key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "SLURM"))},
             "PYTHONPATH": str(REPOSITORY),
         }
-        for name in ("PROFILE", "DATASET", "DATA_ROOT", "CATEGORIES", "BACKBONE", "WEIGHTS", "CUDA_VISIBLE_DEVICES"):
+        for name in (*OVERRIDES, *THREADS, "PROFILE", "CUDA_VISIBLE_DEVICES"):
             self.environment.pop(name, None)
 
     def sweep(self, parameters: dict[str, Any], name: str = "toy", **more: Any) -> Path:

@@ -1,10 +1,11 @@
 """A stand-in for the training program: same arguments, work files and run record, in milliseconds.
 
-Its dotted keys steer it: ``model.epochs``, ``model.nap`` (seconds per epoch), ``model.end`` (ok, fail, silent, kill,
+Its dotted keys steer it: ``model.epochs``, ``model.nap`` (seconds per epoch), ``model.end`` (ok, fail, full, silent, kill,
 hang, leave), ``model.wandb`` (report to W&B).
 """
 
 import ctypes
+import errno
 import fcntl
 import json
 import os
@@ -78,6 +79,8 @@ def main() -> None:
         )
     if end == "fail":
         raise ValueError("the loss is not finite")
+    if end == "full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{checkpoint}")
     if end == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     while end == "hang":

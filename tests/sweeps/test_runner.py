@@ -9,9 +9,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from sweeps.errors import SweepError
+from sweeps.runner import check_writable
 
 RUN = ("run", "toy", "--no-table")
 
@@ -199,6 +204,23 @@ def test_results_folder_that_cannot_be_written_is_said_before_any_cell(project: 
     assert code == 2
     assert "results" in output
     assert not project.starts()
+
+
+def test_disk_too_full_for_a_run_is_said_before_any_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 20))
+    with pytest.raises(SweepError, match=r"disk is full .*work"):
+        check_writable(tmp_path / "work")
+
+
+def test_cell_that_found_the_disk_full_stops_the_sweep_and_is_no_failure(project: Any) -> None:
+    project.sweep({"model.end": ["full", "ok"]})
+    code, output = project.run(*RUN, "--workers", "1")
+    assert code == 130
+    (work,) = project.works()
+    assert f"The disk is full ({work.relative_to(project.folder)}/checkpoints/last.json)" in output
+    assert "failed" not in output
+    project.run(*RUN, "--workers", "1")
+    assert len(project.starts()) == 2, "it is taken up again without being asked"
 
 
 def test_unknown_profile_names_the_profiles_there_are(project: Any) -> None:
