@@ -12,11 +12,12 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ VERSION = 2
 
 DTYPES = ("float32", "float16")
 FLUSH_EVERY = 512  # rows
+RELEASE_EVERY = 32  # rows
 
 Computed = Iterator[tuple[list[Tensor], Tensor, Tensor | None]]
 """Consecutive batches: levels (B, C_l, H_l, W_l), masks bool (B, 1, H, W), images uint8 (B, 3, H, W) or None."""
@@ -117,14 +119,18 @@ class FeatureCache:
         self.masks = arrays["mask"]
         self.images = arrays.get("image")
         self.image_size = tuple(self.meta["spec"]["image_size"])
+        self._arrays = list(arrays.values())
         self._checksums = np.load(folder / "checksums.npy")
         with contextlib.suppress(OSError):  # another user's entry can be read, but not marked as used
             os.utime(folder / "meta.json")
 
     def is_intact(self) -> bool:
         """Whether every row has the checksum that it was written with; reads the entry once."""
-        arrays = [*self.levels, self.masks, *([] if self.images is None else [self.images])]
-        return _first_damaged(arrays, self._checksums) == len(self._checksums)
+        return _first_damaged(self._arrays, self._checksums) == len(self._checksums)
+
+    def let_go(self) -> None:
+        """Drops what was read from this process's memory."""
+        _let_go(self._arrays)
 
 
 def _checksum(arrays: Sequence[np.ndarray], row: int) -> int:
@@ -134,10 +140,25 @@ def _checksum(arrays: Sequence[np.ndarray], row: int) -> int:
     return value
 
 
+def _let_go(arrays: Iterable[np.ndarray]) -> None:
+    """Drops the pages of memory-mapped arrays from this process, which would else grow to the size of the entry.
+
+    Nothing is lost: the system keeps them in its own memory as long as it has room, and writes them out otherwise.
+    """
+    for array in arrays:
+        if hasattr(mmap, "MADV_DONTNEED"):
+            array._mmap.madvise(mmap.MADV_DONTNEED)
+
+
 def _first_damaged(arrays: Sequence[np.ndarray], checksums: np.ndarray) -> int:
     """The first row whose checksum fails; the number of checksums if none does."""
-    rows = range(len(checksums))
-    return next((row for row in rows if _checksum(arrays, row) != checksums[row]), len(checksums))
+    for row, expected in enumerate(checksums):
+        if _checksum(arrays, row) != expected:
+            return row
+        if row % RELEASE_EVERY == 0:
+            _let_go(arrays)
+    _let_go(arrays)
+    return len(checksums)
 
 
 def open_or_build(
@@ -215,6 +236,7 @@ def _build(
             arrays[name][done:end] = values
         for row in range(done, end):
             checksums[row] = _checksum(list(arrays.values()), row)
+        _let_go(arrays.values())
         done = end
         if done - start >= FLUSH_EVERY:
             start = done
@@ -360,7 +382,9 @@ class CachedImages:
             return self.source.load(row)
         height, width = self.cache.image_size
         mask = np.unpackbits(self.cache.masks[row.id], count=height * width).view(bool).reshape(height, width)
-        return np.ascontiguousarray(self.cache.images[row.id].transpose(1, 2, 0)), mask
+        image = np.ascontiguousarray(self.cache.images[row.id].transpose(1, 2, 0))
+        self.cache.let_go()
+        return image, mask
 
 
 class CachedBatches(Dataset):
@@ -413,6 +437,7 @@ class CachedBatches(Dataset):
         if self.cache.images is not None:
             pixels = torch.from_numpy(self.cache.images[ids]).long()
             batch["image"] = torch.stack([self.normalised[c][pixels[:, c]] for c in range(3)], dim=1)
+        self.cache.let_go()
         return batch
 
 

@@ -324,7 +324,8 @@ class UnifiedDataModule(L.LightningDataModule):
     def all_images(self, first: int, batch_size: int) -> DataLoader:
         """Every image of the table from id ``first`` on, in the order of ids, each with its uint8 ``pixels`` (3, H, W)."""
         rows = sorted((row for split in SPLITS for row in self._rows(split)), key=lambda row: row.id)[first:]
-        dataset = TableDataset(rows, self._source, self.mean, self.std, pixels=True)
+        source = ImageSource(self.image_size, self.resize, **self._rules)  # keeps nothing: every image is read once
+        dataset = TableDataset(rows, source, self.mean, self.std, pixels=True)
         return DataLoader(
             dataset, batch_size, num_workers=self._workers(), collate_fn=collate, worker_init_fn=_quiet_worker
         )

@@ -101,8 +101,8 @@ class UpsampleConvolutions(nn.Module):
         small = first.bias.view(1, -1, 1, 1).expand(1, -1, 5, 5)
         small = third(second(small))
         for axis, size in zip((2, 3), self.out_size, strict=True):
-            repeats = torch.tensor([1, 1, size - 4, 1, 1], device=small.device)
-            small = small.repeat_interleave(repeats, dim=axis, output_size=size)
+            before, centre, after = small.split((2, 1, 2), dim=axis)
+            small = torch.cat((before, centre.repeat_interleave(size - 4, dim=axis), after), dim=axis)
         return small
 
 
