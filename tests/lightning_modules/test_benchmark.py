@@ -1,0 +1,57 @@
+"""`make bench` measures, and what it prints is what it measured."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lightning_modules import benchmark
+from lightning_modules.uniad import UniAD
+from models.backbones import BackboneConfig
+
+
+@pytest.fixture
+def report(tmp_path, monkeypatch, capsys):
+    """Of the smallest benchmark, in this process."""
+    monkeypatch.setattr(benchmark, "in_own_process", lambda task, *rest: getattr(benchmark, task)(*rest))
+    tiny = "--methods=identical_shortcut --images=4 --native=64 --categories=1 --image-size=32 --steps=1 --rounds=1"
+    benchmark.main([*tiny.split(), f"--output={tmp_path}"])
+    report = json.loads((tmp_path / "bench.json").read_text())
+    report["text"] = (tmp_path / "bench.txt").read_text()
+    return report
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_benchmark_measures_pace_memory_work_sweep_growth_and_float16(report):
+    (row,) = report["methods"]
+    for name in ("train_images_per_second", "train_ratio", "score_images_per_second", "score_ratio"):
+        assert len(row[name]) == 1 and row[name][0] > 0, name
+    assert row["peak_memory_bytes"] > 2**20
+    assert row["flops_per_image"] == {name: 2 * macs for name, macs in row["macs_per_image"].items()}
+    assert row["sweep_seconds"] < row["separate_runs_seconds"]
+    first, more_images, more_categories, larger = report["growth"]
+    assert more_images["images"] > first["images"] and more_categories["categories"] == 2 * first["categories"]
+    assert larger["image_size"] == [64, 64] and larger["macs_per_image"]["backbone"] > first["macs_per_image"]["backbone"]
+    assert {row["metric"] for row in report["float16"]} >= {"image_auroc", "pixel_ap"}
+    for title in ("Pace", "Work per image", "Data and backbone", "Growth", "Cache in float16"):
+        assert title in report["text"]
+
+
+def test_macs_are_those_of_the_matrix_products():
+    """Counted by hand for a UniAD of one encoder and one decoder layer with L = 4 tokens."""
+    backbone = BackboneConfig("test_efficientnet.r160_in1k", (3, 4), "random")
+    model = UniAD(
+        backbone, image_size=32, d_model=8, heads=2, feedforward=16, encoder_layers=1, decoder_layers=1, neighbor_size=1
+    )
+    tokens, channels, width, hidden = model.grid[0] * model.grid[1], sum(model.extractor.channels), 8, 16
+    attention = 4 * tokens * width**2 + 2 * tokens**2 * width
+    feedforward = 2 * tokens * width * hidden
+    expected = 2 * tokens * channels * width + 3 * attention + 2 * feedforward
+    assert benchmark.count_macs(model)["network"] == expected
+
+
+@pytest.mark.parametrize(("argument", "words"), [("--methods=unaid", "known are dfr"), ("--steps=0", "at least 1")])
+def test_what_cannot_be_measured_is_refused_at_once(argument, words):
+    with pytest.raises(SystemExit, match=words):
+        benchmark.main([argument])
