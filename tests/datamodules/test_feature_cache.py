@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +15,9 @@ import pytest
 import torch
 
 from datamodules.__main__ import main
+from datamodules.dataset import Row
 from datamodules.feature_cache import (
+    CachedBatches,
     CacheSpec,
     CacheTooLargeError,
     FeatureCache,
@@ -244,3 +248,28 @@ def test_an_older_layout_is_never_read(tmp_path, monkeypatch):
     monkeypatch.setattr("datamodules.feature_cache.VERSION", 1)
     assert spec().key != now
     assert json.loads(json.dumps(spec().title)) == spec().title
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the process's memory from /proc")
+def test_a_process_does_not_grow_with_the_entry_that_it_builds_and_reads(tmp_path):
+    """64 MiB of features may take a batch's worth of memory, not their own size."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    peaks = []
+
+    def compute(first: int):
+        for _ in range(first, 64, 4):
+            yield [torch.ones(4, 256, 32, 32)], torch.zeros(4, 1, *SIZE, dtype=torch.bool), None
+            peaks.append(resident())
+
+    before = resident()
+    cache = open_or_build(tmp_path, spec(), 64, compute, BUDGET)
+    assert cache.is_intact()
+    peaks.append(resident())
+    batches = CachedBatches(cache, [Row(i, "d", "c", 0, "good", "", ()) for i in range(64)], np.zeros((3, 256)), None)
+    for start in range(0, 64, 4):
+        batches[list(range(start, start + 4))]
+        peaks.append(resident())
+    assert max(peaks) - before < 24 * 2**20

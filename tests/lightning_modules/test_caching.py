@@ -138,3 +138,18 @@ def test_the_feature_caches_key_is_readable(model, data_root, tmp_path):
     meta = json.loads((data._cache.folder / "meta.json").read_text())
     assert meta["spec"]["backbone"]["levels"] == [1, 2, 3, 4]
     assert "concatenated" in meta["spec"]["preparation"]
+
+
+def test_features_that_live_on_the_device_are_those_on_disk(model, data_root, tmp_path):
+    """What fits is copied once per split, and an epoch is then a choice of rows without workers."""
+    disk, resident = (served(model, data_module(data_root), tmp_path) for _ in range(2))
+    needed = 12 * disk._cache.levels[0][0].nbytes
+    resident.serve_from(resident._cache, CPU, needed)  # room for the training images, not for the test images too
+    for name, is_resident in (("train_dataloader", True), ("test_dataloader", False)):
+        loader = getattr(resident, name)()
+        assert (loader.dataset.resident is not None) == is_resident
+        assert loader.num_workers == 0
+        for expected, batch in zip(getattr(disk, name)(), loader, strict=True):
+            assert torch.equal(batch["features"][0], expected["features"][0])
+            for values in ("id", "mask"):
+                assert torch.equal(batch[values], expected[values])
