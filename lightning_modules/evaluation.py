@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -38,6 +39,10 @@ OF_SOME_DATA = ("image_auroc_structural", "image_auroc_logical", "pixel_auspro_m
 """Columns left out where a category has nothing of their kind."""
 
 
+MAPS_IN_MEMORY = 2**30
+"""Bytes."""
+
+
 def update_metrics(metrics: AnomalyMetrics, batch: Mapping[str, Any], scored: ScoredMaps) -> None:
     """Adds one batch's maps and scores to the metrics."""
     metrics.update(
@@ -53,6 +58,9 @@ def update_metrics(metrics: AnomalyMetrics, batch: Mapping[str, Any], scored: Sc
 
 class Evaluation(L.Callback):
     """Collects maps and scores during ``trainer.test`` and computes every metric at its end.
+
+    Maps wait on the accelerator that they were made on; those of a CPU in memory, or, if all variants together would take
+    more than :data:`MAPS_IN_MEMORY`, in a temporary file of the run's folder.
 
     After the test, :attr:`result` holds one long table over all variants, :attr:`image_scores` one row per image, and
     :attr:`colour_scale` the ends of a colour scale on which normal images are dark: the median pixel, and the 90 %
@@ -83,10 +91,11 @@ class Evaluation(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        directory = self._directory(trainer, outputs)
         for variant, scored in outputs.items():
             if variant not in self._metrics:
                 self._metrics[variant] = AnomalyMetrics(
-                    trainer.datamodule.dataset_of(), regions=self._regions, variant=variant
+                    trainer.datamodule.dataset_of(), regions=self._regions, variant=variant, maps_directory=directory
                 )
             update_metrics(self._metrics[variant], batch, scored)
             if self._logical is not None:
@@ -96,6 +105,16 @@ class Evaluation(L.Callback):
         scores: Tensor = outputs[""].image_scores
         columns = batch["id"].tolist(), batch["category"], batch["anomaly_type"], batch["label"].tolist()
         self._rows += zip(*columns, scores.tolist(), batch["path"], strict=True)
+
+    @staticmethod
+    def _directory(trainer: L.Trainer, outputs: dict[str, ScoredMaps]) -> Path | None:
+        """Where maps wait for the metrics; None for memory."""
+        images = int((trainer.datamodule.table["split"] == "test").sum())
+        if images * sum(scored.maps[0].nbytes for scored in outputs.values()) <= MAPS_IN_MEMORY:
+            return None
+        directory = Path(trainer.default_root_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory
 
     def on_test_epoch_end(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
         results = {variant: metrics.compute() for variant, metrics in self._metrics.items()}

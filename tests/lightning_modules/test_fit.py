@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from lightning_modules import evaluation
 from results.records import read_records
 
 
@@ -162,3 +163,11 @@ def test_without_a_terminal_a_line_tells_how_far_the_training_is(project, caplog
     assert [line.split("  ")[0] for line in lines] == ["epoch 1 of 3", "epoch 3 of 3"]
     assert "train/loss" in lines[0]
     assert lines[1].endswith("about 0:00:00 left")
+
+
+def test_maps_too_large_for_memory_wait_in_a_file_and_give_the_same_numbers(trained, monkeypatch):
+    monkeypatch.setattr(evaluation, "MAPS_IN_MEMORY", 0)
+    trained.run(f"--ckpt_path={trained.checkpoint()}", command="test", name="from_file")
+    pd.testing.assert_frame_equal(trained.record("from_file").metrics, trained.record().metrics)
+    work = trained.results / "work" / "single" / "from_file"
+    assert [file for file in work.rglob("*") if file.is_file()] == []
