@@ -125,7 +125,7 @@ def fingerprint(table: SampleTable, roots: Mapping[str, str | Path]) -> str:
     """
 
     def describe_file(path: str, root: str) -> str:
-        return f"{Path(os.path.relpath(path, root)).as_posix()}:{os.path.getsize(path)}"
+        return f"{_place(path, root)}:{os.path.getsize(path)}"
 
     lines = []
     for row in table.itertuples(index=False):
@@ -136,6 +136,12 @@ def fingerprint(table: SampleTable, roots: Mapping[str, str | Path]) -> str:
     for line in sorted(lines):
         digest.update(line.encode("utf-8", "surrogateescape") + b"\n")
     return digest.hexdigest()
+
+
+def _place(path: str, root: str) -> str:
+    """The path relative to the root, with forward slashes."""
+    prefix = f"{root}{os.sep}"
+    return path[len(prefix) :].replace(os.sep, "/") if path.startswith(prefix) else Path(os.path.relpath(path, root)).as_posix()
 
 
 def content_hash(table: SampleTable, roots: Mapping[str, str | Path], rules: Mapping[str, Any]) -> str:
@@ -150,7 +156,7 @@ def content_hash(table: SampleTable, roots: Mapping[str, str | Path], rules: Map
     for row in table.itertuples(index=False):
         for path in (row.image_path, *row.mask_paths):
             file = os.stat(path)
-            place = Path(os.path.relpath(path, roots[row.dataset])).as_posix()
+            place = _place(path, str(roots[row.dataset]))
             digest.update(f"{row.id}\t{place}\t{file.st_size}\t{file.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 

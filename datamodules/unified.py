@@ -190,7 +190,8 @@ class UnifiedDataModule(L.LightningDataModule):
         table = concatenate(listing.table for listing in listings.values())
         roots = {label: listing.root for label, listing in listings.items()}
         self.fingerprints = {label: fingerprint(listing.table, roots) for label, listing in listings.items()}
-        self.fingerprint = fingerprint(table, roots)
+        single = len(listings) == 1  # what every run does before it starts is kept short
+        self.fingerprint = self.fingerprints[next(iter(listings))] if single else fingerprint(table, roots)
         self.table = hold_out(table, self.holdout)
         self.categories = list(dict.fromkeys(category_keys(table)))
         if self.setting == "per_category" and len(self.categories) > 1:
