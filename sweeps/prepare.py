@@ -17,7 +17,6 @@ from sweeps.runner import Job
 from sweeps.state import WORK, Lock, read_json, write_json
 from sweeps.sweep_file import Cell, SweepFile
 
-SYNTHETIC = Path("data/synthetic")
 SYNTHETIC_LOCO = Path("data/synthetic_loco")
 """Four categories of the benchmark in the layout of MVTec LOCO AD."""
 LOCO_OPTIONS = ("--layout", "mvtec_loco", "--categories", "cable,circuit_board,gasket,pill_tray")
@@ -70,9 +69,7 @@ def data(sets: list[Dataset], profile: str, say: Callable[[str], None]) -> None:
     """Make the embedded benchmark if it is used and absent; SweepError if other data is missing."""
     for dataset in sets:
         if dataset.name == "synthetic":
-            _make_synthetic(dataset.root, (), say)
-        elif dataset.name == "mvtec_loco" and dataset.root == SYNTHETIC_LOCO:
-            _make_synthetic(dataset.root, LOCO_OPTIONS, say)
+            _make_synthetic(dataset.root, LOCO_OPTIONS if dataset.root == SYNTHETIC_LOCO else (), say)
         elif not dataset.root.is_dir():
             raise SweepError(
                 f"The data set {dataset.name} of profile {profile} should be in {dataset.root}, which is no folder. "

@@ -1,13 +1,13 @@
-"""The embedded benchmark that `python -m datamodules synthetic` writes, in the MVTec layout."""
+"""The embedded benchmark that `python -m datamodules synthetic` writes, in either of its layouts."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from datamodules.errors import DataError
 from datamodules.problems import Problem
 from datamodules.readers.base import DatasetReader, register
+from datamodules.readers.mvtec_loco import MVTecLOCO
 from datamodules.table import Sample
 from datamodules.tree import read_tree
 
@@ -17,7 +17,10 @@ MANIFEST = "synthetic.json"
 @register
 class Synthetic(DatasetReader):
     name = "synthetic"
-    layout = f"{MANIFEST} and <category>/{{train/good, test/<good|defect>, ground_truth/<defect>/<stem>_mask.png}}"
+    layout = (
+        f"{MANIFEST} and <category>/{{train/good, test/<good|defect>, ground_truth/<defect>/<stem>_mask.png}}, or the "
+        "layout of mvtec_loco"
+    )
     homepage = "the command `python -m datamodules synthetic FOLDER`"
 
     def categories(self, root: Path) -> list[str]:
@@ -25,7 +28,7 @@ class Synthetic(DatasetReader):
 
     def read_category(self, root: Path, category: str, problems: list[Problem]) -> list[Sample]:
         manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
-        if manifest.get("layout") != "mvtec":
-            raise DataError(f"{root} was written in the layout {manifest.get('layout')!r}: read it as 'mvtec_loco'.")
+        if manifest["layout"] == MVTecLOCO.name:
+            return MVTecLOCO().read_category(root, category, problems)
         types = manifest["anomaly_types"]
         return read_tree(category, root / category, problems, endings=("_mask",), anomaly_type=types)
