@@ -25,7 +25,7 @@ $(VENV)/.installed: requirements.txt
 setup: $(VENV)/.installed  ## Make the virtual environment and install requirements.txt.
 
 test: setup  ## Run every test.
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: setup  ## Check style with ruff.
 	$(PY) -m ruff check .
