@@ -86,7 +86,7 @@ class MemoryMaps:
         """
         if space.compiled is None:
             return table.count(self._pieces(rows, bounds), space)
-        return table.tally(self._places(rows, bounds), space)
+        return table.tally(self._located(rows, bounds), space)
 
     def _pieces(self, rows: np.ndarray, bounds: np.ndarray) -> Iterator[np.ndarray]:
         """Copies of the keys of a window, many rows at a time."""
@@ -95,7 +95,7 @@ class MemoryMaps:
             if len(piece):
                 yield np.concatenate([self._read(rows[i], *bounds[i]) for i in piece])
 
-    def _places(self, rows: np.ndarray, bounds: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _located(self, rows: np.ndarray, bounds: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Addresses (int64) of the keys of a window and how many there are at each, valid until the next ones."""
         first = np.array([self._addresses[row] for row in rows], dtype=np.int64)
         yield first + 4 * bounds[:, 0], bounds[:, 1] - bounds[:, 0]
@@ -134,7 +134,7 @@ class FileMaps(MemoryMaps):
     def _locate(self, row: int) -> None:
         """Nothing: a row has no address before it is read."""
 
-    def _places(self, rows: np.ndarray, bounds: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _located(self, rows: np.ndarray, bounds: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for keys in self._pieces(rows, bounds):
             yield np.array([keys.ctypes.data], dtype=np.int64), np.array([len(keys)], dtype=np.int64)
 
