@@ -1,6 +1,6 @@
 """The two inner loops over all pixels, compiled with numba; import this only through `counting.kernels`.
 
-They do what `store.arrange` and `RankTable.count` do with numpy, with the same results, in a quarter of the time and
+They do what `Workspace.arrange` and `RankTable.count` do with numpy, with the same results, in a quarter of the time and
 without the GIL. Keys are read where they lie: numba gets the address of the first key of each row.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numba
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -31,44 +32,51 @@ def compiled(*signatures: object) -> Callable:
 
 
 @intrinsic
-def keys_at(typing, address):  # noqa: ANN001, ANN201 (numba's own types)
+def keys_at(typing: object, address: object) -> tuple:
     """The int32 keys that begin at an address."""
 
-    def generate(context, builder, signature, arguments):  # noqa: ANN001, ANN202
+    def generate(context: object, builder: ir.IRBuilder, signature: object, arguments: tuple) -> ir.Value:
         return builder.inttoptr(arguments[0], ir.IntType(32).as_pointer())
 
     return types.CPointer(types.int32)(types.int64), generate
 
 
 @intrinsic
-def bit_count(typing, word):  # noqa: ANN001, ANN201
+def bit_count(typing: object, word: object) -> tuple:
     """Number of bits set in a uint64."""
 
-    def generate(context, builder, signature, arguments):  # noqa: ANN001, ANN202
+    def generate(context: object, builder: ir.IRBuilder, signature: object, arguments: tuple) -> ir.Value:
         return builder.ctpop(arguments[0])
 
     return types.uint64(types.uint64), generate
 
 
 @compiled(
-    *(
-        types.void(*ROWS, types.uint32, types.uint32, types.uint64[::1], types.int32[::1], counts) for counts in COUNTS
-    )
+    *(types.void(*ROWS, types.uint32, types.uint32, types.uint64[::1], types.int32[::1], counts) for counts in COUNTS)
 )
-def tally(addresses, sizes, low, span, words, below, slots):  # noqa: ANN001, ANN201
+def tally(
+    addresses: np.ndarray,
+    sizes: np.ndarray,
+    low: np.uint32,
+    span: np.uint32,
+    words: np.ndarray,
+    below: np.ndarray,
+    slots: np.ndarray,
+) -> None:
     """Count the slot of every key of some rows; low, span, words and below are those of a `RankTable`."""
     for row in range(len(addresses)):
         keys = keys_at(addresses[row])
         for i in range(sizes[row]):
             offset = types.uint32(min(types.uint32(types.uint32(keys[i]) - low), span))
             word = offset >> types.uint32(6)
-            bits = words[word] << types.uint64(types.uint32(63) - (offset & types.uint32(63)))  # the key's is the highest
+            shift = types.uint64(types.uint32(63) - (offset & types.uint32(63)))
+            bits = words[word] << shift  # up to the key's, which is now the highest
             slots[below[word] + types.int64(types.uint64(2) * bit_count(bits) - (bits >> types.uint64(63)))] += 1
 
 
 @compiled(types.int64(types.int32[::1], types.int32[::1], types.int32[::1], types.int32[::1], types.int32[::1]))
-def arrange(keys, starts, lengths, spare, places):  # noqa: ANN001, ANN201
-    """`store.arrange` in place. spare: memory for as many keys; places: int32 (65537,). Returns the normal pixels."""
+def arrange(keys: np.ndarray, starts: np.ndarray, lengths: np.ndarray, spare: np.ndarray, places: np.ndarray) -> int:
+    """`Workspace.arrange` in place. spare: memory for as many keys; places: int32 (65537,). Returns the normal pixels."""
     normal, after = 0, 0
     outside = len(keys)
     for run in range(len(starts)):
