@@ -9,19 +9,47 @@ files on disk and processes use.
 The pixels of an image are grouped once by the high 16 bits of their key (their "page") with scipy's counting sort (the
 transposition of a one-row sparse matrix, a few ns per pixel). Then the key axis is worked through in windows of a few
 pages, whose tables and counts stay in the cache of a core and whose pixels are slices of the groups.
+
+Both loops over the pixels also exist as machine code (`kernels.py`), for evaluations that are worth the start of numba.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
+from types import ModuleType
 
 import numpy as np
 import torch
 from scipy.sparse import csr_array
 
+from .regions import Regions
+
 SLICE = 1 << 14  # pixels looked up at a time: the temporaries stay in the first cache levels
 PAGE_BITS = 16
+KERNEL_PIXELS = 1 << 25  # numba's import and the load of its cache take about as long as it saves on these
 INFINITY = 0x7F800000  # key of +inf; -inf has the key -INFINITY - 1, and NaN lies beyond one of the two
+
+
+_kernels: dict[str, ModuleType | None] = {}  # "module" once numba was asked for
+_lock = threading.Lock()
+
+
+def kernels(pixels: int) -> ModuleType | None:
+    """The compiled loops (`kernels.py`) for an evaluation of so many pixels.
+
+    None for fewer than `KERNEL_PIXELS`, unless they are loaded already, and where numba cannot be imported or is told
+    not to compile (NUMBA_DISABLE_JIT): numpy then counts the same, more slowly.
+    """
+    with _lock:
+        if "module" not in _kernels and pixels >= KERNEL_PIXELS:
+            try:
+                from . import kernels as module
+
+                _kernels["module"] = None if module.numba.config.DISABLE_JIT else module
+            except ImportError:
+                _kernels["module"] = None
+    return _kernels.get("module")
 
 
 def float_to_key(scores: np.ndarray) -> np.ndarray:
@@ -91,9 +119,12 @@ def group_pages(keys: np.ndarray) -> np.ndarray:
 
 
 class Workspace:
-    """Scratch arrays of one thread. counts: integer type of the pixel counts."""
+    """Scratch arrays of one thread. counts: integer type of the pixel counts; compiled: what `kernels` returned."""
 
-    def __init__(self, counts: type) -> None:
+    def __init__(self, counts: type, compiled: ModuleType | None = None) -> None:
+        self.compiled = compiled
+        self.spare = np.empty(0, dtype=np.int32)
+        self.places = np.empty((1 << PAGE_BITS) + 1, dtype=np.int32)
         self.index = np.empty(SLICE, dtype=np.int64)
         self.a, self.b = (np.empty(SLICE, dtype=np.int32) for _ in range(2))
         self.words, self.shift = (np.empty(SLICE, dtype=np.uint64) for _ in range(2))
@@ -107,6 +138,24 @@ class Workspace:
             self._slots = np.empty(size, dtype=self._slots.dtype)
         self._slots[:size] = 0
         return self._slots[:size]
+
+    def arrange(self, keys: np.ndarray, regions: Regions) -> int:
+        """Reorder the int32 keys of a map in place: normal pixels, by page, then anomalous pixels, run after run.
+
+        Returns the number of normal pixels.
+        """
+        if self.compiled is not None:
+            if len(self.spare) < len(keys):
+                self.spare = np.empty(len(keys), dtype=np.int32)
+            return self.compiled.arrange(keys, regions.starts, regions.lengths, self.spare, self.places)
+        index = regions.index()
+        if not len(index):
+            keys[:] = group_pages(keys)
+            return len(keys)
+        outside = np.ones(len(keys), dtype=bool)
+        outside[index] = False
+        keys[:] = np.concatenate((group_pages(keys[outside]), keys[index]))
+        return len(keys) - len(index)
 
 
 class RankTable:
@@ -177,6 +226,21 @@ class RankTable:
             for start in range(0, len(offsets), SLICE):
                 slot = self.slots(offsets[start : start + SLICE], space)
                 target.index_add_(0, torch.from_numpy(slot), space.ones[: len(slot)])
+        return self._from_above(slots)
+
+    def tally(self, places: Iterable[tuple[np.ndarray, np.ndarray]], space: Workspace) -> np.ndarray:
+        """`count` with the compiled loop, of int32 keys that stay as they are.
+
+        places: int64 addresses of contiguous keys and how many there are at each.
+        """
+        slots = space.slots(2 * self.size + 1)
+        low, span = np.uint32(self.low & 0xFFFFFFFF), np.uint32(self.span)
+        for addresses, sizes in places:
+            space.compiled.tally(addresses, sizes, low, span, self.words, self.below, slots)
+        return self._from_above(slots)
+
+    @staticmethod
+    def _from_above(slots: np.ndarray) -> np.ndarray:
         running = slots[::-1]
         np.cumsum(running, dtype=slots.dtype, out=running)
         return slots

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .counting import PAGE_BITS, RankTable, Workspace, first_of_each, key_order
+from .counting import PAGE_BITS, RankTable, Workspace, first_of_each, kernels, key_order
 from .ranking import Ranking
 from .store import HIGHEST, LOWEST, Category, DeviceMaps
 from .sync import Group
@@ -23,8 +23,13 @@ Found = tuple[np.ndarray, np.ndarray, np.ndarray]  # distinct keys ascending, ho
 Window = tuple[int, int, int]  # keys [low, high), and at most how many distinct anomalous ones
 
 
-def default_threads() -> int:
-    """Threads to use: the cores this process may run on, at most 4."""
+def default_threads(compiled: bool) -> int:
+    """Threads to use: with the compiled loops the cores this process may run on, at most 4, otherwise one.
+
+    The loops of numpy are many short calls, which threads delay more than they share.
+    """
+    if not compiled:
+        return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(4, cores)
 
@@ -101,13 +106,17 @@ class Counted:
 class PixelEvaluation:
     """Counts the pixels of `categories` (all of them with at least one map in some process).
 
-    limits: FPR limits; group: the processes that share the data; threads: worker threads.
+    limits: FPR limits; group: the processes that share the data; threads: worker threads (None = `default_threads`).
     """
 
-    def __init__(self, categories: Sequence[Category], limits: tuple[float, ...], group: Group, threads: int) -> None:
+    def __init__(
+        self, categories: Sequence[Category], limits: tuple[float, ...], group: Group, threads: int | None
+    ) -> None:
         self.categories = list(categories)
         self.group = group
-        self.threads = threads
+        on_host = sum(c.size(row) for c in categories if not isinstance(c.maps, DeviceMaps) for row in c.scored_rows())
+        self.compiled = kernels(on_host)
+        self.threads = threads or default_threads(self.compiled is not None)
         self.limits = limits
         self._local = threading.local()
 
@@ -150,7 +159,7 @@ class PixelEvaluation:
 
     def _space(self) -> Workspace:
         if not hasattr(self._local, "space"):
-            self._local.space = Workspace(self.counts)
+            self._local.space = Workspace(self.counts, self.compiled)
         return self._local.space
 
     def _chunks(self) -> list[tuple[int, np.ndarray]]:
@@ -163,7 +172,7 @@ class PixelEvaluation:
 
         def prepare(task: tuple[int, np.ndarray]) -> None:
             category, rows = self.categories[task[0]], task[1]
-            category.prepare(rows)
+            category.prepare(rows, self._space())
             pages = (category.anomalous(rows)[0] >> PAGE_BITS) + (1 << 15)
             found, times = np.unique(pages, return_counts=True)
             with lock:

@@ -14,7 +14,7 @@ from torchmetrics import Metric
 
 from .counting import float_to_key, key_to_float, torch_float_to_key
 from .definitions import IMAGE_METRICS, NOT_AVERAGED, OVERLAP_METRICS, VERSION, aupro_name, describe, select_metrics
-from .evaluation import PixelEvaluation, PixelResult, default_threads
+from .evaluation import PixelEvaluation, PixelResult
 from .ranking import rank
 from .regions import RegionCache
 from .store import Category, DeviceMaps, FileMaps, MemoryMaps
@@ -76,7 +76,8 @@ class AnomalyMetrics(Metric):
     pooled: also rank all categories together.
     fpr_limits: limits of AUPRO; 0.3 is named `pixel_aupro`, others `pixel_aupro_<limit>`.
     connectivity: 8 or 4, of the regions of AUPRO. regions: a `RegionCache` to share between metrics of one test set.
-    variant: text for the variant column. threads: worker threads of `compute` (None = cores, at most 4).
+    variant: text for the variant column. threads: worker threads of `compute` (None = with numba the cores, at most
+        4, otherwise one).
     maps_directory: keep the maps in temporary files of this directory instead of memory, for sets whose maps do not
         fit; about 1 kB per image stays in memory, the numbers are the same. Maps on an accelerator stay there instead.
 
@@ -114,7 +115,7 @@ class AnomalyMetrics(Metric):
         self.metrics = select_metrics(metrics, self.fpr_limits)
         self.pooled = pooled
         self.variant = variant
-        self.threads = threads or default_threads()
+        self.threads = threads
         if regions is not None and regions.connectivity != connectivity:
             raise ValueError(f"the region cache uses connectivity {regions.connectivity}, the metric {connectivity}")
         self.regions = regions if regions is not None else RegionCache(connectivity)

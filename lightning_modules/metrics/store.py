@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .counting import PAGE_BITS, RankTable, Workspace, group_pages
+from .counting import PAGE_BITS, RankTable, Workspace
 from .regions import Regions, expand_runs
 
 COUNTED_TOGETHER = 1 << 18  # pixels of a window that are copied at a time
@@ -26,13 +26,15 @@ class MemoryMaps:
 
     def __init__(self) -> None:
         self._rows: list[np.ndarray] = []
+        self._addresses: list[int] = []  # of the first key of each row, set by `prepare`: a copy of this lies elsewhere
         self._normal: list[int] = []  # normal pixels of each row, -1 before `prepare`
         self.highest: list[int] = []
 
     def append(self, keys: np.ndarray) -> None:
-        """Keep keys (int32 (B, H * W), not copied) as the next B rows."""
-        self._store(keys)
+        """Keep keys (int32 (B, H * W), not copied if they are contiguous) as the next B rows."""
+        self._store(np.ascontiguousarray(keys))
         self._normal.extend([-1] * len(keys))
+        self._addresses.extend([0] * len(keys))
         self.highest.extend(keys.max(axis=1).tolist())
 
     def _store(self, keys: np.ndarray) -> None:
@@ -42,23 +44,20 @@ class MemoryMaps:
         return self._rows[row][start:stop]
 
     def _write(self, row: int, keys: np.ndarray) -> None:
-        self._rows[row][:] = keys
+        """Keep what was changed in the keys that `_read` gave: here they are the row itself."""
 
-    def prepare(self, rows: np.ndarray, regions: Sequence[Regions]) -> None:
-        """Reorder the rows, given the anomalous pixels of each."""
+    def _locate(self, row: int) -> None:
+        self._addresses[row] = self._rows[row].ctypes.data
+
+    def prepare(self, rows: np.ndarray, regions: Sequence[Regions], space: Workspace) -> None:
+        """Reorder the rows, given the anomalous pixels of each. Before every evaluation."""
         for row, found in zip(rows, regions, strict=True):
-            if self._normal[row] >= 0:
-                continue
-            keys = self._read(row)
-            index = found.index()
-            if len(index):
-                outside = np.ones(len(keys), dtype=bool)
-                outside[index] = False
-                reordered = np.concatenate((group_pages(keys[outside]), keys[index]))
-            else:
-                reordered = group_pages(keys)
-            self._write(row, reordered)
-            self._normal[row] = len(keys) - len(index)
+            if self._normal[row] < 0:
+                keys = self._read(row)
+                normal = space.arrange(keys, found)
+                self._write(row, keys)
+                self._normal[row] = normal
+            self._locate(row)
 
     def anomalous(self, rows: np.ndarray, regions: Sequence[Regions]) -> np.ndarray:
         """Keys (int32) of the anomalous pixels of prepared rows, row after row, run after run."""
@@ -85,10 +84,21 @@ class MemoryMaps:
 
         bounds: (rows, 2), the part of each prepared row that lies in the window.
         """
+        if space.compiled is None:
+            return table.count(self._pieces(rows, bounds), space)
+        return table.tally(self._located(rows, bounds), space)
+
+    def _pieces(self, rows: np.ndarray, bounds: np.ndarray) -> Iterator[np.ndarray]:
+        """Copies of the keys of a window, many rows at a time."""
         sizes = np.cumsum(bounds[:, 1] - bounds[:, 0])
-        pieces = np.split(np.arange(len(rows)), np.flatnonzero(np.diff(sizes // COUNTED_TOGETHER)) + 1)
-        parts = ([self._read(rows[i], *bounds[i]) for i in piece] for piece in pieces if len(piece))
-        return table.count((np.concatenate(part) for part in parts), space)
+        for piece in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(sizes // COUNTED_TOGETHER)) + 1):
+            if len(piece):
+                yield np.concatenate([self._read(rows[i], *bounds[i]) for i in piece])
+
+    def _located(self, rows: np.ndarray, bounds: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Addresses (int64) of the keys of a window and how many there are at each, valid until the next ones."""
+        first = np.array([self._addresses[row] for row in rows], dtype=np.int64)
+        yield first + 4 * bounds[:, 0], bounds[:, 1] - bounds[:, 0]
 
     def false_above(self, rows: np.ndarray, regions: Sequence[Regions], thresholds: Sequence[int]) -> np.ndarray:
         """int64 (rows, thresholds): normal pixels of each prepared row with key >= threshold."""
@@ -121,6 +131,13 @@ class FileMaps(MemoryMaps):
             self._end += row.nbytes
             self._write(len(self._places) - 1, row)
 
+    def _locate(self, row: int) -> None:
+        """Nothing: a row has no address before it is read."""
+
+    def _located(self, rows: np.ndarray, bounds: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for keys in self._pieces(rows, bounds):
+            yield np.array([keys.ctypes.data], dtype=np.int64), np.array([len(keys)], dtype=np.int64)
+
     def _write(self, row: int, keys: np.ndarray) -> None:
         data = memoryview(keys).cast("B")
         with self._lock:
@@ -152,7 +169,7 @@ class DeviceMaps(MemoryMaps):
         device = self._rows[0].device if self._rows else None
         self._rows.extend(torch.as_tensor(keys, device=device))
 
-    def prepare(self, rows: np.ndarray, regions: Sequence[Regions]) -> None:
+    def prepare(self, rows: np.ndarray, regions: Sequence[Regions], space: Workspace) -> None:
         """Nothing: the rows stay as they are."""
 
     def anomalous(self, rows: np.ndarray, regions: Sequence[Regions]) -> np.ndarray:
@@ -242,9 +259,9 @@ class Category:
         """Regions of map rows."""
         return [self.regions[row] for row in rows]
 
-    def prepare(self, rows: np.ndarray) -> None:
+    def prepare(self, rows: np.ndarray, space: Workspace) -> None:
         """Put the rows in the order in which they are counted."""
-        self.maps.prepare(rows, self.of(rows))
+        self.maps.prepare(rows, self.of(rows), space)
 
     def anomalous(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Keys (int32) and region weights (float64, 1 / area of the pixel's region) of the anomalous pixels."""
