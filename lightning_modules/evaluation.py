@@ -20,20 +20,27 @@ from lightning_modules.base import ReconstructionModule
 from lightning_modules.callbacks import History
 from lightning_modules.logical import DEFINITIONS, LogicalEvaluation, has_logical
 from lightning_modules.metrics import AnomalyMetrics, MetricResult, RegionCache
+from lightning_modules.metrics import table as metrics_table
 from lightning_modules.metrics.sync import Group
 from models.head import ScoredMaps
 
-SHOWN = {
-    "image_auroc": "image\nAUROC",
+HEADINGS = {
+    **metrics_table.HEADINGS,
     "image_auroc_structural": "struc\nAUROC",
     "image_auroc_logical": "logic\nAUROC",
-    "image_ap": "image\nAP",
-    "pixel_auroc": "pixel\nAUROC",
-    "pixel_ap": "pixel\nAP",
-    "pixel_aupro": "AUPRO",
     "pixel_auspro_mean": "AU-\nsPRO",
-    "dsc": "DSC",
 }
+SHOWN = (
+    "image_auroc",
+    "image_auroc_structural",
+    "image_auroc_logical",
+    "image_ap",
+    "pixel_auroc",
+    "pixel_ap",
+    "pixel_aupro",
+    "pixel_auspro_mean",
+    "dsc",
+)
 """Columns of the table printed after an evaluation; the record holds all metrics."""
 OF_SOME_DATA = ("image_auroc_structural", "image_auroc_logical", "pixel_auspro_mean")
 """Columns left out where a category has nothing of their kind."""
@@ -215,7 +222,7 @@ def print_metrics(table: pd.DataFrame) -> None:
         everywhere = set(defined.index[defined == of_categories.category.nunique()])
         columns = [c for c in SHOWN if c in (everywhere if c in OF_SOME_DATA else set(rows.metric))]
         for name in columns:
-            shown.add_column(SHOWN[name], justify="right")
+            shown.add_column(HEADINGS[name], justify="right")
         for (scope, dataset, category), group in rows.groupby(["scope", "dataset", "category"], sort=False):
             if dataset and not category and rows.dataset[rows.scope == "category"].nunique() == 1:
                 continue  # the same as over all datasets
