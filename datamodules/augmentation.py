@@ -2,6 +2,9 @@
 
 An entry of `AUGMENTATIONS` maps a category (without its dataset) to a list of albumentations transforms, applied in
 order after the resize; an empty list leaves the category as it is. A method's recipe names an entry.
+
+A policy that only flips and turns by 90 degrees gives at most eight versions of an image, its symmetries, numbered here
+k + 4 f: mirrored left to right if f, then turned k times by 90 degrees counter-clockwise; 0 is the image itself.
 """
 
 from __future__ import annotations
@@ -75,6 +78,30 @@ AUGMENTATIONS: dict[str, Policy] = {
 }
 
 
+SYMMETRIES_OF = {
+    "HorizontalFlip": (0, 4),
+    "VerticalFlip": (0, 6),
+    "RandomRotate90": (0, 1, 2, 3),
+    "Transpose": (0, 5),
+    "D4": tuple(range(8)),
+}
+"""albumentations transform -> the symmetries that it may give. Any other transform makes more versions than these."""
+
+
+def apply_symmetry(array: np.ndarray, symmetry: int) -> np.ndarray:
+    """A view of an array (H, W, ...) with one of the eight symmetries of a square, 0 to 7."""
+    return np.rot90(array[:, ::-1] if symmetry >= 4 else array, symmetry % 4)
+
+
+_PROBE = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+_SYMMETRY_OF_PROBE = {apply_symmetry(_PROBE, symmetry).tobytes(): symmetry for symmetry in range(8)}
+
+
+def not_square(key: str) -> DataError:
+    """What to raise for images that cannot be turned."""
+    return DataError(f"The augmentation of {key!r} turns images by 90 degrees: image_size must be square.")
+
+
 class Augmentation:
     """A named policy, made ready for the categories of a run.
 
@@ -97,12 +124,32 @@ class Augmentation:
 
         The result depends on the arguments alone. A transform that changes the size raises DataError.
         """
-        pipeline = self._pipelines.get(key)
-        if pipeline is None:
+        if key not in self._pipelines:
             return image, mask
+        result = self._seeded(key, seed)(image=image, mask=mask.view(np.uint8))
+        if result["image"].shape != image.shape:
+            raise not_square(key)
+        return result["image"], result["mask"].view(bool)
+
+    def symmetry(self, key: str, seed: int) -> int:
+        """Which symmetry `__call__` gives for this seed, of those that `symmetries` names."""
+        if key not in self._pipelines:
+            return 0
+        return _SYMMETRY_OF_PROBE[self._seeded(key, seed)(image=_PROBE)["image"].tobytes()]
+
+    def symmetries(self, key: str) -> tuple[int, ...] | None:
+        """All symmetries that a category's images may get, ascending; None if its augmentation does anything else."""
+        reached = {_PROBE.tobytes(): _PROBE}
+        for step in self._pipelines[key].transforms if key in self._pipelines else ():
+            own = SYMMETRIES_OF.get(type(step).__name__)
+            if own is None:
+                return None
+            versions = [apply_symmetry(probe, symmetry) for probe in reached.values() for symmetry in own]
+            reached = {version.tobytes(): version for version in versions}
+        return tuple(sorted(_SYMMETRY_OF_PROBE[version] for version in reached))
+
+    def _seeded(self, key: str, seed: int) -> albumentations.Compose:
+        pipeline = self._pipelines[key]
         # One generator for all steps: set_random_seed would give each step the same numbers, so flips would coincide.
         pipeline.set_random_state(np.random.default_rng(seed), random.Random(seed))
-        result = pipeline(image=image, mask=mask.view(np.uint8))
-        if result["image"].shape != image.shape:
-            raise DataError(f"The augmentation of {key!r} turns images by 90 degrees: image_size must be square.")
-        return result["image"], result["mask"].view(bool)
+        return pipeline

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from datamodules.augmentation import Augmentation
+from datamodules.augmentation import Augmentation, apply_symmetry
 from datamodules.images import read_pair, resize_image, resize_mask
 from datamodules.sampling import Draw
 from datamodules.table import SampleTable, category_keys
@@ -28,6 +28,8 @@ class Row(NamedTuple):
     anomaly_type: str
     image_path: str
     mask_paths: tuple[str, ...]
+    symmetry: int = 0
+    """Of the resized image and mask, see `datamodules.augmentation`."""
 
 
 def table_rows(table: SampleTable, split: str) -> list[Row]:
@@ -82,6 +84,20 @@ class ImageSource:
         return loaded
 
 
+class LastImage:
+    """An image source that does not load again what it loaded last: symmetries of an image follow each other."""
+
+    def __init__(self, source: ImageSource) -> None:
+        self.source = source
+        self._last: tuple[str, tuple[np.ndarray, np.ndarray]] | None = None
+
+    def load(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
+        """As :meth:`ImageSource.load`."""
+        if self._last is None or self._last[0] != row.image_path:
+            self._last = row.image_path, self.source.load(row)
+        return self._last[1]
+
+
 class TableDataset(Dataset):
     """Samples of some rows. Indexed by position, or by a `Draw` that also carries the seed of the augmentation.
 
@@ -113,7 +129,7 @@ class TableDataset(Dataset):
     def __getitem__(self, index: int | Draw) -> dict[str, Any]:
         """A sample: `image` float32 (3, H, W) normalised, `mask` bool (1, H, W), and the fields of a batch."""
         row = self.rows[index.row if isinstance(index, Draw) else index]
-        image, mask = self.source.load(row)
+        image, mask = (apply_symmetry(array, row.symmetry) for array in self.source.load(row))
         if self.augmentation is not None and isinstance(index, Draw):
             image, mask = self.augmentation(image, mask, row.category, index.seed)
         pixels = np.empty((3, *image.shape[:2]), np.float32)

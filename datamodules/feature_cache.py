@@ -17,9 +17,10 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
+from datamodules.augmentation import Augmentation
 from datamodules.dataset import UNKNOWN, ImageSource, Row
+from datamodules.sampling import Draw
 
 VERSION = 2
 """Of the layout and of the way features are computed; raising it makes all older entries stale."""
@@ -62,6 +65,7 @@ class CacheSpec:
         std: Likewise.
         dtype: ``float32`` (bit-exact) or ``float16``.
         images: Whether the resized images are kept too, for a network that reads them.
+        symmetries: Hash of the rows that follow those of the table: symmetries of training images; empty without any.
     """
 
     content: str
@@ -73,6 +77,7 @@ class CacheSpec:
     std: tuple[float, ...] = ()
     dtype: str = "float32"
     images: bool = False
+    symmetries: str = ""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -90,6 +95,8 @@ class CacheSpec:
     def title(self) -> str:
         """A few words for a person."""
         size = "x".join(map(str, self.image_size))
+        if self.symmetries:
+            size += ", flipped and turned"
         if self.backbone is None:
             return f"images at {size}, {self.resize}"
         levels = ",".join(map(str, self.backbone["levels"]))
@@ -103,7 +110,8 @@ class FeatureCache:
         folder: The entry's folder.
 
     Attributes:
-        levels: One array (N, C_l, H_l, W_l) per level, memory-mapped; row i belongs to the table's row with id i.
+        levels: One array (N, C_l, H_l, W_l) per level, memory-mapped; row i belongs to the table's row with id i, rows
+            beyond the table to symmetries of training images.
         masks: uint8 (N, ceil(H * W / 8)), bits of the boolean masks.
         images: uint8 (N, 3, H, W), or None.
 
@@ -393,52 +401,73 @@ class CachedBatches(Dataset):
     Args:
         cache: The open entry.
         rows: The images, in the order that positions count.
+        symmetric: (id, symmetry) -> row of the entry, for all symmetries that the augmentation may give to the images.
+        augmentation: Decides which symmetry a training draw gets.
         normalised: (3, 256) look-up table of the normalisation, for entries that keep images.
         device: Copy the rows' features to this device now and serve from there; None reads them from disk each time.
     """
 
     def __init__(
-        self, cache: FeatureCache, rows: Sequence[Row], normalised: np.ndarray, device: torch.device | None
+        self,
+        cache: FeatureCache,
+        rows: Sequence[Row],
+        normalised: np.ndarray,
+        device: torch.device | None,
+        symmetric: Mapping[tuple[int, int], int] = MappingProxyType({}),
+        augmentation: Augmentation | None = None,
     ) -> None:
-        self.cache, self.rows = cache, rows
+        self.cache, self.rows, self.augmentation = cache, rows, augmentation
         self.ids = np.array([row.id for row in rows])
+        self.stored = np.full((len(rows), 8), -1)  # position, symmetry -> row of the entry
+        self.stored[:, 0] = self.ids
+        position = {row.id: i for i, row in enumerate(rows)}
+        for (image, symmetry), row in symmetric.items():
+            self.stored[position[image], symmetry] = row
         self.labels = torch.tensor([row.label for row in rows])
         self.has_mask = torch.tensor([row.label == 0 or bool(row.mask_paths) for row in rows])
         self.normalised = torch.from_numpy(normalised)
         self.resident: list[Tensor] | None = None
         if device is not None:
-            self.resident = [torch.from_numpy(level[self.ids]).to(device) for level in cache.levels]
+            held = self.stored >= 0
+            self.resident = [torch.from_numpy(level[self.stored[held]]).to(device) for level in cache.levels]
+            self.place = np.cumsum(held).reshape(held.shape) - 1  # position, symmetry -> row of `resident`
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, positions: list[Any]) -> dict[str, Any]:
-        positions = [getattr(position, "row", position) for position in positions]
-        ids = self.ids[positions]
+    def __getitem__(self, draws: list[int | Draw]) -> dict[str, Any]:
+        positions = [draw.row if isinstance(draw, Draw) else draw for draw in draws]
+        symmetries = [self._symmetry(draw) for draw in draws]
+        stored = self.stored[positions, symmetries]
         if self.resident is None:
-            features = [torch.from_numpy(level[ids]) for level in self.cache.levels]
+            features = [torch.from_numpy(level[stored]) for level in self.cache.levels]
         else:
-            index = torch.tensor(positions, device=self.resident[0].device)
+            index = torch.from_numpy(self.place[positions, symmetries]).to(self.resident[0].device)
             features = [level.index_select(0, index) for level in self.resident]
         height, width = self.cache.image_size
-        bits = np.unpackbits(self.cache.masks[ids], axis=1, count=height * width)
+        bits = np.unpackbits(self.cache.masks[stored], axis=1, count=height * width)
         rows = [self.rows[position] for position in positions]
         batch = {
             "features": [level.float() for level in features],
             "mask": torch.from_numpy(bits.view(bool)).view(-1, 1, height, width),
             "has_mask": self.has_mask[positions],
             "label": self.labels[positions],
-            "id": torch.from_numpy(ids),
+            "id": torch.from_numpy(self.ids[positions]),
             "category": [row.category for row in rows],
             "dataset": [row.dataset for row in rows],
             "anomaly_type": [row.anomaly_type for row in rows],
             "path": [row.image_path for row in rows],
         }
         if self.cache.images is not None:
-            pixels = torch.from_numpy(self.cache.images[ids]).long()
+            pixels = torch.from_numpy(self.cache.images[stored]).long()
             batch["image"] = torch.stack([self.normalised[c][pixels[:, c]] for c in range(3)], dim=1)
         self.cache.let_go()
         return batch
+
+    def _symmetry(self, draw: int | Draw) -> int:
+        if self.augmentation is None or not isinstance(draw, Draw):
+            return 0
+        return self.augmentation.symmetry(self.rows[draw.row].category, draw.seed)
 
 
 class Batches(BatchSampler):

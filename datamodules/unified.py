@@ -15,8 +15,8 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from datamodules.augmentation import Augmentation
-from datamodules.dataset import UNKNOWN, ImageSource, Row, TableDataset, collate, table_rows
+from datamodules.augmentation import Augmentation, not_square
+from datamodules.dataset import UNKNOWN, ImageSource, LastImage, Row, TableDataset, collate, table_rows
 from datamodules.errors import DataError, did_you_mean
 from datamodules.feature_cache import CachedBatches, CachedImages, FeatureCache, cached_loader
 from datamodules.images import BIT_DEPTHS, REMARKABLE, check_resize, infer_bit_depth, read_header
@@ -157,6 +157,7 @@ class UnifiedDataModule(L.LightningDataModule):
         self.fingerprints: dict[str, str] = {}
         self._source: ImageSource | None = None
         self._cache: FeatureCache | None = None
+        self._symmetric: dict[tuple[int, int], int] = {}
         self._resident: dict[tuple[int, ...], CachedBatches] = {}
         self._resident_on: torch.device | None = None
         self._resident_room = 0
@@ -265,8 +266,7 @@ class UnifiedDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Training images in the order of the own seeded sampler."""
         rows = self._rows("train")
-        augmentation = Augmentation(self.augmentation, self.categories) if self.augmentation != "none" else None
-        dataset = TableDataset(rows, self._source, self.mean, self.std, augmentation)
+        dataset = TableDataset(rows, self._source, self.mean, self.std, self._augmentation())
         sampler = TrainSampler(
             dataset,
             [row.dataset for row in rows],
@@ -316,16 +316,45 @@ class UnifiedDataModule(L.LightningDataModule):
             raise DataError("Call setup() before asking for batches.")
         return table_rows(self.table, split)
 
+    def _augmentation(self) -> Augmentation | None:
+        return None if self.augmentation == "none" else Augmentation(self.augmentation, self.categories)
+
     def _eval_loader(self, rows: Sequence[Row]) -> DataLoader:
         dataset = TableDataset(rows, self._source, self.mean, self.std)
         return self._loader(dataset, EvalSampler(dataset, *self._place()), self.eval_batch_size)
 
     # -- cached features -------------------------------------------------------------------------------------------
 
-    def all_images(self, first: int, batch_size: int) -> DataLoader:
-        """Every image of the table from id ``first`` on, in the order of ids, each with its uint8 ``pixels`` (3, H, W)."""
-        rows = sorted((row for split in SPLITS for row in self._rows(split)), key=lambda row: row.id)[first:]
-        source = ImageSource(self.image_size, self.resize, **self._rules)  # keeps nothing: every image is read once
+    def symmetric_rows(self) -> list[Row] | None:
+        """Training images as the augmentation flips and turns them; None if it makes more of them than symmetries.
+
+        Raises:
+            DataError: images would be turned by 90 degrees that are not square.
+        """
+        augmentation = self._augmentation()
+        if augmentation is None:
+            return []
+        found = {key: augmentation.symmetries(key) for key in self.categories}
+        if None in found.values():
+            return None
+        height, width = self.image_size
+        turned = [key for key, symmetries in found.items() if any(symmetry % 2 for symmetry in symmetries)]
+        if turned and height != width:
+            raise not_square(turned[0])
+        # Those of held-out images too: an entry then serves any holdout.
+        rows = [row for split in ("train", "val") for row in self._rows(split)]
+        rows.sort(key=lambda row: row.id)
+        return [row._replace(symmetry=symmetry) for row in rows for symmetry in found[row.category] if symmetry]
+
+    def all_images(self, first: int, batch_size: int, symmetric: Sequence[Row] = ()) -> DataLoader:
+        """Every image of the table in the order of ids, then ``symmetric``, each with its uint8 ``pixels`` (3, H, W).
+
+        ``first`` of them are left out.
+        """
+        rows = sorted((row for split in SPLITS for row in self._rows(split)), key=lambda row: row.id)
+        rows = [*rows, *symmetric][first:]
+        # Every image is read once, but for symmetries: those of one image follow each other.
+        source = LastImage(ImageSource(self.image_size, self.resize, **self._rules))
         dataset = TableDataset(rows, source, self.mean, self.std, pixels=True)
         return DataLoader(
             dataset, batch_size, num_workers=self._workers(), collate_fn=collate, worker_init_fn=_quiet_worker
@@ -339,26 +368,35 @@ class UnifiedDataModule(L.LightningDataModule):
         """From now on images and masks of the table are read, decoded and resized, from an entry that holds them."""
         self._source = CachedImages(cache, self._source)
 
-    def serve_from(self, cache: FeatureCache, device: torch.device, resident_bytes: int) -> None:
+    def serve_from(
+        self, cache: FeatureCache, device: torch.device, resident_bytes: int, symmetric: Sequence[Row] = ()
+    ) -> None:
         """From now on training, validation and test batches carry ``features`` from the cache instead of images.
 
         Args:
             cache: An entry for this table.
+            symmetric: The rows of the entry that follow those of the table.
             device: Where training happens; splits are copied there once, as long as they fit.
             resident_bytes: How much may be copied; what does not fit is read from disk batch by batch.
         """
         self._cache, self._resident_on, self._resident_room = cache, device, resident_bytes
+        trained = {row.id for row in self._rows("train")}
+        places = enumerate(symmetric, len(self.table))
+        self._symmetric = {(row.id, row.symmetry): place for place, row in places if row.id in trained}
         self._resident.clear()
 
     def _served(self, rows: list[Row]) -> CachedBatches:
         """The rows' batches, copied to the device if they fit; made once per split."""
         key = tuple(row.id for row in rows)
         if key not in self._resident:
-            needed = len(rows) * sum(level[0].nbytes for level in self._cache.levels)
+            ids = set(key)
+            symmetric = {which: place for which, place in self._symmetric.items() if which[0] in ids}
+            needed = (len(rows) + len(symmetric)) * sum(level[0].nbytes for level in self._cache.levels)
             normalised = TableDataset(rows, self._source, self.mean, self.std).normalised
             fits = needed <= self._resident_room
             self._resident_room -= needed if fits else 0
-            self._resident[key] = CachedBatches(self._cache, rows, normalised, self._resident_on if fits else None)
+            device = self._resident_on if fits else None
+            self._resident[key] = CachedBatches(self._cache, rows, normalised, device, symmetric, self._augmentation())
         return self._resident[key]
 
     def _loader(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.progress import track
 
 from datamodules import UnifiedDataModule
+from datamodules.dataset import Row
 from datamodules.feature_cache import CacheSpec, CacheTooLargeError, Computed, FeatureCache, open_or_build
 from lightning_modules.base import ReconstructionModule
 
@@ -44,9 +48,10 @@ def attach(
 ) -> None:
     """Lets the data module serve ``features`` from the cache, or, where that cannot be, at least decoded images.
 
-    Features cannot be served when images are augmented (their features differ each time) or do not fit into the budget;
-    then the resized images are kept, and the backbone runs in every step. Without ``build``, only an entry that exists
-    is used.
+    An augmentation that only flips and turns by 90 degrees makes at most eight versions of an image, so their features
+    are kept too. Features cannot be served when it does more than that (they differ each time), or when they do not fit
+    into the budget; then the resized images are kept, and the backbone runs in every step. Without ``build``, only an
+    entry that exists is used.
     """
     if config.mode == "off":
         return
@@ -62,11 +67,14 @@ def attach(
         dtype=config.mode,
         images=model.needs_images,
     )
-    if data.augmentation == "none":
+    symmetric = data.symmetric_rows()
+    if symmetric is not None:
+        further = json.dumps([(row.id, row.symmetry) for row in symmetric]) if symmetric else ""
+        features = replace(features, symmetries=further and hashlib.sha256(further.encode()).hexdigest())
         try:
-            cache = _open(features, model, data, config, device, build)
+            cache = _open(features, model, data, config, device, build, symmetric)
             if cache is not None:
-                data.serve_from(cache, device, _resident_bytes(config, device))
+                data.serve_from(cache, device, _resident_bytes(config, device), symmetric)
             return
         except CacheTooLargeError as error:
             why = f"it {error}"
@@ -97,6 +105,7 @@ def _open(
     config: CacheConfig,
     device: torch.device,
     build: bool,
+    symmetric: Sequence[Row] = (),
 ) -> FeatureCache | None:
     """The entry of ``spec``; None if it does not exist and shall not be built."""
 
@@ -104,7 +113,7 @@ def _open(
     def compute(first: int) -> Computed:
         home = model.device
         model.extractor.to(device)
-        loader = data.all_images(first, BATCH)
+        loader = data.all_images(first, BATCH, symmetric)
         for batch in track(loader, "Cache", disable=not sys.stdout.isatty(), transient=True):
             levels = [] if spec.backbone is None else model.prepare(model.extractor(batch["image"].to(device)))
             yield levels, batch["mask"], batch["pixels"] if spec.images else None
@@ -113,4 +122,5 @@ def _open(
     root = Path(config.root)
     if not build and not (root / spec.key / "meta.json").exists():
         return None
-    return open_or_build(root, spec, len(data.table), compute, int(config.budget_gb * 2**30), rank_zero_info)
+    rows = len(data.table) + len(symmetric)
+    return open_or_build(root, spec, rows, compute, int(config.budget_gb * 2**30), rank_zero_info)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
+import albumentations
 import numpy as np
 import pytest
 
-from datamodules.augmentation import AUGMENTATIONS, Augmentation
+from datamodules.augmentation import AUGMENTATIONS, SYMMETRIES_OF, Augmentation, apply_symmetry
 from datamodules.errors import DataError
 
 IMAGE = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
@@ -64,6 +65,37 @@ def test_hazelnut_is_augmented_unless_the_release_is_followed():
 def test_visa_lists_differ_by_direction():
     assert set(poses(Augmentation("unias_visa", ["candle"]), "candle", 80)) == {(0, False), (0, True)}
     assert len(poses(Augmentation("unias_visa", ["fryum"]), "fryum", 80)) == 8
+
+
+@pytest.mark.parametrize("name", ["unias_mvtec", "unias_mvtec_released", "unias_visa"])
+@pytest.mark.parametrize("category", ["screw", "zipper", "fryum", "candle", "hazelnut", "cable"])
+def test_the_symmetry_of_a_seed_is_what_the_pipeline_does_with_it(name, category):
+    augmentation = Augmentation(name, ["screw", "fryum", "hazelnut", "zipper", "candle", "cable"])
+    drawn = set()
+    for seed in range(150):
+        symmetry = augmentation.symmetry(category, seed)
+        image, mask = augmentation(IMAGE, MASK, category, seed)
+        np.testing.assert_array_equal(apply_symmetry(IMAGE, symmetry), image)
+        np.testing.assert_array_equal(apply_symmetry(MASK, symmetry), mask)
+        drawn.add(symmetry)
+    assert augmentation.symmetries(category) == tuple(sorted(drawn))
+
+
+@pytest.mark.parametrize("name", SYMMETRIES_OF)
+def test_each_transform_gives_the_symmetries_that_are_told_of_it(name, monkeypatch):
+    transform = getattr(albumentations, name)
+    monkeypatch.setitem(AUGMENTATIONS, "one", lambda category: [transform(p=0.5)])
+    augmentation = Augmentation("one", ["gear"])
+    assert {augmentation.symmetry("gear", seed) for seed in range(150)} == set(augmentation.symmetries("gear"))
+
+
+def test_a_policy_that_changes_colours_has_no_symmetries(monkeypatch):
+    monkeypatch.setitem(
+        AUGMENTATIONS,
+        "colours",
+        lambda category: [albumentations.HorizontalFlip(), albumentations.RandomBrightnessContrast()],
+    )
+    assert Augmentation("colours", ["gear"]).symmetries("gear") is None
 
 
 def test_keys_with_their_dataset_find_their_category():

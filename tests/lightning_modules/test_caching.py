@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import albumentations
 import numpy as np
 import pytest
 import torch
@@ -94,10 +95,61 @@ def test_a_retouched_image_of_equal_size_is_not_served_from_the_old_features(mod
     assert bytes(content) != donor
 
 
-def test_augmented_images_are_decoded_once_but_augmented_each_time(model, tmp_path, write_data):
-    root = write_data(tmp_path / "data", train=2)
-    (root / "bolt").rename(root / "bottle")  # a category that UniAS augments
+@pytest.fixture
+def flipped(tmp_path, write_data):
+    """A benchmark with one category that UniAS flips and turns and one that it leaves as it is."""
+    root = write_data(tmp_path / "data", train=3)
+    (root / "bolt").rename(root / "bottle")
+    return root
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_features_of_flipped_and_turned_images_are_cached_too(model, flipped, tmp_path, resident):
     options = {"augmentation": "unias_mvtec"}
+    data, plain = served(model, data_module(flipped, **options), tmp_path), data_module(flipped, **options)
+    plain.setup("fit")
+    normal = sum(len(list((flipped / category / "train" / "good").iterdir())) for category in ("bottle", "disc"))
+    turned = 7 * len(list((flipped / "bottle" / "train" / "good").iterdir()))
+    assert len(data._cache.levels[0]) == len(plain.table) + turned
+    if resident:
+        needed = (normal + turned) * data._cache.levels[0][0].nbytes
+        data.serve_from(data._cache, CPU, needed, data.symmetric_rows())
+    seen = 0
+    loader, expected_loader = data.train_dataloader(), plain.train_dataloader()
+    assert (loader.dataset.resident is not None) == resident
+    for epoch in range(4):
+        loader.batch_sampler.set_epoch(epoch) if loader.batch_sampler else loader.sampler.set_epoch(epoch)
+        expected_loader.sampler.set_epoch(epoch)
+        for batch, expected in zip(loader, expected_loader, strict=True):
+            for name in ("mask", "has_mask", "label", "id"):
+                assert torch.equal(batch[name], expected[name]), name
+            assert batch["path"] == expected["path"]
+            (computed,) = model.features({"image": expected["image"]})
+            torch.testing.assert_close(batch["features"][0], computed, rtol=1e-4, atol=1e-4)
+            seen += len(batch["id"])
+    assert seen == 4 * normal
+    for batch, expected in zip(data.test_dataloader(), plain.test_dataloader(), strict=True):
+        (computed,) = model.features({"image": expected["image"]})
+        torch.testing.assert_close(batch["features"][0], computed, rtol=1e-4, atol=1e-4)
+
+
+def test_an_entry_of_flipped_images_serves_every_holdout(model, flipped, tmp_path):
+    options = {"augmentation": "unias_mvtec"}
+    served(model, data_module(flipped, **options), tmp_path)
+    data = served(model, data_module(flipped, holdout=0.4, **options), tmp_path)
+    assert len(entries(tmp_path / "cache")) == 1
+    plain = data_module(flipped, holdout=0.4, **options)
+    plain.setup("fit")
+    for batch, expected in zip(data.train_dataloader(), plain.train_dataloader(), strict=True):
+        (computed,) = model.features({"image": expected["image"]})
+        torch.testing.assert_close(batch["features"][0], computed, rtol=1e-4, atol=1e-4)
+
+
+def test_images_whose_colours_change_are_decoded_once_but_augmented_each_time(model, flipped, tmp_path, monkeypatch):
+    policy = {"shades": lambda category: [albumentations.RandomBrightnessContrast(p=1.0)]}
+    monkeypatch.setattr("datamodules.augmentation.AUGMENTATIONS", policy)
+    options = {"augmentation": "shades"}
+    root = flipped
     data, plain = served(model, data_module(root, **options), tmp_path), data_module(root, **options)
     plain.setup("fit")
     (entry,) = entries(tmp_path / "cache")
