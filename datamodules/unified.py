@@ -293,6 +293,10 @@ class UnifiedDataModule(L.LightningDataModule):
             raise DataError(f"No test image in {', '.join(config.root for config in self.datasets)}.")
         return self._eval_loader(rows)
 
+    def test_images(self) -> dict[str, int]:
+        """Category key -> how many images `test_dataloader` gives, over all processes."""
+        return dict(Counter(row.category for row in self._rows("test") if row.id not in self.left_out))
+
     def image_batch(self, ids: Sequence[int]) -> dict[str, Any]:
         """One batch of chosen images, by id, read from disk whether or not features are cached."""
         rows = {row.id: row for split in SPLITS for row in self._rows(split)}

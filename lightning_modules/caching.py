@@ -44,14 +44,19 @@ class CacheConfig:
 
 
 def attach(
-    model: ReconstructionModule, data: UnifiedDataModule, config: CacheConfig, device: torch.device, build: bool
+    model: ReconstructionModule,
+    data: UnifiedDataModule,
+    config: CacheConfig,
+    device: torch.device,
+    build: bool,
+    images: bool = False,
 ) -> None:
     """Lets the data module serve ``features`` from the cache, or, where that cannot be, at least decoded images.
 
     An augmentation that only flips and turns by 90 degrees makes at most eight versions of an image, so their features
     are kept too. Features cannot be served when it does more than that (they differ each time), or when they do not fit
     into the budget; then the resized images are kept, and the backbone runs in every step. Without ``build``, only an
-    entry that exists is used.
+    entry that exists is used. With ``images``, batches carry them beside the features, whether or not the method needs them.
     """
     if config.mode == "off":
         return
@@ -65,7 +70,7 @@ def attach(
         mean=tuple(data.mean),
         std=tuple(data.std),
         dtype=config.mode,
-        images=model.needs_images,
+        images=images or model.needs_images,
     )
     symmetric = data.symmetric_rows()
     if symmetric is not None:

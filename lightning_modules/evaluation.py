@@ -168,11 +168,14 @@ class EvaluationCurve(L.Callback):
             return
         names = ["image_auroc", "pixel_auroc"]
         names += [self.select] if self.select not in (None, *names) else []
-        metrics = AnomalyMetrics(trainer.datamodule.dataset_of(), names, pooled=False, regions=self._regions)
+        data = trainer.datamodule
+        metrics = AnomalyMetrics(
+            data.dataset_of(), names, pooled=False, regions=self._regions, expected=data.test_images()
+        )
         module.eval()
         with trainer.precision_plugin.val_step_context():
             module.before_scoring(last_epoch=epoch + 1 == trainer.max_epochs)
-            for batch in trainer.datamodule.test_dataloader():
+            for batch in data.test_dataloader():
                 batch = trainer.strategy.batch_to_device(batch)
                 update_metrics(metrics, batch, module.evaluate(batch)[""])
         module.train()

@@ -2,28 +2,34 @@
 
 A :class:`models.visual_decoder.VisualDecoder` is trained on the run's normal training images to turn the method's clean
 features back into images, then draws, per category, an anomalous test image's features and their reconstruction. It
-serves every method whose pairs are feature maps. Decoder and figure are written beside the run's checkpoint.
+serves every method whose pairs are feature maps. Decoder and figure are written beside the run's checkpoint; a training
+that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pandas as pd
 import torch
 import yaml
 from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from matplotlib.figure import Figure
-from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
 from datamodules import UnifiedDataModule
 from lightning_modules.base import ReconstructionModule
+from lightning_modules.caching import CacheConfig, attach
+from lightning_modules.callbacks import PlainProgress
+from lightning_modules.checkpoints import WholeCheckpoints
 from lightning_modules.heatmaps import overlay, to_rgb
 from models.visual_decoder import VisualDecoder
 from results.records import read_record
@@ -77,36 +83,96 @@ def work_folder(folder: Path) -> Path:
     return folder.parents[2] / "work" / folder.parent.name / folder.name
 
 
-def train_decoder(
-    module: ReconstructionModule, data: UnifiedDataModule, epochs: int, width: int, lr: float = 1e-4
-) -> tuple[VisualDecoder, float]:
-    """Train a decoder of the method's clean features on the normal training images, with Adam.
+class DecoderTraining(L.LightningModule):
+    """Trains a decoder of a method's clean features on normal images, by mean squared error, with Adam.
 
-    Returns it in eval mode, and the last epoch's mean squared error on normalised images.
+    Args:
+        method: In eval mode. It is no part of the checkpoints.
+        width: Channels of the decoder's first stage.
+        shapes: (C, H, W) of each feature map.
+        lr: Learning rate.
     """
-    device = module.device
-    decoder = None
-    error = 0.0
-    for _ in track(range(epochs), "Visual decoder", transient=True):
-        errors = []
-        for batch in data.train_dataloader():
-            maps, _ = _maps(module, batch)
-            if decoder is None:
-                shapes = [m.shape for m in maps]
-                decoder = VisualDecoder([s[1] for s in shapes], [s[2:] for s in shapes], module.image_size, width)
-                optimizer = torch.optim.Adam(decoder.to(device).parameters(), lr=lr)
-            images = batch["image"].to(device)
-            loss = F.mse_loss(decoder(maps), images)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            errors.append(loss.detach())
-        error = torch.stack(errors).mean().item()
-    return decoder.eval(), error
+
+    def __init__(self, method: ReconstructionModule, width: int, shapes: Sequence[torch.Size], lr: float = 1e-4) -> None:
+        super().__init__()
+        channels, sizes = [shape[0] for shape in shapes], [tuple(shape[1:]) for shape in shapes]
+        self.decoder = VisualDecoder(channels, sizes, method.image_size, width)
+        self.lr = lr
+        self.trained_epochs = 0
+        self._method = (method,)  # in a tuple: torch shall not take it for a part of this module
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        maps, _ = _maps(self._method[0].to(self.device), batch)
+        loss = F.mse_loss(self.decoder(maps), batch["image"])
+        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["label"]), prog_bar=True)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.trained_epochs = self.current_epoch + 1
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["trained_epochs"] = self.trained_epochs
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.trained_epochs = checkpoint["trained_epochs"]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.decoder.parameters(), lr=self.lr)
+
+
+def train_decoder(
+    module: ReconstructionModule, data: UnifiedDataModule, file: Path, epochs: int, width: int, cache: CacheConfig
+) -> VisualDecoder:
+    """The decoder of a run in eval mode, trained or taken from ``file``, where an interrupted training goes on.
+
+    What ``file`` holds is used if its width is this one, it has not been trained for longer, and the run's weights are
+    not newer.
+    """
+    maps, _ = _maps(module, data.image_batch([0]))
+    training = DecoderTraining(module, width, [m.shape[1:] for m in maps])
+    done = _trained_epochs(file, training)
+    if done is None or done > epochs:
+        done = None
+        file.unlink(missing_ok=True)
+    checkpoint = ModelCheckpoint(
+        file.parent,
+        filename=file.stem,
+        every_n_epochs=max(1, epochs // 100),
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
+    )
+    trainer = L.Trainer(
+        devices=1,
+        max_epochs=epochs,
+        logger=False,
+        callbacks=[checkpoint, RichProgressBar(leave=False) if sys.stdout.isatty() else PlainProgress()],
+        plugins=[WholeCheckpoints()],
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=file.parent,
+    )
+    if done != epochs:
+        attach(module, data, cache, trainer.strategy.root_device, build=True, images=True)
+    trainer.fit(training, data.train_dataloader(), ckpt_path=None if done is None else str(file))
+    if done != epochs:
+        trainer.save_checkpoint(file)
+        error = trainer.callback_metrics["train/loss"]
+        print(f"Visual decoder: mean squared error {error:.4f} on normalised training images; kept in {file}")
+    return training.decoder.eval()
+
+
+def _trained_epochs(file: Path, training: DecoderTraining) -> int | None:
+    """Epochs of the decoder in ``file``; None if there is none for this run and this width."""
+    run = file.parents[1] / "checkpoints" / "last.ckpt"
+    if not file.is_file() or file.stat().st_mtime < run.stat().st_mtime:
+        return None
+    stored = torch.load(file, map_location="cpu", weights_only=False)
+    shapes = {name: value.shape for name, value in stored["state_dict"].items()}
+    return stored["trained_epochs"] if shapes == {name: value.shape for name, value in training.state_dict().items()} else None
 
 
 @torch.no_grad()
-def _maps(module: ReconstructionModule, batch: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+def _maps(module: ReconstructionModule, batch: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     """The clean features and the reconstructions of a batch, float32 maps (B, C, H, W)."""
     pairs = module.reconstruct({k: v.to(module.device) if isinstance(v, Tensor) else v for k, v in batch.items()})
     return [pair.target.float() for pair in pairs], [pair.reconstruction.float() for pair in pairs]
@@ -175,7 +241,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"epochs must be at least 1 and width at least 16, found {options.epochs} and {options.width}.")
     torch.manual_seed(0)
     module, data = load_run(options.run)
-    module = module.to("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    module = module.to(device)
     chosen = choose(pd.read_csv(options.run / "image_scores.csv"), data.table)
     wanted = [name for name in options.categories.split(",") if name]
     if unknown := [name for name in wanted if name not in chosen]:
@@ -183,32 +250,13 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = {name: ids for name, ids in chosen.items() if not wanted or name in wanted}
 
     work = work_folder(options.run)
-    file, settings = work / "visual_decoder.pt", {"epochs": options.epochs, "width": options.width}
-    decoder = _stored(file, settings, module, data)
-    if decoder is None:
-        decoder, error = train_decoder(module, data, **settings)
-        torch.save({"settings": settings, "state": decoder.state_dict()}, file)
-        print(f"Visual decoder: mean squared error {error:.4f} on normalised training images; kept in {file}")
+    cache = CacheConfig(**yaml.safe_load((options.run / "config.yaml").read_text()).get("cache", {}))
+    decoder = train_decoder(module, data, work / "visual_decoder" / "last.ckpt", options.epochs, options.width, cache)
+    module, decoder = module.to(device), decoder.to(device)  # the trainer has moved them
     output = options.output or work / "reconstructions.jpg"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(draw(module, data, decoder, chosen))
     print(output)
-
-
-def _stored(
-    file: Path, settings: dict[str, int], module: ReconstructionModule, data: UnifiedDataModule
-) -> VisualDecoder | None:
-    """The decoder of an earlier call with the same settings and a checkpoint that is older than it."""
-    checkpoint = file.parent / "checkpoints" / "last.ckpt"
-    if not file.is_file() or file.stat().st_mtime < checkpoint.stat().st_mtime:
-        return None
-    stored = torch.load(file, map_location=module.device, weights_only=True)
-    if stored["settings"] != settings:
-        return None
-    shapes = [m.shape for m in _maps(module, data.image_batch([0]))[0]]
-    decoder = VisualDecoder([s[1] for s in shapes], [s[2:] for s in shapes], module.image_size, settings["width"])
-    decoder.load_state_dict(stored["state"])
-    return decoder.to(module.device).eval()
 
 
 if __name__ == "__main__":

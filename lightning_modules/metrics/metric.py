@@ -80,6 +80,8 @@ class AnomalyMetrics(Metric):
         4, otherwise one).
     maps_directory: keep the maps in temporary files of this directory instead of memory, for sets whose maps do not
         fit; about 1 kB per image stays in memory, the numbers are the same. Maps on an accelerator stay there instead.
+    expected: category -> how many images it has. In one process and without `pooled`, a category is then evaluated as
+        soon as it has them, and its maps are let go: at most the maps of the categories that are not complete are kept.
 
     Scores are any finite numbers: they are ranked, never squashed. Call `update` for each batch, `compute` at the end,
     `reset` before the next evaluation. Processes exchange counts in `compute`; samples with an id seen before, in any
@@ -101,6 +103,7 @@ class AnomalyMetrics(Metric):
         variant: str = "",
         threads: int | None = None,
         maps_directory: str | Path | None = None,
+        expected: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__(sync_on_compute=False, dist_sync_on_step=False)
         self.fpr_limits = tuple(float(limit) for limit in fpr_limits)
@@ -114,6 +117,7 @@ class AnomalyMetrics(Metric):
         self.maps_directory = maps_directory
         self.metrics = select_metrics(metrics, self.fpr_limits)
         self.pooled = pooled
+        self.expected = {} if pooled or expected is None else dict(expected)
         self.variant = variant
         self.threads = threads
         if regions is not None and regions.connectivity != connectivity:
@@ -136,6 +140,7 @@ class AnomalyMetrics(Metric):
     def _clear(self) -> None:
         self._categories: dict[str, Category] = {}
         self._seen: dict[int, tuple[str, bool]] = {}  # sample id -> (category, label)
+        self._evaluated: dict[str, PixelResult] = {}
         self._numbered = False
 
     def reset(self) -> None:
@@ -176,8 +181,8 @@ class AnomalyMetrics(Metric):
         False for an image whose mask is not known: it counts for image metrics only.
 
         Raises ValueError or TypeError, naming the sample, for scores that are not finite, masks that are not bool or
-        integer, sizes that differ, labels other than 0 and 1, a normal image with anomalous pixels, unknown categories
-        and an id that was used for another sample. A batch that raises is not added.
+        integer, sizes that differ, labels other than 0 and 1, a normal image with anomalous pixels, unknown categories,
+        more images than expected and an id that was used for another sample. A batch that raises is not added.
         """
         names = [str(name) for name in categories]
         B = len(names)
@@ -196,6 +201,10 @@ class AnomalyMetrics(Metric):
         known = np.ones(B, dtype=bool) if has_mask is None else _vector("has_mask", has_mask, B).astype(bool)
         self._check_samples(names, truth, scores, sample)
         first = self._first_seen(names, truth, numbers, sample)
+        for b in first:
+            if names[b] in self._evaluated:
+                count = self.expected[names[b]]
+                raise ValueError(f"{sample(b)}: the {count} images that this category was expected to have are complete")
         if self.keeps_maps:
             maps = _stack("maps", maps, B)
             on_device = isinstance(maps, torch.Tensor) and self._stays_on_device(maps)
@@ -226,6 +235,9 @@ class AnomalyMetrics(Metric):
                 category.regions.extend(regions[b] for b in with_map)
                 chosen_keys = keys if len(with_map) == B else keys[with_map]
                 category.maps.append(chosen_keys if isinstance(category.maps, DeviceMaps) else _numpy(chosen_keys))
+            if self.keeps_maps and len(category.ids) == self.expected.get(name) and Group().size == 1:
+                self._evaluated[name] = self._pixel_results([category], Group())[0][0]
+                category.maps, category.regions = MemoryMaps(), []
 
     def _check_samples(
         self, names: list[str], labels: np.ndarray, scores: np.ndarray, sample: Callable[[int], str]
@@ -315,10 +327,11 @@ class AnomalyMetrics(Metric):
             labels = labels.astype(bool)
             pooled[dataset] = self._image_values(scores, labels)
             if self.keeps_maps and (dataset or self.pooled or datasets == [""]):
-                evaluation = PixelEvaluation([categories[i] for i in part], self.fpr_limits, group, self.threads)
-                results, whole = evaluation.run(self.pooled, any(name in OVERLAP_METRICS for name in self.metrics))
-                for i, result in zip(part, results, strict=True):
-                    single[i] |= self._pixel_values(result, images[i][1])
+                left = [i for i in part if categories[i].name not in self._evaluated]
+                results, whole = self._pixel_results([categories[i] for i in left], group)
+                found = self._evaluated | {categories[i].name: r for i, r in zip(left, results, strict=True)}
+                for i in part:
+                    single[i] |= self._pixel_values(found[categories[i].name], images[i][1])
                 if self.pooled:
                     pooled[dataset] |= self._pixel_values(whole, labels)
 
@@ -329,6 +342,10 @@ class AnomalyMetrics(Metric):
             for dataset in parts:
                 scopes["pooled", dataset, ""] = pooled[dataset]
         return scopes
+
+    def _pixel_results(self, categories: list[Category], group: Group) -> tuple[list[PixelResult], PixelResult]:
+        evaluation = PixelEvaluation(categories, self.fpr_limits, group, self.threads)
+        return evaluation.run(self.pooled, any(name in OVERLAP_METRICS for name in self.metrics))
 
     @staticmethod
     def _images(categories: list[Category], group: Group) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -79,7 +79,7 @@ def run(tmp_path):
         record,
         pd.DataFrame([("", "mean", "folder", "", "image_auroc", 0.5, 2, "")], columns=METRIC_COLUMNS),
         pd.DataFrame(columns=["epoch", "step", "metric", "value"]),
-        yaml.safe_dump({"model": model, "data": data}),
+        yaml.safe_dump({"model": model, "data": data, "cache": {"root": str(tmp_path / "cache")}}),
         attachments={"image_scores.csv": scores.to_csv(index=False)},
     )
     return folder, module
@@ -105,6 +105,22 @@ def test_the_figure_has_a_row_per_category_and_the_decoder_is_trained_once(run, 
     reconstructions.main(arguments)
     assert "mean squared error" not in capsys.readouterr().out
     assert (work / "reconstructions.jpg").read_bytes() == first
+
+
+def test_a_decoder_that_was_interrupted_goes_on_to_the_same_weights(run):
+    folder, _ = run
+    file = reconstructions.work_folder(folder) / "visual_decoder" / "last.ckpt"
+
+    def weights(epochs: int) -> dict:
+        reconstructions.main([str(folder), f"--epochs={epochs}", "--width=16"])
+        return torch.load(file, weights_only=False)["state_dict"]
+
+    weights(1)
+    resumed = weights(3)
+    file.unlink()
+    whole = weights(3)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_the_median_image_of_each_kind_is_shown():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections import Counter
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from lightning_modules.metrics import AnomalyMetrics, evaluation
@@ -48,3 +50,36 @@ def test_a_truncated_file_is_an_error_not_a_number(tmp_path, problem):
     metrics._categories["c0"].maps._file.truncate(100)
     with pytest.raises(OSError, match="truncated"):
         metrics.compute()
+
+
+def fed(problem, **options) -> AnomalyMetrics:
+    """A metric that was given all of one category's images before those of the next."""
+    order = np.argsort(np.array(problem.categories), kind="stable")
+    return problem.feed(AnomalyMetrics(pooled=False, **options), order, batch=4)  # batches reach into the next category
+
+
+def test_complete_categories_are_evaluated_at_once_with_the_same_numbers(problem):
+    given = problem(3, images=14, categories=3, levels=5)
+    counts = Counter(given.categories)
+    early, late = fed(given, expected=counts), fed(given)
+    assert all(not category.maps.highest and not category.regions for category in early._categories.values())
+    pd.testing.assert_frame_equal(early.compute().table, late.compute().table, check_exact=True)
+    pd.testing.assert_frame_equal(early.compute().table, late.compute().table, check_exact=True)  # asked again
+    early.reset()
+    given.feed(early)  # in any order, after a reset
+    pd.testing.assert_frame_equal(early.compute().table, late.compute().table, check_exact=True)
+
+
+def test_only_the_maps_of_categories_that_are_not_complete_are_kept(problem):
+    given = problem(4, images=12, categories=2)
+    metrics = fed(given, expected={"c0": 6, "c1": 7})
+    assert not metrics._categories["c0"].maps.highest
+    assert len(metrics._categories["c1"].maps.highest) == 6
+    pd.testing.assert_frame_equal(metrics.compute().table, fed(given).compute().table, check_exact=True)
+
+
+def test_one_image_more_than_expected_is_an_error(problem):
+    given = problem(5, images=4)
+    metrics = given.feed(AnomalyMetrics(pooled=False, expected={"c0": 4}))
+    with pytest.raises(ValueError, match="the 4 images that this category was expected to have are complete"):
+        metrics.update(given.maps[:1], given.masks[:1], [0.5], given.labels[:1], ["c0"], [99])
