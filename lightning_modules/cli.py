@@ -286,7 +286,10 @@ class UniReconCLI(LightningCLI):
         if self.run_config.compile:
             if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
                 raise SystemExit("run.compile needs a C++ compiler (g++ or clang++), and none is on this machine's PATH.")
-            self.model.network.compile()
+            device = self.trainer.strategy.root_device
+            if self.run_config.cuda_graphs and device.type != "cuda":
+                raise SystemExit(f"run.cuda_graphs needs an NVIDIA GPU, but this run is on {device.type}: leave it out.")
+            self.model.network.compile(mode="reduce-overhead" if self.run_config.cuda_graphs else None)
         self._training_started = time.perf_counter()
 
     def _serve_features(self, build: bool) -> None:

@@ -35,6 +35,9 @@ class RunConfig:
         overwrite: Replace a finished run of the same name.
         compile: Compile the reconstruction network (``torch.compile``) for training and scoring. The first steps then
             take a minute; numbers agree with those of an uncompiled run up to rounding, but dropout draws differ.
+        cuda_graphs: Launch the compiled network as one CUDA graph per batch shape instead of kernel by kernel
+            (``torch.compile(mode="reduce-overhead")``), which pays where a small network waits for launches. Needs
+            ``compile`` and an NVIDIA GPU.
     """
 
     name: str | None = None
@@ -46,6 +49,7 @@ class RunConfig:
     heatmaps: bool = True
     overwrite: bool = False
     compile: bool = False
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
@@ -54,6 +58,8 @@ class RunConfig:
             raise ValueError(f"run.selection is {self.selection!r}; allowed are last, best_on_test and null.")
         if self.selection == "best_on_test" and self.protocol == "clean":
             raise ValueError("run.selection=best_on_test looks at test labels: it needs run.protocol=as_released.")
+        if self.cuda_graphs and not self.compile:
+            raise ValueError("run.cuda_graphs=true needs run.compile=true: the graphs are made of the compiled network.")
         if self.curve_every < 0:
             raise ValueError(f"run.curve_every is {self.curve_every}; give 0 (no curve) or a number of epochs.")
         for key, value in (("name", self.name), ("sweep", self.sweep)):

@@ -45,3 +45,11 @@ def test_compiling_without_a_compiler_is_refused_at_once(project, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(SystemExit, match="C\\+\\+ compiler"):
         project.fit("--run.compile=true", name="refused")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_cuda_graphs_are_refused_where_they_cannot_be(project):
+    with pytest.raises(SystemExit, match=r"needs run\.compile=true"):
+        project.fit("--run.cuda_graphs=true", name="uncompiled")
+    with pytest.raises(SystemExit, match="needs an NVIDIA GPU, but this run is on cpu"):
+        project.fit("--run.cuda_graphs=true", "--run.compile=true", "--trainer.accelerator=cpu", name="cpu")
