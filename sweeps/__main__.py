@@ -120,7 +120,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     finally:
         if check is not None:
             check.stop()
-    varying = sweep_file.varying(cells) or sweep.varying
+    varying = sweep_file.varying(cells) or sweep_file.varying(every_cell)
     display = Display(
         console,
         f"{sweep.name} ({variables['PROFILE']})",

@@ -42,7 +42,7 @@ def duration(seconds: float | None) -> str:
 class Display:
     """Prints what happens to the jobs of a sweep.
 
-    varying: names of the parameters worth showing. metric: name of the metric to show. slots: jobs at a time.
+    varying: names of the settings worth showing. metric: name of the metric to show. slots: jobs at a time.
     """
 
     def __init__(self, console: Console, title: str, varying: tuple[str, ...], metric: str, slots: int) -> None:
@@ -107,9 +107,9 @@ class Display:
         self.say(f"{self._count(job)} [{colour}]{job.state}[/]{took:12} {self.label(job)}  {notes}")
 
     def label(self, job: Job) -> str:
-        """The job's varying parameters in short."""
-        shown = [name for name in self._varying if name in job.cell.parameters]
-        text = "  ".join(f"{short(name)}={job.cell.parameters[name]}" for name in shown)
+        """The job's varying settings in short."""
+        settings = job.cell.settings
+        text = "  ".join(f"{short(name)}={settings[name]}" for name in self._varying if name in settings)
         return escape(text or job.run)
 
     def _metric_so_far(self, progress: dict[str, Any]) -> str:
@@ -146,8 +146,7 @@ class Display:
 
     def _render(self) -> Group:
         table = Table(box=None, pad_edge=False)
-        shown = [name for name in self._varying if any(name in job.cell.parameters for job in self._jobs)]
-        for title in ("", *map(short, shown), "progress", "", "metric", "time"):
+        for title in ("", *map(short, self._varying), "progress", "", "metric", "time"):
             table.add_column(title, no_wrap=True)
         for job in self._jobs:
             if job.state != RUNNING:
@@ -155,7 +154,7 @@ class Display:
             progress = job.progress()
             table.add_row(
                 self._count(job),
-                *(escape(str(job.cell.parameters.get(name, ""))) for name in shown),
+                *(escape(str(job.cell.settings.get(name, ""))) for name in self._varying),
                 ProgressBar(total=1.0, completed=_fraction(progress), width=24),
                 _epoch_text(progress),
                 self._metric_so_far(progress),

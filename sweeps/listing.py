@@ -47,18 +47,19 @@ def _cost(sweep: str, profile: str, count: int) -> str:
 
 def _cells(sweep: sweep_file.SweepFile) -> Table:
     table = Table(title=sweep.name)
-    varying = sweep.varying
+    names, cells = sweep.varying, sweep.cells()
+    varying = [name for name in sweep_file.varying(cells) if name != sweep_file.SEED]
     for title in (*map(short, varying), "runs"):
         table.add_column(title)
     states: dict[str, list[str]] = {}
     for path in sorted(Path(WORK, sweep.name).glob("*/state.json")):
         content = read_json(path)
-        key = str([content.get("parameters", {}).get(name) for name in varying])
+        key = str([content.get("parameters", {}).get(name) for name in names])
         run = path.parent.name
         # The record alone decides; a runner that was killed left the state before.
         state = DONE if Path(RECORDS, sweep.name, run, "record.json").exists() else content.get("state")
         states.setdefault(key, []).append(f"{run} {state}")
-    for cell in sweep.cells():
-        values = [cell.parameters[name] for name in varying]
-        table.add_row(*map(str, values), "\n".join(states.get(str(values), [])))
+    for cell in cells:
+        key = str([cell.parameters[name] for name in names])
+        table.add_row(*(str(cell.settings.get(name, "")) for name in varying), "\n".join(states.get(key, [])))
     return table

@@ -54,6 +54,14 @@ class Cell:
         """The run's seed, or None if the sweep file does not set one."""
         return self.parameters.get(SEED)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The parameters, for a person: one whose value is a mapping is taken apart into its keys."""
+        apart: dict[str, Any] = {}
+        for name, value in self.parameters.items():
+            apart |= {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
+        return apart
+
 
 @dataclass(frozen=True)
 class SweepFile:
@@ -188,8 +196,9 @@ def select(cells: list[Cell], only: list[str], path: Path) -> list[Cell]:
 
 
 def varying(cells: list[Cell]) -> tuple[str, ...]:
-    """Names of the parameters in which the cells differ, the seed included."""
-    return tuple(name for name in cells[0].parameters if len(unique([cell.parameters[name] for cell in cells])) > 1)
+    """Names of the settings in which the cells differ, the seed included."""
+    names = dict.fromkeys(name for cell in cells for name in cell.settings)
+    return tuple(name for name in names if len(unique([cell.settings.get(name) for cell in cells])) > 1)
 
 
 def same(one: Any, other: Any) -> bool:

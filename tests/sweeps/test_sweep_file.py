@@ -50,6 +50,13 @@ def test_seeds_replace_the_files_seed_and_multiply_the_cells(tmp_path: Path) -> 
     assert sweep.varying == ("a",)
 
 
+def test_rows_that_set_several_options_at_once_are_shown_option_by_option(tmp_path: Path) -> None:
+    rows = [{"levels": [4], "sar": "none", "width": 8}, {"levels": [4, 3], "sar": "none"}]
+    cells = sweep_file.load(write(tmp_path, {"model": {"values": rows}, "b": {"value": 1}})).cells()
+    assert cells[0].settings == {"b": 1, "model.levels": [4], "model.sar": "none", "model.width": 8}
+    assert sweep_file.varying(cells) == ("model.levels", "model.width")
+
+
 def test_random_search_repeats_itself_and_keeps_its_first_cells_when_it_grows(tmp_path: Path) -> None:
     parameters = {
         "scale": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-1},
