@@ -19,7 +19,7 @@ from datamodules.errors import DataError
 from datamodules.images import REMARKABLE, read_header, read_image, read_mask
 from datamodules.problems import ERROR, WARNING, Problem
 from datamodules.readers import Counts, Listing, list_dataset
-from datamodules.table import GOOD, SampleTable
+from datamodules.table import GOOD, SampleTable, rows_of
 
 COLUMNS = ("train", "val", "test_good", "structural", "logical")
 
@@ -115,7 +115,7 @@ def _count_problems(listing: Listing, counts: dict[str, Counts]) -> list[Problem
 
 
 def _file_problems(listing: Listing, console: Console | None) -> list[Problem]:
-    rows = list(listing.table.itertuples(index=False))
+    rows = list(rows_of(listing.table))
     threshold = listing.reader.mask_threshold
     found: list[list[tuple[str, str, str]]] = []
     digests: dict[str, list[int]] = defaultdict(list)

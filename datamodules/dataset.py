@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from datamodules.augmentation import Augmentation, apply_symmetry
 from datamodules.images import read_pair, resize_image, resize_mask
 from datamodules.sampling import Draw
-from datamodules.table import SampleTable, category_keys
+from datamodules.table import SampleTable, category_keys, rows_of
 
 UNKNOWN = -1
 """Label of an image of which nothing is known (prediction on a folder)."""
@@ -37,7 +37,7 @@ def table_rows(table: SampleTable, split: str) -> list[Row]:
     keys = category_keys(table)
     return [
         Row(row.id, row.dataset, key, row.label, row.anomaly_type, row.image_path, row.mask_paths)
-        for row, key in zip(table.itertuples(index=False), keys, strict=True)
+        for row, key in zip(rows_of(table), keys, strict=True)
         if row.split == split
     ]
 

@@ -16,7 +16,6 @@ import mmap
 import os
 import shutil
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
@@ -32,7 +32,7 @@ from datamodules.augmentation import Augmentation
 from datamodules.dataset import UNKNOWN, ImageSource, Row
 from datamodules.sampling import Draw
 
-VERSION = 2
+VERSION = 3
 """Of the layout and of the way features are computed; raising it makes all older entries stale."""
 
 DTYPES = ("float32", "float16")
@@ -142,10 +142,10 @@ class FeatureCache:
 
 
 def _checksum(arrays: Sequence[np.ndarray], row: int) -> int:
-    value = 0
+    value = xxhash.xxh3_64()
     for array in arrays:
-        value = zlib.crc32(np.ascontiguousarray(array[row]).data, value)
-    return value
+        value.update(np.ascontiguousarray(array[row]).data)
+    return value.intdigest()
 
 
 def _let_go(arrays: Iterable[np.ndarray]) -> None:
@@ -238,7 +238,7 @@ def _build(
                 name: np.lib.format.open_memmap(partial / f"{name}.npy", "w+", values.dtype, (rows, *values.shape[1:]))
                 for name, values in batch.items()
             }
-            checksums = np.lib.format.open_memmap(partial / "checksums.npy", "w+", np.uint32, (rows,))
+            checksums = np.lib.format.open_memmap(partial / "checksums.npy", "w+", np.uint64, (rows,))
         end = done + len(masks)
         for name, values in batch.items():
             arrays[name][done:end] = values

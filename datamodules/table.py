@@ -18,10 +18,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -32,7 +32,23 @@ SampleTable = pd.DataFrame
 GOOD = "good"
 SPLITS = ("train", "val", "test")
 ANOMALY_TYPES = (GOOD, "structural", "logical")
-COLUMNS = ("id", "dataset", "category", "split", "label", "defect", "anomaly_type", "image_path", "mask_paths")
+
+
+class TableRow(NamedTuple):
+    """A row of the table."""
+
+    id: int
+    dataset: str
+    category: str
+    split: str
+    label: int
+    defect: str
+    anomaly_type: str
+    image_path: str
+    mask_paths: tuple[str, ...]
+
+
+COLUMNS = TableRow._fields
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,11 @@ def build_table(dataset: str, samples: Iterable[Sample]) -> SampleTable:
         columns=list(COLUMNS),
     )
     return validate(table)
+
+
+def rows_of(table: SampleTable) -> Iterator[TableRow]:
+    """The table's rows in order; quicker than `itertuples`, which takes texts out of their column one by one."""
+    return map(TableRow._make, zip(*(table[column].tolist() for column in COLUMNS), strict=True))
 
 
 def concatenate(tables: Iterable[SampleTable]) -> SampleTable:
@@ -128,7 +149,7 @@ def fingerprint(table: SampleTable, roots: Mapping[str, str | Path]) -> str:
         return f"{_place(path, root)}:{os.path.getsize(path)}"
 
     lines = []
-    for row in table.itertuples(index=False):
+    for row in rows_of(table):
         root = str(roots[row.dataset])
         files = [describe_file(path, root) for path in (row.image_path, *row.mask_paths)]
         lines.append("\t".join([row.dataset, row.category, row.split, str(row.label), row.anomaly_type, *files]))
@@ -153,7 +174,7 @@ def content_hash(table: SampleTable, roots: Mapping[str, str | Path], rules: Map
         rules: whatever else decides how a file becomes pixels, as plain values.
     """
     digest = hashlib.sha256(json.dumps(rules, sort_keys=True).encode())
-    for row in table.itertuples(index=False):
+    for row in rows_of(table):
         for path in (row.image_path, *row.mask_paths):
             file = os.stat(path)
             place = _place(path, str(roots[row.dataset]))

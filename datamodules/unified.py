@@ -384,7 +384,7 @@ class UnifiedDataModule(L.LightningDataModule):
             resident_bytes: How much may be copied; what does not fit is read from disk batch by batch.
         """
         self._cache, self._resident_on, self._resident_room = cache, device, resident_bytes
-        trained = {row.id for row in self._rows("train")}
+        trained = {row.id for row in self._rows("train")} if symmetric else set()
         places = enumerate(symmetric, len(self.table))
         self._symmetric = {(row.id, row.symmetry): place for place, row in places if row.id in trained}
         self._resident.clear()

@@ -67,7 +67,7 @@ class Options:
         native: Side of the image files in pixels; those of MVTec AD are 700 to 1024.
         categories: Number of categories, at most four.
         image_size: Input size in pixels; by default the profile's.
-        augmentation: Entry of ``datamodules.augmentation``; with it only decoded images can be cached.
+        augmentation: Entry of ``datamodules.augmentation``; one that only flips and turns is cached in all its versions.
         precision: Of our trainer, ``32-true`` or ``bf16-mixed``; the plain loop has float32.
         steps: Training steps of a round.
         rounds: Rounds of ours and of the plain loop.
@@ -465,7 +465,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--methods", default=",".join(defaults.methods), help="comma list (default: all)")
     parser.add_argument("--profile", default=defaults.profile, choices=("demo", "paper"))
     parser.add_argument("--clock", default=defaults.clock, choices=("wall", "cpu"), help="cpu: on a machine that is not idle")
-    parser.add_argument("--augmentation", default=defaults.augmentation, help="an augmentation; only images are then cached")
+    parser.add_argument("--augmentation", default=defaults.augmentation, help="an entry of datamodules.augmentation")
     parser.add_argument("--precision", default=defaults.precision, help="of our trainer, for example bf16-mixed")
     helps = {
         "images": "training images per category",
