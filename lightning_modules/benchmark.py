@@ -132,7 +132,7 @@ def build(method: str, options: Options, root: Path) -> tuple[ReconstructionModu
 def _instantiate(kind: type, config: Mapping[str, Any]) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(kind, "made")
-    return parser.instantiate_classes(parser.parse_object({"made": config})).made
+    return parser.instantiate(parser.parse_object({"made": config})).made
 
 
 def _on(device: torch.device, batch: Mapping[str, Any]) -> dict[str, Any]:

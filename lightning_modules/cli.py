@@ -15,7 +15,6 @@ import pkgutil
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -40,17 +39,9 @@ from lightning_modules.caching import CacheConfig, attach
 from lightning_modules.callbacks import EpochSeed, History, PlainProgress, Predictions, Progress
 from lightning_modules.checkpoints import WholeCheckpoints
 from lightning_modules.evaluation import Evaluation, EvaluationCurve
+from lightning_modules.quiet import quiet
 from lightning_modules.run import RunConfig, provenance, sweep_parameters
 from results.records import RunRecord, write_record
-
-EXPECTED_WARNINGS = (
-    ".*LightningCLI's args parameter is intended",  # the environment's arguments stand between the given ones
-    ".*LeafSpec.*is deprecated",  # inside Lightning
-    ".*Total length of `list` across ranks is zero",  # nothing is held out, so there is no validation
-    ".*module.s. in eval mode at the start of training",  # the frozen backbone
-    ".*does not have many workers",  # cached features need none
-)
-
 
 COLOUR_SCALE = "colour_scale.json"
 """In a record: the ends of the colour scale of the run's heat maps, for ``predict``."""
@@ -243,7 +234,10 @@ class UniReconCLI(LightningCLI):
 
         run = self.run_config
         run.work.mkdir(parents=True, exist_ok=True)
-        return WandbLogger(**tracking.settings(run, self._configuration()), save_dir=str(run.work))
+        logger = WandbLogger(**tracking.settings(run, self._configuration()), save_dir=str(run.work))
+        # Lightning always passes this setting, and W&B warns of its end in every run.
+        vars(logger).get("_wandb_init", {}).pop("anonymous", None)
+        return logger
 
     def _configuration(self) -> dict[str, Any]:
         return json.loads(self._parser(self.subcommand).dump(self.config[self.subcommand], format="json"))
@@ -397,8 +391,7 @@ def _peak_memory(device: torch.device) -> int:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; leaves with 143 after SIGTERM, so that a pre-empted run is not taken for a finished one."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    for message in EXPECTED_WARNINGS:
-        warnings.filterwarnings("ignore", message)
+    quiet()
     online = os.environ.get("WANDB") == "online" or "WANDB_SWEEP_ID" in os.environ
     os.environ.setdefault("WANDB_MODE", "online" if online else "offline")
     if os.environ["WANDB_MODE"] == "offline":

@@ -31,6 +31,7 @@ from lightning_modules.caching import CacheConfig, attach
 from lightning_modules.callbacks import PlainProgress
 from lightning_modules.checkpoints import WholeCheckpoints
 from lightning_modules.heatmaps import overlay, to_rgb
+from lightning_modules.quiet import quiet
 from models.visual_decoder import VisualDecoder
 from results.records import read_record
 
@@ -61,7 +62,7 @@ def load_run(folder: Path) -> tuple[ReconstructionModule, UnifiedDataModule]:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(ReconstructionModule, "model")
     parser.add_subclass_arguments(UnifiedDataModule, "data")
-    built = parser.instantiate_classes(parser.parse_object({key: config[key] for key in ("model", "data")}))
+    built = parser.instantiate(parser.parse_object({key: config[key] for key in ("model", "data")}))
     module, data = built.model, built.data
     state = torch.load(checkpoint, map_location="cpu", weights_only=False)
     module.on_load_checkpoint(state)
@@ -239,6 +240,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.epochs < 1 or options.width < 16:
         parser.error(f"epochs must be at least 1 and width at least 16, found {options.epochs} and {options.width}.")
+    quiet()
     torch.manual_seed(0)
     module, data = load_run(options.run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
