@@ -149,6 +149,7 @@ def train_decoder(
         callbacks=[checkpoint, RichProgressBar(leave=False) if sys.stdout.isatty() else PlainProgress()],
         plugins=[WholeCheckpoints()],
         enable_model_summary=False,
+        enable_progress_bar=sys.stdout.isatty(),
         use_distributed_sampler=False,
         default_root_dir=file.parent,
     )
