@@ -12,6 +12,7 @@ from typing import Any
 
 import cv2
 import lightning as L
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -280,6 +281,16 @@ class UnifiedDataModule(L.LightningDataModule):
     def train_images(self) -> DataLoader:
         """Every training image exactly once over all processes, in table order and without augmentation."""
         return self._eval_loader(self._rows("train"))
+
+    def has_split(self, split: str) -> bool:
+        """Whether a split has images."""
+        return bool((self.table["split"] == split).any())
+
+    def normal_images(self, split: str, at_most: int) -> DataLoader:
+        """Up to so many images of split train or val, evenly picked, each once over all processes, without augmentation."""
+        rows = self._rows(split)
+        picked = np.unique(np.linspace(0, len(rows) - 1, min(at_most, len(rows))).astype(int))
+        return self._eval_loader([rows[i] for i in picked])
 
     def val_dataloader(self) -> DataLoader | list:
         """Held-out normal images; an empty list if nothing is held out."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import time
@@ -19,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from PIL import Image
 
 from lightning_modules.base import ReconstructionModule
+from lightning_modules.normal_scores import p_values
 from models.head import ScoredMaps
 
 
@@ -111,16 +111,21 @@ def write_progress(path: Path, epoch: int, epochs: int, metrics: Mapping[str, fl
 class Predictions(L.Callback):
     """Writes what ``predict`` finds: ``scores.csv``, the raw float32 maps (``.npy``) and heat maps over the images.
 
-    All heat maps share one colour scale, so that a normal image stays dark.
+    All heat maps share one colour scale, so that a normal image stays dark. ``scores.csv`` has a p-value beside each score
+    where the run's record holds scores of normal images.
 
     Args:
         folder: Where the files go.
         scale: Ends of the colour scale; None takes median and maximum of the first batch.
+        normal: Scores of normal images, see :mod:`lightning_modules.normal_scores`.
     """
 
-    def __init__(self, folder: Path, scale: tuple[float, float] | None = None) -> None:
+    def __init__(
+        self, folder: Path, scale: tuple[float, float] | None = None, normal: pd.DataFrame | None = None
+    ) -> None:
         self.folder = folder
         self.range = scale
+        self.normal = normal
         self._scores: list[tuple[str, float]] = []
 
     def on_predict_batch_end(
@@ -146,6 +151,14 @@ class Predictions(L.Callback):
 
     def on_predict_end(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
         suffix = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
-        with open(self.folder / f"scores{suffix}.csv", "w", newline="") as file:
-            csv.writer(file).writerows([("image", "image_score"), *self._scores])
-        rank_zero_info(f"{len(self._scores)} images: scores, raw maps and heat maps are in {self.folder}")
+        table = pd.DataFrame(self._scores, columns=["image", "image_score"])
+        said = f"{len(table)} images: scores, raw maps and heat maps are in {self.folder}"
+        if self.normal is not None:
+            table["p_value"] = p_values(table.image_score.to_numpy(), self.normal.image_score.to_numpy())
+            highest = int((table.image_score > self.normal.image_score.max()).sum())
+            kind = "held-out normal" if (self.normal.split == "val").all() else "training"
+            said += f"\nThose that score higher than each of the run's {len(self.normal)} {kind} images: {highest}."
+            if kind == "training":
+                said += " Unseen normal images score higher; a run with --data.init_args.holdout=0.1 knows by how much."
+        table.to_csv(self.folder / f"scores{suffix}.csv", index=False)
+        rank_zero_info(said)

@@ -32,13 +32,14 @@ import datamodules
 import lightning_modules
 from datamodules.errors import DataError
 from datamodules.feature_cache import NonFiniteFeaturesError
-from lightning_modules import heatmaps, per_category, preemption, tracking
+from lightning_modules import heatmaps, normal_scores, per_category, preemption, tracking
 from lightning_modules.arguments import PlainParser
 from lightning_modules.base import NonFiniteLossError, ReconstructionModule
 from lightning_modules.caching import CacheConfig, attach
 from lightning_modules.callbacks import EpochSeed, History, PlainProgress, Predictions, Progress
 from lightning_modules.checkpoints import WholeCheckpoints
 from lightning_modules.evaluation import Evaluation, EvaluationCurve
+from lightning_modules.normal_scores import NormalScores
 from lightning_modules.quiet import quiet
 from lightning_modules.run import RunConfig, provenance, sweep_parameters
 from results.records import RunRecord, write_record
@@ -192,8 +193,9 @@ class UniReconCLI(LightningCLI):
         if self.subcommand == "fit" and self.run_config.record.exists():
             (self.run_config.work / "checkpoints" / "last.ckpt").unlink(missing_ok=True)  # the finished run's
         given = self._get(self.config_init, "trainer")
-        self.evaluation, self.history, self.curve = Evaluation(), History(), None
-        own = [EpochSeed(self.config[self.subcommand].seed_everything), self.evaluation, self.history, *self._callbacks()]
+        self.evaluation, self.normal_scores, self.history, self.curve = Evaluation(), NormalScores(), History(), None
+        seed = EpochSeed(self.config[self.subcommand].seed_everything)
+        own = [seed, self.normal_scores, self.evaluation, self.history, *self._callbacks()]
         more = given.get("callbacks") or []
         callbacks = [*(more if isinstance(more, list) else [more]), *own]
         if given.get("logger") is None:
@@ -207,7 +209,8 @@ class UniReconCLI(LightningCLI):
         run, model = self.run_config, self.model
         callbacks: list[L.Callback] = [RichProgressBar(leave=False) if sys.stdout.isatty() else PlainProgress()]
         if self.subcommand == "predict":
-            return [*callbacks, Predictions(run.work / "predictions", _colour_scale(run.record / COLOUR_SCALE))]
+            scale = _colour_scale(run.record / COLOUR_SCALE)
+            return [*callbacks, Predictions(run.work / "predictions", scale, normal_scores.read(run.record))]
         if self.subcommand != "fit":
             return callbacks
         epochs = self._get(self.config_init, "trainer")["max_epochs"]
@@ -306,6 +309,7 @@ class UniReconCLI(LightningCLI):
             return
         attachments: dict[str, bytes | str] = {
             "image_scores.csv": self.evaluation.image_scores.to_csv(index=False),
+            normal_scores.FILE: self.normal_scores.table.to_csv(index=False),
             COLOUR_SCALE: json.dumps(self.evaluation.colour_scale),
         }
         if self.run_config.heatmaps:
