@@ -34,10 +34,10 @@ import lightning as L
 import torch
 import yaml
 from jsonargparse import ArgumentParser
+from lightning.fabric.utilities import move_data_to_device
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.flop_counter import FlopCounterMode
@@ -135,10 +135,6 @@ def _instantiate(kind: type, config: Mapping[str, Any]) -> Any:
     return parser.instantiate(parser.parse_object({"made": config})).made
 
 
-def _on(device: torch.device, batch: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-
-
 def _batches(data: UnifiedDataModule, steps: int) -> Iterator[dict[str, Any]]:
     """Training batches of as many epochs as it takes."""
     return itertools.islice(itertools.chain.from_iterable(data.train_dataloader() for _ in itertools.count()), steps)
@@ -150,7 +146,7 @@ def train_plainly(module: ReconstructionModule, data: UnifiedDataModule, steps: 
     optimizer = torch.optim.AdamW(module.network.parameters(), lr=1e-4)
     started = now()
     for batch in _batches(data, steps):
-        loss = module.batch_loss(_on(module.device, batch))
+        loss = module.batch_loss(move_data_to_device(batch, module.device))
         optimizer.zero_grad()
         loss.backward()
         if clip:
@@ -209,7 +205,7 @@ def score(module: ReconstructionModule, data: UnifiedDataModule, now: Clock) -> 
     module.eval()
     started = now()
     batch = next(iter(data.test_dataloader()))
-    module.evaluate(_on(module.device, batch))[""].image_scores.sum().item()
+    module.evaluate(move_data_to_device(batch, module.device))[""].image_scores.sum().item()
     return (now() - started) / len(batch["label"])
 
 
@@ -227,7 +223,7 @@ def count_macs(module: ReconstructionModule) -> dict[str, int]:
 
 def profile_step(module: ReconstructionModule, data: UnifiedDataModule) -> list[tuple[str, float]]:
     """The operations that take most of one training step with cached features, and their share of its time."""
-    batch = _on(module.device, next(iter(data.train_dataloader())))
+    batch = move_data_to_device(next(iter(data.train_dataloader())), module.device)
     module.train()
     with torch.profiler.profile() as profiler:
         module.batch_loss(batch).backward()
