@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -151,9 +151,30 @@ class TableDataset(Dataset):
         return sample
 
 
-def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+class Batch(dict):
+    """A batch by field: tensors, lists of tensors and lists of texts. Moving it to a device leaves the texts alone."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch with all its tensors on a device."""
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The batch with all its tensors in page-locked memory."""
+        return self._with_tensors(torch.Tensor.pin_memory)
+
+    def _with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        changed = Batch(self)
+        for name, value in self.items():
+            if isinstance(value, torch.Tensor):
+                changed[name] = change(value)
+            elif isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
+                changed[name] = [change(tensor) for tensor in value]
+        return changed
+
+
+def collate(samples: Sequence[dict[str, Any]]) -> Batch:
     """Stack samples: tensors to (B, ...), numbers to int64 (B,), truth values to bool (B,), texts to lists."""
-    batch: dict[str, Any] = {}
+    batch = Batch()
     for name in samples[0]:
         values = [sample[name] for sample in samples]
         if isinstance(values[0], torch.Tensor):

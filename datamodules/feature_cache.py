@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from datamodules.augmentation import Augmentation
-from datamodules.dataset import UNKNOWN, ImageSource, Row
+from datamodules.dataset import UNKNOWN, Batch, ImageSource, Row
 from datamodules.sampling import Draw
 
 VERSION = 3
@@ -435,7 +435,7 @@ class CachedBatches(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, draws: list[int | Draw]) -> dict[str, Any]:
+    def __getitem__(self, draws: list[int | Draw]) -> Batch:
         positions = [draw.row if isinstance(draw, Draw) else draw for draw in draws]
         symmetries = [self._symmetry(draw) for draw in draws]
         stored = self.stored[positions, symmetries]
@@ -447,17 +447,17 @@ class CachedBatches(Dataset):
         height, width = self.cache.image_size
         bits = np.unpackbits(self.cache.masks[stored], axis=1, count=height * width)
         rows = [self.rows[position] for position in positions]
-        batch = {
-            "features": [level.float() for level in features],
-            "mask": torch.from_numpy(bits.view(bool)).view(-1, 1, height, width),
-            "has_mask": self.has_mask[positions],
-            "label": self.labels[positions],
-            "id": torch.from_numpy(self.ids[positions]),
-            "category": [row.category for row in rows],
-            "dataset": [row.dataset for row in rows],
-            "anomaly_type": [row.anomaly_type for row in rows],
-            "path": [row.image_path for row in rows],
-        }
+        batch = Batch(
+            features=[level.float() for level in features],
+            mask=torch.from_numpy(bits.view(bool)).view(-1, 1, height, width),
+            has_mask=self.has_mask[positions],
+            label=self.labels[positions],
+            id=torch.from_numpy(self.ids[positions]),
+            category=[row.category for row in rows],
+            dataset=[row.dataset for row in rows],
+            anomaly_type=[row.anomaly_type for row in rows],
+            path=[row.image_path for row in rows],
+        )
         if self.cache.images is not None:
             pixels = torch.from_numpy(self.cache.images[stored]).long()
             batch["image"] = torch.stack([self.normalised[c][pixels[:, c]] for c in range(3)], dim=1)
@@ -468,6 +468,10 @@ class CachedBatches(Dataset):
         if self.augmentation is None or not isinstance(draw, Draw):
             return 0
         return self.augmentation.symmetry(self.rows[draw.row].category, draw.seed)
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
 
 
 class Batches(BatchSampler):
@@ -490,6 +494,7 @@ def cached_loader(
         batches,
         batch_size=None,
         sampler=Batches(sampler, batch_size, drop_last),
+        collate_fn=_as_it_is,
         num_workers=0 if resident else num_workers,
         pin_memory=not resident and torch.cuda.is_available(),
         persistent_workers=not resident and num_workers > 0,

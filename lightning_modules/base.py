@@ -113,7 +113,8 @@ class ReconstructionModule(L.LightningModule):
         self.head = AnomalyHead(head)
         self.optimizer_config = optimizer
         self.trained_epochs = 0
-        self._unchecked_loss: tuple[Tensor, Mapping[str, Any], int] | None = None
+        self._unchecked_loss: tuple[Tensor, torch.cuda.Event | None, Mapping[str, Any], int] | None = None
+        self._losses: dict[str, list[tuple[Tensor, int]]] = {}
 
     # ---- what a method may change ------------------------------------------------------------------------------------
 
@@ -169,31 +170,48 @@ class ReconstructionModule(L.LightningModule):
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         self._check_loss()
         loss = self.batch_loss(batch)
-        self._unchecked_loss = (loss.detach(), batch, self.global_step)
-        # Over all processes: one's own share of the images would give another curve than a single process's.
-        self.log(
-            "train/loss",
-            loss.detach(),
-            on_step=False,
-            on_epoch=True,
-            batch_size=len(batch["label"]),
-            prog_bar=True,
-            sync_dist=True,
-        )
+        self.watch(loss.detach(), batch)
         return loss
 
+    def watch(self, loss: Tensor, batch: Mapping[str, Any]) -> None:
+        """Keeps a step's loss for the curve, and stops the training at the next step if it is not finite."""
+        self.keep({"loss": loss}, batch)
+        # This copy waits for the loss alone. Asking the device for it later would wait for the whole step.
+        on_host = loss.to("cpu", non_blocking=True)
+        ready = torch.cuda.current_stream(loss.device).record_event() if loss.is_cuda else None
+        self._unchecked_loss = (on_host, ready, batch, self.global_step)
+
+    def keep(self, losses: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
+        """Keeps scalars of a step; their means over the epoch's images are logged as ``train/<name>``."""
+        for name, loss in losses.items():
+            self._losses.setdefault(name, []).append((loss, len(batch["label"])))
+
+    def on_train_epoch_start(self) -> None:
+        self._losses.clear()
+
     def on_train_batch_end(self, outputs: Any, batch: Mapping[str, Any], batch_idx: int) -> None:
-        if self.trainer.is_last_batch:  # before anything looks at the epoch's weights
-            self._check_loss()
+        if not self.trainer.is_last_batch:
+            return
+        self._check_loss()  # before anything looks at the epoch's weights
+        # Once per epoch: a log in every step takes as long as the launch of a small network. Over all processes: one's
+        # own share of the images would give another curve than a single process's.
+        for name, steps in self._losses.items():
+            losses, sizes = zip(*steps, strict=True)
+            weights = torch.tensor(sizes, device=losses[0].device) / sum(sizes)
+            mean = (torch.stack(losses) * weights).sum()
+            options = {"on_step": False, "on_epoch": True, "sync_dist": True, "prog_bar": name == "loss"}
+            self.log(f"train/{name}", mean, batch_size=sum(sizes), **options)
 
     def on_train_epoch_end(self) -> None:
         self.trained_epochs = self.current_epoch + 1
 
     def _check_loss(self) -> None:
-        """Looks at the previous step's loss, which is ready by now, so that the device is never made to wait."""
+        """Looks at the previous step's loss, which is ready by now."""
         if self._unchecked_loss is None:
             return
-        (loss, batch, step), self._unchecked_loss = self._unchecked_loss, None
+        (loss, ready, batch, step), self._unchecked_loss = self._unchecked_loss, None
+        if ready is not None:
+            ready.synchronize()
         if math.isfinite(loss.item()):
             return
         files = "\n  ".join(f"{c}: {p}" for c, p in zip(batch["category"], batch["path"], strict=True))

@@ -111,16 +111,7 @@ class RLR(ReconstructionModule):
             self.manual_backward(loss)
             optimizer.step()
             total = total + loss.detach()
-        self._unchecked_loss = (total, batch, self.global_step)
-        self.log(
-            "train/loss",
-            total,
-            on_step=False,
-            on_epoch=True,
-            batch_size=len(batch["label"]),
-            prog_bar=True,
-            sync_dist=True,
-        )
+        self.watch(total, batch)
         return None
 
     def configure_optimizers(self) -> Any:

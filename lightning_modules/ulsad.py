@@ -156,13 +156,7 @@ class ULSAD(ReconstructionModule):
     def batch_loss(self, batch: Mapping[str, Any]) -> Tensor:
         losses = self.network.losses(self._encode(batch))
         if self.training:
-            self.log_dict(
-                {f"train/loss_{term}": loss.detach() for term, loss in losses.items()},
-                on_step=False,
-                on_epoch=True,
-                batch_size=len(batch["label"]),
-                sync_dist=True,
-            )
+            self.keep({f"loss_{term}": loss.detach() for term, loss in losses.items()}, batch)
         return torch.stack(list(losses.values())).sum()
 
     def _encode(self, batch: Mapping[str, Any]):

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from datamodules import DataError, DatasetConfig, UnifiedDataModule
+from datamodules.dataset import Batch
 from datamodules.unified import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -266,3 +267,12 @@ def test_a_resumed_training_sees_the_images_that_an_uninterrupted_one_sees(root,
     resumed = train(4, str(tmp_path / "last.ckpt"))
     assert len({tuple(ids) for ids in whole.values()}) == 4, "each epoch has an order of its own"
     assert resumed == {epoch: whole[epoch] for epoch in (2, 3)}
+
+
+def test_a_batch_moves_all_its_tensors_and_no_text():
+    batch = Batch(image=torch.zeros(2, 3), features=[torch.zeros(2, 1), torch.ones(2, 2)], category=["a", "b"], empty=[])
+    moved = batch.to("meta")
+    assert moved["image"].device.type == moved["features"][0].device.type == moved["features"][1].device.type == "meta"
+    assert moved["category"] is batch["category"]
+    assert batch["image"].device.type == "cpu"
+    assert moved.keys() == batch.keys()
