@@ -44,6 +44,8 @@ from lightning_modules.quiet import quiet
 from lightning_modules.run import RunConfig, provenance, sweep_parameters
 from results.records import RunRecord, write_record
 
+_NAME = "UNIRECON_RUN_NAME"
+"""The variable that tells the further processes of a run its name."""
 COLOUR_SCALE = "colour_scale.json"
 """In a record: the ends of the colour scale of the run's heat maps, for ``predict``."""
 
@@ -168,7 +170,9 @@ class UniReconCLI(LightningCLI):
         if config.run.name is None:
             # A cell that W&B hands out again after a pre-emption keeps its run id, and so finds its checkpoint.
             agent = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
-            config.run.name = agent or f"{model.method}-{self.started:%Y%m%d-%H%M%S}-seed{config.seed_everything}"
+            if preemption.is_first():  # the further processes start later, and take the name over
+                os.environ[_NAME] = f"{model.method}-{self.started:%Y%m%d-%H%M%S}-seed{config.seed_everything}"
+            config.run.name = agent or os.environ[_NAME]
 
     def instantiate_classes(self) -> None:
         """Refuses what a constructor refuses with its own words, not with a trace of the parser's."""
@@ -203,7 +207,10 @@ class UniReconCLI(LightningCLI):
         if given.get("plugins") is None:
             slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
             kwargs["plugins"] = [WholeCheckpoints(), *slurm]
-        return super().instantiate_trainer(callbacks=callbacks, default_root_dir=str(self.run_config.work), **kwargs)
+        trainer = super().instantiate_trainer(callbacks=callbacks, default_root_dir=str(self.run_config.work), **kwargs)
+        if trainer.world_size > 1:
+            preemption.stop_all_with_the_first(trainer)
+        return trainer
 
     def _callbacks(self) -> list[L.Callback]:
         run, model = self.run_config, self.model

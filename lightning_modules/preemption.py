@@ -2,6 +2,9 @@
 
 W&B then hands it out again, and it goes on from its checkpoint. Nothing heavy is imported here, so that the program can
 listen from its first moment, before the imports of seconds.
+
+A run on several devices is several processes: the first one, which starts the others, writes checkpoints and speaks to
+W&B. It alone decides to leave; the others live as long as it does.
 """
 
 from __future__ import annotations
@@ -14,9 +17,15 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import lightning as L
 
 EXIT_CODE = 128 + signal.SIGTERM
 _PR_SET_PDEATHSIG = 1
+_FIRST = "UNIRECON_FIRST_PROCESS"
+"""The variable that tells the further processes of a run the first one's id."""
 
 
 class Preempted(BaseException):
@@ -27,6 +36,7 @@ class _Watch:
     """What became of SIGTERM: noted during the imports, raised afterwards."""
 
     process: int | None = None
+    first = True
     noted = False
     raises = False
 
@@ -34,20 +44,55 @@ class _Watch:
 def watch() -> None:
     """Note SIGTERM from now on; under a W&B agent, also take the agent's death for one (Linux).
 
-    Without that, a killed agent's run would go on alone, beside the next agent's on the same GPU.
+    Without that, a killed agent's run would go on alone, beside the next agent's on the same GPU. A further process is
+    killed when the first one ends, however that happens: it may be waiting for it inside a library, where no signal is
+    heard.
     """
     if threading.current_thread() is not threading.main_thread():
         return
     _Watch.process, _Watch.noted, _Watch.raises = os.getpid(), False, False
+    _Watch.first = _FIRST not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
     signal.signal(signal.SIGTERM, _on_sigterm)
-    if "WANDB_SWEEP_ID" in os.environ and sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if not _Watch.first:
+        _on_parents_death(signal.SIGKILL)
+        if os.getppid() != int(os.environ[_FIRST]):
+            sys.exit(EXIT_CODE)
+        return
+    os.environ[_FIRST] = str(os.getpid())
+    if "WANDB_SWEEP_ID" in os.environ:
+        _on_parents_death(signal.SIGTERM)
+
+
+def is_first() -> bool:
+    """False in a process that the first one of a run started for a further device."""
+    return _Watch.first
+
+
+def stop_all_with_the_first(trainer: L.Trainer) -> None:
+    """Make a trainer of several processes stop when its first process is asked to, and not otherwise.
+
+    Lightning's own handler makes the processes speak to each other from within the signal, wherever each of them is.
+    They then fail or wait for each other for ever, and the first process is killed for the others' failure.
+    """
+    connector = trainer._signal_connector
+
+    def note(number: int, frame: FrameType | None) -> None:
+        connector.received_sigterm = trainer.is_global_zero
+
+    connector._sigterm_notifier_fn = note
+
+
+def _on_parents_death(number: int) -> None:
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _on_sigterm(number: int, frame: FrameType | None) -> None:
     if os.getpid() != _Watch.process:  # a data loader's worker, which must just end
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
+    if not _Watch.first:
+        return
     _Watch.noted = True
     # While a trainer runs, its own handler is installed and calls this one; its loops stop in order after a batch.
     if _Watch.raises and signal.getsignal(signal.SIGTERM) is _on_sigterm:
@@ -71,7 +116,8 @@ def reported() -> Iterator[None]:
         from lightning_modules import tracking
 
         tracking.report_preemption()
-        sys.exit(EXIT_CODE)
+        # The first process must not be killed for a further one's failure while it speaks to W&B.
+        sys.exit(EXIT_CODE if _Watch.first else 0)
     finally:
         _Watch.raises = False
         with contextlib.suppress(ValueError):

@@ -2,28 +2,69 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import pytest
+import torch
+
+from lightning_modules import preemption
 
 ROOT = Path(__file__).resolve().parents[2]
+TWO = ("--trainer.devices=2", "--trainer.strategy=ddp")
+# Asks both processes to leave in the second epoch, as SLURM does with all processes of a task.
+CALLBACK = """
+import os, signal
+import lightning as L
+
+class Preempt(L.Callback):
+    def on_train_batch_start(self, trainer, module, batch, number):
+        if trainer.current_epoch == 1 and number == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            if trainer.is_global_zero:
+                trainer.strategy.launcher.kill(signal.SIGTERM)
+"""
 
 
-def _program(arguments: list[str], **variables: str) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    done = subprocess.run(
+def _start(arguments: list[str], **variables: str) -> subprocess.Popen:
+    return subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "lightning_modules", *arguments],
         cwd=ROOT,
-        env=environment,
-        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def _program(arguments: list[str], code: int = 0, **variables: str) -> None:
+    process = _start(arguments, **variables)
+    output = process.communicate(timeout=600)[0]
+    assert process.returncode == code, output[-6000:]
+
+
+def _second_process(first: int) -> int | None:
+    """The process that a run's first one has started for the second device; None if there is none yet."""
+    for child in Path(f"/proc/{first}/task/{first}/children").read_text().split():
+        with contextlib.suppress(OSError):  # others come and go
+            if "LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_text().split("\0"):
+                return int(child)
+    return None
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_two_processes_find_the_numbers_of_one(trained):
@@ -53,6 +94,48 @@ def test_two_processes_train_and_leave_one_record_with_the_curve_of_one(project)
     losses = record.history[record.history.metric == "train/loss"]
     assert losses.step.tolist() == [1, 2]  # 12 images, two processes, batches of at most 8
     assert "curve/pixel_auroc" in set(record.history.metric)
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_asked_to_leave_end_with_143_and_go_on_like_uninterrupted_ones(project: Any) -> None:
+    (project.folder / "preempt.py").write_text(CALLBACK)
+    paths = os.pathsep.join([str(project.folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    more = (*TWO, "--data.init_args.batch_size=2")
+    leave = project.arguments(*more, "--trainer.callbacks=preempt.Preempt", name="asked")
+    _program(leave, code=preemption.EXIT_CODE, PYTHONPATH=paths)
+    assert torch.load(project.checkpoint("asked"), weights_only=False)["epoch"] == 0
+    assert not (project.results / "runs").exists()
+    for name in ("asked", "whole"):
+        _program(project.arguments(*more, name=name))
+    asked, whole = project.record("asked"), project.record("whole")
+    pd.testing.assert_frame_equal(asked.metrics, whole.metrics, check_exact=True)
+    pd.testing.assert_frame_equal(asked.history, whole.history, check_exact=True)
+    weights = project.weights("whole")
+    assert all(torch.equal(value, weights[name]) for name, value in project.weights("asked").items())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process of its parent's death")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_second_process_that_is_still_starting_ends_with_the_first(project: Any, number: signal.Signals) -> None:
+    process = _start(project.arguments(*TWO))
+    while not (second := _second_process(process.pid)):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(number)
+    output = process.communicate(timeout=120)[0]  # until the second one has closed it too
+    assert process.returncode == (preemption.EXIT_CODE if number == signal.SIGTERM else -number), output[-4000:]
+    end = time.monotonic() + 5
+    while _alive(second):  # it closes its output a moment before it is gone
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_two_processes_of_a_run_without_a_name_agree_on_one(project: Any) -> None:
+    more = ("--data.init_args.setting=per_category", "--trainer.max_epochs=1")
+    arguments = project.arguments(*TWO, *more)
+    _program([word for word in arguments if not word.startswith("--run.name")])
+    (record,) = (project.results / "runs" / "single").iterdir()
+    assert [path.name for path in (project.results / "work" / "single").iterdir()] == [record.name]
 
 
 def test_wandb_logs_offline_without_an_account(project, monkeypatch):

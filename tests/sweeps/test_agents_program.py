@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from results.records import read_records
 REPOSITORY = Path(__file__).resolve().parents[2]
 SWEEP = "local/unirecon/sweep000"
 EPOCHS = 4
-# Asks the first run that comes to its third epoch to leave, as SLURM would.
+# Asks all processes of the first run that comes to its third epoch to leave, as SLURM would.
 CALLBACK = '''
 import os, signal
 from pathlib import Path
@@ -27,18 +27,19 @@ import lightning as L
 
 class Preempt(L.Callback):
     def on_train_batch_end(self, trainer, *rest):
-        if trainer.current_epoch == 2 and not Path("preempted").exists():
-            Path("preempted").write_text(os.environ["WANDB_RUN_ID"])
+        note = Path(f"preempted{trainer.global_rank or ''}")
+        if trainer.current_epoch == 2 and not note.exists():
+            note.write_text(os.environ["WANDB_RUN_ID"])
             os.kill(os.getpid(), signal.SIGTERM)
 '''
 
 
-def prepare(project: Any) -> None:
-    """Two runs of UniAD that differ in nothing that decides the result, on a benchmark of two categories."""
+def prepare(project: Any, *more: str, heatmaps: Sequence[bool] = (True, False)) -> None:
+    """Runs of UniAD that differ in nothing that decides the result, on a benchmark of two categories."""
     shutil.copytree(REPOSITORY / "sweeps" / "profiles", project.folder / "sweeps" / "profiles", dirs_exist_ok=True)
     content = yaml.safe_load((REPOSITORY / "sweeps" / "neighbor_mask.yaml").read_text())
     content["parameters"] = {
-        "run.heatmaps": {"values": [True, False]},
+        "run.heatmaps": {"values": list(heatmaps)},
         "model.init_args.neighbor_size": {"value": 3},
         "seed_everything": {"value": 0},
     }
@@ -47,6 +48,7 @@ def prepare(project: Any) -> None:
         "--trainer.callbacks=preempt.Preempt",
         "--trainer.accelerator=cpu",
         "--model.init_args.image_size=64",
+        *more,
         "${args}",
     ]
     (project.folder / "sweeps" / "neighbor_mask.yaml").write_text(yaml.safe_dump(content))
@@ -101,6 +103,27 @@ def test_agents_share_a_grid_and_a_preempted_run_ends_like_the_other(
     assert code == 0
     assert "2 new" in output
     assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.slow
+def test_cell_of_two_processes_is_one_run_and_is_preempted_as_one(
+    online: Any, server: Any, communicate: Callable[..., str]
+) -> None:
+    prepare(online, "--trainer.devices=2", "--trainer.strategy=ddp", "--data.init_args.batch_size=2", heatmaps=[False])
+    online.environment |= {"WEIGHTS": "random", "OMP_NUM_THREADS": "1"}
+    code, output = online.run("register", "neighbor_mask", limit=120)
+    assert code == 0, output
+    output = communicate(online.start("agents", SWEEP, "--gpus", "none"))
+    print(output)
+    (run,) = server.runs.values()
+    assert (run.starts, run.state) == (2, "finished")
+    assert {path.name for path in online.folder.glob("preempted*")} == {"preempted", "preempted1"}
+    (stored,) = read_records(online.folder / "results" / "runs", "neighbor_mask")
+    assert (stored.record.run, stored.record.provenance["world_size"]) == (run.name, 2)
+    assert stored.record.cell["model.init_args.neighbor_size"] == 3
+    curve = [line["epoch"] for line in map(json.loads, run.history) if "train/loss" in line]
+    assert curve == list(range(EPOCHS))
+    assert len(list(online.folder.glob("results/work/*/*/wandb/run-*"))) == run.starts
 
 
 def mean(metrics: pd.DataFrame, name: str) -> float:
