@@ -279,6 +279,9 @@ class UniReconCLI(LightningCLI):
         backbone = self.model.extractor.provenance
         size = f"{trainable:,} trainable parameters" if trainable else "a network that the training data will size"
         rank_zero_info(f"{self.model.method}: {size} on {backbone['name']} ({backbone['weights']} weights)")
+        self.datamodule.setup("fit")
+        if not self.datamodule.test_images():
+            raise DataError("No test image: a run is scored after its training, so its data needs images in test/good.")
         self._serve_features(build=True)
         if self.run_config.compile:
             if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
