@@ -32,13 +32,13 @@ lint: setup  ## Check style with ruff.
 
 train: setup  ## Train and evaluate once: METHOD= PROFILE= DATASET= DATA_ROOT= [CATEGORIES= BACKBONE= WEIGHTS= RUN= ARGS=].
 	$(PY) -m sweeps data sweeps/profiles/$(PROFILE)/$(METHOD).yaml
-	$(PY) -m lightning_modules fit --config sweeps/profiles/$(PROFILE)/$(METHOD).yaml $(if $(RUN),--run.name=$(RUN)) $(ARGS)
+	$(PY) -m lightning_modules fit --config sweeps/profiles/$(PROFILE)/$(METHOD).yaml $(if $(RUN),--run.name="$(RUN)") $(ARGS)
 
 predict: setup  ## Heat maps of any images with a trained run: RUN=<record folder> IMAGES=<folder>.
-	$(PY) -m lightning_modules predict --config $(RUN)/config.yaml --data.init_args.predict_root=$(IMAGES) $(ARGS)
+	$(PY) -m lightning_modules predict --config "$(RUN)/config.yaml" --data.init_args.predict_root="$(IMAGES)" $(ARGS)
 
 check-data: setup  ## Count a dataset's images and list every problem: DATASET= DATA_ROOT= [CATEGORIES=].
-	$(PY) -m datamodules check --dataset $(DATASET) --data-root $(DATA_ROOT) $(if $(CATEGORIES),--categories $(CATEGORIES))
+	$(PY) -m datamodules check --dataset "$(DATASET)" --data-root "$(DATA_ROOT)" $(if $(CATEGORIES),--categories "$(CATEGORIES)")
 
 synthetic: setup  ## Make the embedded benchmark in data/synthetic.
 	$(PY) -m datamodules synthetic data/synthetic
@@ -78,7 +78,7 @@ report: setup  ## One self-contained HTML page of all tables, figures and heat m
 	$(PY) -m results report
 
 reconstructions: setup  ## Picture what a run reconstructs: RUN=<record folder>.
-	$(PY) -m lightning_modules.reconstructions $(RUN) $(ARGS)
+	$(PY) -m lightning_modules.reconstructions "$(RUN)" $(ARGS)
 
 bench: setup  ## Time and memory of every method against a plain loop, about five minutes: [ARGS=].
 	$(PY) -m lightning_modules.benchmark $(ARGS)
