@@ -101,10 +101,15 @@ class PlainProgress(L.Callback):
 
 
 def write_progress(path: Path, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:
-    """Writes the progress file of the sweep runner, whole or not at all."""
+    """Writes the progress file of the sweep runner."""
+    write_json(path, {"epoch": epoch, "epochs": epochs, "metrics": dict(metrics)})
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({"epoch": epoch, "epochs": epochs, "metrics": dict(metrics)}))
+    temporary.write_text(json.dumps(content))
     temporary.replace(path)
 
 

@@ -32,7 +32,7 @@ import datamodules
 import lightning_modules
 from datamodules.errors import DataError
 from datamodules.feature_cache import NonFiniteFeaturesError
-from lightning_modules import heatmaps, normal_scores, per_category, preemption, tracking
+from lightning_modules import heatmaps, normal_scores, per_category, preemption, resuming, tracking
 from lightning_modules.arguments import PlainParser
 from lightning_modules.base import NonFiniteLossError, ReconstructionModule
 from lightning_modules.caching import CacheConfig, attach
@@ -282,6 +282,8 @@ class UniReconCLI(LightningCLI):
         self.datamodule.setup("fit")
         if not self.datamodule.test_images():
             raise DataError("No test image: a run is scored after its training, so its data needs images in test/good.")
+        left = self.run_config.work / "checkpoints" / "last.ckpt"
+        resuming.check(self.run_config, self._configuration(), self.datamodule.fingerprint, left)
         self._serve_features(build=True)
         if self.run_config.compile:
             if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):

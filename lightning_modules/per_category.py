@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from datamodules.errors import DataError
 from datamodules.readers import list_dataset
-from lightning_modules import tracking
+from lightning_modules import resuming, tracking
 from lightning_modules.callbacks import write_progress
 from lightning_modules.evaluation import print_metrics
 from lightning_modules.run import RunConfig, sweep_parameters
@@ -49,6 +49,7 @@ class OneModelEach(Exception):
         if run.record.exists():
             for folder in ("runs", "work"):  # records and checkpoints of the run that is replaced
                 shutil.rmtree(work / folder, ignore_errors=True)
+        resuming.check(run, self.configuration, "", work / "runs")
         if self.configuration["trainer"]["logger"] is not False:
             tracking.open_run(run, self.configuration)
         stored = []
