@@ -90,7 +90,7 @@ class UnifiedDataModule(L.LightningDataModule):
         setting: unified, one model for all categories, or per_category: the command line trains one model for each
             category in turn and puts their results into one record.
         cache_mb: without workers, keep up to this much of the resized images in memory.
-        predict_root: folder (searched recursively) or file for `predict_dataloader`.
+        predict_root: folder (searched recursively, without the masks in ground_truth) or file for `predict_dataloader`.
 
     Attributes after `setup`:
         table: SampleTable of all splits.
@@ -326,7 +326,8 @@ class UnifiedDataModule(L.LightningDataModule):
     def _predict_paths(self) -> list[str]:
         root = Path(self.predict_root).expanduser()
         found = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        paths = [str(p) for p in found if not p.name.startswith(".")]
+        found = [p for p in found if not p.name.startswith(".") and "ground_truth" not in p.relative_to(root).parts]
+        paths = list(map(str, found))
         if not paths:
             raise DataError(f"predict_root {root}: no image there (looked for {', '.join(IMAGE_SUFFIXES)}).")
         return paths

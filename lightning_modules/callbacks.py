@@ -117,7 +117,7 @@ class Predictions(L.Callback):
     """Writes what ``predict`` finds: ``scores.csv``, the raw float32 maps (``.npy``) and heat maps over the images.
 
     All heat maps share one colour scale, so that a normal image stays dark. ``scores.csv`` has a p-value beside each score
-    where the run's record holds scores of normal images.
+    where the run's record holds scores of normal images. The files of an earlier prediction go.
 
     Args:
         folder: Where the files go.
@@ -132,6 +132,12 @@ class Predictions(L.Callback):
         self.range = scale
         self.normal = normal
         self._scores: list[tuple[str, float]] = []
+
+    def on_predict_start(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
+        if trainer.is_global_zero:  # an earlier prediction's files would mix with these
+            for file in (*self.folder.glob("[0-9]" * 6 + "-*"), *self.folder.glob("scores*.csv")):
+                file.unlink(missing_ok=True)
+        trainer.strategy.barrier()
 
     def on_predict_batch_end(
         self,

@@ -64,6 +64,16 @@ def test_images_of_more_than_8_bits_get_the_scores_of_the_test_run(tmp_path, wri
     assert predicted.to_dict() == pytest.approx(tested[predicted.index].to_dict(), rel=1e-5)
 
 
+def test_an_earlier_prediction_leaves_no_file_behind_and_masks_are_no_images(tmp_path, data_root, make_project):
+    project = make_project(tmp_path, data_root)
+    project.run()
+    folder = project.results / "work" / "single" / "first" / "predictions"
+    for images, count in ((data_root / "bolt", 11), (data_root / "bolt" / "test" / "good" / "000.png", 1)):
+        project.run(f"--data.init_args.predict_root={images}", command="predict")
+        assert len(pd.read_csv(folder / "scores.csv")) == count
+        assert sorted(path.suffix for path in folder.iterdir()) == [".csv", *[".jpg"] * count, *[".npy"] * count]
+
+
 def test_an_unreadable_image_is_named(trained, tmp_path):
     (tmp_path / "photo.png").write_bytes(b"not an image")
     run = trained.results / "runs" / "single" / "first"
