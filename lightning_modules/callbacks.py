@@ -77,6 +77,11 @@ class Progress(L.Callback):
         metrics = {name: value for _, _, name, value in self.history.rows}
         write_progress(self.path, trainer.current_epoch + 1, trainer.max_epochs, metrics)
 
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt) and self.path.is_file():
+            run = self.path.parent.name
+            rank_zero_info(f"Interrupted. The same options and --run.name={run} (make: RUN={run}) go on from here.")
+
 
 class PlainProgress(L.Callback):
     """Where there is no terminal for a progress bar: a line on the first epoch, on the last, and every `seconds` between."""

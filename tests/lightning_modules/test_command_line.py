@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from lightning_modules.callbacks import EpochSeed, History
 from lightning_modules.cli import environment_arguments, with_environment
 
 
@@ -46,3 +47,23 @@ def test_several_datasets_pair_with_their_roots_in_order():
 def test_contradicting_variables_are_refused_with_what_was_found(environment, message):
     with pytest.raises(SystemExit, match=message):
         environment_arguments(environment)
+
+
+def test_an_interrupted_training_says_how_to_go_on(project, monkeypatch, caplog):
+    def interrupt(self, trainer, module):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(History, "on_train_epoch_end", interrupt)
+    with caplog.at_level("INFO"), pytest.raises(SystemExit):
+        project.run()
+    assert "RUN=first" not in caplog.text  # there is nothing yet to go on from
+    monkeypatch.undo()
+    monkeypatch.setattr(EpochSeed, "on_train_epoch_start", _interrupt_second)
+    with caplog.at_level("INFO"), pytest.raises(SystemExit):
+        project.run()
+    assert "RUN=first" in caplog.text
+
+
+def _interrupt_second(self, trainer, module):
+    if trainer.current_epoch == 1:
+        raise KeyboardInterrupt
