@@ -65,7 +65,7 @@ def environment_arguments(environment: Mapping[str, str]) -> list[str]:
     """Command-line arguments for what the environment names.
 
     ``DATASET`` and ``DATA_ROOT`` may be comma lists of equal length for several datasets at once; ``CATEGORIES`` then
-    is not allowed, since it would not say whose they are.
+    is not allowed, since it would not say whose they are. Datasets of one reader are called after their folders.
 
     Raises:
         SystemExit: the variables contradict each other.
@@ -84,7 +84,11 @@ def environment_arguments(environment: Mapping[str, str]) -> list[str]:
     if names:
         # Every key is written: what is left out would be taken over from the configuration files.
         chosen = categories or None
-        datasets = [{"name": n, "root": r, "categories": chosen, "label": None} for n, r in zip(names, roots, strict=True)]
+        labels = [None if names.count(name) == 1 else Path(root).name for name, root in zip(names, roots, strict=True)]
+        datasets = [
+            {"name": name, "root": root, "categories": chosen, "label": label}
+            for name, root, label in zip(names, roots, labels, strict=True)
+        ]
         arguments.append(f"--data.init_args.datasets={json.dumps(datasets)}")
     for variable, key in (("BACKBONE", "name"), ("WEIGHTS", "weights")):
         if environment.get(variable):

@@ -72,7 +72,7 @@ def _table(options: argparse.Namespace) -> int:
         options.name = spec.sweep
         options.categories = False
         return _sweep(options)
-    records = _records(options) if options.source != "published" else ()
+    records = _records(options) if options.source != "published" and options.root.is_dir() else ()
     table = paper_table(spec, options.source, records, rms_std=options.std == "rms")
     _show(table, options, f".{options.source}")
     return int(options.strict and bool(table.missing))

@@ -35,6 +35,15 @@ def test_several_datasets_pair_with_their_roots_in_order():
     assert argument.endswith(f'[{{"name": "mvtec_ad", "root": "/m", {rest}}}, {{"name": "visa", "root": "/v", {rest}}}]')
 
 
+def test_two_datasets_of_one_reader_are_called_after_their_folders(make_project, tmp_path, write_data, monkeypatch):
+    roots = [write_data(tmp_path / "data" / name) for name in ("spring", "autumn")]
+    monkeypatch.setenv("DATASET", "folder,folder")
+    monkeypatch.setenv("DATA_ROOT", ",".join(map(str, roots)))
+    record = make_project(tmp_path, roots[0]).fit("--trainer.max_epochs=1")
+    assert [dataset["name"] for dataset in record.record.datasets] == ["spring", "autumn"]
+    assert set(record.metrics.category[record.metrics.scope == "category"]) == {"bolt", "disc"}
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [

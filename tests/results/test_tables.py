@@ -474,6 +474,13 @@ def test_the_command_line_prints_writes_and_names_damaged_records(runs, tmp_path
     assert "did you mean 'mask'" in capsys.readouterr().err.replace("\n", " ")
 
 
+def test_before_the_first_run_a_papers_table_shows_what_is_printed(tmp_path, capsys):
+    assert main(["table", "unias_4", "--source", "both", "--root", str(tmp_path / "runs"), "--format", "csv"]) == 0
+    shown = capsys.readouterr().out
+    published = paper_table(find_spec("unias_4"), "published")
+    assert f"{published.cells[0][0].published.mean:.2f}" in shown
+
+
 def test_tables_need_no_torch_so_that_a_laptop_rebuilds_them_at_once():
     code = "import sys, results.__main__, results.report; print({'torch', 'lightning', 'timm'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
