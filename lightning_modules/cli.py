@@ -325,10 +325,12 @@ class UniReconCLI(LightningCLI):
             self.model.eval().to(self.trainer.strategy.root_device)  # the trainer has moved it off the device
             scores = self.evaluation.image_scores
             attachments |= heatmaps.draw(self.model, self.datamodule, heatmaps.choose(scores), scores)
+        config = self.config[self.subcommand]
+        config.run.overwrite = False  # whoever starts from the record's configuration shall not replace the record
         depths = set(self.datamodule.bit_depths.values())
         if len(depths) == 1:  # as inferred from the training images, for those of `predict`
-            self.config[self.subcommand].data.init_args.bit_depth = depths.pop()
-        config_text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+            config.data.init_args.bit_depth = depths.pop()
+        config_text = self._parser(self.subcommand).dump(config, skip_none=False)
         path = write_record(
             Path(self.run_config.results) / "runs",
             self.record(),

@@ -95,7 +95,7 @@ class OneModelEach(Exception):
             record,
             metrics,
             history,
-            yaml.safe_dump(self.configuration, sort_keys=False),
+            yaml.safe_dump({**self.configuration, "run": {**self.configuration["run"], "overwrite": False}}, sort_keys=False),
             attachments=join_attachments([(part["run"], s.path) for s, part in zip(stored, self.parts, strict=True)]),
             overwrite=run.overwrite,
         )

@@ -12,6 +12,7 @@ import torch
 
 from lightning_modules.callbacks import EpochSeed, Progress
 from lightning_modules.checkpoints import WholeCheckpoints
+from lightning_modules.cli import main
 
 
 class Interruption(RuntimeError):
@@ -69,6 +70,9 @@ def test_overwriting_begins_an_interrupted_run_of_other_options_anew(project, mo
             project.run()
     project.run("--seed_everything=1", "--run.overwrite=true")
     assert project.losses() == project.losses("fresh")
+    record = project.record()
+    with pytest.raises(SystemExit, match="already a finished run"):  # what was overwritten once is not so for ever
+        main(["test", f"--config={record.path / 'config.yaml'}", "--trainer.logger=false"])
 
 
 def test_finished_categories_are_not_joined_with_those_of_other_options(project, monkeypatch):
