@@ -38,7 +38,7 @@ predict: setup  ## Heat maps of any images with a trained run: RUN=<record folde
 	$(PY) -m lightning_modules predict --config "$(RUN)/config.yaml" --data.init_args.predict_root="$(IMAGES)" $(ARGS)
 
 check-data: setup  ## Count a dataset's images and list every problem: DATASET= DATA_ROOT= [CATEGORIES=].
-	$(PY) -m datamodules check --dataset "$(DATASET)" --data-root "$(DATA_ROOT)" $(if $(CATEGORIES),--categories "$(CATEGORIES)")
+	$(PY) -m datamodules check $(if $(DATASET),--dataset "$(DATASET)") $(if $(DATA_ROOT),--data-root "$(DATA_ROOT)") $(if $(CATEGORIES),--categories "$(CATEGORIES)")
 
 synthetic: setup  ## Make the embedded benchmark in data/synthetic.
 	$(PY) -m datamodules synthetic data/synthetic
