@@ -32,13 +32,13 @@ lint: setup  ## Check style with ruff.
 
 train: setup  ## Train and evaluate once: METHOD= PROFILE= DATASET= DATA_ROOT= [CATEGORIES= BACKBONE= WEIGHTS= RUN= ARGS=].
 	$(PY) -m sweeps data sweeps/profiles/$(PROFILE)/$(METHOD).yaml
-	$(PY) -m lightning_modules fit --config sweeps/profiles/$(PROFILE)/$(METHOD).yaml $(if $(RUN),--run.name=$(RUN)) $(ARGS)
+	$(PY) -m lightning_modules fit --config sweeps/profiles/$(PROFILE)/$(METHOD).yaml $(if $(RUN),--run.name="$(RUN)") $(ARGS)
 
 predict: setup  ## Heat maps of any images with a trained run: RUN=<record folder> IMAGES=<folder>.
-	$(PY) -m lightning_modules predict --config $(RUN)/config.yaml --data.init_args.predict_root=$(IMAGES) $(ARGS)
+	$(PY) -m lightning_modules predict --config "$(RUN)/config.yaml" --data.init_args.predict_root="$(IMAGES)" $(ARGS)
 
 check-data: setup  ## Count a dataset's images and list every problem: DATASET= DATA_ROOT= [CATEGORIES=].
-	$(PY) -m datamodules check --dataset $(DATASET) --data-root $(DATA_ROOT) $(if $(CATEGORIES),--categories $(CATEGORIES))
+	$(PY) -m datamodules check $(if $(DATASET),--dataset "$(DATASET)") $(if $(DATA_ROOT),--data-root "$(DATA_ROOT)") $(if $(CATEGORIES),--categories "$(CATEGORIES)")
 
 synthetic: setup  ## Make the embedded benchmark in data/synthetic.
 	$(PY) -m datamodules synthetic data/synthetic
@@ -59,26 +59,26 @@ agents: setup  ## One W&B agent per GPU: SWEEP=entity/project/sweep [GPUS=0,1 WO
 pull: setup  ## Fetch the run records of a W&B sweep: SWEEP=entity/project/sweep.
 	$(PY) -m sweeps pull $(SWEEP)
 
-table: setup  ## One table of a paper: TABLE= [SOURCE=published|runs|both FORMAT=terminal|markdown|csv|latex|html].
-	$(PY) -m results table $(TABLE) --source $(or $(SOURCE),both) --format $(or $(FORMAT),terminal)
+table: setup  ## One table of a paper: TABLE= [SOURCE=published|runs|both FORMAT=terminal|markdown|csv|latex|html ARGS=].
+	$(PY) -m results table $(TABLE) --source $(or $(SOURCE),both) --format $(or $(FORMAT),terminal) $(ARGS)
 
-tables: setup  ## Rebuild every table under results/tables/.
-	$(PY) -m results tables
+tables: setup  ## Rebuild every table under results/tables/: [ARGS=--newest].
+	$(PY) -m results tables $(ARGS)
 
-figures: setup  ## Figures of a sweep or of a paper's table: ABLATION=.
-	$(PY) -m results figures $(ABLATION)
+figures: setup  ## Figures of a sweep or of a paper's table: ABLATION= [ARGS=].
+	$(PY) -m results figures $(ABLATION) $(ARGS)
 
 audit: setup  ## Check the papers' printed tables against themselves.
 	$(PY) -m results audit
 
-compare: setup  ## Paired tests between two methods, runs or cells: A= B=.
-	$(PY) -m results compare "$(A)" "$(B)"
+compare: setup  ## Paired tests between two methods, runs or cells: A= B= [ARGS=].
+	$(PY) -m results compare "$(A)" "$(B)" $(ARGS)
 
-report: setup  ## One self-contained HTML page of all tables, figures and heat maps.
-	$(PY) -m results report
+report: setup  ## One self-contained HTML page of all tables, figures and heat maps: [ARGS=].
+	$(PY) -m results report $(ARGS)
 
 reconstructions: setup  ## Picture what a run reconstructs: RUN=<record folder>.
-	$(PY) -m lightning_modules.reconstructions $(RUN) $(ARGS)
+	$(PY) -m lightning_modules.reconstructions "$(RUN)" $(ARGS)
 
 bench: setup  ## Time and memory of every method against a plain loop, about five minutes: [ARGS=].
 	$(PY) -m lightning_modules.benchmark $(ARGS)

@@ -12,6 +12,8 @@ from datamodules.table import GOOD, Sample
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 NORMAL_NAMES = (GOOD, "ok", "normal")
+"""Folders of normal images, in any case."""
+CLUTTER = ("thumbs.db", "desktop.ini")
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -27,6 +29,11 @@ def list_folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted((p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")), key=lambda p: p.name)
+
+
+def is_normal(folder: Path) -> bool:
+    """Whether a folder is called as one of normal images."""
+    return folder.name.casefold() in NORMAL_NAMES
 
 
 def is_category(folder: Path) -> bool:
@@ -121,6 +128,21 @@ def duplicate_stem_problems(category: str, images: Sequence[Path], severity: str
     ]
 
 
+def unread_problems(category: str, folder: Path) -> list[Problem]:
+    """What lies in a folder of images without being read: folders, dead links, files of other suffixes."""
+    if not folder.is_dir():
+        return []
+    read = set(list_images(folder))
+    left = [p for p in folder.iterdir() if p not in read and not p.name.startswith(".") and p.name.casefold() not in CLUTTER]
+    if not left:
+        return []
+    names = sorted(p.name + "/" * p.is_dir() for p in left)
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    where = f"{folder.parent.name}/{folder.name}"
+    what = f"{shown} in {where} left out: images lie in that folder itself and end with {', '.join(IMAGE_SUFFIXES)}"
+    return [Problem(WARNING, "not read", category, what, tuple(sorted(map(str, left))))]
+
+
 def read_tree(
     category: str,
     folder: Path,
@@ -135,7 +157,8 @@ def read_tree(
     """Samples of one category in an MVTec-like tree; findings are appended to `problems`.
 
     `train/good`, optional `validation/good` (or `val/good`), `test/<good|defect>`, `ground_truth/<defect>`; good may be
-    called ok or normal. Each part is found by joining names to `folder`, so words in parent folders do not matter.
+    called ok or normal, in any case. Each part is found by joining names to `folder`, so words in parent folders do not
+    matter.
 
     Args:
         endings: what a mask's stem adds to its image's stem.
@@ -148,6 +171,8 @@ def read_tree(
 
     def images_of(part: Path, anomalous: bool) -> list[Path]:
         images = list_images(part)
+        if part.parent != folder:  # not for `train` itself, whose folders are looked at below
+            problems.extend(unread_problems(category, part))
         if one_per_stem:
             problems.extend(duplicate_stem_problems(category, images, WARNING, "stored twice, the .png is used"))
             best = {p.stem: p for p in sorted(images, key=lambda p: p.suffix.lower() == ".png")}
@@ -163,16 +188,16 @@ def read_tree(
     if not parts["val"].is_dir():
         parts["val"] = folder / "val"
     for split, part in parts.items():
-        for name in NORMAL_NAMES:
-            add_normals(split, part / name)
+        for normals in filter(is_normal, list_folders(part)):
+            add_normals(split, normals)
     if flat and not any(sample.split == "train" for sample in samples):
         add_normals("train", parts["train"])
     for part in (parts["train"], parts["val"]):
-        unused = [p.name for p in list_folders(part) if p.name not in NORMAL_NAMES]
+        unused = [p.name for p in list_folders(part) if not is_normal(p)]
         if unused:
             what = f"{part.name} holds {', '.join(unused)}, left out: only good, ok or normal is trained on"
             problems.append(Problem(WARNING, "unused folder", category, what, (str(part),)))
-    defects = [part for part in list_folders(parts["test"]) if part.name not in NORMAL_NAMES]
+    defects = [part for part in list_folders(parts["test"]) if not is_normal(part)]
     for part in defects:
         images = images_of(part, anomalous=True)
         pairing = pair_masks(images, folder / "ground_truth" / part.name, endings)
@@ -184,7 +209,7 @@ def read_tree(
             for image in images
         )
     for part in list_folders(folder / "ground_truth"):
-        if part.name not in {defect.name for defect in defects} and part.name not in NORMAL_NAMES:
+        if part.name not in {defect.name for defect in defects} and not is_normal(part):
             what = f"ground_truth/{part.name} has no test/{part.name}"
             problems.append(Problem(WARNING, "orphan mask", category, what, (str(part),)))
     return samples

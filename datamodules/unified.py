@@ -90,12 +90,13 @@ class UnifiedDataModule(L.LightningDataModule):
         setting: unified, one model for all categories, or per_category: the command line trains one model for each
             category in turn and puts their results into one record.
         cache_mb: without workers, keep up to this much of the resized images in memory.
-        predict_root: folder (searched recursively) or file for `predict_dataloader`.
+        predict_root: folder (searched recursively, without the masks in ground_truth) or file for `predict_dataloader`.
 
     Attributes after `setup`:
         table: SampleTable of all splits.
         categories: category keys in table order.
         fingerprint: sha256 of the data used, as split on disk. `fingerprints`: the same per dataset.
+        bit_depths: significant bits of the 16-bit images per dataset that has any.
         image_size: (height, width).
     """
 
@@ -156,6 +157,7 @@ class UnifiedDataModule(L.LightningDataModule):
         self.categories: list[str] = []
         self.fingerprint = ""
         self.fingerprints: dict[str, str] = {}
+        self.bit_depths: dict[str, int] = {}
         self._source: ImageSource | None = None
         self._cache: FeatureCache | None = None
         self._symmetric: dict[tuple[int, int], int] = {}
@@ -174,7 +176,7 @@ class UnifiedDataModule(L.LightningDataModule):
         if self._source is None:
             self._check_filled_in()
         if stage == "predict" and self.predict_root is not None:
-            self._source = self._source or self._make_source({}, {})
+            self._source = self._source or self._make_source(self._predict_depth(), {})
             return
         if self.table is not None:
             return
@@ -203,6 +205,7 @@ class UnifiedDataModule(L.LightningDataModule):
             )
         self.left_out = left_out(self.table, self.test_subset)
         thresholds = {label: listing.reader.mask_threshold for label, listing in listings.items()}
+        self.bit_depths = bit_depths
         self._roots, self._rules = roots, {"bit_depths": bit_depths, "thresholds": thresholds}
         self._source = self._make_source(bit_depths, thresholds)
 
@@ -234,10 +237,9 @@ class UnifiedDataModule(L.LightningDataModule):
         """One warning per dataset about odd image modes, and the bit depth of 16-bit images."""
         files: dict[str, list[str]] = {}
         for path in listing.table["image_path"]:
-            if path.lower().endswith((".png", ".tif", ".tiff")):
-                mode = read_header(path).mode
-                if mode in REMARKABLE:
-                    files.setdefault(mode, []).append(path)
+            mode = _odd_mode(path)
+            if mode is not None:
+                files.setdefault(mode, []).append(path)
         notes = [
             f"{len(paths)} images are {mode} (e.g. {paths[0]}): {REMARKABLE[mode]}" for mode, paths in files.items()
         ]
@@ -318,13 +320,28 @@ class UnifiedDataModule(L.LightningDataModule):
         """Images under `predict_root`: label -1, anomaly_type "unknown", category "", no masks."""
         if self.predict_root is None:
             raise DataError("Nothing to predict on: give the data option predict_root, a folder of images or a file.")
+        rows = [Row(number, "", "", UNKNOWN, "unknown", path, ()) for number, path in enumerate(self._predict_paths())]
+        return self._eval_loader(rows)
+
+    def _predict_paths(self) -> list[str]:
         root = Path(self.predict_root).expanduser()
         found = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        paths = [str(p) for p in found if not p.name.startswith(".")]
+        found = [p for p in found if not p.name.startswith(".") and "ground_truth" not in p.relative_to(root).parts]
+        paths = list(map(str, found))
         if not paths:
             raise DataError(f"predict_root {root}: no image there (looked for {', '.join(IMAGE_SUFFIXES)}).")
-        rows = [Row(number, "", "", UNKNOWN, "unknown", path, ()) for number, path in enumerate(paths)]
-        return self._eval_loader(rows)
+        return paths
+
+    def _predict_depth(self) -> dict[str, int]:
+        """The bit depth of 16-bit images under `predict_root`: the declared one, which a run's configuration holds."""
+        if self.bit_depth is not None:
+            return {"": self.bit_depth}
+        deep = [path for path in self._predict_paths() if _odd_mode(path) == "16-bit"]
+        if not deep:
+            return {}
+        bits = infer_bit_depth(deep)
+        warnings.warn(f"{len(deep)} 16-bit images are read as {bits} bits (inferred); declare bit_depth to fix it", stacklevel=3)
+        return {"": bits}
 
     def _rows(self, split: str) -> list[Row]:
         if self.table is None:
@@ -449,6 +466,12 @@ class UnifiedDataModule(L.LightningDataModule):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return torch.distributed.get_world_size(), torch.distributed.get_rank()
         return 1, 0
+
+
+def _odd_mode(path: str) -> str | None:
+    """The mode of an image that deserves a word, from its header; None for any other."""
+    mode = read_header(path).mode if path.lower().endswith((".png", ".tif", ".tiff")) else None
+    return mode if mode in REMARKABLE else None
 
 
 def _quiet_worker(worker: int) -> None:

@@ -77,6 +77,11 @@ class Progress(L.Callback):
         metrics = {name: value for _, _, name, value in self.history.rows}
         write_progress(self.path, trainer.current_epoch + 1, trainer.max_epochs, metrics)
 
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt) and self.path.is_file():
+            run = self.path.parent.name
+            rank_zero_info(f"Interrupted. The same options and --run.name={run} (make: RUN={run}) go on from here.")
+
 
 class PlainProgress(L.Callback):
     """Where there is no terminal for a progress bar: a line on the first epoch, on the last, and every `seconds` between."""
@@ -101,10 +106,15 @@ class PlainProgress(L.Callback):
 
 
 def write_progress(path: Path, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:
-    """Writes the progress file of the sweep runner, whole or not at all."""
+    """Writes the progress file of the sweep runner."""
+    write_json(path, {"epoch": epoch, "epochs": epochs, "metrics": dict(metrics)})
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({"epoch": epoch, "epochs": epochs, "metrics": dict(metrics)}))
+    temporary.write_text(json.dumps(content))
     temporary.replace(path)
 
 
@@ -112,7 +122,7 @@ class Predictions(L.Callback):
     """Writes what ``predict`` finds: ``scores.csv``, the raw float32 maps (``.npy``) and heat maps over the images.
 
     All heat maps share one colour scale, so that a normal image stays dark. ``scores.csv`` has a p-value beside each score
-    where the run's record holds scores of normal images.
+    where the run's record holds scores of normal images. The files of an earlier prediction go.
 
     Args:
         folder: Where the files go.
@@ -127,6 +137,12 @@ class Predictions(L.Callback):
         self.range = scale
         self.normal = normal
         self._scores: list[tuple[str, float]] = []
+
+    def on_predict_start(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
+        if trainer.is_global_zero:  # an earlier prediction's files would mix with these
+            for file in (*self.folder.glob("[0-9]" * 6 + "-*"), *self.folder.glob("scores*.csv")):
+                file.unlink(missing_ok=True)
+        trainer.strategy.barrier()
 
     def on_predict_batch_end(
         self,

@@ -32,7 +32,7 @@ import datamodules
 import lightning_modules
 from datamodules.errors import DataError
 from datamodules.feature_cache import NonFiniteFeaturesError
-from lightning_modules import heatmaps, normal_scores, per_category, preemption, tracking
+from lightning_modules import heatmaps, normal_scores, per_category, preemption, resuming, tracking
 from lightning_modules.arguments import PlainParser
 from lightning_modules.base import NonFiniteLossError, ReconstructionModule
 from lightning_modules.caching import CacheConfig, attach
@@ -67,7 +67,7 @@ def environment_arguments(environment: Mapping[str, str]) -> list[str]:
     """Command-line arguments for what the environment names.
 
     ``DATASET`` and ``DATA_ROOT`` may be comma lists of equal length for several datasets at once; ``CATEGORIES`` then
-    is not allowed, since it would not say whose they are.
+    is not allowed, since it would not say whose they are. Datasets of one reader are called after their folders.
 
     Raises:
         SystemExit: the variables contradict each other.
@@ -86,7 +86,11 @@ def environment_arguments(environment: Mapping[str, str]) -> list[str]:
     if names:
         # Every key is written: what is left out would be taken over from the configuration files.
         chosen = categories or None
-        datasets = [{"name": n, "root": r, "categories": chosen, "label": None} for n, r in zip(names, roots, strict=True)]
+        labels = [None if names.count(name) == 1 else Path(root).name for name, root in zip(names, roots, strict=True)]
+        datasets = [
+            {"name": name, "root": root, "categories": chosen, "label": label}
+            for name, root, label in zip(names, roots, labels, strict=True)
+        ]
         arguments.append(f"--data.init_args.datasets={json.dumps(datasets)}")
     for variable, key in (("BACKBONE", "name"), ("WEIGHTS", "weights")):
         if environment.get(variable):
@@ -286,6 +290,11 @@ class UniReconCLI(LightningCLI):
         backbone = self.model.extractor.provenance
         size = f"{trainable:,} trainable parameters" if trainable else "a network that the training data will size"
         rank_zero_info(f"{self.model.method}: {size} on {backbone['name']} ({backbone['weights']} weights)")
+        self.datamodule.setup("fit")
+        if not self.datamodule.test_images():
+            raise DataError("No test image: a run is scored after its training, so its data needs images in test/good.")
+        left = self.run_config.work / "checkpoints" / "last.ckpt"
+        resuming.check(self.run_config, self._configuration(), self.datamodule.fingerprint, left)
         self._serve_features(build=True)
         if self.run_config.compile:
             if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
@@ -323,7 +332,12 @@ class UniReconCLI(LightningCLI):
             self.model.eval().to(self.trainer.strategy.root_device)  # the trainer has moved it off the device
             scores = self.evaluation.image_scores
             attachments |= heatmaps.draw(self.model, self.datamodule, heatmaps.choose(scores), scores)
-        config_text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+        config = self.config[self.subcommand]
+        config.run.overwrite = False  # whoever starts from the record's configuration shall not replace the record
+        depths = set(self.datamodule.bit_depths.values())
+        if len(depths) == 1:  # as inferred from the training images, for those of `predict`
+            config.data.init_args.bit_depth = depths.pop()
+        config_text = self._parser(self.subcommand).dump(config, skip_none=False)
         path = write_record(
             Path(self.run_config.results) / "runs",
             self.record(),

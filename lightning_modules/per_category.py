@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -23,8 +24,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from datamodules.errors import DataError
 from datamodules.readers import list_dataset
-from lightning_modules import tracking
+from lightning_modules import resuming, tracking
 from lightning_modules.callbacks import write_progress
+from lightning_modules.evaluation import print_metrics
 from lightning_modules.run import RunConfig, sweep_parameters
 from results.records import RunRecord, StoredRecord, read_record, write_record
 
@@ -47,6 +49,7 @@ class OneModelEach(Exception):
         if run.record.exists():
             for folder in ("runs", "work"):  # records and checkpoints of the run that is replaced
                 shutil.rmtree(work / folder, ignore_errors=True)
+        resuming.check(run, self.configuration, "", work / "runs")
         if self.configuration["trainer"]["logger"] is not False:
             tracking.open_run(run, self.configuration)
         stored = []
@@ -92,10 +95,11 @@ class OneModelEach(Exception):
             record,
             metrics,
             history,
-            yaml.safe_dump(self.configuration, sort_keys=False),
+            yaml.safe_dump({**self.configuration, "run": {**self.configuration["run"], "overwrite": False}}, sort_keys=False),
             attachments=join_attachments([(part["run"], s.path) for s, part in zip(stored, self.parts, strict=True)]),
             overwrite=run.overwrite,
         )
+        print_metrics(metrics)
         tracking.log_record(path, metrics)
         rank_zero_info(f"Run record: {path}")
         return path
@@ -132,13 +136,22 @@ def split(subcommand: str, config: Any) -> None:
         return
     if len({part["dataset"]["label"] for part in parts}) > 1:
         parts = [{**part, "run": f"{part['dataset']['label']}-{part['run']}"} for part in parts]
+    names = run_names([part["run"] for part in parts])
+    parts = [{**part, "run": name} for part, name in zip(parts, names, strict=True)]
     if subcommand != "fit":
+        folder = RunConfig(**config.run.as_dict()).work / "runs" / "categories" / parts[0]["run"]
         raise SystemExit(
-            f"setting per_category: {subcommand} works on one model, so name one category "
-            f"(CATEGORIES={parts[0]['dataset']['categories'][0]}) and its checkpoint."
+            f"setting per_category: {subcommand} works on one model, so give the configuration of one category's record: "
+            f"--config {folder}/config.yaml (make: RUN={folder})."
         )
     plain = json.loads(json.dumps(config.as_dict(), default=str))
     raise OneModelEach(RunConfig(**plain["run"]), plain, parts)
+
+
+def run_names(names: list[str]) -> list[str]:
+    """The names as names of runs, all different: what these may not hold becomes ``_``."""
+    plain = [re.sub(r"^[^A-Za-z0-9_]|[^A-Za-z0-9._=,+-]", "_", name) for name in names]
+    return [name if plain.count(name) == 1 else f"{name}-{number}" for number, name in enumerate(plain)]
 
 
 def join_records(records: list[RunRecord], run: str, sweep: str) -> RunRecord:

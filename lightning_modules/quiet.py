@@ -11,11 +11,16 @@ EXPECTED_WARNINGS = (
     ".*Total length of `list` across ranks is zero",  # nothing is held out, so there is no validation
     ".*module.s. in eval mode at the start of training",  # the frozen backbone
     ".*does not have many workers",  # cached features need none
+    ".*The dirpath has changed from",  # a checkpoint is read by a command that writes none
     "Checkpoint directory .* exists and is not empty",  # that is where an interrupted training goes on
 )
 EXPECTED_NOTES = (
     "💡 Tip",  # of another product
     "`weights_only` was not set",  # the program's own checkpoints
+    "TPU available",
+    "`Trainer.fit` stopped: `max_epochs",  # the program counts the epochs
+    "Restor",  # the program has said from which checkpoint
+    "Loaded model weights",
 )
 
 

@@ -243,7 +243,10 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"epochs must be at least 1 and width at least 16, found {options.epochs} and {options.width}.")
     quiet()
     torch.manual_seed(0)
-    module, data = load_run(options.run)
+    try:
+        module, data = load_run(options.run)
+    except (FileNotFoundError, ValueError) as error:  # also those of records and data
+        raise SystemExit(f"error: {error}") from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = module.to(device)
     chosen = choose(pd.read_csv(options.run / "image_scores.csv"), data.table)

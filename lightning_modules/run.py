@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import yaml
 
+from results.records import NAME
+
 PROTOCOLS = ("clean", "as_released")
 
 
@@ -63,7 +65,7 @@ class RunConfig:
         if self.curve_every < 0:
             raise ValueError(f"run.curve_every is {self.curve_every}; give 0 (no curve) or a number of epochs.")
         for key, value in (("name", self.name), ("sweep", self.sweep)):
-            if value is not None and (not value or Path(value).name != value or value.startswith(".")):
+            if value is not None and not NAME.match(value):
                 raise ValueError(f"run.{key} is {value!r}; it names a folder: give letters, digits, '-', '_', '=', '.'.")
 
     @property

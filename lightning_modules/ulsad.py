@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from datamodules.errors import DataError
 from lightning_modules.base import ImageSize, OptimizerConfig, Recipe, ReconstructionModule
 from models.backbones import BackboneConfig
 from models.head import HeadConfig, ScoredMaps
@@ -201,7 +202,7 @@ class ULSAD(ReconstructionModule):
     def on_fit_start(self) -> None:
         data = self.trainer.datamodule
         if self._estimates == "held_out" and not len(data.val_dataloader() or ()):
-            raise ValueError(
+            raise DataError(
                 "No normal image is held out for the quantiles: the validation split is empty. Set "
                 "data.init_args.holdout (e.g. 0.1), or quantiles.source to train (the training images) or none."
             )
@@ -240,7 +241,7 @@ class ULSAD(ReconstructionModule):
             return data.train_images()
         loader = data.val_dataloader() if self._estimates == "held_out" else data.test_dataloader()
         if not len(loader):
-            raise ValueError(
+            raise DataError(
                 "No normal image is held out for the quantiles: set data.init_args.holdout, or quantiles.source to "
                 "train."
             )

@@ -15,7 +15,7 @@ from results import render
 from results.build import SOURCES, category_tables, paper_table, sweep_table
 from results.curves import curve_table
 from results.records import DamagedRecordWarning, RecordError, RecordSet, StoredRecord, read_records
-from results.scores import ConflictError, kinds, select
+from results.scores import ConflictError, kinds, newest, select
 from results.spec import Spec, SpecError, find_spec, spec_for_sweep, spec_names
 from results.sweep_file import SweepFile, read_sweep
 from results.table import Table
@@ -72,7 +72,7 @@ def _table(options: argparse.Namespace) -> int:
         options.name = spec.sweep
         options.categories = False
         return _sweep(options)
-    records = _records(options) if options.source != "published" else ()
+    records = _records(options) if options.source != "published" and options.root.is_dir() else ()
     table = paper_table(spec, options.source, records, rms_std=options.std == "rms")
     _show(table, options, f".{options.source}")
     return int(options.strict and bool(table.missing))
@@ -208,7 +208,8 @@ def _records(options: argparse.Namespace, sweep: str | None = None) -> RecordSet
         found = read_records(options.root, sweep)
     for damaged in found.damaged:
         errors.print(f"[bold red]damaged record, left out:[/] {damaged}", highlight=False, soft_wrap=True)
-    return RecordSet(tuple(select(found, options.profile, options.protocol, options.runs or ())), found.damaged)
+    chosen = select(found, options.profile, options.protocol, options.runs or ())
+    return RecordSet(tuple(newest(chosen) if options.newest else chosen), found.damaged)
 
 
 def _filters(options: argparse.Namespace) -> str:
@@ -252,6 +253,9 @@ def _parser() -> argparse.ArgumentParser:
     records.add_argument("--protocol", help="only runs of this protocol (clean, as_released)")
     records.add_argument(
         "--runs", action="append", metavar="PATTERN", help="only runs whose sweep/run fits; may be repeated"
+    )
+    records.add_argument(
+        "--newest", action="store_true", help="of several runs of one cell and seed, as other code made them, only the last"
     )
     output = argparse.ArgumentParser(add_help=False)
     output.add_argument("--out", type=Path, default=OUT, help="folder for the files")

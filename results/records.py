@@ -49,7 +49,8 @@ HEATMAP_COLUMNS = ("dataset", "category", "rank", "defect", "image_score", "file
 FILES = ("metrics.csv", "history.csv", "config.yaml")
 # Families whose values are fractions; a 97.3 among them is a percentage by mistake.
 _FRACTION = re.compile(r"^(image|pixel|dsc|iou|pooled)(_|$)(?!.*threshold)")
-_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9._=,+\-]*$")
+NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9._=,+\-]*$")
+"""What a run or a sweep may be called."""
 
 
 class RecordError(ValueError):
@@ -491,7 +492,7 @@ def _plain(value: Any) -> Any:
 
 
 def _check_name(key: str, name: Any) -> None:
-    if not isinstance(name, str) or not _NAME.match(name):
+    if not isinstance(name, str) or not NAME.match(name):
         raise RecordError(f"{key} is {name!r}; allowed are letters, digits and . _ = , + -, starting with no sign")
 
 

@@ -45,7 +45,10 @@ class ConflictError(ValueError):
             for value, names in sorted(groups.items()):
                 shown = ", ".join(sorted(names)[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
                 lines.append(f"    {value}: {shown}")
-        lines.append("choose with --profile, --protocol or --runs 'sweep/run*', or move the runs of one kind away")
+        lines.append(
+            "choose with --profile, --protocol, --newest (of several runs of one cell) or --runs 'sweep/run*' (make: "
+            "ARGS=--newest), or move the runs of one kind away"
+        )
         super().__init__("\n".join(lines))
 
 
@@ -229,6 +232,17 @@ def select(
     ]
 
 
+def newest(records: Iterable[StoredRecord]) -> list[StoredRecord]:
+    """Of the runs of a sweep that differ in nothing but the code that made them only the one started last."""
+    last: dict[tuple, StoredRecord] = {}
+    for stored in sorted(records, key=lambda stored: str(stored.record.provenance.get("started") or "")):
+        record = stored.record
+        data = tuple((dataset["name"], str(dataset["fingerprint"])) for dataset in record.datasets)
+        same = (record.sweep, stored.cell, record.seed, record.profile, record.protocol, record.setting, data)
+        last[(*same, axis_value(stored, "weights")) if stored.cell else (stored.name,)] = stored
+    return sorted(last.values(), key=lambda stored: stored.name)
+
+
 def kinds(records: Sequence[StoredRecord]) -> list[tuple[str, list[StoredRecord]]]:
     """The records by profile and protocol, which no table mixes; the name is empty if there is only one kind."""
     found: dict[tuple[str, str], list[StoredRecord]] = {}
@@ -323,17 +337,28 @@ def check_cell(records: Sequence[StoredRecord], query: Query) -> None:
         by_seed[stored.record.seed].append(stored.name)
     for seed, names in by_seed.items():
         if len(names) > 1:
-            conflicts.append((f"the run of seed {seed}", {name: [name] for name in names}))
+            conflicts.append((f"the run of seed {seed}", _grouped([_origin(s) for s in unified], unified, names)))
     conflicts += _config_conflicts(records)
     if conflicts:
         raise ConflictError(conflicts, "one cell")
 
 
-def _grouped(values: Sequence[str], records: Sequence[StoredRecord]) -> dict[str, list[str]]:
+def _grouped(
+    values: Sequence[str], records: Sequence[StoredRecord], names: Sequence[str] | None = None
+) -> dict[str, list[str]]:
+    """The records' names, all or those in `names`, by value."""
     groups: dict[str, list[str]] = defaultdict(list)
     for value, stored in zip(values, records, strict=True):
-        groups[value].append(stored.name)
+        if names is None or stored.name in names:
+            groups[value].append(stored.name)
     return groups
+
+
+def _origin(stored: StoredRecord) -> str:
+    """The code that made a record, and when."""
+    provenance = stored.record.provenance
+    changed = " with changes" if provenance.get("git_dirty") else ""
+    return f"commit {str(provenance.get('git_commit'))[:10]}{changed}, started {provenance.get('started')}"
 
 
 def _config_conflicts(records: Sequence[StoredRecord]) -> list[tuple[str, dict[str, list[str]]]]:

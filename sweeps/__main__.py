@@ -77,14 +77,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
+    return int(text)
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.replace(",", " ").split()]
+    parts = text.replace(",", " ").split()
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text} is no list of whole numbers like 0,1,2")
+    return [int(part) for part in parts]
 
 
 def _data(options: argparse.Namespace, console: Console) -> int:
@@ -134,7 +136,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     runner.run()
     complete = _report(jobs, display)
     if runner.interrupted:
-        display.say(f"Go on with: make sweep ABLATION={options.ablation}")
+        display.say("The same command goes on from here.")
         return 130
     finished = [job.run for job in all_jobs if job.finished()]
     table = 0

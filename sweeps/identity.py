@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from sweeps import command
-from sweeps.errors import SweepError
+from sweeps.errors import SweepError, nearest
 from sweeps.sweep_file import ARGS, Cell, SweepFile
 
 OVERRIDES = ("DATASET", "DATA_ROOT", "CATEGORIES", "BACKBONE", "WEIGHTS")
@@ -72,7 +72,8 @@ def read_config(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         siblings = sorted(str(other) for other in path.parent.parent.glob(f"*/{path.name}"))
-        found = f" There is {', '.join(siblings)}." if siblings else ""
+        known = [other.stem for other in path.parent.glob("*.yaml")]
+        found = f" There is {', '.join(siblings)}." if siblings else nearest(path.stem, known)
         raise SweepError(f"No configuration {path}.{found} PROFILE chooses the folder in sweeps/profiles/.") from None
     except (OSError, yaml.YAMLError) as error:
         raise SweepError(f"{path} cannot be read as YAML: {error}") from error

@@ -11,8 +11,8 @@ from pkgutil import iter_modules
 from typing import ClassVar
 
 from datamodules.errors import DataError, did_you_mean
-from datamodules.problems import ERROR, Problem, describe
-from datamodules.table import Sample, SampleTable, build_table
+from datamodules.problems import ERROR, WARNING, Problem, describe
+from datamodules.table import GOOD, Sample, SampleTable, build_table
 from datamodules.tree import is_category, list_folders
 
 
@@ -125,6 +125,11 @@ def list_dataset(
         if not any(sample.split == "train" for sample in found):
             what = f"no normal training image under {base}; the layout is: {reader.layout}"
             problems.append(Problem(ERROR, "category without normals", category, what, (str(base),)))
+        kinds = {sample.anomaly_type == GOOD for sample in found if sample.split == "test"}
+        if found and len(kinds) < 2:
+            lacking = "anomalous " if kinds == {True} else "normal " if kinds == {False} else ""
+            what = f"no {lacking}test image, so that most scores of this category do not exist"
+            problems.append(Problem(WARNING, "one-sided test set", category, what, (str(base),)))
         samples.extend(found)
     return Listing(reader, base, build_table(label or name, samples), tuple(problems), tuple(available))
 

@@ -89,3 +89,27 @@ def test_typos_get_exit_code_two_and_the_nearest_name(make, tmp_path, capsys, ar
     make.mvtec(tmp_path, "nut")
     assert main(["check", "--data-root", str(tmp_path), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_is_left_unread_beside_the_images_is_told(make, tmp_path):
+    good = make.mvtec(tmp_path, "nut") / "nut" / "train" / "good"
+    make.image(good / "monday" / "000.png")
+    (good / "photo.heic").write_bytes(b"a format that is not read")
+    (good / "Thumbs.db").write_bytes(b"of no interest")
+    (good / "away.png").symlink_to(tmp_path / "nowhere.png")
+    (found,) = [problem for problem in check("folder", tmp_path).problems if problem.kind == "not read"]
+    assert found.files == tuple(str(good / name) for name in ("away.png", "monday", "photo.heic"))
+
+
+@pytest.mark.parametrize(
+    ("gone", "lacking"),
+    [(("good",), "no normal test image"), (("broken",), "no anomalous test image"), (("good", "broken"), "no test image")],
+)
+def test_a_test_set_that_cannot_be_scored_is_told(make, tmp_path, gone, lacking):
+    make.mvtec(tmp_path, "nut")
+    shutil.rmtree(tmp_path / "nut" / "ground_truth")
+    for name in gone:
+        shutil.rmtree(tmp_path / "nut" / "test" / name)
+    (found,) = check("folder", tmp_path).problems
+    assert found.kind == "one-sided test set"
+    assert lacking in found.message

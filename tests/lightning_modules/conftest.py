@@ -54,7 +54,7 @@ class Project:
     """The command line in a folder of its own, with a configuration of tiny UniAD on a dataset."""
 
     def __init__(self, folder: Path, data: Path, reader: str = "mvtec_ad") -> None:
-        self.folder = folder
+        self.folder, self.data = folder, data
         self.results = folder / "results"
         self.config = folder / "uniad.yaml"
         init_args = {

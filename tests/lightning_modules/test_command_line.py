@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from lightning_modules.callbacks import EpochSeed, History
 from lightning_modules.cli import environment_arguments, with_environment
 
 
@@ -34,6 +35,15 @@ def test_several_datasets_pair_with_their_roots_in_order():
     assert argument.endswith(f'[{{"name": "mvtec_ad", "root": "/m", {rest}}}, {{"name": "visa", "root": "/v", {rest}}}]')
 
 
+def test_two_datasets_of_one_reader_are_called_after_their_folders(make_project, tmp_path, write_data, monkeypatch):
+    roots = [write_data(tmp_path / "data" / name) for name in ("spring", "autumn")]
+    monkeypatch.setenv("DATASET", "folder,folder")
+    monkeypatch.setenv("DATA_ROOT", ",".join(map(str, roots)))
+    record = make_project(tmp_path, roots[0]).fit("--trainer.max_epochs=1")
+    assert [dataset["name"] for dataset in record.record.datasets] == ["spring", "autumn"]
+    assert set(record.metrics.category[record.metrics.scope == "category"]) == {"bolt", "disc"}
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
@@ -46,3 +56,23 @@ def test_several_datasets_pair_with_their_roots_in_order():
 def test_contradicting_variables_are_refused_with_what_was_found(environment, message):
     with pytest.raises(SystemExit, match=message):
         environment_arguments(environment)
+
+
+def test_an_interrupted_training_says_how_to_go_on(project, monkeypatch, caplog):
+    def interrupt(self, trainer, module):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(History, "on_train_epoch_end", interrupt)
+    with caplog.at_level("INFO"), pytest.raises(SystemExit):
+        project.run()
+    assert "RUN=first" not in caplog.text  # there is nothing yet to go on from
+    monkeypatch.undo()
+    monkeypatch.setattr(EpochSeed, "on_train_epoch_start", _interrupt_second)
+    with caplog.at_level("INFO"), pytest.raises(SystemExit):
+        project.run()
+    assert "RUN=first" in caplog.text
+
+
+def _interrupt_second(self, trainer, module):
+    if trainer.current_epoch == 1:
+        raise KeyboardInterrupt

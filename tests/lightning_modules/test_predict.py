@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -48,6 +49,29 @@ def test_a_heat_map_does_not_depend_on_the_images_beside_it(predictions, trained
     (alone,) = (trained.results / "work" / "single" / "alone" / "predictions").glob("*.jpg")
     beside = next(p for p in predictions.glob("*-000.jpg") if int(p.name[:6]) == 0)
     assert np.array_equal(np.asarray(Image.open(alone)), np.asarray(Image.open(beside)))
+
+
+def test_images_of_more_than_8_bits_get_the_scores_of_the_test_run(tmp_path, write_data, make_project):
+    root = write_data(tmp_path / "data", masks=False)
+    for path in root.rglob("*.png"):
+        cv2.imwrite(str(path), cv2.imread(str(path), cv2.IMREAD_GRAYSCALE).astype(np.uint16) * 16)
+    project = make_project(tmp_path, root, "folder")
+    project.run()
+    images, run = root / "bolt" / "test", project.results / "runs" / "single" / "first"
+    main(["predict", f"--config={run / 'config.yaml'}", f"--data.init_args.predict_root={images}"])
+    predicted = pd.read_csv(project.results / "work/single/first/predictions/scores.csv").set_index("image").image_score
+    tested = pd.read_csv(run / "image_scores.csv").set_index("path").image_score
+    assert predicted.to_dict() == pytest.approx(tested[predicted.index].to_dict(), rel=1e-5)
+
+
+def test_an_earlier_prediction_leaves_no_file_behind_and_masks_are_no_images(tmp_path, data_root, make_project):
+    project = make_project(tmp_path, data_root)
+    project.run()
+    folder = project.results / "work" / "single" / "first" / "predictions"
+    for images, count in ((data_root / "bolt", 11), (data_root / "bolt" / "test" / "good" / "000.png", 1)):
+        project.run(f"--data.init_args.predict_root={images}", command="predict")
+        assert len(pd.read_csv(folder / "scores.csv")) == count
+        assert sorted(path.suffix for path in folder.iterdir()) == [".csv", *[".jpg"] * count, *[".npy"] * count]
 
 
 def test_an_unreadable_image_is_named(trained, tmp_path):

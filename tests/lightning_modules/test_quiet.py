@@ -9,6 +9,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def test_predict_prints_where_its_weights_come_from_and_where_its_results_are(trained, data_root):
+    more = (f"--data.init_args.predict_root={data_root / 'bolt'}", "--trainer.accelerator=cpu")
+    words = [sys.executable, "-m", "lightning_modules", *trained.arguments(*more, command="predict", logger=True)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    printed = [line for line in (done.stdout + done.stderr).splitlines() if "RANDOM WEIGHTS" not in line]
+    assert [line.split()[0] for line in printed] == ["Seed", "GPU", "Weights", "11", "Those"], printed
+
+
 def test_a_run_prints_nothing_about_other_products_or_deprecations(project):
     words = [sys.executable, "-m", "lightning_modules", *project.arguments("--trainer.max_epochs=1", logger=True)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)

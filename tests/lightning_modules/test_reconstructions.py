@@ -151,3 +151,8 @@ def test_a_mistyped_category_is_refused(run, capsys):
     with pytest.raises(SystemExit):
         reconstructions.main([str(folder), "--categories=nutt"])
     assert "nut, tile" in capsys.readouterr().err
+
+
+def test_a_folder_without_record_is_refused_in_plain_words(tmp_path):
+    with pytest.raises(SystemExit, match="has no record"):
+        reconstructions.main([str(tmp_path)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -43,6 +45,7 @@ def test_an_unknown_option_is_answered_with_the_nearest_one(project, option, nea
         ("--data.init_args.sampling=natura", "natural"),
         ("--model.init_args.optimizer.name=sgd", "adamw"),
         ("--run.name=a/b", "names a folder"),
+        ("--run.name=größe 1", "names a folder"),
         ("--seed_everything=false", "every run has a seed"),
         ("--data.init_args.image_size=32", "set --model.init_args.image_size"),
         ("--model.init_args.backbone.name=test_efficientne", "Did you mean test_efficientnet"),
@@ -95,6 +98,15 @@ def test_a_corrupt_image_is_named(tmp_path, write_data, make_project):
     victim = tmp_path / "data" / "disc" / "train" / "good" / "001.png"
     victim.write_bytes(victim.read_bytes()[:600])
     assert str(victim) in _refusal(project)
+
+
+def test_data_without_test_images_is_refused_before_the_training(tmp_path, write_data, make_project):
+    root = write_data(tmp_path / "data")
+    for category in ("bolt", "disc"):
+        shutil.rmtree(root / category / "test")
+    project = make_project(tmp_path, root, "folder")
+    assert "No test image" in _refusal(project)
+    assert not project.checkpoint().exists()
 
 
 @pytest.mark.parametrize("command", ["test", "predict"])

@@ -12,6 +12,7 @@ import torch
 
 from lightning_modules.callbacks import EpochSeed, Progress
 from lightning_modules.checkpoints import WholeCheckpoints
+from lightning_modules.cli import main
 
 
 class Interruption(RuntimeError):
@@ -39,6 +40,49 @@ def uninterrupted(tmp_path_factory, data_root, make_project):
     torch.set_num_threads(1)
     project.run(EPOCHS, "--model.init_args.optimizer.lr_drops=[2]", "--run.curve_every=2")
     return project
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ("--model.init_args.optimizer.lr=0.01", "optimizer.lr: 0.001 then, 0.01 now"),
+        ("--seed_everything=1", "seed_everything: 0 then, 1 now"),
+        ("--data.init_args.datasets=[{'name': 'folder', 'root': 'ROOT', 'categories': ['disc']}]", "fingerprint of the data"),
+    ],
+)
+def test_an_interrupted_run_goes_on_with_its_own_options_and_data_only(project, data_root, monkeypatch, option, named):
+    with monkeypatch.context() as patch:
+        _cut(patch, EpochSeed, "on_train_epoch_start", 1)
+        with pytest.raises(Interruption):
+            project.run()
+    other = option.replace("ROOT", str(data_root))
+    with pytest.raises(SystemExit, match=named):
+        project.run(other)
+    project.run("--data.init_args.eval_batch_size=3", "--trainer.max_epochs=3")
+    assert project.record().record.provenance["epochs"] == 3
+
+
+def test_overwriting_begins_an_interrupted_run_of_other_options_anew(project, monkeypatch):
+    project.run("--seed_everything=1", name="fresh")
+    with monkeypatch.context() as patch:
+        _cut(patch, EpochSeed, "on_train_epoch_start", 1)
+        with pytest.raises(Interruption):
+            project.run()
+    project.run("--seed_everything=1", "--run.overwrite=true")
+    assert project.losses() == project.losses("fresh")
+    record = project.record()
+    with pytest.raises(SystemExit, match="already a finished run"):  # what was overwritten once is not so for ever
+        main(["test", f"--config={record.path / 'config.yaml'}", "--trainer.logger=false"])
+
+
+def test_finished_categories_are_not_joined_with_those_of_other_options(project, monkeypatch):
+    setting = "--data.init_args.setting=per_category"
+    with monkeypatch.context() as patch:
+        _cut(patch, EpochSeed, "on_train_epoch_start", 1)
+        with pytest.raises(Interruption):
+            project.run(setting)
+    with pytest.raises(SystemExit, match=r"optimizer\.lr"):
+        project.run(setting, "--model.init_args.optimizer.lr=0.01")
 
 
 @pytest.mark.parametrize(

@@ -345,6 +345,12 @@ def test_the_recipe_fills_in_the_paper_and_the_record_names_the_statistics(loco,
     assert set(ranks.defect) == {"logical_anomalies", "structural_anomalies"}
 
 
+def test_without_held_out_images_the_quantiles_are_refused_in_plain_words(tmp_path, write_data):
+    root = write_data(tmp_path / "data")
+    with pytest.raises(SystemExit, match=r"error: No normal image is held out.*data\.init_args\.holdout"):
+        run(root, tmp_path, f"--data.init_args.datasets=[{{'name': 'mvtec_ad', 'root': '{root}'}}]")
+
+
 def test_one_model_per_category_gives_one_record_with_the_means_and_resumes(loco, tmp_path, monkeypatch):
     setting = "--data.init_args.setting=per_category"
     import lightning_modules.per_category as per_category

@@ -13,7 +13,7 @@ import pytest
 from results import render
 from results.__main__ import main
 from results.build import category_tables, paper_table, sweep_table
-from results.scores import ConflictError
+from results.scores import ConflictError, newest
 from results.spec import Entry, Spec, SpecError, find_spec, read_spec
 from results.sweep_file import canonical, read_sweep
 
@@ -472,6 +472,31 @@ def test_the_command_line_prints_writes_and_names_damaged_records(runs, tmp_path
     assert main([*arguments, "--profile", "paper"]) == 2
     assert main(["sweep", "msk", "--root", str(runs.root)]) == 2
     assert "did you mean 'mask'" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_of_two_code_versions_the_refusal_names_both_and_the_newest_can_be_chosen(runs, tmp_path, capsys):
+    (tmp_path / "mask.yaml").write_text(SWEEP)
+    fill(runs)
+    old = runs.read("mask")[0].record
+    made = {"git_commit": "decade" * 6, "git_dirty": True, "started": "2026-01-02T03:04:05+00:00"}
+    runs.add("mask", {k: v for k, v in old.cell.items() if k != "seed_everything"}, old.seed, 0.25, run="again", provenance=made)
+    arguments = ["sweep", "mask", "--root", str(runs.root), "--sweeps", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    shown = capsys.readouterr().err.replace("\n", " ")
+    assert "commit c0ffeec0ff" in shown
+    assert "commit decadedeca with changes, started 2026-01-02T03:04:05" in shown
+    assert "ARGS=--newest" in shown
+    assert main([*arguments, "--newest"]) == 0
+    kept = newest(runs.read("mask"))
+    assert len(kept) == len(runs.read("mask")) - 1
+    assert old.run not in [stored.record.run for stored in kept]
+
+
+def test_before_the_first_run_a_papers_table_shows_what_is_printed(tmp_path, capsys):
+    assert main(["table", "unias_4", "--source", "both", "--root", str(tmp_path / "runs"), "--format", "csv"]) == 0
+    shown = capsys.readouterr().out
+    published = paper_table(find_spec("unias_4"), "published")
+    assert f"{published.cells[0][0].published.mean:.2f}" in shown
 
 
 def test_tables_need_no_torch_so_that_a_laptop_rebuilds_them_at_once():

@@ -188,3 +188,10 @@ def test_cells_of_one_grid_have_different_names(repository: Path) -> None:
     identifier = Identifier(sweep, {"PROFILE": "demo"}, [])
     cells = [Cell({"size": size, "seed_everything": seed}) for size in range(20) for seed in range(20)]
     assert len({identifier.name(cell, None) for cell in cells}) == 400
+
+
+def test_a_method_without_profile_is_answered_with_the_nearest_one(tmp_path):
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "uniad.yaml").write_text("{}")
+    with pytest.raises(SweepError, match=r"No configuration .*uniat\.yaml\. Did you mean 'uniad'\?"):
+        identity.read_config(tmp_path / "demo" / "uniat.yaml")

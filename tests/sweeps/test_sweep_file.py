@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from sweeps import sweep_file
+from sweeps.__main__ import main
 from sweeps.errors import SweepError
 from sweeps.sweep_file import Cell
 
@@ -165,3 +166,10 @@ def test_only_keeps_the_cells_that_fulfil_it(only: list[str], count: int) -> Non
 def test_only_that_fits_nothing_is_an_error(only: str, message: str) -> None:
     with pytest.raises(SweepError, match=message):
         sweep_file.select(CELLS, [only], Path("toy.yaml"))
+
+
+@pytest.mark.parametrize(("option", "words"), [("--seeds=a,b", "like 0,1,2"), ("--workers=two", "whole number")])
+def test_numbers_that_are_none_are_refused_in_plain_words(option, words, capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "sar", option])
+    assert words in capsys.readouterr().err

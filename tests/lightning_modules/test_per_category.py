@@ -1,0 +1,39 @@
+"""One model per category, for a user's own category names."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightning_modules.cli import main
+from lightning_modules.per_category import run_names
+
+
+def test_names_of_runs_hold_plain_characters_and_stay_different():
+    assert run_names(["bolt", "a b", "a/b", "-x", "M8 große"]) == ["bolt", "a_b-1", "a_b-2", "_x", "M8_gro_e"]
+
+
+def test_categories_with_spaces_and_umlauts_are_trained_and_the_joint_table_is_printed(
+    tmp_path, write_data, make_project, capsys
+):
+    root = write_data(tmp_path / "data")
+    (root / "bolt").rename(root / "große Mutter")
+    project = make_project(tmp_path, root, "folder")
+    project.run("--data.init_args.setting=per_category", "--trainer.max_epochs=1")
+    record = project.record()
+    assert record.record.datasets[0]["categories"] == ["disc", "große Mutter"]
+    printed = capsys.readouterr().out
+    own = record.metrics[(record.metrics.scope == "mean") & (record.metrics.metric == "image_auroc")]
+    last = printed[printed.rindex("┏") :]
+    assert "disc" in last
+    assert "große Mutter" in last
+    assert f"{100 * own.value.iloc[0]:.2f}" in last
+
+
+def test_predict_on_several_models_names_the_record_of_one(project, data_root):
+    project.run("--data.init_args.setting=per_category", "--trainer.max_epochs=1")
+    images = f"--data.init_args.predict_root={data_root / 'bolt' / 'test' / 'good'}"
+    with pytest.raises(SystemExit) as refusal:
+        project.run("--data.init_args.setting=per_category", images, command="predict")
+    folder = str(refusal.value).partition("RUN=")[2].rstrip(").")
+    main(["predict", f"--config={folder}/config.yaml", images, "--trainer.logger=false"])
+    assert (project.results / "work/single/first/work/categories/bolt/predictions/scores.csv").is_file()
