@@ -31,6 +31,8 @@ from datamodules.tree import IMAGE_SUFFIXES
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SETTINGS = ("unified", "per_category")
+NORMAL = {"val": 1000, "train": 100}
+"""Split -> how many of its normal images are picked, evenly, to compare scores with."""
 SMALL = 1000
 """Up to this many training images, reading them in the main process is quicker than starting workers."""
 
@@ -284,15 +286,19 @@ class UnifiedDataModule(L.LightningDataModule):
         """Every training image exactly once over all processes, in table order and without augmentation."""
         return self._eval_loader(self._rows("train"))
 
-    def has_split(self, split: str) -> bool:
-        """Whether a split has images."""
-        return bool((self.table["split"] == split).any())
+    @property
+    def normal_split(self) -> str:
+        """Where `normal_images` come from: val if normal images are held out, else train."""
+        return "val" if (self.table["split"] == "val").any() else "train"
 
-    def normal_images(self, split: str, at_most: int) -> DataLoader:
-        """Up to so many images of split train or val, evenly picked, each once over all processes, without augmentation."""
-        rows = self._rows(split)
-        picked = np.unique(np.linspace(0, len(rows) - 1, min(at_most, len(rows))).astype(int))
-        return self._eval_loader([rows[i] for i in picked])
+    def normal_images(self) -> DataLoader:
+        """Normal images to compare scores with, at most `NORMAL` of them, each once over all processes."""
+        return self._eval_loader(self._normal_rows())
+
+    def _normal_rows(self) -> list[Row]:
+        rows = self._rows(self.normal_split)
+        count = min(NORMAL[self.normal_split], len(rows))
+        return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, count).astype(int))]
 
     def val_dataloader(self) -> DataLoader | list:
         """Held-out normal images; an empty list if nothing is held out."""
@@ -300,15 +306,23 @@ class UnifiedDataModule(L.LightningDataModule):
         return self._eval_loader(rows) if rows else []
 
     def test_dataloader(self) -> DataLoader:
-        """Every test image exactly once over all processes."""
-        rows = [row for row in self._rows("test") if row.id not in self.left_out]
-        if not rows:
-            raise DataError(f"No test image in {', '.join(config.root for config in self.datasets)}.")
-        return self._eval_loader(rows)
+        """Every test image exactly once over all processes; of data without any, the `normal_images`.
+
+        The latter measure nothing, but give a run that only predicts its scale.
+        """
+        return self._eval_loader(self._test_rows() or self._normal_rows())
+
+    @property
+    def has_test_images(self) -> bool:
+        """Whether anything can be measured."""
+        return bool(self._test_rows())
 
     def test_images(self) -> dict[str, int]:
         """Category key -> how many images `test_dataloader` gives, over all processes."""
-        return dict(Counter(row.category for row in self._rows("test") if row.id not in self.left_out))
+        return dict(Counter(row.category for row in self._test_rows() or self._normal_rows()))
+
+    def _test_rows(self) -> list[Row]:
+        return [row for row in self._rows("test") if row.id not in self.left_out]
 
     def image_batch(self, ids: Sequence[int]) -> dict[str, Any]:
         """One batch of chosen images, by id, read from disk whether or not features are cached."""

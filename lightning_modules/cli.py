@@ -42,10 +42,11 @@ from lightning_modules.evaluation import Evaluation, EvaluationCurve
 from lightning_modules.normal_scores import NormalScores
 from lightning_modules.quiet import quiet
 from lightning_modules.run import RunConfig, provenance, sweep_parameters
-from results.records import RunRecord, write_record
+from results.records import RunRecord, StoredRecord, read_record, write_record
 
 _NAME = "UNIRECON_RUN_NAME"
 """The variable that tells the further processes of a run its name."""
+NOTHING_TO_MEASURE = "No test image, so nothing is measured; normal images are scored instead, for predict to compare with."
 COLOUR_SCALE = "colour_scale.json"
 """In a record: the ends of the colour scale of the run's heat maps, for ``predict``."""
 
@@ -198,8 +199,8 @@ class UniReconCLI(LightningCLI):
             raise SystemExit(str(error)) from error
         if self.subcommand in ("fit", "test") and self.run_config.record.exists() and not self.run_config.overwrite:
             per_category.leave_finished(self.run_config, self._configuration())
-        if self.subcommand == "fit" and self.run_config.record.exists():
-            (self.run_config.work / "checkpoints" / "last.ckpt").unlink(missing_ok=True)  # the finished run's
+        if self.subcommand == "fit":
+            resuming.claim(self.run_config)
         given = self._get(self.config_init, "trainer")
         self.evaluation, self.normal_scores, self.history, self.curve = Evaluation(), NormalScores(), History(), None
         seed = EpochSeed(self.config[self.subcommand].seed_everything)
@@ -291,8 +292,10 @@ class UniReconCLI(LightningCLI):
         size = f"{trainable:,} trainable parameters" if trainable else "a network that the training data will size"
         rank_zero_info(f"{self.model.method}: {size} on {backbone['name']} ({backbone['weights']} weights)")
         self.datamodule.setup("fit")
-        if not self.datamodule.test_images():
-            raise DataError("No test image: a run is scored after its training, so its data needs images in test/good.")
+        if not self.datamodule.has_test_images:
+            if self.run_config.selects == "best_on_test":
+                raise DataError("No test image: run.protocol=as_released chooses its epoch on the test set. Use clean.")
+            rank_zero_info(NOTHING_TO_MEASURE)
         left = self.run_config.work / "checkpoints" / "last.ckpt"
         resuming.check(self.run_config, self._configuration(), self.datamodule.fingerprint, left)
         self._serve_features(build=True)
@@ -338,11 +341,12 @@ class UniReconCLI(LightningCLI):
         if len(depths) == 1:  # as inferred from the training images, for those of `predict`
             config.data.init_args.bit_depth = depths.pop()
         config_text = self._parser(self.subcommand).dump(config, skip_none=False)
+        before = self._scored_before()
         path = write_record(
             Path(self.run_config.results) / "runs",
             self.record(),
             self.evaluation.result.table,
-            self.history.table(),
+            self.history.table() if before is None else before.history,
             config_text,
             attachments=attachments,
             overwrite=self.run_config.overwrite,
@@ -351,12 +355,19 @@ class UniReconCLI(LightningCLI):
             tracking.log_record(path, self.evaluation.result.table)
         rank_zero_info(f"Run record: {path}")
 
+    def _scored_before(self) -> StoredRecord | None:
+        """The record of the training whose weights ``test`` scores again, which keeps how they came about."""
+        record = self.run_config.record
+        return read_record(record) if self.subcommand == "test" and record.exists() else None
+
     def record(self) -> RunRecord:
         """What this run was, for its record."""
         model, data, trainer = self.model, self.datamodule, self.trainer
         backbone = model.extractor.provenance
         notes = [f"{key}: {note}" for key, note in (("backbone", backbone.get("note")),) if note]
         notes += model.record_notes()
+        if not data.has_test_images:
+            notes.append(NOTHING_TO_MEASURE)
         if data.left_out:
             notes.append(f"test_subset {data.test_subset}: {len(data.left_out)} test images are not evaluated")
         if self.curve is not None and self.curve.best is not None:
@@ -373,6 +384,8 @@ class UniReconCLI(LightningCLI):
             "effective_batch_size": data.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
             "precision": str(trainer.precision),
         }
+        if (before := self._scored_before()) is not None:
+            started = before.record.provenance | {"scored_again": started}
         return RunRecord(
             run=self.run_config.name,
             sweep=self.run_config.sweep,

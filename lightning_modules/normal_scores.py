@@ -1,7 +1,7 @@
 """How high normal images score, by which the score of a new image can be judged without any label.
 
-A run keeps the scores of normal images, up to :data:`AT_MOST`: of those that it held out (``data.holdout``, or a data
-set's own validation images), else of some training images, which score lower than unseen normal images do.
+A run keeps the scores of normal images: of those that it held out (``data.holdout``, or a data set's own validation
+images), else of some training images, which score lower than unseen normal images do.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from lightning_modules.metrics.sync import Group
 
 FILE = "normal_scores.csv"
 """In a record: id, category, split (val or train), image_score and path."""
-AT_MOST = {"val": 1000, "train": 100}
 
 
 class NormalScores(L.Callback):
@@ -28,16 +27,15 @@ class NormalScores(L.Callback):
 
     def on_test_epoch_end(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
         data = trainer.datamodule
-        split = "val" if data.has_split("val") else "train"
         rows = []
         with trainer.precision_plugin.val_step_context():
-            for batch in data.normal_images(split, AT_MOST[split]):
+            for batch in data.normal_images():
                 batch = trainer.strategy.batch_to_device(batch)
                 scores = module.evaluate(batch)[""].image_scores.tolist()
                 rows += zip(batch["id"].tolist(), batch["category"], scores, batch["path"], strict=True)
         rows = [row for part in Group().gather_objects(rows) for row in part]
         table = pd.DataFrame(rows, columns=["id", "category", "image_score", "path"])
-        table.insert(2, "split", split)
+        table.insert(2, "split", data.normal_split)
         self.table = table.sort_values("id", ignore_index=True)
 
 

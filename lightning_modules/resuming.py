@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lightning_modules import preemption
 from lightning_modules.callbacks import write_json
 from lightning_modules.run import RunConfig
 
 BEGAN_AS = "began_as.json"
+PATIENCE = 20.0
+"""Seconds that a pre-empted process may take to leave the run to its successor."""
+_claimed: dict[Path, IO[str]] = {}
 # The options that decide what is trained. Those of the backbone's weights are compared by their hash, data by its content.
 _DECIDES = re.compile(
     r"(model|data\.init_args|seed_everything|run\.(protocol|selection)|"
@@ -24,6 +31,47 @@ _FREE = re.compile(
     r"model\.init_args\.backbone\.weights|"
     r"data\.init_args\.(num_workers|eval_batch_size|cache_mb|predict_root|datasets\.\d+\.(root|categories.*))$"
 )
+
+
+def claim(run: RunConfig) -> None:
+    """Keeps the run's folder for this process until it ends, and removes what a finished training left there.
+
+    Two trainings in one folder would go on from each other's checkpoints.
+
+    Raises:
+        SystemExit: another process is training this run, and has not ended after :data:`PATIENCE` seconds.
+    """
+    if not preemption.is_first():
+        return
+    run.work.mkdir(parents=True, exist_ok=True)
+    if run.work.resolve() not in _claimed:
+        _claimed[run.work.resolve()] = _locked(run.work)
+    checkpoint, record = run.work / "checkpoints" / "last.ckpt", run.record / "record.json"
+    # A newer one is of a training that was to replace the record and was interrupted.
+    if record.is_file() and checkpoint.is_file() and checkpoint.stat().st_mtime <= record.stat().st_mtime:
+        checkpoint.unlink()
+
+
+def _locked(work: Path) -> IO[str]:
+    """The open file whose lock says that this process trains here."""
+    file = open(work / "training.lock", "a+")  # noqa: SIM115 - its lock lasts as long as this process
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > until:
+                file.seek(0)
+                raise SystemExit(
+                    f"Process {file.read().strip() or '?'} is training the run {work} now: wait for it, stop it, or "
+                    "choose another --run.name."
+                ) from None
+            time.sleep(0.1)
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
 
 
 def check(run: RunConfig, configuration: Mapping[str, Any], fingerprint: str, left: Path) -> None:

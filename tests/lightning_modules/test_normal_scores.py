@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
 
+from datamodules import unified
 from lightning_modules import normal_scores
 from lightning_modules.normal_scores import p_values
 
@@ -58,8 +61,27 @@ def test_without_held_out_images_training_images_serve_and_the_output_says_so(tr
 
 
 def test_a_large_set_is_represented_by_images_picked_evenly(trained, monkeypatch):
-    monkeypatch.setitem(normal_scores.AT_MOST, "train", 4)
+    monkeypatch.setitem(unified.NORMAL, "train", 4)
     trained.run(f"--ckpt_path={trained.checkpoint()}", command="test", name="few")
     table = stored(trained, "few")
     assert len(table) == 4
     assert set(table.category) == {"bolt", "disc"}
+
+
+def test_photographs_of_good_products_alone_are_enough_to_train_and_to_predict(tmp_path, write_data, make_project, caplog):
+    root = write_data(tmp_path / "data")
+    photographs = tmp_path / "photographs"
+    shutil.move(root / "bolt" / "test", photographs)
+    shutil.rmtree(root / "disc" / "test")
+    project = make_project(tmp_path, root, "folder")
+    with caplog.at_level("INFO"):
+        record = project.fit("--data.init_args.holdout=0.34")
+    assert "nothing is measured" in caplog.text
+    assert any("No test image" in note for note in record.record.notes)
+    assert record.metrics.value.isna().all()
+    assert set(record.metrics.reason[record.metrics.scope == "category"]) == {"no anomalous image"}
+    config = project.results / "runs" / "single" / "first" / "config.yaml"
+    project.run(f"--config={config}", f"--data.init_args.predict_root={photographs}", command="predict")
+    predicted = pd.read_csv(project.results / "work" / "single" / "first" / "predictions" / "scores.csv")
+    assert len(predicted) == 5
+    assert predicted.p_value.between(1 / 5, 1).all()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 
@@ -98,15 +96,6 @@ def test_a_corrupt_image_is_named(tmp_path, write_data, make_project):
     victim = tmp_path / "data" / "disc" / "train" / "good" / "001.png"
     victim.write_bytes(victim.read_bytes()[:600])
     assert str(victim) in _refusal(project)
-
-
-def test_data_without_test_images_is_refused_before_the_training(tmp_path, write_data, make_project):
-    root = write_data(tmp_path / "data")
-    for category in ("bolt", "disc"):
-        shutil.rmtree(root / category / "test")
-    project = make_project(tmp_path, root, "folder")
-    assert "No test image" in _refusal(project)
-    assert not project.checkpoint().exists()
 
 
 @pytest.mark.parametrize("command", ["test", "predict"])

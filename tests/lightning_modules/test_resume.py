@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
 import torch
 
+from lightning_modules import resuming
 from lightning_modules.callbacks import EpochSeed, Progress
 from lightning_modules.checkpoints import WholeCheckpoints
 from lightning_modules.cli import main
@@ -150,3 +153,54 @@ def test_the_program_writes_its_checkpoints_whole(project, monkeypatch):
     assert not project.checkpoint().exists()
     monkeypatch.undo()
     assert project.fit().record.provenance["epochs"] == 2
+
+
+def test_an_interrupted_replacement_goes_on_instead_of_beginning_again(project, monkeypatch):
+    project.run(EPOCHS)
+    anew = "--seed_everything=1", "--run.overwrite=true", EPOCHS
+    with monkeypatch.context() as patch:
+        _cut(patch, EpochSeed, "on_train_epoch_start", 3)
+        with pytest.raises(Interruption):
+            project.run(*anew)
+    begun = []
+    original = EpochSeed.on_train_epoch_start
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            EpochSeed,
+            "on_train_epoch_start",
+            lambda self, trainer, module: (begun.append(trainer.current_epoch), original(self, trainer, module)),
+        )
+        project.run(*anew)
+    assert begun == [3]
+    assert project.record().record.seed == 1
+    begun.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(EpochSeed, "on_train_epoch_start", lambda self, trainer, module: begun.append(trainer.current_epoch))
+        project.run(*anew)  # finished: replaced from the beginning
+    assert begun == [0, 1, 2, 3]
+
+
+def test_a_run_that_another_process_is_training_is_left_alone(project, monkeypatch):
+    work = project.results / "work" / "single" / "first"
+    work.mkdir(parents=True)
+    script = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); f.write('4321'); f.flush()"
+    words = [sys.executable, "-c", f"{script}; print('held', flush=True); sys.stdin.read()", str(work / "training.lock")]
+    monkeypatch.setattr(resuming, "PATIENCE", 0.2)
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(SystemExit, match="Process 4321 is training the run"):
+            project.run("--run.overwrite=true")
+        other.stdin.close()
+    project.run("--trainer.max_epochs=1")
+
+
+def test_scoring_again_keeps_how_the_weights_came_about(project):
+    project.run(EPOCHS)
+    trained = project.record()
+    project.run("--run.overwrite=true", command="test")
+    again = project.record()
+    kept = ("command", "wall_seconds", "seconds_per_epoch", "started")
+    assert [again.record.provenance[k] for k in kept] == [trained.record.provenance[k] for k in kept]
+    assert again.record.provenance["scored_again"]["started"] > trained.record.provenance["started"]
+    pd.testing.assert_frame_equal(again.history, trained.history)
+    pd.testing.assert_frame_equal(again.metrics, trained.metrics)
