@@ -9,7 +9,8 @@ from torch import Tensor, nn
 class FeatureJitter(nn.Module):
     """f + scale * ||f||_2 / C * n with n ~ N(0, I_C) for every feature vector f of C channels.
 
-    probability: of jittering at all, one draw of torch's generator per call (per batch; UniAD p = 1, UniAS p = 0.5).
+    probability: of jittering at all, one draw of torch's generator per call, that is per batch (UniAD 1, always and
+        without a draw; UniAS 0.5).
     scale: >= 0; 0 switches it off. The expected noise is scale / sqrt(C) times as long as f: with UniAD's scale 20 and
     272 channels 1.21 times. The norm is divided by C, not sqrt(C), so the same scale is milder for wider features.
     dim: the channel axis (-1 for tokens (B, L, C), 1 for maps (B, C, H, W)).
@@ -27,7 +28,7 @@ class FeatureJitter(nn.Module):
         self.dim = dim
 
     def forward(self, features: Tensor) -> Tensor:
-        if not self.training or not self.scale or torch.rand(()).item() >= self.probability:
+        if not self.training or not self.scale or (self.probability < 1 and not _happens(self.probability)):
             return features
         deviation = (
             self.scale / features.shape[self.dim] * torch.linalg.vector_norm(features, dim=self.dim, keepdim=True)
@@ -36,3 +37,8 @@ class FeatureJitter(nn.Module):
 
     def extra_repr(self) -> str:
         return f"scale={self.scale:g}, probability={self.probability:g}"
+
+
+@torch.compiler.disable  # a compiled network could not go on without knowing the answer
+def _happens(probability: float) -> bool:
+    return torch.rand(()).item() < probability
