@@ -144,6 +144,10 @@ class ReconstructionModule(L.LightningModule):
         """Loss of one batch, a float32 scalar."""
         return self.loss(self.reconstruct(batch))
 
+    def compiled_parts(self) -> list[nn.Module]:
+        """The modules whose forward passes are a step's work, for ``run.compile``."""
+        return [self.network]
+
     def set_protocol(self, protocol: str, selection: str) -> None:
         """Told by the command line before anything runs: ``clean`` or ``as_released``, and ``last`` or ``best_on_test``.
 

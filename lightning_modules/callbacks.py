@@ -37,6 +37,21 @@ class EpochSeed(L.Callback):
         torch.manual_seed(int(place.generate_state(1, np.uint64)[0]))
 
 
+class Compile(L.Callback):
+    """Compiles what a method computes in every step, as soon as it is built.
+
+    Args:
+        mode: Of ``torch.compile``; None is its default.
+    """
+
+    def __init__(self, mode: str | None = None) -> None:
+        self.mode = mode
+
+    def on_fit_start(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
+        for part in module.compiled_parts():
+            part.compile(mode=self.mode)
+
+
 class History(L.Callback):
     """Keeps every metric logged at the end of an epoch; survives a resume through the checkpoint."""
 

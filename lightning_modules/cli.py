@@ -36,7 +36,7 @@ from lightning_modules import heatmaps, normal_scores, per_category, preemption,
 from lightning_modules.arguments import PlainParser
 from lightning_modules.base import NonFiniteLossError, ReconstructionModule
 from lightning_modules.caching import CacheConfig, attach
-from lightning_modules.callbacks import EpochSeed, History, PlainProgress, Predictions, Progress
+from lightning_modules.callbacks import Compile, EpochSeed, History, PlainProgress, Predictions, Progress
 from lightning_modules.checkpoints import WholeCheckpoints
 from lightning_modules.evaluation import Evaluation, EvaluationCurve
 from lightning_modules.normal_scores import NormalScores
@@ -305,7 +305,7 @@ class UniReconCLI(LightningCLI):
             device = self.trainer.strategy.root_device
             if self.run_config.cuda_graphs and device.type != "cuda":
                 raise SystemExit(f"run.cuda_graphs needs an NVIDIA GPU, but this run is on {device.type}: leave it out.")
-            self.model.network.compile(mode="reduce-overhead" if self.run_config.cuda_graphs else None)
+            self.trainer.callbacks.append(Compile("reduce-overhead" if self.run_config.cuda_graphs else None))
         self._training_started = time.perf_counter()
 
     def _serve_features(self, build: bool) -> None:

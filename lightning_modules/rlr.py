@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from torch import Tensor, stack
+from torch import Tensor, nn, stack
 
 from lightning_modules.base import ImageSize, OptimizerConfig, Recipe, ReconstructionModule
 from models.backbones import BackboneConfig
@@ -87,6 +87,9 @@ class RLR(ReconstructionModule):
         return stack(losses).sum()
 
     # ---- updates level by level --------------------------------------------------------------------------------------
+
+    def compiled_parts(self) -> list[nn.Module]:
+        return super().compiled_parts() if self.update == "joint" else list(self.network.levels)
 
     def on_fit_start(self) -> None:
         if self.update != "joint" and self.trainer.world_size > 1:

@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from datamodules.errors import DataError
 from lightning_modules.base import ImageSize, OptimizerConfig, Recipe, ReconstructionModule
@@ -159,6 +159,9 @@ class ULSAD(ReconstructionModule):
         if self.training:
             self.keep({f"loss_{term}": loss.detach() for term, loss in losses.items()}, batch)
         return torch.stack(list(losses.values())).sum()
+
+    def compiled_parts(self) -> list[nn.Module]:
+        return [part for part in (self.network.local_network, self.network.global_network) if part is not None]
 
     def _encode(self, batch: Mapping[str, Any]):
         return self.network.encode(self.features(batch)[0], batch["image"], batch.get("dataset"))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
+from datamodules.synthetic import Plan, generate
+from lightning_modules import benchmark
+from lightning_modules.callbacks import Compile
 from lightning_modules.uniad import UniAD
 
 
@@ -53,3 +57,29 @@ def test_cuda_graphs_are_refused_where_they_cannot_be(project):
         project.fit("--run.cuda_graphs=true", name="uncompiled")
     with pytest.raises(SystemExit, match="needs an NVIDIA GPU, but this run is on cpu"):
         project.fit("--run.cuda_graphs=true", "--run.compile=true", "--trainer.accelerator=cpu", name="cpu")
+
+
+@pytest.mark.parametrize("method", ["uniad", "identical_shortcut", "unias", "rlr", "ulsad", "dfr"])
+def test_what_is_compiled_is_what_a_step_of_the_method_computes(method, tmp_path, monkeypatch):
+    """A part whose forward pass no step calls would be compiled in vain."""
+    calls = {}
+
+    def compile_with_a_counter(part, mode=None):
+        calls[part] = 0
+        original = part.forward
+
+        def forward(*inputs):
+            calls[part] += 1
+            return original(*inputs)
+
+        part.forward = forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_with_a_counter)
+    data = generate(tmp_path / "data", Plan(size=64, train=20, test=1, defects=1, categories=("wood",)), workers=1)
+    module, make, _ = benchmark.build(method, benchmark.Options(), data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the trainer, about data loaders
+        trainer = benchmark._trainer(str(tmp_path), Compile(), max_epochs=1, limit_train_batches=1)
+        trainer.fit(module, datamodule=make())
+    assert calls
+    assert all(count == 1 for count in calls.values())
