@@ -103,7 +103,7 @@ def test_loco_regions_come_with_their_saturation(make, tmp_path):
     first, second = load_regions(only(table, anomaly_type="logical").iloc[0]["mask_paths"])
     assert (first.defect.name, first.mask.sum(), first.saturation_area) == ("missing", 21, 10)
     assert (second.defect.name, second.mask.sum(), second.saturation_area) == ("extra", 42, 21)
-    assert first.mask.shape == (20, 24)
+    assert first.mask.shape == (40, 48)
     assert load_regions(()) == []
 
 
