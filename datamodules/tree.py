@@ -97,6 +97,8 @@ def pairing_problems(category: str, defect: str, pairing: Pairing, strict: bool)
         what = f"{len(unpaired)} of {len(pairing.masks)} images of defect {defect!r} have no mask"
         if nothing_pairs:
             what += f", although {len(orphans)} masks lie there: name the mask of 007.jpg 007_mask.png or 007.png"
+        elif strict:
+            what += ": complete the data set, or read it with DATASET=folder, where masks are optional"
         else:
             what += "; pixel metrics leave them out"
         severity = ERROR if strict or nothing_pairs else WARNING

@@ -224,6 +224,11 @@ def test_missing_mask_of_a_public_dataset_is_an_error(make, tmp_path):
     listing = list_dataset("mvtec_ad", root)
     assert kinds(listing) == [("error", "missing mask")]
     assert listing.problems[0].files[0].endswith("001.png")
+    assert "leave" not in listing.problems[0].message
+    assert listing.problems[0].message.endswith("read it with DATASET=folder, where masks are optional")
+    shutil.rmtree(root / "bottle" / "ground_truth")
+    assert kinds(list_dataset("mvtec_ad", root)) == [("error", "missing mask")]
+    assert list_dataset("folder", root).problems == ()
 
 
 def test_duplicate_stem_is_told(make, tmp_path):
