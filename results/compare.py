@@ -110,8 +110,8 @@ def compare(
     variant: str = "",
 ) -> Comparison:
     """Compare two selections; raises ConflictError or ValueError where the comparison would mean nothing."""
-    datasets_a, datasets_b = ({d["name"] for s in records for d in s.record.datasets} for records in (records_a, records_b))
-    shared = sorted(datasets_a & datasets_b)
+    both = [{d["name"] for s in records for d in s.record.datasets} for records in (records_a, records_b)]
+    shared = sorted(both[0] & both[1])
     if dataset is None:
         if len(shared) != 1:
             raise ValueError(f"A and B share the data sets {', '.join(shared) or 'none'}; choose one with --dataset")
@@ -158,17 +158,16 @@ def compare(
 
 
 def _which(side: str, method: str, records: Sequence[StoredRecord], error: ConflictError, limit: int = 8) -> str:
-    """The runs of a method that are more than one experiment, the last one first, and how to name the one that is meant."""
+    """The runs of a method that are more than one experiment, the last one first, and how to name one of them."""
     last = sorted(records, key=lambda s: str(s.record.provenance.get("started") or ""), reverse=True)
     lines = [
-        f"{side}={method} takes all {len(records)} runs of {method} outside of sweeps, which are not one experiment with "
-        f"several seeds; they differ in {', '.join(dict.fromkeys(axis for axis, _ in error.conflicts))}:"
+        f"{side}={method} takes all {len(records)} runs of {method} outside of sweeps, which are not one experiment "
+        f"with several seeds; they differ in {', '.join(dict.fromkeys(axis for axis, _ in error.conflicts))}:"
     ]
     for stored in last[:limit]:
-        size, commit = axis_value(stored, "image size"), str(stored.record.provenance.get("git_commit"))[:10]
-        lines.append(
-            f"  {stored.name}: profile {stored.record.profile}, seed {stored.record.seed}, image size {size}, commit {commit}"
-        )
+        record, size = stored.record, axis_value(stored, "image size")
+        commit = str(record.provenance.get("git_commit"))[:10]
+        lines.append(f"  {stored.name}: profile {record.profile}, seed {record.seed}, image size {size}, commit {commit}")
     if len(last) > limit:
         lines.append(f"  and {len(last) - limit} more")
     lines.append(f"name the one that is meant, like {side}={last[0].name}; a * in it stands for the seeds")

@@ -11,6 +11,7 @@ from PIL import Image
 
 from datamodules.__main__ import main
 from datamodules.check import check
+from datamodules.problems import number_of
 
 
 def kinds(report):
@@ -86,6 +87,11 @@ def test_small_images_and_masks_that_look_inverted_are_told_once_with_their_file
     (base / "train" / "good" / "001.png").unlink()
     assert main(["check", "--dataset", "folder", "--data-root", str(tmp_path)]) == 0
     assert "1 image: a side" in capsys.readouterr().out
+
+
+def test_counts_are_told_in_singular_and_plural():
+    told = [number_of(*pair) for pair in ((1, "error"), (0, "error"), (1, "category"), (2, "category"))]
+    assert told == ["1 error", "0 errors", "1 category", "2 categories"]
 
 
 def test_category_without_normals_is_an_error(make, tmp_path):
