@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from datamodules.errors import DataError
+from datamodules.problems import number_of
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,7 +71,7 @@ def _synthetic(options: argparse.Namespace, console: Console) -> int:
     plan = Plan(options.seed, options.size, options.train, options.test, options.defects, names, options.layout)
     start = time.perf_counter()
     root = generate(options.out, plan)
-    console.print(f"{len(plan.names)} categories in {root} ({time.perf_counter() - start:.1f} s)")
+    console.print(f"{number_of(len(plan.names), 'category')} in {root} ({time.perf_counter() - start:.1f} s)")
     if options.sheet:
         console.print(f"contact sheet in {contact_sheet(options.sheet, options.seed)}")
     return 0

@@ -17,11 +17,19 @@ from rich.table import Table
 
 from datamodules.errors import DataError
 from datamodules.images import REMARKABLE, read_header, read_image, read_mask
-from datamodules.problems import ERROR, WARNING, Problem
+from datamodules.problems import ERROR, WARNING, Problem, number_of
 from datamodules.readers import Counts, Listing, list_dataset
 from datamodules.table import GOOD, SampleTable, rows_of
 
 COLUMNS = ("train", "val", "test_good", "structural", "logical")
+SMALLEST = 32
+"""Sides of an image below it deserve a word."""
+TOGETHER = {
+    **{f"{mode} image": rule for mode, rule in REMARKABLE.items()},
+    "small image": f"a side is shorter than {SMALLEST} pixels",
+    "mostly marked mask": "more than half of the image is marked: inverted?",
+}
+"""Remarks that are made once per category, with all their files, and what they say."""
 
 
 @dataclass(frozen=True)
@@ -128,18 +136,17 @@ def _file_problems(listing: Listing, console: Console | None) -> list[Problem]:
             if digest:
                 digests[digest].append(number)
     problems = []
-    modes: dict[tuple[str, str], list[str]] = defaultdict(list)
+    together: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for row, remarks in zip(rows, found, strict=True):
         for severity, kind, what in remarks:
-            if kind in REMARKABLE:
-                modes[row.category, kind].append(row.image_path)
+            if kind in TOGETHER:
+                together[severity, row.category, kind] += row.mask_paths if kind.endswith("mask") else (row.image_path,)
             else:
                 files = (row.image_path, *row.mask_paths)
                 problems.append(Problem(severity, kind, row.category, what, files))
-    for (category, mode), files in modes.items():
-        severity = ERROR if mode == "floating point" else WARNING
-        what = f"{len(files)} images: {REMARKABLE[mode]}"
-        problems.append(Problem(severity, f"{mode} image", category, what, tuple(files)))
+    for (severity, category, kind), files in together.items():
+        what = f"{number_of(len(files), kind.split()[-1])}: {TOGETHER[kind]}"
+        problems.append(Problem(severity, kind, category, what, tuple(files)))
     for same in digests.values():
         splits = {rows[number].split for number in same}
         if "test" in splits and len(splits) > 1:
@@ -155,13 +162,16 @@ def _look_at(row, threshold: int) -> tuple[str, list[tuple[str, str, str]]]:
     try:
         mode = read_header(row.image_path).mode
         if mode in REMARKABLE:
-            remarks.append((WARNING, mode, REMARKABLE[mode]))
+            severity = ERROR if mode == "floating point" else WARNING
+            remarks.append((severity, f"{mode} image", REMARKABLE[mode]))
         if mode == "floating point":
             return "", remarks
         image = read_image(row.image_path)
     except DataError as error:
         return "", [(ERROR, "unreadable image", str(error))]
     digest = hashlib.sha256(image.tobytes()).hexdigest()
+    if min(image.shape[:2]) < SMALLEST:
+        remarks.append((WARNING, "small image", TOGETHER["small image"]))
     if not row.mask_paths:
         return digest, remarks
     try:
@@ -175,6 +185,8 @@ def _look_at(row, threshold: int) -> tuple[str, list[tuple[str, str, str]]]:
         remarks.append((WARNING, "empty mask", "the image counts as anomalous, but no pixel is marked"))
     elif mask.all():
         remarks.append((WARNING, "full-window mask", "every pixel is marked: is this really a mask of the defect?"))
+    elif mask.mean() > 0.5:
+        remarks.append((WARNING, "mostly marked mask", TOGETHER["mostly marked mask"]))
     return digest, remarks
 
 
@@ -209,4 +221,4 @@ def show(report: Report, console: Console, limit: int = 50) -> None:
             console.print(f"    {escape(file)}", highlight=False, soft_wrap=True)
         if len(problem.files) > limit:
             console.print(f"    ... and {len(problem.files) - limit} more", highlight=False)
-    console.print(f"{report.errors} errors, {report.warnings} warnings", highlight=False)
+    console.print(f"{number_of(report.errors, 'error')}, {number_of(report.warnings, 'warning')}", highlight=False)

@@ -30,6 +30,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from datamodules.augmentation import Augmentation
 from datamodules.dataset import UNKNOWN, Batch, ImageSource, Row
+from datamodules.problems import number_of
 from datamodules.sampling import Draw
 
 VERSION = 3
@@ -231,7 +232,7 @@ def _build(
         if not arrays:
             shutil.rmtree(partial, ignore_errors=True)
             needed = sum(rows * values[0].nbytes for values in batch.values())
-            announce(f"Cache of {rows} images, {needed / 2**30:.2f} GiB, in {root / spec.key}: {spec.title}")
+            announce(f"Cache of {number_of(rows, 'image')}, {needed / 2**30:.2f} GiB, in {root / spec.key}: {spec.title}")
             _make_room(root, needed, budget)
             partial.mkdir()
             arrays = {

@@ -22,6 +22,12 @@ class Problem:
         return f"{self.severity}: {self.category}: {self.kind}: {self.message}"
 
 
+def number_of(count: int, noun: str) -> str:
+    """A count with its noun in the singular or plural: 1 image, 2 images, 2 categories."""
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{count} {noun if count == 1 else plural}"
+
+
 def describe(problems: Sequence[Problem], limit: int = 20) -> str:
     """The problems as indented lines with up to `limit` of them, and how many were left out."""
     lines = []

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from datamodules.problems import ERROR, WARNING, Problem
+from datamodules.problems import ERROR, WARNING, Problem, number_of
 from datamodules.table import GOOD, Sample
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
@@ -94,15 +94,17 @@ def pairing_problems(category: str, defect: str, pairing: Pairing, strict: bool)
     unpaired, orphans = pairing.unpaired, pairing.orphans
     nothing_pairs = bool(orphans) and len(unpaired) == len(pairing.masks) > 0
     if unpaired:
-        what = f"{len(unpaired)} of {len(pairing.masks)} images of defect {defect!r} have no mask"
+        what = f"{len(unpaired)} of {number_of(len(pairing.masks), 'image')} of defect {defect!r} without a mask"
         if nothing_pairs:
-            what += f", although {len(orphans)} masks lie there: name the mask of 007.jpg 007_mask.png or 007.png"
+            what += f", beside {number_of(len(orphans), 'mask')} of other names: name that of 007.jpg 007_mask.png or 007.png"
+        elif strict:
+            what += ": complete the data set, or read it with DATASET=folder, where masks are optional"
         else:
             what += "; pixel metrics leave them out"
         severity = ERROR if strict or nothing_pairs else WARNING
         problems.append(Problem(severity, "missing mask", category, what, tuple(map(str, unpaired))))
     if orphans:
-        what = f"{len(orphans)} masks of defect {defect!r} belong to no image"
+        what = f"{number_of(len(orphans), 'mask')} of defect {defect!r} without an image"
         problems.append(Problem(WARNING, "orphan mask", category, what, tuple(map(str, orphans))))
     for kept, *others in pairing.duplicates:
         what = f"{kept.name} is used, {', '.join(o.name for o in others)} is not"

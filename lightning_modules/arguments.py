@@ -17,6 +17,9 @@ _NOISE = ("Given value", "- Expected a <class 'NoneType'>", "Subtypes:", "Errors
 class PlainParser(LightningArgumentParser):
     """Ends with one short message, without the usage of two hundred options and without the search through types."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"prog": "python -m lightning_modules", **kwargs})
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises SystemExit with what was found, where, and the nearest name that would be accepted."""
         lines = [line for line in message.strip().splitlines() if not line.strip().startswith(_NOISE)]

@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from PIL import Image
 
+from datamodules.problems import number_of
 from lightning_modules.base import ReconstructionModule
 from lightning_modules.normal_scores import p_values
 from models.head import ScoredMaps
@@ -114,10 +114,12 @@ class PlainProgress(L.Callback):
         if now - self._printed < self.seconds and done < trainer.max_epochs:
             return
         self._printed = now
-        left = (now - self._begun) / (done - self._first) * (trainer.max_epochs - done)
+        seconds = round((now - self._begun) / (done - self._first) * (trainer.max_epochs - done))
+        time_left = f"{seconds // 60} min {seconds % 60:02d} s" if seconds >= 60 else f"{seconds} s"
+        left = f"  about {time_left} left" if done < trainer.max_epochs else ""
         loss = trainer.callback_metrics.get("train/loss")
         shown = "" if loss is None else f"  train/loss {float(loss):.4g}"
-        rank_zero_info(f"epoch {done} of {trainer.max_epochs}{shown}  about {timedelta(seconds=round(left))} left")
+        rank_zero_info(f"epoch {done} of {trainer.max_epochs}{shown}{left}")
 
 
 def write_progress(path: Path, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:
@@ -183,7 +185,7 @@ class Predictions(L.Callback):
     def on_predict_end(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
         suffix = f"-{trainer.global_rank}" if trainer.world_size > 1 else ""
         table = pd.DataFrame(self._scores, columns=["image", "image_score"])
-        said = f"{len(table)} images: scores, raw maps and heat maps are in {self.folder}"
+        said = f"{number_of(len(table), 'image')}: scores, raw maps and heat maps are in {self.folder}"
         if self.normal is not None:
             table["p_value"] = p_values(table.image_score.to_numpy(), self.normal.image_score.to_numpy())
             highest = int((table.image_score > self.normal.image_score.max()).sum())

@@ -23,6 +23,7 @@ import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from datamodules.errors import DataError
+from datamodules.problems import number_of
 from datamodules.readers import list_dataset
 from lightning_modules import resuming, tracking
 from lightning_modules.callbacks import write_progress
@@ -38,7 +39,7 @@ class OneModelEach(Exception):
     """The configuration asks for one model per category; :meth:`run` does it."""
 
     def __init__(self, run: RunConfig, configuration: dict[str, Any], parts: list[dict[str, Any]]) -> None:
-        super().__init__(f"{len(parts)} categories, one model each")
+        super().__init__(f"{number_of(len(parts), 'category')}, one model each")
         self.run_config, self.configuration, self.parts = run, configuration, parts
 
     def run(self, fit: Callable[[list[str]], Any]) -> Path | None:

@@ -181,11 +181,12 @@ def describe_runs(records: Sequence[StoredRecord]) -> str:
         found = sorted(_found_categories(records)[dataset])
         known = names.DATASET_CATEGORIES.get(dataset, ())
         part = f"{len(found)} of {len(known)} categories: {_list(found)}" if 0 < len(found) < len(known) else ""
+        noun = "category" if len(found) == 1 else "categories"
         prints = sorted(
             {str(d["fingerprint"])[:10] for s in records for d in s.record.datasets if d["name"] == dataset}
         )
         count = f"{len(prints)} fingerprints" if len(prints) > 3 else f"fingerprint {_list(prints)}"
-        parts.append(f"Data: {names.dataset_label(dataset)} ({part or f'{len(found)} categories'}, {count}).")
+        parts.append(f"Data: {names.dataset_label(dataset)} ({part or f'{len(found)} {noun}'}, {count}).")
     commits = sorted({_commit(stored) for stored in records})
     parts.append(f"Metrics version {_all(records, lambda r: str(r.metrics['version']))}, commit {_list(commits)}.")
     return " ".join(parts)

@@ -12,7 +12,7 @@ from scipy import stats
 
 from results.names import metric_label
 from results.records import StoredRecord
-from results.scores import ConflictError, Query, check_cell, check_table, seed_means
+from results.scores import ConflictError, Query, axis_value, check_cell, check_table, seed_means
 from results.spec import _nearest
 from results.sweep_file import canonical
 
@@ -110,15 +110,20 @@ def compare(
     variant: str = "",
 ) -> Comparison:
     """Compare two selections; raises ConflictError or ValueError where the comparison would mean nothing."""
-    datasets = [d["name"] for d in records_a[0].record.datasets]
-    shared = [name for name in datasets if any(name == d["name"] for d in records_b[0].record.datasets)]
+    both = [{d["name"] for s in records for d in s.record.datasets} for records in (records_a, records_b)]
+    shared = sorted(both[0] & both[1])
     if dataset is None:
         if len(shared) != 1:
             raise ValueError(f"A and B share the data sets {', '.join(shared) or 'none'}; choose one with --dataset")
         dataset = shared[0]
     query = Query(metric, dataset, variant=variant)
-    for records in (records_a, records_b):
-        check_cell(records, query)
+    for side, selector, records in (("A", a, records_a), ("B", b, records_b)):
+        try:
+            check_cell(records, query)
+        except ConflictError as error:
+            if "/" in selector or ":" in selector:
+                raise
+            raise ValueError(_which(side, selector, records, error)) from error
     if {stored.name for stored in records_a} & {stored.name for stored in records_b}:
         raise ConflictError(
             [("A and B share records", {a: [s.name for s in records_a], b: [s.name for s in records_b]})]
@@ -150,6 +155,23 @@ def compare(
     return Comparison(
         a, b, metric, dataset, mean_a, mean_b, seeds, categories, over_categories, over_seeds, tuple(notes)
     )
+
+
+def _which(side: str, method: str, records: Sequence[StoredRecord], error: ConflictError, limit: int = 8) -> str:
+    """The runs of a method that are more than one experiment, the last one first, and how to name one of them."""
+    last = sorted(records, key=lambda s: str(s.record.provenance.get("started") or ""), reverse=True)
+    lines = [
+        f"{side}={method} takes all {len(records)} runs of {method} outside of sweeps, which are not one experiment "
+        f"with several seeds; they differ in {', '.join(dict.fromkeys(axis for axis, _ in error.conflicts))}:"
+    ]
+    for stored in last[:limit]:
+        record, size = stored.record, axis_value(stored, "image size")
+        commit = str(record.provenance.get("git_commit"))[:10]
+        lines.append(f"  {stored.name}: profile {record.profile}, seed {record.seed}, image size {size}, commit {commit}")
+    if len(last) > limit:
+        lines.append(f"  and {len(last) - limit} more")
+    lines.append(f"name the one that is meant, like {side}={last[0].name}; a * in it stands for the seeds")
+    return "\n".join(lines)
 
 
 def paired(unit: str, differences: Sequence[tuple[str, float]]) -> Paired:

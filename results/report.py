@@ -251,7 +251,7 @@ def _definitions(shown: dict[str, StoredRecord]) -> str:
 
 def _records(shown: dict[str, StoredRecord]) -> str:
     """The provenance of every run that the page shows, one folded block each."""
-    parts = [f"<p>{len(shown)} runs stand behind the numbers of this page.</p>"]
+    parts = [f"<p>Runs behind the numbers of this page: {len(shown)}.</p>"]
     for name, stored in sorted(shown.items()):
         record, came = stored.record, stored.record.provenance
         datasets = "; ".join(

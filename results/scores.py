@@ -278,14 +278,15 @@ def axis_value(stored: StoredRecord, axis: str, dataset: str = "") -> str:
         return record.resize
     together = [d for d in record.datasets if record.setting == "unified" or d["name"] == dataset]
     return "; ".join(
-        f"{d['name']} ({len(d['categories'])} categories{_few(d['categories'])}), "
+        f"{d['name']} ({_few(d['categories'])}), "
         f"fingerprint {str(d['fingerprint'])[:10]}"
         for d in together
     )
 
 
 def _few(categories: Sequence[str]) -> str:
-    return f": {', '.join(categories)}" if len(categories) <= 3 else ""
+    count = "1 category" if len(categories) == 1 else f"{len(categories)} categories"
+    return f"{count}: {', '.join(categories)}" if len(categories) <= 3 else count
 
 
 def check_table(used: Sequence[tuple[Query, StoredRecord]], varies: Iterable[str] = (), where: str = "") -> None:

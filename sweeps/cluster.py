@@ -150,7 +150,7 @@ def pull(options: argparse.Namespace, console: Console) -> int:
         raise SweepError(f"W&B has no sweep {options.sweep} for you: {error}") from error
     outcomes = [_fetch(run) for run in runs]
     counts = [f"{outcomes.count(what)} {what}" for what in ("new", "here already", _WITHOUT)]
-    console.print(f"{options.sweep}: {len(runs)} runs, {', '.join(counts)}", highlight=False)
+    console.print(f"{options.sweep}: runs: {len(runs)}, {', '.join(counts)}", highlight=False)
     missing = [f"{run.name} ({run.state})" for run, what in zip(runs, outcomes, strict=True) if what == _WITHOUT]
     if missing:
         console.print(

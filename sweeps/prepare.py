@@ -66,15 +66,23 @@ def _parts(value: Any) -> tuple[str, ...]:
 
 
 def data(sets: list[Dataset], profile: str, say: Callable[[str], None]) -> None:
-    """Make the embedded benchmark if it is used and absent; SweepError if other data is missing."""
+    """Make the embedded benchmark if it is used and absent; SweepError if other data or a category is missing."""
     for dataset in sets:
-        if dataset.name == "synthetic":
-            _make_synthetic(dataset.root, LOCO_OPTIONS if dataset.root == SYNTHETIC_LOCO else (), say)
-        elif not dataset.root.is_dir():
-            raise SweepError(
-                f"The data set {dataset.name} of profile {profile} should be in {dataset.root}, which is no folder. "
-                f"Name its place with DATA_ROOT=<folder>, or run PROFILE=demo, which makes its own data."
-            )
+        from datamodules.errors import DataError  # late: a sweep of another program needs no readers
+        from datamodules.readers import find_dataset, get_reader
+
+        try:
+            get_reader(dataset.name)
+            if dataset.name == "synthetic":
+                _make_synthetic(dataset.root, LOCO_OPTIONS if dataset.root == SYNTHETIC_LOCO else (), say)
+            elif not dataset.root.is_dir():
+                raise SweepError(
+                    f"The data set {dataset.name} of profile {profile} should be in {dataset.root}, which is no folder. "
+                    f"Name its place with DATA_ROOT=<folder>, or run PROFILE=demo, which makes its own data."
+                )
+            find_dataset(dataset.name, dataset.root, dataset.categories)
+        except DataError as error:
+            raise SweepError(str(error)) from error
 
 
 def _make_synthetic(root: Path, options: tuple[str, ...], say: Callable[[str], None]) -> None:

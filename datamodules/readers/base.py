@@ -90,20 +90,10 @@ class Listing:
     """Every category under the root, whether asked for or not."""
 
 
-def list_dataset(
-    name: str, root: str | Path, categories: Sequence[str] | None = None, label: str | None = None
-) -> Listing:
-    """Read a dataset's file names, without opening images.
-
-    Args:
-        name: reader, e.g. mvtec_ad.
-        root: folder of the dataset.
-        categories: subset to read, None for all. The result is ordered by name, whatever order is asked for.
-        label: name of the dataset in the table, default `name`.
-
-    Raises:
-        DataError: unknown dataset or category, or a root without the dataset's layout.
-    """
+def find_dataset(
+    name: str, root: str | Path, categories: Sequence[str] | None = None
+) -> tuple[DatasetReader, Path, list[str], list[str]]:
+    """Reader of a dataset, folder of its categories, all of them, and the chosen ones; see `list_dataset`."""
     reader = get_reader(name)
     given = Path(root).expanduser()
     if not given.is_dir():
@@ -118,6 +108,24 @@ def list_dataset(
     for category in chosen:
         if category not in available:
             raise DataError(f"{name}: no category {category!r} under {base}. {did_you_mean(category, available)}")
+    return reader, base, available, chosen
+
+
+def list_dataset(
+    name: str, root: str | Path, categories: Sequence[str] | None = None, label: str | None = None
+) -> Listing:
+    """Read a dataset's file names, without opening images.
+
+    Args:
+        name: reader, e.g. mvtec_ad.
+        root: folder of the dataset.
+        categories: subset to read, None for all. The result is ordered by name, whatever order is asked for.
+        label: name of the dataset in the table, default `name`.
+
+    Raises:
+        DataError: unknown dataset or category, or a root without the dataset's layout.
+    """
+    reader, base, available, chosen = find_dataset(name, root, categories)
     problems: list[Problem] = []
     samples: list[Sample] = []
     for category in chosen:

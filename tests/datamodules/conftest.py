@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 
-def write_image(path: Path, value: int = 120, size: tuple[int, int] = (20, 24), seed: int | None = None) -> Path:
+def write_image(path: Path, value: int = 120, size: tuple[int, int] = (40, 48), seed: int | None = None) -> Path:
     """A small RGB image (height, width) of one grey value, or of noise with a seed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = np.full((*size, 3), value, np.uint8)
@@ -22,7 +22,7 @@ def write_image(path: Path, value: int = 120, size: tuple[int, int] = (20, 24), 
     return path
 
 
-def write_mask(path: Path, value: int = 255, size: tuple[int, int] = (20, 24), rows: slice = slice(4, 9)) -> Path:
+def write_mask(path: Path, value: int = 255, size: tuple[int, int] = (40, 48), rows: slice = slice(4, 9)) -> Path:
     """A mask (height, width) with `value` in some rows and columns 5 to 11."""
     path.parent.mkdir(parents=True, exist_ok=True)
     mask = np.zeros(size, np.uint8)

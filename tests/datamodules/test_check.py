@@ -11,6 +11,7 @@ from PIL import Image
 
 from datamodules.__main__ import main
 from datamodules.check import check
+from datamodules.problems import number_of
 
 
 def kinds(report):
@@ -42,13 +43,13 @@ def test_every_trap_is_listed_with_its_file(make, tmp_path, capsys):
     make.mask(truth / "900_mask.png")
     make.mask(truth / "001_mask.png", size=(30, 30))
     make.mask(truth / "002_mask.png", value=0)
-    cv2.imwrite(str(truth / "003_mask.png"), np.full((20, 24), 255, np.uint8))
+    cv2.imwrite(str(truth / "003_mask.png"), np.full((40, 48), 255, np.uint8))
     (truth / "004_mask.png").write_bytes(b"no image")
     half = base / "test" / "broken" / "005.png"
     half.write_bytes(half.read_bytes()[:-40])
-    cv2.imwrite(str(base / "train/good/000.png"), np.zeros((20, 24), np.uint16))
-    Image.new("RGBA", (24, 20)).save(base / "train/good/001.png")
-    Image.new("P", (24, 20)).save(base / "train/good/002.png")
+    cv2.imwrite(str(base / "train/good/000.png"), np.zeros((40, 48), np.uint16))
+    Image.new("RGBA", (48, 40)).save(base / "train/good/001.png")
+    Image.new("P", (48, 40)).save(base / "train/good/002.png")
     make.image(base / "train/good/003.jpg")
     shutil.copy(base / "train/good/004.png", base / "test/good/000.png")
     report = check("folder", root)
@@ -70,6 +71,27 @@ def test_every_trap_is_listed_with_its_file(make, tmp_path, capsys):
     out = capsys.readouterr().out
     for name in ("900_mask.png", "001_mask.png", "002_mask.png", "003_mask.png", "004_mask.png", "005.png", "003.jpg"):
         assert name in out
+
+
+def test_small_images_and_masks_that_look_inverted_are_told_once_with_their_files(make, tmp_path, capsys):
+    base = make.mvtec(tmp_path, "nut", defects=3) / "nut"
+    for name in ("000", "001"):
+        make.image(base / "train" / "good" / f"{name}.png", size=(31, 64), seed=int(name) + 1)
+        mask = base / "ground_truth" / "broken" / f"{name}_mask.png"
+        cv2.imwrite(str(mask), 255 - cv2.imread(str(mask)))
+    inverted, small = check("folder", tmp_path).problems
+    assert small.message == "2 images: a side is shorter than 32 pixels"
+    assert small.files == tuple(str(base / "train" / "good" / name) for name in ("000.png", "001.png"))
+    assert inverted.message == "2 masks: more than half of the image is marked: inverted?"
+    assert inverted.files == tuple(str(base / "ground_truth/broken" / name) for name in ("000_mask.png", "001_mask.png"))
+    (base / "train" / "good" / "001.png").unlink()
+    assert main(["check", "--dataset", "folder", "--data-root", str(tmp_path)]) == 0
+    assert "1 image: a side" in capsys.readouterr().out
+
+
+def test_counts_are_told_in_singular_and_plural():
+    told = [number_of(*pair) for pair in ((1, "error"), (0, "error"), (1, "category"), (2, "category"))]
+    assert told == ["1 error", "0 errors", "1 category", "2 categories"]
 
 
 def test_category_without_normals_is_an_error(make, tmp_path):

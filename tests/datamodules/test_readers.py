@@ -103,7 +103,7 @@ def test_loco_regions_come_with_their_saturation(make, tmp_path):
     first, second = load_regions(only(table, anomaly_type="logical").iloc[0]["mask_paths"])
     assert (first.defect.name, first.mask.sum(), first.saturation_area) == ("missing", 21, 10)
     assert (second.defect.name, second.mask.sum(), second.saturation_area) == ("extra", 42, 21)
-    assert first.mask.shape == (20, 24)
+    assert first.mask.shape == (40, 48)
     assert load_regions(()) == []
 
 
@@ -224,6 +224,11 @@ def test_missing_mask_of_a_public_dataset_is_an_error(make, tmp_path):
     listing = list_dataset("mvtec_ad", root)
     assert kinds(listing) == [("error", "missing mask")]
     assert listing.problems[0].files[0].endswith("001.png")
+    assert "leave" not in listing.problems[0].message
+    assert listing.problems[0].message.endswith("read it with DATASET=folder, where masks are optional")
+    shutil.rmtree(root / "bottle" / "ground_truth")
+    assert kinds(list_dataset("mvtec_ad", root)) == [("error", "missing mask")]
+    assert list_dataset("folder", root).problems == ()
 
 
 def test_duplicate_stem_is_told(make, tmp_path):

@@ -206,15 +206,15 @@ def test_corrupt_image_names_its_file_also_from_a_worker(root):
 def test_mask_of_another_size_stops_with_both_names(make, root):
     make.mask(root / "bottle/ground_truth/broken/000_mask.png", size=(30, 30))
     data = module(DatasetConfig("mvtec_ad", str(root)))
-    with pytest.raises(DataError, match=r"000_mask\.png: mask is 30 x 30.*000\.png is 24 x 20"):
+    with pytest.raises(DataError, match=r"000_mask\.png: mask is 30 x 30.*000\.png is 48 x 40"):
         list(data.test_dataloader())
 
 
 def test_odd_image_modes_warn_once_per_dataset(make, root):
     for number in range(3):
-        deep = np.full((20, 24), 1000 + 900 * number, np.uint16)
+        deep = np.full((40, 48), 1000 + 900 * number, np.uint16)
         cv2.imwrite(str(root / "bottle/train/good" / f"{number:03d}.png"), deep)
-    Image.new("RGBA", (24, 20), (10, 20, 30, 0)).save(root / "cable/test/good/000.png")
+    Image.new("RGBA", (48, 40), (10, 20, 30, 0)).save(root / "cable/test/good/000.png")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         data = module(DatasetConfig("mvtec_ad", str(root)))

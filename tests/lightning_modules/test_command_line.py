@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lightning_modules.callbacks import EpochSeed, History
-from lightning_modules.cli import environment_arguments, with_environment
+from lightning_modules.cli import environment_arguments, main, with_environment
 
 
 def test_environment_stands_between_the_configuration_files_and_explicit_arguments():
@@ -27,6 +27,13 @@ def test_one_dataset_with_categories_becomes_one_argument():
     assert arguments == [
         '--data.init_args.datasets=[{"name": "mvtec_ad", "root": "/d", "categories": ["bottle", "cable"], "label": null}]'
     ]
+
+
+def test_help_names_the_program_as_it_is_started(capsys):
+    for words in (["--help"], ["fit", "--help"]):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert capsys.readouterr().out.startswith("usage: python -m lightning_modules ")
 
 
 def test_several_datasets_pair_with_their_roots_in_order():

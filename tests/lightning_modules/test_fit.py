@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_modules import evaluation
+from lightning_modules import callbacks, evaluation
 from results.records import read_records
 
 
@@ -162,7 +163,19 @@ def test_without_a_terminal_a_line_tells_how_far_the_training_is(project, caplog
     lines = [record.message for record in caplog.records if record.message.startswith("epoch ")]
     assert [line.split("  ")[0] for line in lines] == ["epoch 1 of 3", "epoch 3 of 3"]
     assert "train/loss" in lines[0]
-    assert lines[1].endswith("about 0:00:00 left")
+    assert lines[0].endswith(" s left")
+    assert "left" not in lines[1]
+
+
+def test_time_left_is_told_in_minutes(caplog, monkeypatch):
+    caplog.set_level(logging.INFO, logger="lightning.pytorch")
+    times = iter((1000.0, 1163.0))
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: next(times))
+    trainer = SimpleNamespace(current_epoch=0, max_epochs=4, callback_metrics={})
+    progress = callbacks.PlainProgress()
+    progress.on_train_start(trainer, None)
+    progress.on_train_epoch_end(trainer, None)
+    assert caplog.messages == ["epoch 1 of 4  about 8 min 09 s left"]
 
 
 def test_maps_too_large_for_memory_wait_in_a_file_and_give_the_same_numbers(trained, monkeypatch):

@@ -87,6 +87,24 @@ def test_another_recipe_may_be_compared_but_is_said(runs):
     assert any("differ in backbone, weights, image size" in note for note in result.notes)
 
 
+def test_several_experiments_of_a_method_are_listed_with_how_to_choose_one(runs, capsys):
+    add(runs, "unias", 0.02, seeds=(0,))
+    values = {("", c, "image_auroc"): 0.8 + 0.01 * i for i, c in enumerate(CATEGORIES)}
+    for n in range(10):
+        provenance = {"git_commit": f"{n}abc" * 10, "started": f"2026-01-{n + 10}"}
+        changes = {"profile": "paper", "image_size": (128, 96)} if n == 9 else {}
+        runs.add(run=f"try{n}", values=values, categories=CATEGORIES, provenance=provenance, **changes)
+    words = ["--metric", "image_auroc", "--root", str(runs.root)]
+    assert main(["compare", "unias", "uniad", *words]) == 2
+    told = capsys.readouterr().err
+    assert "B=uniad takes all 10 runs of uniad" in told
+    assert "  single/try9: profile paper, seed 0, image size 128x96, commit 9abc9abc9a\n  single/try8: " in told
+    assert "single/try1:" not in told
+    assert "  and 2 more\n" in told
+    assert "like B=single/try9" in told
+    assert main(["compare", "unias", "single/try8", *words]) == 0
+
+
 def test_a_category_that_one_side_lacks_is_named_not_dropped(runs):
     add(runs, "unias", 0.02, drop={("", "c3", "image_auroc")})
     add(runs, "uniad", 0.0)

@@ -16,6 +16,7 @@ import pytest
 from sweeps import prepare
 from sweeps.errors import SweepError
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 RUN = ("run", "toy", "--no-table")
 PROFILE = """
 model: {init_args: {backbone: {name: mobilenet, weights: auto}}}
@@ -31,8 +32,9 @@ def prepared(project: Any) -> Any:
         (
             "datamodules",
             "__main__",
-            "import pathlib, sys\nroot = pathlib.Path(sys.argv[2])\nroot.mkdir(parents=True)\n"
-            "(root / '1.png').write_text('x')\npathlib.Path('made.txt').open('a').write(f'{sys.argv[1:]}\\n')",
+            "import pathlib, sys\nroot = pathlib.Path(sys.argv[2])\n(root / 'bolt' / 'train').mkdir(parents=True)\n"
+            "(root / '1.png').write_text('x')\n(root / 'synthetic.json').write_text('{}')\n"
+            "pathlib.Path('made.txt').open('a').write(f'{sys.argv[1:]}\\n')",
         ),
         (
             "models",
@@ -42,7 +44,7 @@ def prepared(project: Any) -> Any:
         ),
     ]:
         (project.folder / package).mkdir()
-        (project.folder / package / "__init__.py").write_text("")
+        (project.folder / package / "__init__.py").write_text(f"__path__.append({str(REPOSITORY / package)!r})")
         (project.folder / package / f"{module}.py").write_text(code)
     (project.folder / "answer.txt").write_text("random")
     project.sweep({"model.size": [1, 2, 3]})
@@ -68,6 +70,24 @@ def test_single_training_finds_the_embedded_benchmark_made(prepared: Any) -> Non
         assert process.communicate(timeout=60)[0].count("Making") == made
         assert process.returncode == 0
     assert (prepared.folder / "data" / "synthetic" / "1.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"DATASET": "mvtec_add", "DATA_ROOT": "data/nuts"}, "Did you mean 'mvtec_ad'?"),
+        ({"DATASET": "folder", "DATA_ROOT": "data/nust"}, "should be in data/nust, which is no folder"),
+        ({"DATASET": "folder", "DATA_ROOT": "data/nuts", "CATEGORIES": "m8,m10x"}, "Did you mean 'm10'?"),
+        ({"DATASET": "folder", "DATA_ROOT": "data/nuts", "CATEGORIES": "m8"}, ""),
+    ],
+)
+def test_misspelt_data_is_refused_before_torch_is_loaded(prepared: Any, variables: dict[str, str], told: str) -> None:
+    for category in ("m8", "m10"):
+        (prepared.folder / "data" / "nuts" / category / "train").mkdir(parents=True)
+    (prepared.folder / "torch.py").write_text("raise SystemExit('torch is loaded')")
+    code, output = prepared.run("data", "sweeps/profiles/demo/toy.yaml", **variables)
+    assert code == (2 if told else 0), output
+    assert told in output
 
 
 def test_numerical_libraries_share_one_number_of_threads() -> None:

@@ -170,7 +170,7 @@ def test_two_runners_share_one_sweep(project: Any) -> None:
 
 def test_data_that_vanishes_stops_the_sweep_and_loses_nothing(project: Any, wait_for: Callable[..., None]) -> None:
     data = project.folder / "photos"
-    data.mkdir()
+    (data / "train").mkdir(parents=True)
     (data / "1.png").write_text("x")
     project.sweep({"model.end": ["ok", "fail"], "model.size": [1, 2], "model.nap": 0.2})
     variables = {"DATASET": "folder", "DATA_ROOT": "photos"}
@@ -189,9 +189,9 @@ def test_data_that_vanishes_stops_the_sweep_and_loses_nothing(project: Any, wait
 
 def test_missing_data_is_said_before_any_cell(project: Any) -> None:
     project.sweep({})
-    code, output = project.run(*RUN, DATASET="mvtec", DATA_ROOT="nowhere")
+    code, output = project.run(*RUN, DATASET="mvtec_ad", DATA_ROOT="nowhere")
     assert code == 2
-    assert "mvtec" in output
+    assert "mvtec_ad" in output
     assert "nowhere" in output
     assert "DATA_ROOT" in output
     assert not project.starts()
