@@ -218,7 +218,8 @@ def print_metrics(table: pd.DataFrame) -> None:
     console = Console()
     reasons: dict[str, None] = {}
     for variant, rows in table.groupby("variant", sort=False):
-        shown = Table(title=variant or None, caption="percent; mean = unweighted over categories; pooled = one ranking over all")
+        pooled = "; pooled = one ranking over all" if (rows.scope == "pooled").any() else ""
+        shown = Table(title=variant or None, caption=f"percent; mean = unweighted over categories{pooled}")
         shown.add_column("category", no_wrap=True)
         of_categories = rows[rows.scope == "category"]
         defined = of_categories.groupby("metric").value.count()
