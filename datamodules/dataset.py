@@ -154,8 +154,10 @@ class TableDataset(Dataset):
 class Batch(dict):
     """A batch by field: tensors, lists of tensors and lists of texts. Moving it to a device leaves the texts alone."""
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The batch with all its tensors on a device."""
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> Batch:
+        """The batch with all its tensors on a device; by default a copy to a GPU does not make the processor wait."""
+        if non_blocking is None:
+            non_blocking = torch.device(device).type == "cuda"
         return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
