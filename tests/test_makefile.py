@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def _words(target: str, *variables: str) -> list[list[str]]:
     """The words of each command of a target, not run."""
-    commands = subprocess.run(["make", "--dry-run", target, *variables], capture_output=True, text=True, check=True)
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}  # of `make test`
+    words = ["make", "--dry-run", target, *variables]
+    commands = subprocess.run(words, cwd=ROOT, env=plain, capture_output=True, text=True, check=True)
     return [shlex.split(line) for line in commands.stdout.splitlines()]
 
 
