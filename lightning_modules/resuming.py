@@ -68,6 +68,8 @@ def _locked(work: Path) -> IO[str]:
                     "choose another --run.name."
                 ) from None
             time.sleep(0.1)
+        except OSError:  # a file system without locks
+            break
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()

@@ -204,3 +204,11 @@ def test_scoring_again_keeps_how_the_weights_came_about(project):
     assert again.record.provenance["scored_again"]["started"] > trained.record.provenance["started"]
     pd.testing.assert_frame_equal(again.history, trained.history)
     pd.testing.assert_frame_equal(again.metrics, trained.metrics)
+
+
+def test_a_file_system_without_locks_is_no_obstacle(project, monkeypatch):
+    def refuse(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(resuming.fcntl, "flock", refuse)
+    project.run("--trainer.max_epochs=1", "--cache.mode=off")
