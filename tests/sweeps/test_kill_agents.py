@@ -28,7 +28,7 @@ def children(pid: int) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process of its parent's death")
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0])  # a minute each; any number does
 def test_sweep_whose_agents_were_killed_ends_like_an_uninterrupted_one(
     seed: int,
     online: Any,
