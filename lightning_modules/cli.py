@@ -344,7 +344,7 @@ class UniReconCLI(LightningCLI):
         before = self._scored_before()
         path = write_record(
             Path(self.run_config.results) / "runs",
-            self.record(),
+            self.record(before),
             self.evaluation.result.table,
             self.history.table() if before is None else before.history,
             config_text,
@@ -360,8 +360,8 @@ class UniReconCLI(LightningCLI):
         record = self.run_config.record
         return read_record(record) if self.subcommand == "test" and record.exists() else None
 
-    def record(self) -> RunRecord:
-        """What this run was, for its record."""
+    def record(self, before: StoredRecord | None) -> RunRecord:
+        """What this run was, for its record; ``before`` is that of the training whose weights were scored again."""
         model, data, trainer = self.model, self.datamodule, self.trainer
         backbone = model.extractor.provenance
         notes = [f"{key}: {note}" for key, note in (("backbone", backbone.get("note")),) if note]
@@ -384,7 +384,7 @@ class UniReconCLI(LightningCLI):
             "effective_batch_size": data.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
             "precision": str(trainer.precision),
         }
-        if (before := self._scored_before()) is not None:
+        if before is not None:
             started = before.record.provenance | {"scored_again": started}
         return RunRecord(
             run=self.run_config.name,
