@@ -78,16 +78,16 @@ report: setup  ## One self-contained HTML page of all tables, figures and heat m
 	$(PY) -m results report $(ARGS)
 
 reconstructions: setup  ## Picture what a run reconstructs: RUN=<record folder>.
-	$(PY) -m lightning_modules.reconstructions "$(RUN)" $(ARGS)
+	$(PY) -m lightning_modules.pictures.reconstructions "$(RUN)" $(ARGS)
 
 bench: setup  ## Time and memory of every method against a plain loop, about five minutes: [ARGS=].
-	$(PY) -m lightning_modules.benchmark $(ARGS)
+	$(PY) -m lightning_modules.benchmarks.training $(ARGS)
 
 cache: setup  ## List the feature cache's entries, or delete some: [CLEAR=key or all].
 	$(PY) -m datamodules cache $(if $(CLEAR),--clear $(CLEAR))
 
 bench-metrics: setup  ## Time our metrics against other libraries.
-	$(PY) -m lightning_modules.metrics.benchmark
+	$(PY) -m lightning_modules.benchmarks.metrics
 
 .PHONY: help setup test lint train predict check-data synthetic sweep sweeps wandb-sweep agents pull table tables \
 	audit figures compare report reconstructions bench bench-metrics cache

@@ -41,8 +41,8 @@ def _parser() -> argparse.ArgumentParser:
 def _cache(options: argparse.Namespace, console: Console) -> int:
     from rich.table import Table
 
+    from datamodules.cache.folder import age, entries, remove
     from datamodules.errors import did_you_mean
-    from datamodules.feature_cache import age, entries, remove
 
     found = entries(Path(options.root))
     if options.clear:

@@ -19,7 +19,7 @@ from datamodules.errors import DataError
 from datamodules.images import REMARKABLE, read_header, read_image, read_mask
 from datamodules.problems import ERROR, WARNING, Problem, number_of
 from datamodules.readers import Counts, Listing, list_dataset
-from datamodules.table import GOOD, SampleTable, rows_of
+from datamodules.sample_table import GOOD, SampleTable, rows_of
 
 COLUMNS = ("train", "val", "test_good", "structural", "logical")
 SMALLEST = 32

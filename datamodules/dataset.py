@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 
 from datamodules.augmentation import Augmentation, apply_symmetry
 from datamodules.images import read_pair, resize_image, resize_mask
+from datamodules.sample_table import SampleTable, category_keys, rows_of
 from datamodules.sampling import Draw
-from datamodules.table import SampleTable, category_keys, rows_of
 
 UNKNOWN = -1
 """Label of an image of which nothing is known (prediction on a folder)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datamodules.errors import DataError, did_you_mean
-from datamodules.table import SampleTable, category_keys
+from datamodules.sample_table import SampleTable, category_keys
 
 FULL = "full"
 DROP_LAST_32 = "drop_last_32"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datamodules.problems import ERROR, WARNING, Problem, number_of
-from datamodules.table import GOOD, Sample
+from datamodules.sample_table import GOOD, Sample
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 NORMAL_NAMES = (GOOD, "ok", "normal")
@@ -135,7 +135,9 @@ def unread_problems(category: str, folder: Path) -> list[Problem]:
     if not folder.is_dir():
         return []
     read = set(list_images(folder))
-    left = [p for p in folder.iterdir() if p not in read and not p.name.startswith(".") and p.name.casefold() not in CLUTTER]
+    left = [
+        p for p in folder.iterdir() if p not in read and not p.name.startswith(".") and p.name.casefold() not in CLUTTER
+    ]
     if not left:
         return []
     names = sorted(p.name + "/" * p.is_dir() for p in left)

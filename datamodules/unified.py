@@ -17,15 +17,24 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from datamodules.augmentation import Augmentation, not_square
+from datamodules.cache.entry import FeatureCache
+from datamodules.cache.loaders import CachedBatches, CachedImages, cached_loader
 from datamodules.dataset import UNKNOWN, ImageSource, LastImage, Row, TableDataset, collate, table_rows
 from datamodules.errors import DataError, did_you_mean
-from datamodules.feature_cache import CachedBatches, CachedImages, FeatureCache, cached_loader
 from datamodules.images import BIT_DEPTHS, REMARKABLE, check_resize, infer_bit_depth, read_header
 from datamodules.problems import WARNING, describe
 from datamodules.readers import Listing, list_dataset, raise_on_errors
+from datamodules.sample_table import (
+    SPLITS,
+    SampleTable,
+    category_keys,
+    concatenate,
+    content_hash,
+    fingerprint,
+    hold_out,
+)
 from datamodules.sampling import EvalSampler, TrainSampler, check_sampling
 from datamodules.subset import left_out
-from datamodules.table import SPLITS, SampleTable, category_keys, concatenate, content_hash, fingerprint, hold_out
 from datamodules.tree import IMAGE_SUFFIXES
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -258,7 +267,11 @@ class UnifiedDataModule(L.LightningDataModule):
     def provenance(self) -> list[dict[str, Any]]:
         """Per dataset: name, fingerprint and categories, for the run record."""
         return [
-            {"name": str(name), "fingerprint": self.fingerprints[str(name)], "categories": list(dict.fromkeys(rows["category"]))}
+            {
+                "name": str(name),
+                "fingerprint": self.fingerprints[str(name)],
+                "categories": list(dict.fromkeys(rows["category"])),
+            }
             for name, rows in self.table.groupby("dataset", sort=False)
         ]
 
@@ -354,7 +367,9 @@ class UnifiedDataModule(L.LightningDataModule):
         if not deep:
             return {}
         bits = infer_bit_depth(deep)
-        warnings.warn(f"{len(deep)} 16-bit images are read as {bits} bits (inferred); declare bit_depth to fix it", stacklevel=3)
+        warnings.warn(
+            f"{len(deep)} 16-bit images are read as {bits} bits (inferred); declare bit_depth to fix it", stacklevel=3
+        )
         return {"": bits}
 
     def _rows(self, split: str) -> list[Row]:

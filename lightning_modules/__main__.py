@@ -1,7 +1,7 @@
-from lightning_modules import preemption
+from lightning_modules.running import preemption
 
 if __name__ == "__main__":
     preemption.watch()
-    from lightning_modules.cli import main
+    from lightning_modules.running.command_line import main
 
     main()

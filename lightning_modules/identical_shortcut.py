@@ -11,7 +11,7 @@ from lightning_modules.uniad import concatenation
 from models import shortcut, uniad
 from models.backbones import BackboneConfig
 from models.head import HeadConfig
-from models.neck import resize_concatenate
+from models.layers.neck import resize_concatenate
 
 
 class IdenticalShortcut(ReconstructionModule):

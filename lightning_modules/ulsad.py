@@ -15,7 +15,7 @@ from datamodules.errors import DataError
 from lightning_modules.base import ImageSize, OptimizerConfig, Recipe, ReconstructionModule
 from models.backbones import BackboneConfig
 from models.head import HeadConfig, ScoredMaps
-from models.quantiles import StreamingQuantiles
+from models.layers.quantiles import StreamingQuantiles
 from models.reconstruction import Pair
 from models.ulsad import ULSADNetwork
 

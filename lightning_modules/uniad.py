@@ -8,7 +8,7 @@ from lightning_modules.base import ImageSize, OptimizerConfig, Recipe, Reconstru
 from models import uniad
 from models.backbones import BackboneConfig
 from models.head import HeadConfig
-from models.neck import resize_concatenate
+from models.layers.neck import resize_concatenate
 
 
 def concatenation(grid: tuple[int, int]) -> str:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.blur import Border, GaussianBlur
-from models.neck import resize
+from models.layers.blur import Border, GaussianBlur
+from models.layers.neck import resize
 from models.reconstruction import Pair
 
 Distance = Literal["l2", "squared_sum", "squared_mean", "cosine", "mse_cosine"]
@@ -42,7 +42,7 @@ class HeadConfig:
         level, lowest level first, reflect border; empty = none. Without kernels each is cut at 4 sigma.
     smoothing_sigma: Gaussian blur of the map at image size, in pixels; 0 = none (RLR, ULSAD: 4).
     smoothing_kernel: its number of taps (odd); None = cut at 4 sigma, which is 33 taps for sigma 4.
-    smoothing_border: `reflect` (kornia, ULSAD) or `symmetric` (SciPy's default, RLR); see models/blur.py.
+    smoothing_border: `reflect` (kornia, ULSAD) or `symmetric` (SciPy's default, RLR); see models/layers/blur.py.
     smoothing_target: `both` map and image score, or only `image_score` (RLR's pixel metrics read the unsmoothed map).
     image_score: of the map: `max`, `mean`, `std` (population), `top_k` = mean of the largest top_k_fraction of pixels,
         `pooled_max` = max after average pooling with a pool_window x pool_window window, stride 1, no padding.

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import MultiHeadAttention
-from models.positions import integer_sine_position
+from models.layers.attention import MultiHeadAttention
+from models.layers.positions import integer_sine_position
 from models.reconstruction import Pair
 
 BLOCKS = ("lca", "ca", "msa", "mlka", "sa")  # the order of the fusion weights' columns, as released
@@ -382,7 +382,7 @@ def window_side(size: tuple[int, int]) -> int:
 
 def feature_jitter(tokens: Tensor, scale: float, probability: float) -> Tensor:
     """tokens (B, L, C) + Gaussian noise of standard deviation scale * ||token|| / C, in all but a random
-    floor((1 - probability) * L) tokens of each sample (released code; `models.jitter` draws once per batch instead)."""
+    floor((1 - probability) * L) tokens of each sample (released code; `models.layers.jitter` draws once per batch instead)."""
     deviation = scale * tokens.norm(dim=-1, keepdim=True) / tokens.shape[-1]
     deviation = deviation.masked_fill(_random_tokens(tokens, 1 - probability), 0)
     return tokens + deviation * torch.randn_like(tokens)

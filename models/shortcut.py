@@ -13,8 +13,8 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from models.jitter import FeatureJitter
-from models.neck import resize_concatenate
+from models.layers.jitter import FeatureJitter
+from models.layers.neck import resize_concatenate
 from models.reconstruction import Pair
 from models.uniad import UniAD
 

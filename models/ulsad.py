@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.head import distance_map
-from models.neck import resize_concatenate
+from models.layers.neck import resize_concatenate
 from models.reconstruction import Pair
 
 LOSS_TERMS = ("pl", "pg", "pg_d", "lg")

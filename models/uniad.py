@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.attention import MultiHeadAttention
-from models.dropout import Dropout
-from models.jitter import FeatureJitter
-from models.masks import neighbor_mask
-from models.neck import resize_concatenate
-from models.positions import LearnedPosition2d, SinePosition2d
+from models.layers.attention import MultiHeadAttention
+from models.layers.dropout import Dropout
+from models.layers.jitter import FeatureJitter
+from models.layers.masks import neighbor_mask
+from models.layers.neck import resize_concatenate
+from models.layers.positions import LearnedPosition2d, SinePosition2d
 from models.reconstruction import Pair
 
 Query = Literal["none", "first", "layerwise"]

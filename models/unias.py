@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.attention import MultiHeadAttention
-from models.blur import GaussianBlur
-from models.dropout import Dropout
-from models.jitter import FeatureJitter
-from models.linear_head import UpsampleConvolutions
-from models.masks import neighbor_mask
-from models.positions import normalized_sine_position
+from models.layers.attention import MultiHeadAttention
+from models.layers.blur import GaussianBlur
+from models.layers.dropout import Dropout
+from models.layers.jitter import FeatureJitter
+from models.layers.linear_head import UpsampleConvolutions
+from models.layers.masks import neighbor_mask
+from models.layers.positions import normalized_sine_position
 from models.reconstruction import Pair
 
 FeatureFilter = Literal["none", "average", "gaussian", "gaussian_residual"]
@@ -57,7 +57,7 @@ class UniAS(nn.Module):
             0 = nothing is hidden.
         feature_filter: What the network sees and reconstructs, see `FeatureFiltering`: `gaussian_residual`
             (supplement), `gaussian`, `average` or `none`.
-        jitter_scale: Of the noise on the network's input in training (released code: 20), see `models.jitter`.
+        jitter_scale: Of the noise on the network's input in training (released code: 20), see `models.layers.jitter`.
         jitter_probability: Of that noise, drawn per level and batch (released code: 0.5).
         jitter_at_test: Keep the noise in evaluation, as the released code does on its path without a filter.
         sar: How the first query is made, see `SampleAwareQuery`. `released` is the default because the authors'

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.neck import resize
+from models.layers.neck import resize
 
 DEPTHS = (3, 4, 6, 3)
 

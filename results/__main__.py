@@ -10,15 +10,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from results import audit as auditing
-from results import render
-from results.build import SOURCES, category_tables, paper_table, sweep_table
-from results.curves import curve_table
-from results.records import DamagedRecordWarning, RecordError, RecordSet, StoredRecord, read_records
-from results.scores import ConflictError, kinds, newest, select
-from results.spec import Spec, SpecError, find_spec, spec_for_sweep, spec_names
-from results.sweep_file import SweepFile, read_sweep
-from results.table import Table
+from results.aggregator import audit as auditing
+from results.aggregator import render
+from results.aggregator.build import SOURCES, category_tables, paper_table, sweep_table
+from results.aggregator.curves import curve_table
+from results.aggregator.records import DamagedRecordWarning, RecordError, RecordSet, StoredRecord, read_records
+from results.aggregator.scores import ConflictError, kinds, newest, select
+from results.aggregator.spec import Spec, SpecError, find_spec, spec_for_sweep, spec_names
+from results.aggregator.sweep_file import SweepFile, read_sweep
+from results.aggregator.table import Table
 
 OUT = Path("results/tables")
 console = Console()
@@ -45,7 +45,7 @@ def _sweep(options: argparse.Namespace) -> int:
     table = build_sweep(spec, records, sweep, options.std == "rms")
     _show(table, options)
     if spec.kind == "curves":
-        from results import figures
+        from results.aggregator import figures
 
         if options.format is None:
             path = figures.save(figures.curves_figure(spec, records, sweep), options.out / f"{table.name}.png")
@@ -129,7 +129,7 @@ def _audit(options: argparse.Namespace) -> int:
 
 def _compare(options: argparse.Namespace) -> int:
     """Paired tests between two methods, runs or cells."""
-    from results import compare as comparing
+    from results.aggregator import compare as comparing
 
     records = _records(options)
     a, b = comparing.choose(records, options.a), comparing.choose(records, options.b)
@@ -141,7 +141,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _figures(options: argparse.Namespace) -> int:
     """Figures of a sweep, or of a paper's table with our runs beside the printed numbers."""
-    from results import figures
+    from results.aggregator import figures
 
     drawn = {}
     paper = find_spec(options.name) if options.name in spec_names() else None
@@ -171,7 +171,7 @@ def _figures(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     """One self-contained HTML page of everything."""
-    from results.report import write_report
+    from results.aggregator.report import write_report
 
     records = _records(options) if options.root.is_dir() else RecordSet(())
     path = write_report(
@@ -255,7 +255,9 @@ def _parser() -> argparse.ArgumentParser:
         "--runs", action="append", metavar="PATTERN", help="only runs whose sweep/run fits; may be repeated"
     )
     records.add_argument(
-        "--newest", action="store_true", help="of several runs of one cell and seed, as other code made them, only the last"
+        "--newest",
+        action="store_true",
+        help="of several runs of one cell and seed, as other code made them, only the last",
     )
     output = argparse.ArgumentParser(add_help=False)
     output.add_argument("--out", type=Path, default=OUT, help="folder for the files")

@@ -10,11 +10,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from sweeps import cluster, command, listing, preflight, prepare, sweep_file
-from sweeps.display import Display
-from sweeps.errors import SweepError
-from sweeps.runner import Job, Runner, check_writable
-from sweeps.state import DONE, FAILED, WORK
+from sweeps.runner import cluster, command, listing, preflight, prepare, sweep_file
+from sweeps.runner.display import Display
+from sweeps.runner.errors import SweepError
+from sweeps.runner.local import Job, Runner, check_writable
+from sweeps.runner.state import DONE, FAILED, WORK
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("ablation", nargs="?", help="list the cells of this ablation")
     show.add_argument("--profile", help="folder in sweeps/profiles/ (default: $PROFILE or demo)")
 
-    data = commands.add_parser("data", help="look for the data of a configuration; make it if it is the embedded benchmark")
+    data = commands.add_parser(
+        "data", help="look for the data of a configuration; make it if it is the embedded benchmark"
+    )
     data.set_defaults(function=_data)
     data.add_argument("config", type=Path, help="a file like sweeps/profiles/demo/uniad.yaml")
 

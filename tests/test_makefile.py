@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def _words(target: str, *variables: str) -> list[list[str]]:
     """The words of each command of a target, not run."""
-    plain = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}  # of `make test`
+    plain = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))
+    }  # of `make test`
     words = ["make", "--dry-run", target, *variables]
     commands = subprocess.run(words, cwd=ROOT, env=plain, capture_output=True, text=True, check=True)
     return [shlex.split(line) for line in commands.stdout.splitlines()]
@@ -26,7 +28,11 @@ def _words(target: str, *variables: str) -> list[list[str]]:
     ("target", "variables", "words"),
     [
         ("check-data", ("DATASET=folder", "DATA_ROOT=/my photos", "CATEGORIES=a b,c"), {"/my photos", "a b,c"}),
-        ("predict", ("RUN=my run", "IMAGES=/new photos"), {"my run/config.yaml", "--data.init_args.predict_root=/new photos"}),
+        (
+            "predict",
+            ("RUN=my run", "IMAGES=/new photos"),
+            {"my run/config.yaml", "--data.init_args.predict_root=/new photos"},
+        ),
         ("reconstructions", ("RUN=my run",), {"my run"}),
     ],
 )

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from datamodules.errors import DataError, did_you_mean
 from datamodules.problems import ERROR, WARNING, Problem, describe
-from datamodules.table import GOOD, Sample, SampleTable, build_table
+from datamodules.sample_table import GOOD, Sample, SampleTable, build_table
 from datamodules.tree import is_category, list_folders
 
 

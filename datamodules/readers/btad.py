@@ -10,7 +10,7 @@ from pathlib import Path
 
 from datamodules.problems import Problem
 from datamodules.readers.base import Counts, DatasetReader, register
-from datamodules.table import Sample
+from datamodules.sample_table import Sample
 from datamodules.tree import read_tree
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from datamodules.problems import Problem
 from datamodules.readers.base import DatasetReader, register
-from datamodules.table import Sample
+from datamodules.sample_table import Sample
 from datamodules.tree import is_category, list_folders, read_tree
 
 

@@ -19,7 +19,7 @@ from datamodules.errors import DataError
 from datamodules.images import read_mask_values
 from datamodules.problems import WARNING, Problem
 from datamodules.readers.base import Counts, DatasetReader, register
-from datamodules.table import Sample
+from datamodules.sample_table import Sample
 from datamodules.tree import read_tree
 
 CONFIG = "defects_config.json"

@@ -8,7 +8,7 @@ from pathlib import Path
 from datamodules.problems import Problem
 from datamodules.readers.base import DatasetReader, register
 from datamodules.readers.mvtec_loco import MVTecLOCO
-from datamodules.table import Sample
+from datamodules.sample_table import Sample
 from datamodules.tree import read_tree
 
 MANIFEST = "synthetic.json"

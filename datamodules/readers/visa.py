@@ -12,7 +12,7 @@ from pathlib import Path
 
 from datamodules.problems import ERROR, Problem
 from datamodules.readers.base import Counts, DatasetReader, register
-from datamodules.table import GOOD, Sample
+from datamodules.sample_table import GOOD, Sample
 from datamodules.tree import read_tree
 
 _CSV = Path("split_csv") / "1cls.csv"

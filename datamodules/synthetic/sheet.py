@@ -7,8 +7,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from datamodules.synthetic.benchmark import render_defect, render_normal
 from datamodules.synthetic.categories import CATEGORIES
+from datamodules.synthetic.writer import render_defect, render_normal
 
 _OUTLINE = (255, 235, 0)
 

@@ -204,7 +204,9 @@ class AnomalyMetrics(Metric):
         for b in first:
             if names[b] in self._evaluated:
                 count = self.expected[names[b]]
-                raise ValueError(f"{sample(b)}: the {count} images that this category was expected to have are complete")
+                raise ValueError(
+                    f"{sample(b)}: the {count} images that this category was expected to have are complete"
+                )
         if self.keeps_maps:
             maps = _stack("maps", maps, B)
             on_device = isinstance(maps, torch.Tensor) and self._stays_on_device(maps)

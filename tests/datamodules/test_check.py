@@ -83,7 +83,9 @@ def test_small_images_and_masks_that_look_inverted_are_told_once_with_their_file
     assert small.message == "2 images: a side is shorter than 32 pixels"
     assert small.files == tuple(str(base / "train" / "good" / name) for name in ("000.png", "001.png"))
     assert inverted.message == "2 masks: more than half of the image is marked: inverted?"
-    assert inverted.files == tuple(str(base / "ground_truth/broken" / name) for name in ("000_mask.png", "001_mask.png"))
+    assert inverted.files == tuple(
+        str(base / "ground_truth/broken" / name) for name in ("000_mask.png", "001_mask.png")
+    )
     (base / "train" / "good" / "001.png").unlink()
     assert main(["check", "--dataset", "folder", "--data-root", str(tmp_path)]) == 0
     assert "1 image: a side" in capsys.readouterr().out
@@ -125,7 +127,11 @@ def test_what_is_left_unread_beside_the_images_is_told(make, tmp_path):
 
 @pytest.mark.parametrize(
     ("gone", "lacking"),
-    [(("good",), "no normal test image"), (("broken",), "no anomalous test image"), (("good", "broken"), "no test image")],
+    [
+        (("good",), "no normal test image"),
+        (("broken",), "no anomalous test image"),
+        (("good", "broken"), "no test image"),
+    ],
 )
 def test_a_test_set_that_cannot_be_scored_is_told(make, tmp_path, gone, lacking):
     make.mvtec(tmp_path, "nut")

@@ -16,22 +16,21 @@ import pytest
 import torch
 
 from datamodules.__main__ import main
+from datamodules.cache.entry import CacheSpec, FeatureCache, NonFiniteFeaturesError, open_or_build
+from datamodules.cache.folder import CacheTooLargeError, entries
+from datamodules.cache.loaders import CachedBatches
 from datamodules.dataset import Row
-from datamodules.feature_cache import (
-    CachedBatches,
-    CacheSpec,
-    CacheTooLargeError,
-    FeatureCache,
-    NonFiniteFeaturesError,
-    entries,
-    open_or_build,
-)
 
 ROWS, SIZE, BUDGET = 10, (8, 12), 10**9
 
 
 def spec(**changes) -> CacheSpec:
-    given = {"content": "abc", "image_size": SIZE, "resize": "pil_bilinear", "backbone": {"name": "n", "levels": [1, 2]}}
+    given = {
+        "content": "abc",
+        "image_size": SIZE,
+        "resize": "pil_bilinear",
+        "backbone": {"name": "n", "levels": [1, 2]},
+    }
     return CacheSpec(**given | changes)
 
 
@@ -140,7 +139,7 @@ def test_an_entry_with_broken_files_is_built_anew(tmp_path, damage):
 
 
 def test_an_interrupted_build_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr("datamodules.feature_cache.FLUSH_EVERY", 3)
+    monkeypatch.setattr("datamodules.cache.entry.FLUSH_EVERY", 3)
     with pytest.raises(PowerCut):
         open_or_build(tmp_path, spec(), ROWS, Backbone(fails_at=7), BUDGET)
     assert not (tmp_path / spec().key).exists()
@@ -150,7 +149,7 @@ def test_an_interrupted_build_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
 
 def test_a_damaged_part_of_an_interrupted_build_is_computed_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("datamodules.feature_cache.FLUSH_EVERY", 3)
+    monkeypatch.setattr("datamodules.cache.entry.FLUSH_EVERY", 3)
     with pytest.raises(PowerCut):
         open_or_build(tmp_path, spec(), ROWS, Backbone(fails_at=7), BUDGET)
     partial = tmp_path / f"{spec().key}.partial"
@@ -246,7 +245,7 @@ def test_entries_can_be_listed_and_deleted(tmp_path, capsys):
 
 def test_an_older_layout_is_never_read(tmp_path, monkeypatch):
     now = spec().key
-    monkeypatch.setattr("datamodules.feature_cache.VERSION", 1)
+    monkeypatch.setattr("datamodules.cache.entry.VERSION", 1)
     assert spec().key != now
     assert json.loads(json.dumps(spec().title)) == spec().title
 

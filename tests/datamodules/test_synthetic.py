@@ -120,7 +120,7 @@ def test_a_complete_benchmark_is_kept_and_anything_else_is_not_overwritten(tiny,
 
 
 def test_an_interrupted_generation_leaves_no_half_benchmark(tmp_path, monkeypatch):
-    import datamodules.synthetic.benchmark as module
+    import datamodules.synthetic.writer as module
 
     def stop(*_):
         raise KeyboardInterrupt

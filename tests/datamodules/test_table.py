@@ -9,7 +9,16 @@ import pytest
 
 from datamodules.errors import DataError
 from datamodules.readers import list_dataset
-from datamodules.table import COLUMNS, Sample, build_table, category_keys, concatenate, fingerprint, hold_out, validate
+from datamodules.sample_table import (
+    COLUMNS,
+    Sample,
+    build_table,
+    category_keys,
+    concatenate,
+    fingerprint,
+    hold_out,
+    validate,
+)
 
 
 def normal(number: int, category: str = "c", split: str = "train") -> Sample:

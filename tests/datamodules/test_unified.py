@@ -270,7 +270,9 @@ def test_a_resumed_training_sees_the_images_that_an_uninterrupted_one_sees(root,
 
 
 def test_a_batch_moves_all_its_tensors_and_no_text():
-    batch = Batch(image=torch.zeros(2, 3), features=[torch.zeros(2, 1), torch.ones(2, 2)], category=["a", "b"], empty=[])
+    batch = Batch(
+        image=torch.zeros(2, 3), features=[torch.zeros(2, 1), torch.ones(2, 2)], category=["a", "b"], empty=[]
+    )
     moved = batch.to("meta")
     assert moved["image"].device.type == moved["features"][0].device.type == moved["features"][1].device.type == "meta"
     assert moved["category"] is batch["category"]

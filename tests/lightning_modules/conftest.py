@@ -11,8 +11,8 @@ import torch
 import yaml
 from PIL import Image
 
-from lightning_modules.cli import main
-from results.records import StoredRecord, read_record
+from lightning_modules.running.command_line import main
+from results.aggregator.records import StoredRecord, read_record
 
 SIDE = 72  # not the size of the run, so that resizing takes part
 CATEGORIES = ("bolt", "disc")
@@ -76,7 +76,10 @@ class Project:
         datasets = [{"name": reader, "root": str(data)}]
         config = {
             "model": {"class_path": "lightning_modules.uniad.UniAD", "init_args": init_args},
-            "data": {"class_path": "datamodules.UnifiedDataModule", "init_args": {"datasets": datasets, "num_workers": 0}},
+            "data": {
+                "class_path": "datamodules.UnifiedDataModule",
+                "init_args": {"datasets": datasets, "num_workers": 0},
+            },
             "trainer": {"max_epochs": 2, "accelerator": "cpu", "devices": 1},
             "run": {"results": str(self.results), "heatmaps": False},
             "cache": {"root": str(folder / "cache")},

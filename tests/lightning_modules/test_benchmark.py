@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from lightning_modules import benchmark
+from lightning_modules.benchmarks import training as benchmark
 from lightning_modules.uniad import UniAD
 from models.backbones import BackboneConfig
 

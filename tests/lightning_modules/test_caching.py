@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from datamodules import DatasetConfig, UnifiedDataModule
-from datamodules.feature_cache import entries
-from lightning_modules.caching import CacheConfig, attach
+from datamodules.cache.folder import entries
+from lightning_modules.running.serving import CacheConfig, attach
 from lightning_modules.uniad import UniAD
 from models.backbones import BackboneConfig
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_modules.callbacks import EpochSeed, History
-from lightning_modules.cli import environment_arguments, main, with_environment
+from lightning_modules.callbacks.epoch_seed import EpochSeed
+from lightning_modules.callbacks.history import History
+from lightning_modules.running.command_line import environment_arguments, main, with_environment
 
 
 def test_environment_stands_between_the_configuration_files_and_explicit_arguments():
@@ -39,7 +40,9 @@ def test_help_names_the_program_as_it_is_started(capsys):
 def test_several_datasets_pair_with_their_roots_in_order():
     (argument,) = environment_arguments({"DATASET": "mvtec_ad,visa", "DATA_ROOT": "/m,/v"})
     rest = '"categories": null, "label": null'
-    assert argument.endswith(f'[{{"name": "mvtec_ad", "root": "/m", {rest}}}, {{"name": "visa", "root": "/v", {rest}}}]')
+    assert argument.endswith(
+        f'[{{"name": "mvtec_ad", "root": "/m", {rest}}}, {{"name": "visa", "root": "/v", {rest}}}]'
+    )
 
 
 def test_two_datasets_of_one_reader_are_called_after_their_folders(make_project, tmp_path, write_data, monkeypatch):

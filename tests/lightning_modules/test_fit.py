@@ -12,8 +12,9 @@ import pytest
 import torch
 import yaml
 
-from lightning_modules import callbacks, evaluation
-from results.records import read_records
+from lightning_modules.callbacks import progress
+from lightning_modules.callbacks import scoring as evaluation
+from results.aggregator.records import read_records
 
 
 def test_a_finished_run_leaves_a_complete_record(trained):
@@ -29,7 +30,9 @@ def test_a_finished_run_leaves_a_complete_record(trained):
     assert losses.epoch.tolist() == [0, 1]
     assert losses.step.tolist() == [2, 4]  # 12 images in batches of 8
     assert np.isfinite(losses.value).all()
-    assert {"git_commit", "versions", "device", "started", "wall_seconds", "epochs", "command"} <= set(record.record.provenance)
+    assert {"git_commit", "versions", "device", "started", "wall_seconds", "epochs", "command"} <= set(
+        record.record.provenance
+    )
     assert record.record.provenance["epochs"] == 2
     assert record.record.backbone["weights"] == "random"
     assert record.record.seed == 0
@@ -99,14 +102,19 @@ def test_the_curve_has_one_point_per_interval_and_leaves_the_training_as_it_is(p
     assert curve.epoch.tolist() == [1, 2]  # every second epoch, and the last
     assert {"curve/image_auroc", "curve/pixel_auroc"} <= set(watched.history.metric)
     assert project.losses("watched") == project.losses("plain")
-    final = watched.metrics[(watched.metrics.scope == "mean") & (watched.metrics.dataset == "")].set_index("metric").value
+    final = (
+        watched.metrics[(watched.metrics.scope == "mean") & (watched.metrics.dataset == "")].set_index("metric").value
+    )
     assert curve.value.iloc[-1] == pytest.approx(final["image_auroc"], abs=1e-9)
     assert plain.record.protocol == "clean"
 
 
 def test_as_released_ends_with_the_best_epochs_weights_and_says_so(project):
     record = project.fit(
-        "--run.protocol=as_released", "--run.curve_every=1", "--trainer.max_epochs=4", "--model.init_args.optimizer.lr=0.05"
+        "--run.protocol=as_released",
+        "--run.curve_every=1",
+        "--trainer.max_epochs=4",
+        "--model.init_args.optimizer.lr=0.05",
     )
     curve = record.history[record.history.metric == "curve/pixel_auroc"]
     assert len(curve) == 4
@@ -170,11 +178,11 @@ def test_without_a_terminal_a_line_tells_how_far_the_training_is(project, caplog
 def test_time_left_is_told_in_minutes(caplog, monkeypatch):
     caplog.set_level(logging.INFO, logger="lightning.pytorch")
     times = iter((1000.0, 1163.0))
-    monkeypatch.setattr(callbacks.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(times))
     trainer = SimpleNamespace(current_epoch=0, max_epochs=4, callback_metrics={})
-    progress = callbacks.PlainProgress()
-    progress.on_train_start(trainer, None)
-    progress.on_train_epoch_end(trainer, None)
+    lines = progress.PlainProgress()
+    lines.on_train_start(trainer, None)
+    lines.on_train_epoch_end(trainer, None)
     assert caplog.messages == ["epoch 1 of 4  about 8 min 09 s left"]
 
 

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from datamodules import unified
-from lightning_modules import normal_scores
-from lightning_modules.normal_scores import p_values
+from lightning_modules.callbacks import normal_scores
+from lightning_modules.callbacks.normal_scores import p_values
 
 
 def test_a_p_value_counts_the_normal_images_that_score_at_least_as_high():
@@ -68,7 +68,9 @@ def test_a_large_set_is_represented_by_images_picked_evenly(trained, monkeypatch
     assert set(table.category) == {"bolt", "disc"}
 
 
-def test_photographs_of_good_products_alone_are_enough_to_train_and_to_predict(tmp_path, write_data, make_project, caplog):
+def test_photographs_of_good_products_alone_are_enough_to_train_and_to_predict(
+    tmp_path, write_data, make_project, caplog
+):
     root = write_data(tmp_path / "data")
     photographs = tmp_path / "photographs"
     shutil.move(root / "bolt" / "test", photographs)

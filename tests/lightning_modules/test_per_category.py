@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_modules.cli import main
-from lightning_modules.per_category import run_names
+from lightning_modules.running.command_line import main
+from lightning_modules.running.per_category import run_names
 
 
 def test_names_of_runs_hold_plain_characters_and_stay_different():

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from lightning_modules.cli import main
+from lightning_modules.running.command_line import main
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,9 @@ def predictions(trained, data_root, tmp_path_factory):
 def test_scores_are_those_of_the_test_run(predictions, trained):
     with open(predictions / "scores.csv") as file:
         rows = {row["image"]: float(row["image_score"]) for row in csv.DictReader(file)}
-    tested = pd.read_csv(trained.results / "runs" / "single" / "first" / "image_scores.csv").set_index("path").image_score
+    tested = (
+        pd.read_csv(trained.results / "runs" / "single" / "first" / "image_scores.csv").set_index("path").image_score
+    )
     assert len(rows) == 5
     for path, score in rows.items():
         assert score == pytest.approx(tested[path], rel=1e-5)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_modules import per_category, preemption, tracking
+from lightning_modules.running import per_category, preemption, tracking
 
 ROOT = Path(__file__).resolve().parents[2]
 

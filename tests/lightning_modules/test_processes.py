@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lightning_modules import preemption
+from lightning_modules.running import preemption
 
 ROOT = Path(__file__).resolve().parents[2]
 TWO = ("--trainer.devices=2", "--trainer.strategy=ddp")

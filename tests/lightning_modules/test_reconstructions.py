@@ -10,10 +10,10 @@ import yaml
 from PIL import Image
 
 from datamodules import DatasetConfig, UnifiedDataModule
-from lightning_modules import reconstructions
+from lightning_modules.pictures import reconstructions
 from lightning_modules.rlr import RLR
 from models.backbones import BackboneConfig
-from results.records import METRIC_COLUMNS, RunRecord, write_record
+from results.aggregator.records import METRIC_COLUMNS, RunRecord, write_record
 
 
 @pytest.fixture

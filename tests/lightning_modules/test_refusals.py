@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_modules.cli import main
+from lightning_modules.running.command_line import main
 
 
 def _refusal(project, *more: str, command: str = "fit") -> str:

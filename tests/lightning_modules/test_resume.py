@@ -12,10 +12,11 @@ import pandas as pd
 import pytest
 import torch
 
-from lightning_modules import resuming
-from lightning_modules.callbacks import EpochSeed, Progress
-from lightning_modules.checkpoints import WholeCheckpoints
-from lightning_modules.cli import main
+from lightning_modules.callbacks.epoch_seed import EpochSeed
+from lightning_modules.callbacks.progress import Progress
+from lightning_modules.running import resuming
+from lightning_modules.running.checkpoints import WholeCheckpoints
+from lightning_modules.running.command_line import main
 
 
 class Interruption(RuntimeError):
@@ -50,7 +51,10 @@ def uninterrupted(tmp_path_factory, data_root, make_project):
     [
         ("--model.init_args.optimizer.lr=0.01", "optimizer.lr: 0.001 then, 0.01 now"),
         ("--seed_everything=1", "seed_everything: 0 then, 1 now"),
-        ("--data.init_args.datasets=[{'name': 'folder', 'root': 'ROOT', 'categories': ['disc']}]", "fingerprint of the data"),
+        (
+            "--data.init_args.datasets=[{'name': 'folder', 'root': 'ROOT', 'categories': ['disc']}]",
+            "fingerprint of the data",
+        ),
     ],
 )
 def test_an_interrupted_run_goes_on_with_its_own_options_and_data_only(project, data_root, monkeypatch, option, named):
@@ -93,9 +97,7 @@ def test_finished_categories_are_not_joined_with_those_of_other_options(project,
     [(EpochSeed, "on_train_epoch_start", 2), (Progress, "on_train_epoch_end", 3)],
     ids=["between two epochs", "before the last epoch's checkpoint"],
 )
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
-    uninterrupted, project, monkeypatch, owner, hook, epoch
-):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(uninterrupted, project, monkeypatch, owner, hook, epoch):
     more = (EPOCHS, "--model.init_args.optimizer.lr_drops=[2]", "--run.curve_every=2")
     with monkeypatch.context() as patch:
         _cut(patch, owner, hook, epoch)
@@ -175,7 +177,9 @@ def test_an_interrupted_replacement_goes_on_instead_of_beginning_again(project, 
     assert project.record().record.seed == 1
     begun.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(EpochSeed, "on_train_epoch_start", lambda self, trainer, module: begun.append(trainer.current_epoch))
+        patch.setattr(
+            EpochSeed, "on_train_epoch_start", lambda self, trainer, module: begun.append(trainer.current_epoch)
+        )
         project.run(*anew)  # finished: replaced from the beginning
     assert begun == [0, 1, 2, 3]
 
@@ -183,8 +187,15 @@ def test_an_interrupted_replacement_goes_on_instead_of_beginning_again(project, 
 def test_a_run_that_another_process_is_training_is_left_alone(project, monkeypatch):
     work = project.results / "work" / "single" / "first"
     work.mkdir(parents=True)
-    script = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); f.write('4321'); f.flush()"
-    words = [sys.executable, "-c", f"{script}; print('held', flush=True); sys.stdin.read()", str(work / "training.lock")]
+    script = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); f.write('4321'); f.flush()"
+    )
+    words = [
+        sys.executable,
+        "-c",
+        f"{script}; print('held', flush=True); sys.stdin.read()",
+        str(work / "training.lock"),
+    ]
     monkeypatch.setattr(resuming, "PATIENCE", 0.2)
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from datamodules.synthetic import Plan, generate
-from lightning_modules import benchmark
-from lightning_modules.callbacks import Compile
+from lightning_modules.benchmarks import training as benchmark
+from lightning_modules.callbacks.compile import Compile
 from lightning_modules.uniad import UniAD
 
 

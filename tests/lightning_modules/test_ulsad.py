@@ -12,17 +12,18 @@ import torch
 from PIL import Image
 
 from datamodules import UnifiedDataModule
+from datamodules.sample_table import Sample, build_table
 from datamodules.subset import left_out
-from datamodules.table import Sample, build_table
 from datamodules.unified import DatasetConfig
 from lightning_modules.base import OptimizerConfig
-from lightning_modules.callbacks import History
-from lightning_modules.cli import main
+from lightning_modules.callbacks.curve import EvaluationCurve
+from lightning_modules.callbacks.history import History
+from lightning_modules.callbacks.scoring import Evaluation
 from lightning_modules.dfr import DFR
-from lightning_modules.evaluation import Evaluation, EvaluationCurve
+from lightning_modules.running.command_line import main
 from lightning_modules.ulsad import ULSAD, QuantileConfig
 from models.backbones import BackboneConfig
-from results.records import read_record
+from results.aggregator.records import read_record
 
 BACKBONE = BackboneConfig("resnet10t", (2, 3), weights="random")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -293,7 +294,7 @@ def test_logical_and_structural_anomalies_are_scored_apart_against_all_good_imag
 
 
 def test_a_map_equal_to_the_masks_has_auspro_1(loco):
-    from lightning_modules.logical import LogicalEvaluation
+    from lightning_modules.callbacks.logical import LogicalEvaluation
 
     source = data(loco)
     source.setup()
@@ -353,7 +354,7 @@ def test_without_held_out_images_the_quantiles_are_refused_in_plain_words(tmp_pa
 
 def test_one_model_per_category_gives_one_record_with_the_means_and_resumes(loco, tmp_path, monkeypatch):
     setting = "--data.init_args.setting=per_category"
-    import lightning_modules.per_category as per_category
+    import lightning_modules.running.per_category as per_category
 
     original, calls = per_category.read_record, []
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models import attention as attention_module
-from models.attention import attention
-from models.dropout import Dropout, dropout
+from models.layers import attention as attention_module
+from models.layers.attention import attention
+from models.layers.dropout import Dropout, dropout
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.linear_head import UpsampleConvolutions
+from models.layers.linear_head import UpsampleConvolutions
 
 
 @pytest.mark.parametrize("out_size", [(12, 15), (6, 5), (8, 32), (5, 5)])

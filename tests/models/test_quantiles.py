@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from models.quantiles import StreamingQuantiles, _keys, _values
+from models.layers.quantiles import StreamingQuantiles, _keys, _values
 
 
 def stream(parts, probabilities) -> list[float]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.masks import neighbor_mask, window_mask
+from models.layers.masks import neighbor_mask, window_mask
 from models.reconstruction import Pair
 from models.released import load_released
 from models.rlr import (

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from torch import nn
 
-from models.attention import MultiHeadAttention
-from models.blur import GaussianBlur, border_index, gaussian_taps
-from models.masks import neighbor_mask, window_mask
-from models.neck import resize_concatenate
-from models.positions import LearnedPosition2d, integer_sine_position, normalized_sine_position
+from models.layers.attention import MultiHeadAttention
+from models.layers.blur import GaussianBlur, border_index, gaussian_taps
+from models.layers.masks import neighbor_mask, window_mask
+from models.layers.neck import resize_concatenate
+from models.layers.positions import LearnedPosition2d, integer_sine_position, normalized_sine_position
 
 # masks
 

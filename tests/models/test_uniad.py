@@ -5,7 +5,7 @@ from scipy import special
 from torch import nn
 
 from models.head import AnomalyHead
-from models.jitter import FeatureJitter
+from models.layers.jitter import FeatureJitter
 from models.released import load_released
 from models.shortcut import shortcut_network
 from models.uniad import UniAD

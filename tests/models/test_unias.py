@@ -12,7 +12,7 @@ from scipy import ndimage
 from torch.nn import functional as F
 
 from models.head import AnomalyHead, HeadConfig
-from models.masks import neighbor_mask
+from models.layers.masks import neighbor_mask
 from models.reconstruction import Pair
 from models.released import load_released
 from models.unias import (

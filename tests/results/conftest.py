@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from results.records import HISTORY_COLUMNS, METRIC_COLUMNS, RunRecord, read_records, write_record
+from results.aggregator.records import HISTORY_COLUMNS, METRIC_COLUMNS, RunRecord, read_records, write_record
 
 CATEGORIES = ("bolt", "gear", "tile")
 

@@ -5,8 +5,8 @@ import pytest
 from scipy import stats
 
 from results.__main__ import main
-from results.compare import choose, compare, paired, report
-from results.scores import ConflictError
+from results.aggregator.compare import choose, compare, paired, report
+from results.aggregator.scores import ConflictError
 
 CATEGORIES = tuple(f"c{i}" for i in range(8))
 

@@ -4,12 +4,12 @@ import math
 
 import pytest
 
-from results import figures, render
 from results.__main__ import main
-from results.build import paper_table, sweep_table
-from results.curves import Curve, curve_table, read_curve
-from results.spec import Entry, Spec, find_spec
-from results.sweep_file import read_sweep
+from results.aggregator import figures, render
+from results.aggregator.build import paper_table, sweep_table
+from results.aggregator.curves import Curve, curve_table, read_curve
+from results.aggregator.spec import Entry, Spec, find_spec
+from results.aggregator.sweep_file import read_sweep
 
 KEY = "model.init_args.network"
 IMAGE = [0.70, 0.92, 0.85, 0.80]
@@ -127,7 +127,7 @@ def test_cost_against_quality_needs_two_rows_that_state_both(runs, tmp_path):
 
 
 def test_dots_against_published_pair_the_right_categories(runs):
-    from results.names import DATASET_CATEGORIES
+    from results.aggregator.names import DATASET_CATEGORIES
 
     runs.add(dataset="mvtec_ad", categories=DATASET_CATEGORIES["mvtec_ad"], value=0.95)
     table = paper_table(find_spec("uniad_1"), "both", runs.read())

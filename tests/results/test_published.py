@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from results import audit, render
-from results.build import paper_table
-from results.published import COLUMNS, read_published
-from results.spec import SpecError, find_spec, spec_names
+from results.aggregator import audit, render
+from results.aggregator.build import paper_table
+from results.aggregator.published import COLUMNS, read_published
+from results.aggregator.spec import SpecError, find_spec, spec_names
 
 FOLDER = Path(__file__).parents[2] / "results" / "published"
 PAPERS = {
@@ -151,7 +151,7 @@ def test_a_mistyped_table_gets_the_nearest_name():
     ],
 )
 def test_a_wrong_spec_is_refused_with_the_key_and_what_is_allowed(tmp_path, text, message):
-    from results.spec import read_spec
+    from results.aggregator.spec import read_spec
 
     (tmp_path / "t.yaml").write_text(text)
     with pytest.raises(SpecError, match=message):

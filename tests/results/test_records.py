@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from results import records
-from results.records import (
+from results.aggregator import records
+from results.aggregator.records import (
     DamagedRecordWarning,
     RecordError,
     RunRecord,

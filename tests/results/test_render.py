@@ -6,11 +6,11 @@ import subprocess
 
 import pytest
 
-from results import render
 from results.__main__ import main
-from results.build import paper_table
-from results.spec import find_spec, spec_names
-from results.table import Cell, Column, Row, Table, Value, mark_values
+from results.aggregator import render
+from results.aggregator.build import paper_table
+from results.aggregator.spec import find_spec, spec_names
+from results.aggregator.table import Cell, Column, Row, Table, Value, mark_values
 
 PAPER_TABLES = [name for name in spec_names() if "source" in find_spec(name).where and find_spec(name).rows is not None]
 

@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 from results.__main__ import main
-from results.names import DATASET_CATEGORIES
-from results.report import page
+from results.aggregator.names import DATASET_CATEGORIES
+from results.aggregator.report import page
 
 QUERY = "model.init_args.query"
 CATEGORIES = ("bolt", "gear", "tile")

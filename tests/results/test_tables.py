@@ -10,12 +10,12 @@ import time
 import pandas as pd
 import pytest
 
-from results import render
 from results.__main__ import main
-from results.build import category_tables, paper_table, sweep_table
-from results.scores import ConflictError, newest
-from results.spec import Entry, Spec, SpecError, find_spec, read_spec
-from results.sweep_file import canonical, read_sweep
+from results.aggregator import render
+from results.aggregator.build import category_tables, paper_table, sweep_table
+from results.aggregator.scores import ConflictError, newest
+from results.aggregator.spec import Entry, Spec, SpecError, find_spec, read_spec
+from results.aggregator.sweep_file import canonical, read_sweep
 
 SIZE, PLACE = "model.init_args.neighbor_size", "model.init_args.mask_places"
 SWEEP = f"""
@@ -243,7 +243,7 @@ def test_one_model_per_category_is_put_together_and_must_be_complete(runs):
 
 
 def test_ours_beside_the_papers_with_the_difference(runs):
-    from results.names import DATASET_CATEGORIES
+    from results.aggregator.names import DATASET_CATEGORIES
 
     for seed in (0, 1, 2):
         runs.add(seed=seed, dataset="mvtec_ad", categories=DATASET_CATEGORIES["mvtec_ad"], value=0.97 + 0.001 * seed)
@@ -263,7 +263,7 @@ def test_ours_beside_the_papers_with_the_difference(runs):
 
 
 def test_runs_of_sweeps_do_not_slip_into_a_papers_table(runs):
-    from results.names import DATASET_CATEGORIES
+    from results.aggregator.names import DATASET_CATEGORIES
 
     runs.add("mask", {SIZE: 1}, dataset="mvtec_ad", categories=DATASET_CATEGORIES["mvtec_ad"])
     table = paper_table(find_spec("uniad_1"), "runs", runs.read())
@@ -285,7 +285,7 @@ def test_rows_may_be_variants_of_one_run_beside_the_printed_rows(runs):
 
 
 def test_a_papers_table_of_backbones_is_filled_from_the_sweep_over_them(runs):
-    from results.names import DATASET_CATEGORIES
+    from results.aggregator.names import DATASET_CATEGORIES
 
     categories = DATASET_CATEGORIES["mvtec_loco"]
     for value, name in ((0.8, "resnet50.a1_in1k"), (0.85, "wide_resnet50_2.racm_in1k")):
@@ -339,8 +339,8 @@ def test_a_threshold_is_a_score_not_a_percentage_and_has_no_mean(runs, sweep):
 
 
 def test_pooled_scores_of_the_data_set_win_over_those_of_everything(runs):
-    from results.records import METRIC_COLUMNS, RunRecord, write_record
-    from results.scores import Pool, Query
+    from results.aggregator.records import METRIC_COLUMNS, RunRecord, write_record
+    from results.aggregator.scores import Pool, Query
 
     runs.add()
     stored = runs.read()[0]
@@ -405,7 +405,7 @@ def test_the_last_part_of_a_key_is_enough_in_a_spec(runs, sweep):
 def test_every_committed_spec_of_a_committed_sweep_fits_it():
     from pathlib import Path
 
-    from results.spec import FOLDER
+    from results.aggregator.spec import FOLDER
 
     sweeps = Path(__file__).parents[2] / "sweeps"
     for path in sorted(FOLDER.glob("*.yaml")):
@@ -479,7 +479,14 @@ def test_of_two_code_versions_the_refusal_names_both_and_the_newest_can_be_chose
     fill(runs)
     old = runs.read("mask")[0].record
     made = {"git_commit": "decade" * 6, "git_dirty": True, "started": "2026-01-02T03:04:05+00:00"}
-    runs.add("mask", {k: v for k, v in old.cell.items() if k != "seed_everything"}, old.seed, 0.25, run="again", provenance=made)
+    runs.add(
+        "mask",
+        {k: v for k, v in old.cell.items() if k != "seed_everything"},
+        old.seed,
+        0.25,
+        run="again",
+        provenance=made,
+    )
     arguments = ["sweep", "mask", "--root", str(runs.root), "--sweeps", str(tmp_path), "--out", str(tmp_path / "out")]
     assert main(arguments) == 2
     shown = capsys.readouterr().err.replace("\n", " ")
@@ -500,7 +507,7 @@ def test_before_the_first_run_a_papers_table_shows_what_is_printed(tmp_path, cap
 
 
 def test_tables_need_no_torch_so_that_a_laptop_rebuilds_them_at_once():
-    code = "import sys, results.__main__, results.report; print({'torch', 'lightning', 'timm'} & set(sys.modules))"
+    code = "import sys, results.__main__, results.aggregator.report; print({'torch', 'lightning', 'timm'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

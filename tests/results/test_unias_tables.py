@@ -2,9 +2,9 @@
 
 import pytest
 
-from results.build import category_tables, paper_table, sweep_table
-from results.spec import find_spec
-from results.sweep_file import read_sweep
+from results.aggregator.build import category_tables, paper_table, sweep_table
+from results.aggregator.spec import find_spec
+from results.aggregator.sweep_file import read_sweep
 
 SCORED = (
     "pixel_ap", "dsc", "pixel_auroc", "dsc_threshold", "dsc_precision", "dsc_recall", "dsc_floor_nothing", "dsc_floor_all",
@@ -68,7 +68,7 @@ def test_supplements_numbers_stand_in_the_same_rows(runs):
 
 
 def test_papers_tables_3_and_4_take_our_runs_of_the_same_rows(runs):
-    from results.names import DATASET_CATEGORIES
+    from results.aggregator.names import DATASET_CATEGORIES
 
     categories = DATASET_CATEGORIES["mvtec_ad"]
     for ablation, table_name, variants in (

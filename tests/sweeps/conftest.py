@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from sweeps.identity import OVERRIDES
-from sweeps.prepare import THREADS
+from sweeps.runner.identity import OVERRIDES
+from sweeps.runner.prepare import THREADS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -20,7 +20,7 @@ from urllib.parse import quote, unquote
 
 import yaml
 
-from sweeps.sweep_file import _grid
+from sweeps.runner.sweep_file import _grid
 
 ENTITY, PROJECT = "local", "unirecon"
 SILENCE = 30.0

@@ -14,13 +14,13 @@ import pandas as pd
 import pytest
 import yaml
 
-from results.records import read_records
+from results.aggregator.records import read_records
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SWEEP = "local/unirecon/sweep000"
 EPOCHS = 4
 # Asks all processes of the first run that comes to its third epoch to leave, as SLURM would.
-CALLBACK = '''
+CALLBACK = """
 import os, signal
 from pathlib import Path
 import lightning as L
@@ -31,7 +31,7 @@ class Preempt(L.Callback):
         if trainer.current_epoch == 2 and not note.exists():
             note.write_text(os.environ["WANDB_RUN_ID"])
             os.kill(os.getpid(), signal.SIGTERM)
-'''
+"""
 
 
 def prepare(project: Any, *more: str, heatmaps: Sequence[bool] = (True, False)) -> None:
@@ -95,7 +95,9 @@ def test_agents_share_a_grid_and_a_preempted_run_ends_like_the_other(
     drawn = {run.name for run in server.runs.values() if "heatmaps/wood" in run.summary}
     assert drawn == {name for name, record in stored.items() if record.record.cell["run.heatmaps"]}
 
-    before = {path: path.read_bytes() for path in online.folder.glob("results/runs/neighbor_mask/*/*") if path.is_file()}
+    before = {
+        path: path.read_bytes() for path in online.folder.glob("results/runs/neighbor_mask/*/*") if path.is_file()
+    }
     for folder in ("results/runs", "wandb"):
         shutil.rmtree(online.folder / folder)
     code, output = online.run("pull", SWEEP)

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from sweeps import cluster, command, sweep_file
-from sweeps.errors import SweepError
+from sweeps.runner import cluster, command, sweep_file
+from sweeps.runner.errors import SweepError
 
 
 @pytest.mark.slow
@@ -92,7 +92,9 @@ def test_wandb_accepts_every_shipped_sweep_file(name: str, server: Any, tmp_path
 
 
 @pytest.mark.slow
-def test_offline_run_that_is_synced_later_keeps_its_group_its_parameters_and_its_curve(online: Any, server: Any) -> None:
+def test_offline_run_that_is_synced_later_keeps_its_group_its_parameters_and_its_curve(
+    online: Any, server: Any
+) -> None:
     online.sweep({"model.size": 2, "model.wandb": True})
     code, output = online.run("run", "toy", "--no-table", limit=120)
     assert code == 0, output

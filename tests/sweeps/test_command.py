@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from wandb.sdk.launch.sweeps import utils as wandb_utils
 
-from sweeps import command, sweep_file
-from sweeps.errors import SweepError
+from sweeps.runner import command, sweep_file
+from sweeps.runner.errors import SweepError
 
 PARAMETERS = {
     "model.init_args.levels": [4, 3, 2, 1],

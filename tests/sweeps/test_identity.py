@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sweeps import command, identity, prepare, sweep_file
-from sweeps.errors import SweepError
-from sweeps.identity import Dataset, Identifier, code_hash, data_hash, reached_files
-from sweeps.sweep_file import Cell
+from sweeps.runner import command, identity, prepare, sweep_file
+from sweeps.runner.errors import SweepError
+from sweeps.runner.identity import Dataset, Identifier, code_hash, data_hash, reached_files
+from sweeps.runner.sweep_file import Cell
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     files = {
         "train/__init__.py": "",
         "train/__main__.py": "from train import base",
-        "train/base.py": "from .metrics import auroc\nimport results.records",
+        "train/base.py": "from .metrics import auroc\nimport results.aggregator.records",
         "train/metrics.py": '"""Metrics."""\n\n\ndef auroc():\n    """Area."""\n    return 1  # one\n',
         "train/uniad.py": "def f():\n    from nets.uniad import net",
         "train/rlr.py": "import nets.rlr",
@@ -27,7 +27,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "nets/uniad.py": "x = 1",
         "nets/rlr.py": "x = 1",
         "results/__init__.py": "",
-        "results/records.py": "x = 1",
+        "results/aggregator/records.py": "x = 1",
         "data/a/good/1.png": "pixels",
         "data/b/good/1.png": "pixels",
         "profiles/demo.yaml": "model: {class_path: train.uniad.UniAD}\n",
@@ -105,7 +105,7 @@ def test_everything_that_determines_the_result_changes_the_name(repository: Path
     [
         ("nets/rlr.py", "x = 1", "x = 2"),
         ("train/rlr.py", "import nets.rlr", "x = 1"),
-        ("results/records.py", "x = 1", "x = 2"),
+        ("results/aggregator/records.py", "x = 1", "x = 2"),
         ("train/metrics.py", "  # one", "  # the whole"),
         ("train/metrics.py", "Area.", "Area under the curve."),
         ("data/b/good/1.png", "pixels", "more pixels"),
@@ -157,7 +157,12 @@ def test_shipped_sweep_depends_on_its_own_method_the_data_and_the_metrics(
     root = Path(__file__).resolve().parents[2]
     roots = identity.code_roots(sweep_file.load(ablation), {"PROFILE": "demo"})
     reached = {str(path.relative_to(root)) for path in reached_files(roots, root)}
-    assert {needed, "lightning_modules/cli.py", "lightning_modules/base.py", "models/uniad.py"} <= reached
+    assert {
+        needed,
+        "lightning_modules/running/command_line.py",
+        "lightning_modules/base.py",
+        "models/uniad.py",
+    } <= reached
     assert {"datamodules/unified.py", "datamodules/readers/base.py", "models/backbones.py"} <= reached
     assert any(path.startswith("lightning_modules/metrics/") for path in reached)
     assert strange not in reached, "another method's edit must not start this sweep again"

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from sweeps import preflight, sweep_file
-from sweeps.sweep_file import SweepFile
+from sweeps.runner import preflight, sweep_file
+from sweeps.runner.sweep_file import SweepFile
 
 PROFILES = sorted(path.name for path in Path("sweeps/profiles").iterdir() if path.is_dir())
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from sweeps import prepare
-from sweeps.errors import SweepError
+from sweeps.runner import prepare
+from sweeps.runner.errors import SweepError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RUN = ("run", "toy", "--no-table")

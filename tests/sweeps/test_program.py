@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from results.records import read_records
+from results.aggregator.records import read_records
 
 ONLY = ("--only", "query=layerwise", "--only", "neighbor_size=7", "--only", "jitter_probability=1.0")
 

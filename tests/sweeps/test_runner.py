@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from sweeps.errors import SweepError
-from sweeps.runner import check_writable
+from sweeps.runner.errors import SweepError
+from sweeps.runner.local import check_writable
 
 RUN = ("run", "toy", "--no-table")
 

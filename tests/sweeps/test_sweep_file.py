@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sweeps import sweep_file
 from sweeps.__main__ import main
-from sweeps.errors import SweepError
-from sweeps.sweep_file import Cell
+from sweeps.runner import sweep_file
+from sweeps.runner.errors import SweepError
+from sweeps.runner.sweep_file import Cell
 
 COMMAND = ["${env}", "${interpreter}", "program.py", "${args}"]
 

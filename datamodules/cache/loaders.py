@@ -1,0 +1,145 @@
+"""Batches from a cache entry, in the place of those from image files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+
+from datamodules.augmentation import Augmentation
+from datamodules.cache.entry import FeatureCache
+from datamodules.dataset import UNKNOWN, Batch, ImageSource, Row
+from datamodules.sampling import Draw
+
+
+class CachedImages:
+    """Resized images and masks from a cache, in the place of an :class:`ImageSource`.
+
+    Args:
+        cache: An entry with images.
+        source: For images that are not of the table (prediction on a folder).
+    """
+
+    def __init__(self, cache: FeatureCache, source: ImageSource) -> None:
+        self.cache, self.source = cache, source
+
+    def load(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
+        """Image uint8 (H, W, 3) and mask bool (H, W)."""
+        if row.label == UNKNOWN:
+            return self.source.load(row)
+        height, width = self.cache.image_size
+        mask = np.unpackbits(self.cache.masks[row.id], count=height * width).view(bool).reshape(height, width)
+        image = np.ascontiguousarray(self.cache.images[row.id].transpose(1, 2, 0))
+        self.cache.let_go()
+        return image, mask
+
+
+class CachedBatches(Dataset):
+    """Whole batches from a cache: item = positions in ``rows`` -> the batch dict with ``features`` instead of pixels.
+
+    Args:
+        cache: The open entry.
+        rows: The images, in the order that positions count.
+        symmetric: (id, symmetry) -> row of the entry, for all symmetries that the augmentation may give to the images.
+        augmentation: Decides which symmetry a training draw gets.
+        normalised: (3, 256) look-up table of the normalisation, for entries that keep images.
+        device: Copy the rows' features to this device now and serve from there; None reads them from disk each time.
+    """
+
+    def __init__(
+        self,
+        cache: FeatureCache,
+        rows: Sequence[Row],
+        normalised: np.ndarray,
+        device: torch.device | None,
+        symmetric: Mapping[tuple[int, int], int] = MappingProxyType({}),
+        augmentation: Augmentation | None = None,
+    ) -> None:
+        self.cache, self.rows, self.augmentation = cache, rows, augmentation
+        self.ids = np.array([row.id for row in rows])
+        self.stored = np.full((len(rows), 8), -1)  # position, symmetry -> row of the entry
+        self.stored[:, 0] = self.ids
+        position = {row.id: i for i, row in enumerate(rows)}
+        for (image, symmetry), row in symmetric.items():
+            self.stored[position[image], symmetry] = row
+        self.labels = torch.tensor([row.label for row in rows])
+        self.has_mask = torch.tensor([row.label == 0 or bool(row.mask_paths) for row in rows])
+        self.normalised = torch.from_numpy(normalised)
+        self.resident: list[Tensor] | None = None
+        if device is not None:
+            held = self.stored >= 0
+            self.resident = [torch.from_numpy(level[self.stored[held]]).to(device) for level in cache.levels]
+            self.place = np.cumsum(held).reshape(held.shape) - 1  # position, symmetry -> row of `resident`
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, draws: list[int | Draw]) -> Batch:
+        positions = [draw.row if isinstance(draw, Draw) else draw for draw in draws]
+        symmetries = [self._symmetry(draw) for draw in draws]
+        stored = self.stored[positions, symmetries]
+        if self.resident is None:
+            features = [torch.from_numpy(level[stored]) for level in self.cache.levels]
+        else:
+            index = torch.from_numpy(self.place[positions, symmetries]).to(self.resident[0].device)
+            features = [level.index_select(0, index) for level in self.resident]
+        height, width = self.cache.image_size
+        bits = np.unpackbits(self.cache.masks[stored], axis=1, count=height * width)
+        rows = [self.rows[position] for position in positions]
+        batch = Batch(
+            features=[level.float() for level in features],
+            mask=torch.from_numpy(bits.view(bool)).view(-1, 1, height, width),
+            has_mask=self.has_mask[positions],
+            label=self.labels[positions],
+            id=torch.from_numpy(self.ids[positions]),
+            category=[row.category for row in rows],
+            dataset=[row.dataset for row in rows],
+            anomaly_type=[row.anomaly_type for row in rows],
+            path=[row.image_path for row in rows],
+        )
+        if self.cache.images is not None:
+            pixels = torch.from_numpy(self.cache.images[stored]).long()
+            batch["image"] = torch.stack([self.normalised[c][pixels[:, c]] for c in range(3)], dim=1)
+        self.cache.let_go()
+        return batch
+
+    def _symmetry(self, draw: int | Draw) -> int:
+        if self.augmentation is None or not isinstance(draw, Draw):
+            return 0
+        return self.augmentation.symmetry(self.rows[draw.row].category, draw.seed)
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+class Batches(BatchSampler):
+    """Batches of another sampler's draws; hands the epoch on to it."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning at the start of an epoch."""
+        self.sampler.set_epoch(epoch)
+
+
+def cached_loader(
+    batches: CachedBatches, sampler: Sampler, batch_size: int, drop_last: bool, num_workers: int
+) -> DataLoader:
+    """Loader over whole batches; rows that live on a device need neither workers nor pinned memory.
+
+    It has a generator of its own, so that it takes nothing from the global one that dropout and noise draw from.
+    """
+    resident = batches.resident is not None
+    return DataLoader(
+        batches,
+        batch_size=None,
+        sampler=Batches(sampler, batch_size, drop_last),
+        collate_fn=_as_it_is,
+        num_workers=0 if resident else num_workers,
+        pin_memory=not resident and torch.cuda.is_available(),
+        persistent_workers=not resident and num_workers > 0,
+        generator=torch.Generator().manual_seed(0),
+    )

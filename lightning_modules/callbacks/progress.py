@@ -1,0 +1,71 @@
+"""How far a training is: a file for the sweep runner, lines for a log."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_modules.callbacks.history import History
+
+
+class Progress(L.Callback):
+    """Writes ``{"epoch": done, "epochs": all, "metrics": {...}}`` to a file after every epoch, for the sweep runner."""
+
+    def __init__(self, path: Path, history: History) -> None:
+        self.path = path
+        self.history = history
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        metrics = {name: value for _, _, name, value in self.history.rows}
+        write_progress(self.path, trainer.current_epoch + 1, trainer.max_epochs, metrics)
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt) and self.path.is_file():
+            run = self.path.parent.name
+            rank_zero_info(f"Interrupted. The same options and --run.name={run} (make: RUN={run}) go on from here.")
+
+
+class PlainProgress(L.Callback):
+    """Where there is no terminal for a progress bar: a line on the first epoch, on the last, and every `seconds` between."""
+
+    def __init__(self, seconds: float = 30.0) -> None:
+        self.seconds = seconds
+        self._begun = self._printed = 0.0
+        self._first = 0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._begun, self._first = time.monotonic(), trainer.current_epoch
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        now, done = time.monotonic(), trainer.current_epoch + 1
+        if now - self._printed < self.seconds and done < trainer.max_epochs:
+            return
+        self._printed = now
+        seconds = round((now - self._begun) / (done - self._first) * (trainer.max_epochs - done))
+        time_left = f"{seconds // 60} min {seconds % 60:02d} s" if seconds >= 60 else f"{seconds} s"
+        left = f"  about {time_left} left" if done < trainer.max_epochs else ""
+        loss = trainer.callback_metrics.get("train/loss")
+        shown = "" if loss is None else f"  train/loss {float(loss):.4g}"
+        rank_zero_info(f"epoch {done} of {trainer.max_epochs}{shown}{left}")
+
+
+def write_progress(path: Path, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:
+    """Writes the progress file of the sweep runner."""
+    write_json(path, {"epoch": epoch, "epochs": epochs, "metrics": dict(metrics)})
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content))
+    temporary.replace(path)

@@ -1,0 +1,118 @@
+"""Scoring the test set: final metrics of every variant, and the training curve."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from datamodules.sample_table import category_keys
+from lightning_modules.base import ReconstructionModule
+from lightning_modules.callbacks.logical import DEFINITIONS, LogicalEvaluation, has_logical
+from lightning_modules.metrics import AnomalyMetrics, MetricResult, RegionCache
+from lightning_modules.metrics.sync import Group
+from lightning_modules.running.printing import print_metrics
+from models.head import ScoredMaps
+
+MAPS_IN_MEMORY = 2**30
+"""Bytes."""
+
+
+def update_metrics(metrics: AnomalyMetrics, batch: Mapping[str, Any], scored: ScoredMaps) -> None:
+    """Adds one batch's maps and scores to the metrics."""
+    metrics.update(
+        scored.maps,
+        batch["mask"][:, 0],
+        scored.image_scores,
+        batch["label"],
+        batch["category"],
+        batch["id"],
+        has_mask=batch["has_mask"],
+    )
+
+
+class Evaluation(L.Callback):
+    """Collects maps and scores during ``trainer.test`` and computes every metric at its end.
+
+    Maps wait on the accelerator that they were made on; those of a CPU in memory, or, if all variants together would take
+    more than :data:`MAPS_IN_MEMORY`, in a temporary file of the run's folder.
+
+    After the test, :attr:`result` holds one long table over all variants, :attr:`image_scores` one row per image, and
+    :attr:`colour_scale` the ends of a colour scale on which normal images are dark: the median pixel, and the 90 %
+    quantile over images of the highest one.
+    """
+
+    def __init__(self) -> None:
+        self.result: MetricResult | None = None
+        self.image_scores: pd.DataFrame | None = None
+        self.colour_scale: tuple[float, float] | None = None
+        self._metrics: dict[str, AnomalyMetrics] = {}
+        self._rows: list[tuple[int, str, str, int, float, str]] = []
+        self._ranges: list[tuple[float, float]] = []
+        self._regions = RegionCache()
+        self._logical: LogicalEvaluation | None = None
+
+    def on_test_epoch_start(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
+        self._metrics, self._rows, self._ranges = {}, [], []
+        table = trainer.datamodule.table
+        self._logical = LogicalEvaluation(table, category_keys(table)) if has_logical(table) else None
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        module: ReconstructionModule,
+        outputs: dict[str, ScoredMaps],
+        batch: Mapping[str, Any],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        directory = self._directory(trainer, outputs)
+        for variant, scored in outputs.items():
+            if variant not in self._metrics:
+                self._metrics[variant] = AnomalyMetrics(
+                    trainer.datamodule.dataset_of(), regions=self._regions, variant=variant, maps_directory=directory
+                )
+            update_metrics(self._metrics[variant], batch, scored)
+            if self._logical is not None:
+                self._logical.update(variant, batch, scored.maps, scored.image_scores)
+        pixels = outputs[""].maps.flatten(1)
+        self._ranges += zip(pixels.median(1).values.tolist(), pixels.amax(1).tolist(), strict=True)
+        scores: Tensor = outputs[""].image_scores
+        columns = batch["id"].tolist(), batch["category"], batch["anomaly_type"], batch["label"].tolist()
+        self._rows += zip(*columns, scores.tolist(), batch["path"], strict=True)
+
+    @staticmethod
+    def _directory(trainer: L.Trainer, outputs: dict[str, ScoredMaps]) -> Path | None:
+        """Where maps wait for the metrics; None for memory."""
+        images = int((trainer.datamodule.table["split"] == "test").sum())
+        if images * sum(scored.maps[0].nbytes for scored in outputs.values()) <= MAPS_IN_MEMORY:
+            return None
+        directory = Path(trainer.default_root_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory
+
+    def on_test_epoch_end(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
+        results = {variant: metrics.compute() for variant, metrics in self._metrics.items()}
+        self.result = results[""]
+        tables = [result.table for result in results.values()]
+        if self._logical is not None:
+            tables.append(self._logical.rows())
+            self.result.definitions = self.result.definitions | DEFINITIONS
+        table = pd.concat(tables, ignore_index=True)
+        # With several datasets a category's key is dataset/category; the table has a column for each.
+        keys = zip(table.dataset, table.category, strict=True)
+        table["category"] = [category.removeprefix(f"{dataset}/") for dataset, category in keys]
+        self.result.table = table
+        group = Group()
+        rows = [row for part in group.gather_objects(self._rows) for row in part]
+        middles, peaks = np.array([pair for part in group.gather_objects(self._ranges) for pair in part]).T
+        self.colour_scale = float(np.median(middles)), float(np.quantile(peaks, 0.9))
+        columns = ["id", "category", "anomaly_type", "label", "image_score", "path"]
+        self.image_scores = pd.DataFrame(rows, columns=columns).sort_values("id", ignore_index=True)
+        if trainer.is_global_zero:
+            print_metrics(self.result.table)

@@ -1,0 +1,124 @@
+"""What a run does when it is asked to leave: it tells W&B that it was pre-empted and ends with code 143.
+
+W&B then hands it out again, and it goes on from its checkpoint. Nothing heavy is imported here, so that the program can
+listen from its first moment, before the imports of seconds.
+
+A run on several devices is several processes: the first one, which starts the others, writes checkpoints and speaks to
+W&B. It alone decides to leave; the others live as long as it does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import lightning as L
+
+EXIT_CODE = 128 + signal.SIGTERM
+_PR_SET_PDEATHSIG = 1
+_FIRST = "UNIRECON_FIRST_PROCESS"
+"""The variable that tells the further processes of a run the first one's id."""
+
+
+class Preempted(BaseException):
+    """SIGTERM came; nothing but the end of the program is wanted."""
+
+
+class _Watch:
+    """What became of SIGTERM: noted during the imports, raised afterwards."""
+
+    process: int | None = None
+    first = True
+    noted = False
+    raises = False
+
+
+def watch() -> None:
+    """Note SIGTERM from now on; under a W&B agent, also take the agent's death for one (Linux).
+
+    Without that, a killed agent's run would go on alone, beside the next agent's on the same GPU. A further process is
+    killed when the first one ends, however that happens: it may be waiting for it inside a library, where no signal is
+    heard.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    _Watch.process, _Watch.noted, _Watch.raises = os.getpid(), False, False
+    _Watch.first = _FIRST not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    if not _Watch.first:
+        _on_parents_death(signal.SIGKILL)
+        if os.getppid() != int(os.environ[_FIRST]):
+            sys.exit(EXIT_CODE)
+        return
+    os.environ[_FIRST] = str(os.getpid())
+    if "WANDB_SWEEP_ID" in os.environ:
+        _on_parents_death(signal.SIGTERM)
+
+
+def is_first() -> bool:
+    """False in a process that the first one of a run started for a further device."""
+    return _Watch.first
+
+
+def stop_all_with_the_first(trainer: L.Trainer) -> None:
+    """Make a trainer of several processes stop when its first process is asked to, and not otherwise.
+
+    Lightning's own handler makes the processes speak to each other from within the signal, wherever each of them is.
+    They then fail or wait for each other for ever, and the first process is killed for the others' failure.
+    """
+    connector = trainer._signal_connector
+
+    def note(number: int, frame: FrameType | None) -> None:
+        connector.received_sigterm = trainer.is_global_zero
+
+    connector._sigterm_notifier_fn = note
+
+
+def _on_parents_death(number: int) -> None:
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> None:
+    if os.getpid() != _Watch.process:  # a data loader's worker, which must just end
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+    if not _Watch.first:
+        return
+    _Watch.noted = True
+    # While a trainer runs, its own handler is installed and calls this one; its loops stop in order after a batch.
+    if _Watch.raises and signal.getsignal(signal.SIGTERM) is _on_sigterm:
+        raise Preempted
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """Leave the block at once when SIGTERM comes (or came since :func:`watch`), tell W&B and exit with code 143."""
+    before = signal.getsignal(signal.SIGTERM)
+    if before is not _on_sigterm:
+        watch()
+    try:
+        _Watch.raises = True
+        if _Watch.noted:
+            raise Preempted
+        yield
+    except Preempted:
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGTERM, lambda number, frame: None)  # asked a second time, it is leaving already
+        from lightning_modules.running import tracking
+
+        tracking.report_preemption()
+        # The first process must not be killed for a further one's failure while it speaks to W&B.
+        sys.exit(EXIT_CODE if _Watch.first else 0)
+    finally:
+        _Watch.raises = False
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,118 @@
+"""An interrupted run goes on only as what it began as."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lightning_modules.callbacks.progress import write_json
+from lightning_modules.running import preemption
+from lightning_modules.running.settings import RunConfig
+
+BEGAN_AS = "began_as.json"
+PATIENCE = 20.0
+"""Seconds that a pre-empted process may take to leave the run to its successor."""
+_claimed: dict[Path, IO[str]] = {}
+# The options that decide what is trained. Those of the backbone's weights are compared by their hash, data by its content.
+_DECIDES = re.compile(
+    r"(model|data\.init_args|seed_everything|run\.(protocol|selection)|"
+    r"trainer\.(precision|gradient_clip_\w+|accumulate_grad_batches|limit_train_batches))(\.|$)"
+)
+_FREE = re.compile(
+    r"model\.init_args\.backbone\.weights|"
+    r"data\.init_args\.(num_workers|eval_batch_size|cache_mb|predict_root|datasets\.\d+\.(root|categories.*))$"
+)
+
+
+def claim(run: RunConfig) -> None:
+    """Keeps the run's folder for this process until it ends, and removes what a finished training left there.
+
+    Two trainings in one folder would go on from each other's checkpoints.
+
+    Raises:
+        SystemExit: another process is training this run, and has not ended after :data:`PATIENCE` seconds.
+    """
+    if not preemption.is_first():
+        return
+    run.work.mkdir(parents=True, exist_ok=True)
+    if run.work.resolve() not in _claimed:
+        _claimed[run.work.resolve()] = _locked(run.work)
+    checkpoint, record = run.work / "checkpoints" / "last.ckpt", run.record / "record.json"
+    # A newer one is of a training that was to replace the record and was interrupted.
+    if record.is_file() and checkpoint.is_file() and checkpoint.stat().st_mtime <= record.stat().st_mtime:
+        checkpoint.unlink()
+
+
+def _locked(work: Path) -> IO[str]:
+    """The open file whose lock says that this process trains here."""
+    file = open(work / "training.lock", "a+")  # noqa: SIM115 - its lock lasts as long as this process
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > until:
+                file.seek(0)
+                raise SystemExit(
+                    f"Process {file.read().strip() or '?'} is training the run {work} now: wait for it, stop it, or "
+                    "choose another --run.name."
+                ) from None
+            time.sleep(0.1)
+        except OSError:  # a file system without locks
+            break
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def check(run: RunConfig, configuration: Mapping[str, Any], fingerprint: str, left: Path) -> None:
+    """Refuses to go on with an interrupted run that began with other options or on other data; else notes these.
+
+    Args:
+        run: The run. With ``overwrite`` it begins anew instead.
+        configuration: Its complete configuration.
+        fingerprint: Of its data.
+        left: The file or folder that an interrupted run goes on from.
+
+    Raises:
+        SystemExit: the run began as something else; the message names what differs.
+    """
+    now = {key: value for key, value in _flat("", configuration) if _DECIDES.match(key) and not _FREE.match(key)}
+    now = json.loads(json.dumps({**now, "fingerprint of the data": fingerprint[:12]}, default=str))
+    file = run.work / BEGAN_AS
+    if left.exists() and file.is_file():
+        then = json.loads(file.read_text())
+        keys = sorted(key for key in then | now if then.get(key) != now.get(key))
+        if keys and not run.overwrite:
+            lines = [f"  {key}: {then.get(key)} then, {now.get(key)} now" for key in keys[:6]]
+            lines += [f"  and {len(keys) - 6} more"] * (len(keys) > 6)
+            raise SystemExit(
+                "\n".join([f"{run.work} holds an interrupted run that began otherwise:", *lines])
+                + "\nGo on with what it began with, choose another --run.name, or begin anew with --run.overwrite=true."
+            )
+        if keys:
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    rank_zero_only(write_json)(file, now)
+
+
+def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested mappings and of lists of mappings."""
+    if isinstance(value, Mapping) and value:
+        for key, part in value.items():
+            yield from _flat(f"{prefix}.{key}" if prefix else str(key), part)
+    elif isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
+        for number, part in enumerate(value):
+            yield from _flat(f"{prefix}.{number}", part)
+    else:
+        yield prefix, value

@@ -1,0 +1,124 @@
+"""One run: its name, its folders, where it came from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from results.aggregator.records import NAME
+
+PROTOCOLS = ("clean", "as_released")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Name, place and protocol of a run.
+
+    Args:
+        name: The run's folder below ``results/runs/<sweep>/``; by default the method, the time and the seed.
+        sweep: The sweep that the run belongs to; ``single`` for runs of their own.
+        results: The folder that holds ``runs/`` (records) and ``work/`` (checkpoints, logs).
+        protocol: ``clean``: full test set, last epoch, nothing chosen on test images. ``as_released``: what the method's
+            released code does, to compare with its printed numbers; every table says so.
+        selection: Which epoch's weights count: ``last``, or ``best_on_test``, the released code's choice by the test set.
+            None is the protocol's own: last if clean, best_on_test if as_released. Clean refuses best_on_test.
+        curve_every: Score the test set every so many epochs for a training curve (image and pixel AUROC); 0 for never.
+            Under the protocol ``clean`` the curve is only watched: nothing is chosen by it.
+        heatmaps: Draw heat maps of the worst, the median and the best image of each category.
+        overwrite: Replace a finished run of the same name.
+        compile: Compile the reconstruction network (``torch.compile``) for training and scoring. The first steps then
+            take a minute; numbers agree with those of an uncompiled run up to rounding, but dropout draws differ.
+        cuda_graphs: Launch the compiled network as one CUDA graph per batch shape instead of kernel by kernel
+            (``torch.compile(mode="reduce-overhead")``), which pays where a small network waits for launches. Needs
+            ``compile`` and an NVIDIA GPU.
+    """
+
+    name: str | None = None
+    sweep: str = "single"
+    results: str = "results"
+    protocol: str = "clean"
+    selection: str | None = None
+    curve_every: int = 0
+    heatmaps: bool = True
+    overwrite: bool = False
+    compile: bool = False
+    cuda_graphs: bool = False
+
+    def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(f"run.protocol is {self.protocol!r}; allowed are {', '.join(PROTOCOLS)}.")
+        if self.selection not in (None, "last", "best_on_test"):
+            raise ValueError(f"run.selection is {self.selection!r}; allowed are last, best_on_test and null.")
+        if self.selection == "best_on_test" and self.protocol == "clean":
+            raise ValueError("run.selection=best_on_test looks at test labels: it needs run.protocol=as_released.")
+        if self.cuda_graphs and not self.compile:
+            raise ValueError(
+                "run.cuda_graphs=true needs run.compile=true: the graphs are made of the compiled network."
+            )
+        if self.curve_every < 0:
+            raise ValueError(f"run.curve_every is {self.curve_every}; give 0 (no curve) or a number of epochs.")
+        for key, value in (("name", self.name), ("sweep", self.sweep)):
+            if value is not None and not NAME.match(value):
+                raise ValueError(
+                    f"run.{key} is {value!r}; it names a folder: give letters, digits, '-', '_', '=', '.'."
+                )
+
+    @property
+    def selects(self) -> str:
+        """The selection that counts, ``last`` or ``best_on_test``."""
+        return self.selection or ("best_on_test" if self.protocol == "as_released" else "last")
+
+    @property
+    def record(self) -> Path:
+        """Folder of the finished run's record."""
+        return Path(self.results) / "runs" / self.sweep / self.name
+
+    @property
+    def work(self) -> Path:
+        """Folder of the run's checkpoints and logs."""
+        return Path(self.results) / "work" / self.sweep / self.name
+
+
+def sweep_parameters() -> dict[str, Any]:
+    """The sweep's parameters of this run, as ``wandb agent`` and the local runner hand them over; empty outside a sweep."""
+    path = os.environ.get("WANDB_SWEEP_PARAM_PATH")
+    if not path or not Path(path).is_file():
+        return {}
+    entries = yaml.safe_load(Path(path).read_text()) or {}
+    return {key: entry["value"] for key, entry in entries.items() if isinstance(entry, dict) and "value" in entry}
+
+
+def code_version() -> tuple[str, bool]:
+    """(git commit of the code or "unknown", whether files differ from it)."""
+    here = Path(__file__).resolve().parents[2]
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown", False
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Where a number comes from: commit, versions, machine, command."""
+    commit, dirty = code_version()
+    packages = ("torch", "lightning", "timm", "torchmetrics", "albumentations", "numpy", "scipy", "pandas")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else (platform.processor() or platform.machine())
+    return {
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
+        "device": f"{device.type}: {name}",
+        "command": " ".join(["python -m lightning_modules", *sys.argv[1:]]),
+    }

@@ -1,0 +1,214 @@
+"""Figures in one style: ablation bars with the seeds as dots, curves, ours against published, cost against quality."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from results.aggregator.curves import DETECTION, LOCALISATION, LOSS, Curve, cell_curves, mean_curve, read_curve
+from results.aggregator.names import COSTS, category_label, metric_label
+from results.aggregator.records import StoredRecord
+from results.aggregator.scores import cost, seed_means
+from results.aggregator.spec import Spec
+from results.aggregator.sweep_file import SweepFile
+from results.aggregator.table import Table
+
+matplotlib.use("Agg")
+
+BLUE, RED, GREEN, GREY, ORANGE = "#2b6cb0", "#c0392b", "#2e8b57", "#8a8f98", "#d98218"
+STYLE = {
+    "font.size": 9, "font.family": "DejaVu Sans", "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "grid.color": "#e3e6ea", "grid.linewidth": 0.8, "axes.axisbelow": True, "axes.titlesize": 9,
+    "axes.titleweight": "bold", "axes.edgecolor": "#5b6470", "legend.frameon": False, "svg.hashsalt": "unirecon",
+    "svg.fonttype": "path",
+}  # fmt: skip
+
+
+def save(figure: Figure, path: str | Path) -> Path:
+    """Write a figure as PNG, SVG or PDF by its suffix; the same figure gives the same bytes."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with rc_context(STYLE):
+        figure.savefig(path, dpi=150, bbox_inches="tight", metadata=_metadata(path.suffix))
+    return path
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an SVG document, its text as outlines."""
+    stream = io.StringIO()
+    with rc_context(STYLE):
+        figure.savefig(stream, format="svg", bbox_inches="tight", metadata=_metadata(".svg"))
+    return stream.getvalue()
+
+
+def _metadata(suffix: str) -> dict[str, None]:
+    return {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(suffix, {})
+
+
+def curves_figure(spec: Spec, records: Sequence[StoredRecord], sweep: SweepFile | None = None) -> Figure:
+    """One panel per cell: training loss (blue, log axis), localisation (red) and detection (green) AUROC over epochs.
+
+    Thin lines are the seeds, the thick one their mean.
+    """
+    cells = [(label, mine) for label, mine in cell_curves(spec, records, sweep) if mine]
+    columns = min(3, max(1, len(cells)))
+    lines = max(1, -(-len(cells) // columns))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(3.3 * columns, 2.5 * lines), layout="constrained")
+        grid = figure.subplots(lines, columns, squeeze=False)
+        for axis in grid.flat[len(cells) :]:
+            axis.set_axis_off()
+        for number, (axis, (label, mine)) in enumerate(zip(grid.flat, cells, strict=False)):
+            right = axis.twinx()
+            right.spines["right"].set_visible(True)
+            right.grid(False)
+            for target, name, colour, scale in (
+                (axis, LOSS, BLUE, 1.0), (right, LOCALISATION, RED, 100.0), (right, DETECTION, GREEN, 100.0),
+            ):  # fmt: skip
+                found = [curve for curve in (read_curve(stored, name) for stored in mine) if curve is not None]
+                _draw_curve(target, found, colour, scale, log=name == LOSS)
+            axis.set_yscale("log")
+            axis.set_title(label)
+            axis.set_xlabel("epoch")
+            axis.tick_params(axis="y", colors=BLUE)
+            right.set_ylim(min(45.0, right.dataLim.y0 - 2), 101)
+            if number % columns == 0:
+                axis.set_ylabel("training loss", color=BLUE)
+            if number % columns == columns - 1 or number == len(cells) - 1:
+                right.set_ylabel("test AUROC [%]")
+        handles = [matplotlib.lines.Line2D([], [], color=c, lw=2) for c in (BLUE, RED, GREEN)]
+        texts = ["training loss", "localisation (pixel AUROC)", "detection (image AUROC)"]
+        figure.legend(handles, texts, loc="outside lower center", ncols=3)
+    return figure
+
+
+def _draw_curve(axis: object, curves: Sequence[Curve], colour: str, scale: float, log: bool) -> None:
+    for curve in curves:
+        positive = [max(value, 1e-12) * scale if log else value * scale for value in curve.values]
+        axis.plot(curve.epochs, positive, color=colour, lw=0.7, alpha=0.35 if len(curves) > 1 else 0.0)
+    if curves:
+        mean = mean_curve(curves)
+        values = [max(value, 1e-12) * scale if log else value * scale for value in mean.values]
+        axis.plot(mean.epochs, values, color=colour, lw=1.8, marker="o" if len(values) < 3 else None, ms=3)
+
+
+def ablation_bars(table: Table, records: Sequence[StoredRecord]) -> Figure:
+    """A panel per ranked metric, a bar per row (the default row darker), each seed's mean over categories as a dot."""
+    shown = [
+        (j, column)
+        for j, column in enumerate(table.columns)
+        if column.ranked and any(row[j].runs is not None and row[j].runs.mean is not None for row in table.cells)
+    ][:4]
+    by_name = {stored.name: stored for stored in records}
+    labels = [" · ".join(text for text in row.labels if text) + (" ★" if row.default else "") for row in table.rows]
+    with rc_context(STYLE):
+        height = 0.9 + 0.3 * len(table.rows)
+        figure = Figure(figsize=(2.2 + 2.6 * max(1, len(shown)), height), layout="constrained")
+        axes = figure.subplots(1, max(1, len(shown)), squeeze=False, sharey=True)[0]
+        for axis, (j, column) in zip(axes, shown, strict=False):
+            everything: list[float] = []
+            for i, row in enumerate(table.cells):
+                value = row[j].runs
+                if value is None or value.mean is None:
+                    axis.text(0.02, i, "no run", transform=axis.get_yaxis_transform(), va="center", color=GREY, size=7)
+                    continue
+                colour = BLUE if table.rows[i].default else "#9dbfe0"
+                axis.barh(i, value.mean, color=colour, height=0.62)
+                dots = _seed_dots([by_name[name] for name in value.records if name in by_name], row[j].key)
+                axis.plot(dots, [i] * len(dots), "o", ms=3.5, mfc="white", mec="#1d2733", mew=0.8)
+                everything += [value.mean, *dots]
+            if everything:
+                low, high = min(everything), max(everything)
+                margin = max(0.15 * (high - low), 0.5)
+                axis.set_xlim(max(0.0, low - 2 * margin), min(100.5, high + margin))
+            axis.set_title(f"{column.group} {column.label}".strip() + " [%]")
+            axis.grid(axis="y", visible=False)
+        axes[0].set_yticks(range(len(labels)), labels)
+        axes[0].invert_yaxis()
+        figure.supxlabel("axis does not start at zero; dots: seeds", size=7, color=GREY)
+    return figure
+
+
+def _seed_dots(records: Sequence[StoredRecord], key: dict[str, str]) -> list[float]:
+    """The seeds' means over categories in percent."""
+    from results.aggregator.scores import Query  # local: figures are drawn without it elsewhere
+
+    if not records:
+        return []
+    query = Query(key["metric"], key["dataset"], variant="")
+    return [100 * sum(values.values()) / len(values) for values in seed_means(records, query).values() if values]
+
+
+def against_published(table: Table, metric: str) -> Figure | None:
+    """A dot per category, ours (filled, whisker: std) against the paper's (ring); None if no category has both."""
+    pairs = []
+    for row, line in zip(table.rows, table.cells, strict=True):
+        for column, cell in zip(table.columns, line, strict=True):
+            if column.metric == metric and cell.difference is not None:
+                method = f"{column.group} {column.label}".strip()
+                pairs.append((f"{category_label(row.labels[0])} · {method}", cell))
+    if not pairs:
+        return None
+    with rc_context(STYLE):
+        figure = Figure(figsize=(5.2, 0.8 + 0.24 * len(pairs)), layout="constrained")
+        axis = figure.subplots()
+        for i, (_, cell) in enumerate(pairs):
+            axis.plot([cell.published.mean, cell.runs.mean], [i, i], color="#c9ced6", lw=2, zorder=1)
+            axis.errorbar(cell.runs.mean, i, xerr=cell.runs.std, fmt="o", color=BLUE, ms=5, capsize=2, zorder=3)
+            axis.plot(cell.published.mean, i, "o", mfc="white", mec=RED, mew=1.4, ms=6, zorder=2)
+        axis.set_yticks(range(len(pairs)), [label for label, _ in pairs])
+        axis.invert_yaxis()
+        axis.set_xlabel(f"{metric_label(metric)} [%]")
+        handles = [
+            matplotlib.lines.Line2D([], [], ls="", marker="o", color=BLUE),
+            matplotlib.lines.Line2D([], [], ls="", marker="o", mfc="white", mec=RED),
+        ]
+        figure.legend(handles, ["our runs", "printed"], loc="outside lower center", ncols=2)
+    return figure
+
+
+def cost_against_quality(table: Table, records: Sequence[StoredRecord], metric: str, price: str) -> Figure | None:
+    """A point per row: a cost against a score; None if fewer than two rows state both or the cost is alike."""
+    by_name = {stored.name: stored for stored in records}
+    index = next((j for j, c in enumerate(table.columns) if c.metric == metric), None)
+    points = []
+    for row, line in zip(table.rows, table.cells, strict=True):
+        value = line[index].runs if index is not None else None
+        if value is None or value.mean is None:
+            continue
+        prices = [cost(by_name[name], price) for name in value.records if name in by_name]
+        if prices and None not in prices:
+            points.append(
+                (sum(prices) / len(prices), value, " · ".join(text for text in row.labels if text), row.default)
+            )
+    if len(points) < 2:
+        return None
+    prices = [point[0] for point in points]
+    if max(prices) < 1.2 * min(prices):  # the same cost but for noise: nothing to weigh
+        return None
+    label, unit, _ = COSTS[price]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(5.4, 3.4), layout="constrained")
+        axis = figure.subplots()
+        for x, value, _, default in points:
+            style = {"fmt": "*", "ms": 10} if default else {"fmt": "o", "ms": 5}
+            axis.errorbar(x, value.mean, yerr=value.std, color=BLUE, capsize=2, elinewidth=0.8, **style)
+        if max(prices) > 4 * min(prices):
+            axis.set_xscale("log")
+        axis.margins(0.15)
+        lowest, highest = axis.get_ylim()
+        taken: list[tuple[float, float]] = []
+        for x, value, text, _ in sorted(points, key=lambda point: point[1].mean):
+            y = value.mean  # labels of neighbours are moved up until they can be read
+            while any(abs(y - other) < 0.05 * (highest - lowest) and 0.6 < x / at < 1.7 for at, other in taken):
+                y += 0.01 * (highest - lowest)
+            taken.append((x, y))
+            axis.text(x, y, f"   {text}", size=7, va="center")
+        axis.set_xlabel(f"{label} [{unit}]")
+        axis.set_ylabel(f"{metric_label(metric)} [%]")
+    return figure

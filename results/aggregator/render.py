@@ -1,0 +1,385 @@
+"""Print a table: terminal (rich), Markdown, CSV, LaTeX (booktabs), HTML."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import itertools
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from results.aggregator.table import Cell, Column, Row, Table, Value
+
+FORMATS = ("terminal", "markdown", "csv", "latex", "html")
+SUFFIXES = {"markdown": "md", "csv": "csv", "latex": "tex", "html": "html"}
+DASH = "–"
+#: Columns of the CSV output: the long schema of the published tables, and beside it what our runs say.
+CSV_COLUMNS = (
+    "row", "group", "column", "source", "table", "dataset", "category", "method", "variant", "metric", "published",
+    "published_std", "published_gap", "value", "std", "n", "gap", "difference", "mark", "default", "missing", "records",
+)  # fmt: skip
+_PREAMBLE = r"""\documentclass{article}
+\usepackage[utf8]{inputenc}
+\usepackage{booktabs,graphicx}
+\usepackage[a4paper,margin=2cm]{geometry}
+"""
+
+
+def number_text(value: Value | None, column: Column, show_n: bool = False) -> str:
+    """``97.1 ± 0.3 (−1.2)``, with ``[n=2]`` where fewer seeds than elsewhere; a dash if there is no value."""
+    if value is None or value.mean is None:
+        return DASH
+    if column.scientific:
+        text = f"{value.mean:.2e}" + (f" ± {value.std:.1e}" if value.std is not None else "")
+    else:
+        text = f"{value.mean:.{column.digits}f}"
+        if value.std is not None:
+            text += f" ± {value.std:.{max(column.digits, 2) if value.printed else column.digits}f}"
+    if value.gap is not None:
+        gap = f"{value.gap:.{column.digits}f}" if value.printed else signed(value.gap, column.digits)
+        text += f" ({gap})"
+    if show_n and value.n is not None:
+        text += f" [n={value.n}]"
+    return text.replace("-", "−") if not column.scientific else text
+
+
+def signed(value: float, digits: int) -> str:
+    """A difference with a true minus sign, and no minus before zero."""
+    text = f"{value:+.{digits}f}"
+    if float(text) == 0:
+        text = f"{0:.{digits}f}"
+    return text.replace("-", "−")
+
+
+def cell_text(cell: Cell, table: Table, column: Column, decorate: Callable[[str, str], str]) -> str:
+    """A cell's text; `decorate(text, mark)` puts best and second best in the output's own way."""
+    show_n = bool(cell.runs) and cell.runs.n is not None and cell.runs.n < max(table.seeds, default=0)
+    shown = []
+    if table.source == "both" and cell.published is not None and cell.runs is not None:
+        shown.append(decorate(number_text(cell.published, column), cell.published.mark))
+        ours = decorate(number_text(cell.runs, column, show_n), cell.runs.mark)
+        if cell.difference is not None:
+            ours += f" ({signed(cell.difference, column.digits)})"
+        shown.append(ours)
+    else:
+        value = cell.main
+        shown.append(decorate(number_text(value, column, show_n), value.mark))
+    return " | ".join(shown)
+
+
+def render(table: Table, form: str) -> str:
+    """The table as text in one of :data:`FORMATS`; raises ValueError for another."""
+    makers = {"terminal": terminal, "markdown": markdown, "csv": csv_text, "latex": latex, "html": html_text}
+    if form not in makers:
+        raise ValueError(f"format {form!r} is none of {', '.join(makers)}")
+    return makers[form](table)
+
+
+def terminal(table: Table, width: int | None = None) -> str:
+    """The table drawn by rich, with ANSI marks, for a terminal of `width` characters (default: this one's)."""
+    console = Console(width=width or Console().width, record=True, file=io.StringIO())
+    print_table(table, console)
+    return console.export_text(styles=True)
+
+
+def print_table(table: Table, console: Console) -> None:
+    """Print the table with its caption, its warnings above and what is missing below, in blocks if it is too wide."""
+    for warning in table.warnings:
+        console.print(f"[bold red]{escape(warning)}[/]", soft_wrap=True)
+    console.print(f"[bold]{escape(table.title)}[/]", highlight=False)
+    for block in _blocks(table, console.width):
+        groups = {table.columns[n].group for n in block}
+        if len(groups) == 1 and groups != {""}:
+            console.print(f"\n[italic]{escape(*groups)}[/]", highlight=False)
+        console.print(_grid(table, block, show_groups=len(groups) > 1), soft_wrap=True)
+    console.print(f"[dim]{escape(table.caption)}[/]", highlight=False)
+    for note in table.notes:
+        console.print(f"[dim]{escape(note)}[/]", highlight=False)
+    for text in _missing_lines(table):
+        console.print(f"[yellow]{escape(text)}[/]", highlight=False)
+
+
+def _grid(table: Table, block: Sequence[int], show_groups: bool) -> RichTable:
+    """Some columns of the table beside the names of its rows."""
+    columns = [table.columns[n] for n in block]
+    grid = RichTable(header_style="bold")
+    for header in table.row_headers:
+        grid.add_column(escape(header), no_wrap=True)
+    for column in columns:
+        heads = (column.group if show_groups else "", column.label)
+        grid.add_column(escape("\n".join(filter(None, heads))), justify="right", no_wrap=True)
+    styles = {"best": "[bold]{}[/]", "second": "[underline]{}[/]", "": "{}"}
+    for row, line in zip(table.rows, table.cells, strict=True):
+        if _starts_group(table, row):
+            grid.add_section()
+            if row.group:
+                grid.add_row(f"[italic]{escape(row.group)}[/]")
+        elif row.rule:
+            grid.add_section()
+        texts = [
+            cell_text(line[n], table, column, lambda text, mark: styles[mark].format(escape(text)))
+            for n, column in zip(block, columns, strict=True)
+        ]
+        grid.add_row(*map(escape, _labels(row)), *texts)
+    return grid
+
+
+def _blocks(table: Table, width: int) -> list[list[int]]:
+    """Numbers of the columns that stand side by side: all if `width` has room, else a named group for itself."""
+    if natural_width(table) <= width:
+        return [list(range(len(table.columns)))]
+    names, widths = _widths(table)
+    blocks: list[list[int]] = []
+    for _, members in itertools.groupby(range(len(table.columns)), key=lambda n: table.columns[n].group):
+        used = width
+        for n in members:
+            if used + widths[n] > width:
+                blocks.append([])
+                used = names
+            blocks[-1].append(n)
+            used += widths[n]
+    return blocks
+
+
+def markdown(table: Table) -> str:
+    """A GitHub table; best bold, second best underlined."""
+    marks = {"best": "**{}**", "second": "<u>{}</u>", "": "{}"}
+    lines = [f"**{_md(table.title)}**", ""]
+    lines += [line for warning in table.warnings for line in (f"> **{_md(warning)}**", ">")][:-1]
+    lines += [""] * bool(table.warnings)
+    heads = [*table.row_headers, *(f"{c.group} {c.label}".strip() for c in table.columns)]
+    lines.append("| " + " | ".join(map(_md, heads)) + " |")
+    lines.append("|" + "---|" * len(table.row_headers) + "---:|" * len(table.columns))
+    for row, line in zip(table.rows, table.cells, strict=True):
+        if _starts_group(table, row) and row.group:
+            lines.append(f"| *{_md(row.group)}* |" + " |" * (len(heads) - 1))
+        texts = [
+            cell_text(cell, table, column, lambda text, mark: marks[mark].format(text)).replace("|", "\\|")
+            for column, cell in zip(table.columns, line, strict=True)
+        ]
+        lines.append("| " + " | ".join([*map(_md, _labels(row)), *texts]) + " |")
+    lines += ["", table.caption] if table.caption else []
+    for note in table.notes:
+        lines += ["", note]
+    missing = _missing_lines(table)
+    if missing:
+        lines += ["", missing[0], "", *(f"- {text.strip()}" for text in missing[1:])]
+    return "\n".join(lines) + "\n"
+
+
+def csv_text(table: Table) -> str:
+    """One line per cell: :data:`CSV_COLUMNS`; numbers with every digit, empty where there is none."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, CSV_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row, line in zip(table.rows, table.cells, strict=True):
+        for column, cell in zip(table.columns, line, strict=True):
+            ours, printed = cell.runs, cell.published
+            writer.writerow(
+                {
+                    **{name: cell.key.get(name, "") for name in CSV_COLUMNS[3:10]},
+                    "row": " / ".join(row.labels),
+                    "group": row.group,
+                    "column": f"{column.group} {column.label}".strip(),
+                    "published": _plain(printed and printed.mean),
+                    "published_std": _plain(printed and printed.std),
+                    "published_gap": _plain(printed and printed.gap),
+                    "value": _plain(ours and ours.mean),
+                    "std": _plain(ours and ours.std),
+                    "n": "" if ours is None or ours.n is None else ours.n,
+                    "gap": _plain(ours and ours.gap),
+                    "difference": _plain(cell.difference),
+                    "mark": cell.main.mark,
+                    "default": "yes" if row.default else "",
+                    "missing": cell.main.reason,
+                    "records": " ".join(ours.records) if ours else "",
+                }
+            )
+    return stream.getvalue()
+
+
+def latex(table: Table, standalone: bool = False) -> str:
+    """A booktabs table environment (needs the packages booktabs and graphicx); `standalone` makes it a document."""
+    width = len(table.row_headers) + len(table.columns)
+    wide = width > 7 or natural_width(table) > 95
+    lines = ["\\begin{table}[htbp]", "\\centering"]
+    caption = " ".join(
+        [f"\\textbf{{{tex(warning)}}}" for warning in table.warnings] + [tex(table.title.rstrip(".") + ".")]
+    )
+    lines.append(f"\\caption{{{caption} {tex(' '.join([table.caption, *table.notes]))}}}")
+    lines.append(f"\\label{{tab:{table.name.replace('_', '-')}}}\\smallskip")
+    lines += ["\\resizebox{\\linewidth}{!}{%"] * wide
+    lines.append(f"\\begin{{tabular}}{{{'l' * len(table.row_headers)}{'r' * len(table.columns)}}}")
+    lines.append("\\toprule")
+    if any(column.group for column in table.columns):
+        first, rules, position = [""] * len(table.row_headers), [], len(table.row_headers) + 1
+        for group, members in itertools.groupby(table.columns, key=lambda column: column.group):
+            span = len(list(members))
+            first.append(f"\\multicolumn{{{span}}}{{c}}{{{tex(group)}}}")
+            if group:
+                rules.append(f"\\cmidrule(lr){{{position}-{position + span - 1}}}")
+            position += span
+        lines.append(" & ".join(first) + " \\\\")
+        lines.append("".join(rules))
+    lines.append(" & ".join(map(tex, [*table.row_headers, *(column.label for column in table.columns)])) + " \\\\")
+    lines.append("\\midrule")
+    marks = {"best": "\\textbf{{{}}}", "second": "\\underline{{{}}}", "": "{}"}
+    for number, (row, line) in enumerate(zip(table.rows, table.cells, strict=True)):
+        starts = _starts_group(table, row)
+        if number and (starts or row.rule):
+            lines.append("\\midrule")
+        if starts and row.group:
+            lines.append(f"\\multicolumn{{{width}}}{{l}}{{\\textit{{{tex(row.group)}}}}} \\\\")
+        texts = [
+            cell_text(cell, table, column, lambda text, mark: marks[mark].format(tex(text)))
+            for column, cell in zip(table.columns, line, strict=True)
+        ]
+        texts = [text.replace(" | ", " $|$ ") for text in texts]
+        lines.append(" & ".join([*map(tex, _labels(row)), *(_tex_signs(text) for text in texts)]) + " \\\\")
+    lines.append("\\bottomrule")
+    lines.append("\\end{tabular}" + "}" * wide)
+    missing = _missing_lines(table)
+    if missing:
+        lines += ["", "\\smallskip", f"\\parbox{{\\linewidth}}{{\\footnotesize {tex(_shortened(missing))}}}"]
+    lines.append("\\end{table}")
+    text = "\n".join(lines) + "\n"
+    return f"{_PREAMBLE}\\begin{{document}}\n{text}\\end{{document}}\n" if standalone else text
+
+
+def latex_document(names: Sequence[str]) -> str:
+    """A document that inputs the named table files, for a look at all of them."""
+    inputs = "".join(f"\\input{{{name}}}\n\\clearpage\n" for name in names)
+    return f"{_PREAMBLE}\\begin{{document}}\n{inputs}\\end{{document}}\n"
+
+
+def html_text(table: Table) -> str:
+    """An HTML table; every number carries where it comes from in its title and, for runs, links to their records."""
+    out = [f'<section class="table" id="table-{_id(table.name)}"><h3>{html.escape(table.title)}</h3>']
+    out += [f'<p class="shout">{html.escape(warning)}</p>' for warning in table.warnings]
+    out.append('<div class="scroll"><table class="sortable"><thead>')
+    if any(column.group for column in table.columns):
+        out.append("<tr>" + "<th></th>" * len(table.row_headers))
+        for group, members in itertools.groupby(table.columns, key=lambda column: column.group):
+            out.append(f'<th class="group" colspan="{len(list(members))}">{html.escape(group)}</th>')
+        out.append("</tr>")
+    out.append('<tr class="heads">' + "".join(f"<th>{html.escape(header)}</th>" for header in table.row_headers))
+    out += [f'<th class="number">{html.escape(column.label)}</th>' for column in table.columns]
+    out.append("</tr></thead><tbody>")
+    for row, line in zip(table.rows, table.cells, strict=True):
+        if _starts_group(table, row) and row.group:
+            span = len(table.row_headers) + len(table.columns)
+            out.append(f'<tr class="groupname"><td colspan="{span}">{html.escape(row.group)}</td></tr>')
+        classes = " ".join(["default"] * row.default + ["rule"] * row.rule)
+        out.append(f'<tr class="{classes}">' + "".join(f"<th>{html.escape(text)}</th>" for text in _labels(row)))
+        out += [_html_cell(cell, table, column, row) for column, cell in zip(table.columns, line, strict=True)]
+        out.append("</tr>")
+    out.append(f'</tbody></table></div><p class="caption">{html.escape(table.caption)}</p>')
+    out += [f'<p class="caption">{html.escape(note)}</p>' for note in table.notes]
+    missing = _missing_lines(table)
+    if missing:
+        items = "".join(f"<li>{html.escape(text.strip())}</li>" for text in missing[1:])
+        out.append(
+            f'<details class="missing" open><summary>{html.escape(missing[0])}</summary><ul>{items}</ul></details>'
+        )
+    out.append("</section>")
+    return "\n".join(out) + "\n"
+
+
+def _html_cell(cell: Cell, table: Table, column: Column, row: Row) -> str:
+    tags = {"best": "<strong>{}</strong>", "second": "<u>{}</u>", "": "{}"}
+    text = cell_text(cell, table, column, lambda text, mark: tags[mark].format(html.escape(text)))
+    value = cell.main
+    lines = [f"{' / '.join(row.labels)} · {f'{column.group} {column.label}'.strip()}"]
+    if cell.published is not None:
+        lines.append(f"paper: {cell.published.note or cell.published.reason}")
+    if cell.runs is not None:
+        lines.append(f"n = {cell.runs.n} seeds" if cell.runs.mean is not None else cell.runs.reason)
+        lines += list(cell.runs.records)
+    title = html.escape("\n".join(line for line in lines if line), quote=True)
+    sort = "" if value.mean is None else f"{value.mean:.10g}"
+    if cell.runs is not None and cell.runs.records:
+        records = html.escape(" ".join(cell.runs.records), quote=True)
+        text = f'<a href="#{record_id(cell.runs.records[0])}" data-records="{records}">{text}</a>'
+    return f'<td data-sort="{sort}" title="{title}">{text}</td>'
+
+
+def record_id(name: str) -> str:
+    """Anchor of a record's block in the report; report.js makes the same."""
+    return f"record-{_id(name)}"
+
+
+def _id(name: str) -> str:
+    return name.replace("/", "--").replace("=", "-").replace(",", "-")
+
+
+def _labels(row: Row) -> list[str]:
+    """The row's labels, the first one with a star if it is the default."""
+    return [f"{row.labels[0]} ★", *row.labels[1:]] if row.default else list(row.labels)
+
+
+def _starts_group(table: Table, row: Row) -> bool:
+    index = next(i for i, other in enumerate(table.rows) if other is row)
+    return row.group != (table.rows[index - 1].group if index else "")
+
+
+def _missing_lines(table: Table) -> list[str]:
+    if not table.missing:
+        return []
+    return [
+        f"Missing (dashes are never averaged over), {len(table.missing)}:",
+        *(f"  {text}" for text in table.missing),
+    ]
+
+
+def _shortened(lines: Sequence[str], limit: int = 12) -> str:
+    head = [line.strip() for line in lines[: limit + 1]]
+    rest = len(lines) - len(head)
+    return head[0] + " " + "; ".join(head[1:]) + (f"; and {rest} more, see the CSV file" if rest > 0 else "") + "."
+
+
+def natural_width(table: Table) -> int:
+    """Characters that the table needs on a terminal to stand in one block."""
+    names, widths = _widths(table)
+    return names + sum(max(3 + len(c.group), width) for c, width in zip(table.columns, widths, strict=True))
+
+
+def _widths(table: Table) -> tuple[int, list[int]]:
+    """Characters that the names of the rows, with the frame, and each column need on a terminal."""
+    groups = [row.group for row in table.rows if row.group]
+    labels = [[*_labels(row)] for row in table.rows]
+    names = [max(map(len, texts)) for texts in zip(table.row_headers, *labels, strict=True)]
+    names[:1] = [max(names[0], *map(len, groups))] if names and groups else names[:1]
+    cells = zip(*table.cells, strict=True) if table.cells else [()] * len(table.columns)
+    widths = [
+        3 + max([len(column.label), *(len(cell_text(cell, table, column, lambda text, _: text)) for cell in line)])
+        for column, line in zip(table.columns, cells, strict=True)
+    ]
+    return sum(3 + name for name in names) + 1, widths
+
+
+def _plain(value: float | None) -> str:
+    return "" if value is None else repr(round(value, 10))
+
+
+def _md(text: str) -> str:
+    return text.replace("|", "\\|").replace("*", "\\*")
+
+
+_TEX = {"\\": "\\textbackslash{}", "&": "\\&", "%": "\\%", "$": "\\$", "#": "\\#", "_": "\\_", "{": "\\{", "}": "\\}",
+        "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "<": "$<$", ">": "$>$", "|": "$|$", "±": "$\\pm$",
+        "−": "$-$", "–": "--", "★": "$\\star$", "×": "$\\times$", "λ": "$\\lambda$", "α": "$\\alpha$", "β": "$\\beta$",
+        "θ": "$\\theta$", "Δ": "$\\Delta$", "↓": "$\\downarrow$", "↑": "$\\uparrow$", "≥": "$\\geq$", "≤": "$\\leq$",
+        "✓": "$\\surd$"}  # fmt: skip
+
+
+def tex(text: str) -> str:
+    """Text for LaTeX: special characters escaped, signs as mathematics."""
+    return "".join(_TEX.get(character, character) for character in text)
+
+
+def _tex_signs(text: str) -> str:
+    return text.replace("−", "$-$")

@@ -1,0 +1,403 @@
+"""From run records to one number: which records answer a query, whether they may meet, and their mean over seeds."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from results.aggregator.names import COSTS, DATASET_CATEGORIES, PARTIAL_MEANS, is_percent
+from results.aggregator.records import StoredRecord
+from results.aggregator.sweep_file import SEED_KEYS, canonical, describe_cell
+from results.aggregator.table import Value
+
+#: What must agree in a whole table, and what must agree among the records of one method (its recipe).
+TABLE_AXES = ("protocol", "profile", "metric version", "random weights", "data")
+METHOD_AXES = ("backbone", "weights", "image size", "resize", "setting")
+AXES = (*TABLE_AXES, *METHOD_AXES)
+
+# Configuration that does not decide what a number means.
+_FREE_CONFIG = re.compile(
+    r"^(seed_everything|config|run\.|ckpt_path|trainer\.(logger|callbacks|default_root_dir|enable_\w+|log_every_n_steps|"
+    r"accelerator|profiler|num_sanity_val_steps)|data\.init_args\.(seed|num_workers|pin_memory|eval_batch_size|"
+    r"datasets\.\d+\.root|datasets\.\d+\.init_args\.root|root)\b|model\.init_args\.seed$)"
+)
+_SEED_LINE = re.compile(r"^\s*(seed_everything|seed):")
+
+
+class ConflictError(ValueError):
+    """Records that must not stand in one table; the message names them, grouped by the value that differs."""
+
+    def __init__(self, conflicts: Sequence[tuple[str, Mapping[str, Sequence[str]]]], where: str = "") -> None:
+        self.conflicts = tuple(conflicts)
+        lines = [f"these records must not meet{f' in {where}' if where else ''}:"]
+        for axis, groups in conflicts:
+            lines.append(f"  {axis} differs:")
+            for value, names in sorted(groups.items()):
+                shown = ", ".join(sorted(names)[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+                lines.append(f"    {value}: {shown}")
+        lines.append(
+            "choose with --profile, --protocol, --newest (of several runs of one cell) or --runs 'sweep/run*' (make: "
+            "ARGS=--newest), or move the runs of one kind away"
+        )
+        super().__init__("\n".join(lines))
+
+
+@dataclass(frozen=True)
+class Query:
+    """What one cell of a table asks for. None means "any"; `cell` None asks for trainings outside of sweeps."""
+
+    metric: str
+    dataset: str
+    category: str = "mean"
+    method: str | None = None
+    sweep: str | None = None
+    cell: frozenset | None = None  # as made by cell_key: what the cell must contain; empty accepts every cell
+    variant: str = ""
+    setting: str | None = None
+
+
+@dataclass
+class Pool:
+    """The records that a table may use, and what its cells did use (for the check that they may meet)."""
+
+    records: Sequence[StoredRecord]
+    rms_std: bool = False
+    used: list[tuple[Query, StoredRecord]] = field(default_factory=list)
+    categories: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    _index: dict[tuple, set[int]] = field(default_factory=dict)
+    _checked: set[tuple] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        """Index the records by sweep and by each item of their cells."""
+        index: dict[tuple, set[int]] = defaultdict(set)
+        for number, stored in enumerate(self.records):
+            index[(stored.record.sweep,)].add(number)
+            if not stored.cell:
+                index[(None,)].add(number)
+            for item in stored.cell:
+                index[(stored.record.sweep, item)].add(number)
+        self._index = dict(index)
+
+    def of_cell(self, sweep: str | None, cell: frozenset | None) -> list[StoredRecord]:
+        """The sweep's records whose cell contains `cell`; without a sweep the trainings that belong to none."""
+        found = [self._index.get((sweep,), set())]
+        found += [self._index.get((sweep, item), set()) for item in (cell or ()) if sweep is not None]
+        return [self.records[number] for number in sorted(set.intersection(*found))]
+
+    def find(self, query: Query) -> list[StoredRecord]:
+        """The records that answer a query, one or more per seed."""
+        return [
+            stored
+            for stored in self.of_cell(query.sweep, query.cell)
+            if (query.method is None or stored.record.method == query.method)
+            and (query.setting is None or stored.record.setting == query.setting)
+            and any(dataset["name"] == query.dataset for dataset in stored.record.datasets)
+        ]
+
+    def value(self, query: Query) -> Value:
+        """Mean over seeds of a query, or a value without mean that says why; never a mean over fewer categories."""
+        found = self.find(query)
+        if not found:
+            others = sorted({stored.record.setting for stored in self.find(replace(query, setting=None))})
+            told = f" with setting {query.setting} ({', '.join(others)} is there)" if others else ""
+            return Value(reason=f"no run{told}")
+        key = (query.dataset, tuple(stored.name for stored in found))
+        if key not in self._checked:
+            check_cell(found, query)
+            self._checked.add(key)
+        self.used += [(query, stored) for stored in found]
+        if query.metric in COSTS:
+            return _cost(found, query.metric)
+        if not is_percent(query.metric) and query.category.startswith("mean"):
+            return Value(reason="a score's scale differs between categories, so it has no mean")
+        by_seed: dict[int, list[StoredRecord]] = defaultdict(list)
+        for stored in found:
+            by_seed[stored.record.seed].append(stored)
+        names = tuple(sorted(stored.name for stored in found))
+        needed = self._needed(query)
+        table: list[list[float]] = []  # seed x category
+        problems: dict[str, None] = {}
+        for seed in sorted(by_seed):
+            values, reasons = _seed_values(by_seed[seed], query, needed, seed)
+            problems.update(dict.fromkeys(reasons))
+            table.append(values)
+        if problems:
+            return Value(reason="; ".join(problems), records=names, n=len(by_seed))
+        scale = 100 if is_percent(query.metric) else 1
+        means = [statistics.fmean(values) * scale for values in table]
+        std = None
+        if len(means) > 1:
+            std = statistics.stdev(means)
+            if self.rms_std and len(needed) > 1:
+                columns = [statistics.variance(column) for column in zip(*table, strict=True)]
+                std = math.sqrt(statistics.fmean(columns)) * scale
+        return Value(statistics.fmean(means), std, len(means), records=names)
+
+    def _needed(self, query: Query) -> tuple[str, ...]:
+        if query.category not in ("mean",) and (query.dataset, query.category) not in PARTIAL_MEANS:
+            return (query.category,)
+        partial = PARTIAL_MEANS.get((query.dataset, query.category))
+        return partial or self.categories.get(query.dataset) or DATASET_CATEGORIES.get(query.dataset) or ()
+
+
+def seed_means(records: Iterable[StoredRecord], query: Query) -> dict[int, dict[str, float]]:
+    """seed -> category -> value (fraction) of the records, undefined values left out."""
+    result: dict[int, dict[str, float]] = defaultdict(dict)
+    for stored in records:
+        for (variant, scope, dataset, category, metric), (value, _) in stored.scores.items():
+            wanted = (variant, scope, dataset, metric) == (query.variant, "category", query.dataset, query.metric)
+            if wanted and not math.isnan(value):
+                result[stored.record.seed][category] = value
+    return dict(result)
+
+
+def _seed_values(records: list[StoredRecord], query: Query, needed: Sequence[str], seed: int) -> tuple[list, list]:
+    """One seed's values for the needed categories, from one record or from one per category; and what is missing."""
+    values, reasons = [], []
+    for category in needed:
+        keys = [(query.variant, "category", query.dataset, category, query.metric)]
+        if category == "pooled":  # over the data set; over all that were trained together only if that is all there is
+            keys = [(query.variant, "pooled", dataset, "", query.metric) for dataset in (query.dataset, "")]
+        key = next((key for key in keys if any(key in stored.scores for stored in records)), keys[0])
+        hits = [(stored, stored.scores[key]) for stored in records if key in stored.scores]
+        if len(hits) > 1:
+            raise ConflictError(
+                [(f"the run of seed {seed}", {stored.name: [stored.name] for stored, _ in hits})], "one cell"
+            )
+        where = records[0].name if len(records) == 1 else f"seed {seed} of {records[0].record.sweep}"
+        if not hits:
+            what = f"variant {query.variant!r} of " * bool(query.variant) + f"{query.metric} of {category}"
+            reasons.append(f"{what} is missing in {where}")
+        elif math.isnan(hits[0][1][0]):
+            reasons.append(f"{query.metric} of {category} is undefined in {where}: {hits[0][1][1]}")
+        else:
+            values.append(hits[0][1][0])
+    if not needed:
+        reasons.append(f"no categories known for {query.dataset}")
+    return values, reasons
+
+
+def _cost(records: Sequence[StoredRecord], metric: str) -> Value:
+    """Mean over seeds of a cost that the records state."""
+    values = [cost(stored, metric) for stored in records]
+    names = tuple(sorted(stored.name for stored in records))
+    silent = [stored.name for stored, value in zip(records, values, strict=True) if value is None]
+    if silent:
+        return Value(reason=f"{metric} is not recorded in {', '.join(silent[:3])}", records=names)
+    std = statistics.stdev(values) if len(values) > 1 and metric != "parameters" else None
+    return Value(statistics.fmean(values), std, len(values), records=names)
+
+
+def cost(stored: StoredRecord, metric: str) -> float | None:
+    """A cost in its printed unit: million parameters, seconds, MiB; None if the record does not state it."""
+    provenance = stored.record.provenance
+    if metric == "parameters":
+        count = stored.record.parameters.get("trainable")
+        return None if count is None else count / 1e6
+    if metric == "seconds_per_epoch":
+        if provenance.get("seconds_per_epoch") is not None:
+            return float(provenance["seconds_per_epoch"])
+        if provenance.get("wall_seconds") and provenance.get("epochs"):
+            return provenance["wall_seconds"] / provenance["epochs"]
+        return None
+    if metric == "peak_memory":
+        peak = provenance.get("peak_memory_bytes")
+        return None if peak is None else peak / 2**20
+    return provenance.get("wall_seconds")
+
+
+def select(
+    records: Iterable[StoredRecord],
+    profile: str | None = None,
+    protocol: str | None = None,
+    runs: Sequence[str] = (),
+) -> list[StoredRecord]:
+    """The records of a profile and protocol whose ``sweep/run`` fits one of the patterns (shell style)."""
+    return [
+        stored
+        for stored in records
+        if (profile is None or stored.record.profile == profile)
+        and (protocol is None or stored.record.protocol == protocol)
+        and (not runs or any(fnmatch.fnmatchcase(stored.name, pattern) for pattern in runs))
+    ]
+
+
+def newest(records: Iterable[StoredRecord]) -> list[StoredRecord]:
+    """Of the runs of a sweep that differ in nothing but the code that made them only the one started last."""
+    last: dict[tuple, StoredRecord] = {}
+    for stored in sorted(records, key=lambda stored: str(stored.record.provenance.get("started") or "")):
+        record = stored.record
+        data = tuple((dataset["name"], str(dataset["fingerprint"])) for dataset in record.datasets)
+        same = (record.sweep, stored.cell, record.seed, record.profile, record.protocol, record.setting, data)
+        last[(*same, axis_value(stored, "weights")) if stored.cell else (stored.name,)] = stored
+    return sorted(last.values(), key=lambda stored: stored.name)
+
+
+def kinds(records: Sequence[StoredRecord]) -> list[tuple[str, list[StoredRecord]]]:
+    """The records by profile and protocol, which no table mixes; the name is empty if there is only one kind."""
+    found: dict[tuple[str, str], list[StoredRecord]] = {}
+    for stored in records:
+        found.setdefault((stored.record.profile, stored.record.protocol), []).append(stored)
+    if len(found) == 1:
+        return [("", next(iter(found.values())))]
+    return [(f"{profile}.{protocol}", mine) for (profile, protocol), mine in sorted(found.items())]
+
+
+def axis_value(stored: StoredRecord, axis: str, dataset: str = "") -> str:
+    """A record's value on one of the axes on which records must agree, as shown in messages."""
+    record = stored.record
+    if axis == "protocol":
+        return record.protocol
+    if axis == "profile":
+        return record.profile
+    if axis == "metric version":
+        return str(record.metrics["version"])
+    if axis == "random weights":
+        return "random backbone weights" if record.random_weights else "pretrained backbone weights"
+    if axis == "setting":
+        return record.setting
+    if axis == "backbone":
+        padding = record.backbone.get("padding")
+        return str(record.backbone["name"]) + (f" (padding {padding})" if padding not in (None, "default") else "")
+    if axis == "weights":
+        checksum = record.backbone.get("sha256")
+        return str(record.backbone["weights"]) + (f" (sha256 {str(checksum)[:10]})" if checksum else "")
+    if axis == "image size":
+        return "x".join(str(side) for side in record.image_size)
+    if axis == "resize":
+        return record.resize
+    together = [d for d in record.datasets if record.setting == "unified" or d["name"] == dataset]
+    return "; ".join(
+        f"{d['name']} ({_few(d['categories'])}), fingerprint {str(d['fingerprint'])[:10]}" for d in together
+    )
+
+
+def _few(categories: Sequence[str]) -> str:
+    count = "1 category" if len(categories) == 1 else f"{len(categories)} categories"
+    return f"{count}: {', '.join(categories)}" if len(categories) <= 3 else count
+
+
+def check_table(used: Sequence[tuple[Query, StoredRecord]], varies: Iterable[str] = (), where: str = "") -> None:
+    """Raise ConflictError unless the records agree on everything that makes numbers comparable.
+
+    `varies` names axes that the table compares on purpose (a sweep over backbones).
+    """
+    seen: dict[str, dict[tuple, dict[str, dict[str, None]]]] = {
+        axis: defaultdict(lambda: defaultdict(dict)) for axis in AXES if axis not in set(varies)
+    }
+    done: set[tuple] = set()
+    for query, stored in used:
+        if (stored.name, query.dataset, query.setting) in done:
+            continue
+        done.add((stored.name, query.dataset, query.setting))
+        record = stored.record
+        for axis, groups in seen.items():
+            group: tuple = ()
+            if axis in METHOD_AXES:
+                group = (record.method, query.setting if axis == "setting" else None)
+            if axis == "data":
+                group = (query.dataset, tuple(record.category_keys) if record.setting == "per_category" else ())
+            groups[group][axis_value(stored, axis, query.dataset)][stored.name] = None
+    conflicts = [
+        (axis, {value: list(names) for value, names in values.items()})
+        for axis, groups in seen.items()
+        for values in groups.values()
+        if len(values) > 1
+    ]
+    if conflicts:
+        raise ConflictError(conflicts, where)
+
+
+def check_cell(records: Sequence[StoredRecord], query: Query) -> None:
+    """Raise ConflictError unless the records are one experiment but for the seed (or the category, one model each)."""
+    if len(records) < 2:
+        return
+    check_table([(query, stored) for stored in records], where="one cell")
+    conflicts: list[tuple[str, dict[str, list[str]]]] = []
+    for title, values in (
+        ("method", [stored.record.method for stored in records]),
+        ("cell", [describe_cell({k: v for k, v in s.record.cell.items() if k not in SEED_KEYS}) for s in records]),
+    ):
+        if len(set(values)) > 1:
+            conflicts.append((title, _grouped(values, records)))
+    unified = [stored for stored in records if stored.record.setting == "unified"]
+    by_seed = defaultdict(list)
+    for stored in unified:
+        by_seed[stored.record.seed].append(stored.name)
+    for seed, names in by_seed.items():
+        if len(names) > 1:
+            conflicts.append((f"the run of seed {seed}", _grouped([_origin(s) for s in unified], unified, names)))
+    conflicts += _config_conflicts(records)
+    if conflicts:
+        raise ConflictError(conflicts, "one cell")
+
+
+def _grouped(
+    values: Sequence[str], records: Sequence[StoredRecord], names: Sequence[str] | None = None
+) -> dict[str, list[str]]:
+    """The records' names, all or those in `names`, by value."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for value, stored in zip(values, records, strict=True):
+        if names is None or stored.name in names:
+            groups[value].append(stored.name)
+    return groups
+
+
+def _origin(stored: StoredRecord) -> str:
+    """The code that made a record, and when."""
+    provenance = stored.record.provenance
+    changed = " with changes" if provenance.get("git_dirty") else ""
+    return f"commit {str(provenance.get('git_commit'))[:10]}{changed}, started {provenance.get('started')}"
+
+
+def _config_conflicts(records: Sequence[StoredRecord]) -> list[tuple[str, dict[str, list[str]]]]:
+    """Configuration keys that differ between records of one cell, the free ones (seed, names, machine) left out."""
+    if len({_bare_text(stored) for stored in records}) == 1:
+        return []
+    configs = [_config(stored.path, stored.path.stat().st_mtime_ns) for stored in records]
+    per_category = any(stored.record.setting == "per_category" for stored in records)
+    conflicts = []
+    for key in sorted(set().union(*configs)):
+        if per_category and key.endswith(".categories"):
+            continue
+        values = [repr(config.get(key, "not set")) for config in configs]
+        if len(set(values)) > 1:
+            conflicts.append((f"configuration {key}", _grouped(values, records)))
+    return conflicts[:8]
+
+
+def _bare_text(stored: StoredRecord) -> str:
+    """The configuration's text without the seed and the run's name: equal texts need no parsing."""
+    run = stored.record.run
+    lines = stored.config_text.splitlines()
+    return "\n".join(line for line in lines if not (_SEED_LINE.match(line) or line.endswith(f" {run}")))
+
+
+@lru_cache(maxsize=20000)
+def _config(path: Path, _modified: int) -> dict[str, Any]:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    content = yaml.load((path / "config.yaml").read_text(encoding="utf-8"), Loader=loader)
+    flat: dict[str, Any] = {}
+    _flatten("", content, flat)
+    return {key: canonical(value) for key, value in flat.items() if not _FREE_CONFIG.match(key)}
+
+
+def _flatten(prefix: str, value: Any, into: dict[str, Any]) -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _flatten(f"{prefix}.{key}" if prefix else str(key), item, into)
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        for index, item in enumerate(value):
+            _flatten(f"{prefix}.{index}", item, into)
+    elif prefix:
+        into[prefix] = value

@@ -1,0 +1,189 @@
+"""The same sweep files with W&B's server: register a sweep, run one agent per GPU, fetch the records.
+
+Everything is done by the unmodified ``wandb`` program; this file only spares the user its traps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from sweeps.runner import command, preflight, prepare, sweep_file
+from sweeps.runner.errors import SweepError
+from sweeps.runner.local import check_writable
+from sweeps.runner.process import die_with_parent
+from sweeps.runner.state import RECORDS, WORK, read_json
+from sweeps.runner.sweep_file import SEED, Cell
+
+ARTIFACT = "run-record"
+_WITHOUT = "without a record"
+_SWEEP = re.compile(r"[^/\s]+/[^/\s]+/[^/\s]+")
+
+
+def register(options: argparse.Namespace, console: Console) -> int:
+    """Check a sweep, register it with W&B under the chosen profile and print how to start agents."""
+    sweep = sweep_file.load(options.ablation)
+    variables = prepare.environment(options.profile) | {"WANDB_MODE": "online"}
+    check_writable(WORK)
+    parameters = dict(sweep.parameters)
+    if options.seeds:
+        parameters[SEED] = {"values": options.seeds}
+    check = preflight.Check(sweep, _examples(sweep, options.seeds), variables)
+    check.finish()
+    content = yaml.safe_load(sweep.path.read_text())
+    content["parameters"] = parameters
+    # The agents' machines need not know the profile: it is written into the registered command.
+    content["command"] = command.resolve(sweep.command, {"PROFILE": variables["PROFILE"]} | _left_alone(sweep.command))
+    path = WORK / sweep.name / "registered.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    outcome = subprocess.run(
+        [sys.executable, "-m", "wandb", "sweep", str(path)],
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    print(outcome.stdout, end="")
+    found = re.search(r"wandb agent (\S+)", outcome.stdout)
+    if outcome.returncode or not found:
+        raise SweepError("W&B did not register the sweep; its message is above. `wandb login` sets the API key.")
+    console.print(
+        f"On each machine, in a clone of this repository: make agents SWEEP={found[1]}\n"
+        f"On SLURM: SWEEP={found[1]} sbatch sweeps/slurm.sh",
+        highlight=False,
+    )
+    return 0
+
+
+def _left_alone(words: tuple[str, ...]) -> dict[str, str]:
+    """Variables other than PROFILE, which each agent fills in for itself."""
+    names = {name for word in words for name in re.findall(r"\$\{envvar:([A-Z0-9_]*)\}", word)}
+    return {name: f"${{envvar:{name}}}" for name in names - {"PROFILE"}}
+
+
+def _examples(sweep: sweep_file.SweepFile, seeds: list[int] | None) -> list[Cell]:
+    """Cells whose keys and values stand for all; a search on the server is represented by one draw."""
+    if sweep.method == "grid":
+        return sweep.cells(seeds)
+    entries = {name: entry for name, entry in sweep.parameters.items() if name != SEED or not seeds}
+    return sweep_file.draw(entries, 8, 0)
+
+
+def agents(options: argparse.Namespace, console: Console) -> int:
+    """Run one W&B agent per GPU (or ``--workers`` agents on the CPU) until the sweep has no more cells.
+
+    Ctrl-C or SIGTERM reach the agents, which pass them on: a cell then reports itself as pre-empted and is handed out
+    again. Returns the largest exit code.
+    """
+    if not _SWEEP.fullmatch(options.sweep):
+        raise SweepError(f"SWEEP={options.sweep} must be entity/project/sweep, as `make wandb-sweep` prints it.")
+    gpus = prepare.gpus(options.gpus)
+    places: list[str | None] = list(gpus) or [None] * (options.workers or 1)
+    running = [_start_agent(options.sweep, gpu, len(places)) for gpu in places]
+    console.print(f"{len(running)} agents for {options.sweep}", highlight=False)
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        # An agent needs several signals in a row only when its cell does not end: wait, terminate, kill.
+        for agent in running:
+            if agent.poll() is None:
+                agent.send_signal(signal.SIGTERM)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        while any(agent.poll() is None for agent in running):
+            time.sleep(0.2)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    killed = [agent for agent in running if agent.returncode < 0]
+    if killed:
+        console.print(
+            f"{len(killed)} of {len(running)} agents were killed from outside; W&B hands their cells out again. "
+            f"Go on with: make agents SWEEP={options.sweep}",
+            highlight=False,
+        )
+    return max(abs(agent.returncode) for agent in running)
+
+
+def _start_agent(sweep: str, gpu: str | None, count: int) -> subprocess.Popen[bytes]:
+    variables = prepare.threads({**os.environ, "WANDB_MODE": "online"}, max(1, prepare.cores() // count))
+    variables |= {
+        # By default three failed cells in a minute end an agent, with exit code 0.
+        "WANDB_AGENT_DISABLE_FLAPPING": "true",
+        "WANDB_AGENT_MAX_INITIAL_FAILURES": "1000000",
+        # ${interpreter} is the word python: let it be this one.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+    }
+    if gpu is not None:
+        variables["CUDA_VISIBLE_DEVICES"] = gpu
+    return subprocess.Popen(
+        [sys.executable, "-m", "wandb", "agent", "--forward-signals", sweep],
+        env=variables,
+        stdin=subprocess.DEVNULL,
+        preexec_fn=die_with_parent(),
+    )
+
+
+def pull(options: argparse.Namespace, console: Console) -> int:
+    """Fetch the run records of a W&B sweep into ``results/runs/``; those that are there already are left alone."""
+    import wandb
+
+    check_writable(RECORDS)
+    try:
+        runs = list(wandb.Api().sweep(options.sweep).runs)
+    except (ValueError, wandb.errors.CommError) as error:
+        raise SweepError(f"W&B has no sweep {options.sweep} for you: {error}") from error
+    outcomes = [_fetch(run) for run in runs]
+    counts = [f"{outcomes.count(what)} {what}" for what in ("new", "here already", _WITHOUT)]
+    console.print(f"{options.sweep}: runs: {len(runs)}, {', '.join(counts)}", highlight=False)
+    missing = [f"{run.name} ({run.state})" for run, what in zip(runs, outcomes, strict=True) if what == _WITHOUT]
+    if missing:
+        console.print(
+            f"Without a record: {', '.join(missing)}. W&B hands out a failed or crashed cell of a grid again once its run "
+            "is deleted on the sweep's page and the sweep resumed.",
+            highlight=False,
+        )
+    return int(bool(missing))
+
+
+def _fetch(run: Any) -> str:
+    """Fetch one run's newest record; the run's folder appears complete or not at all."""
+    records = [artifact for artifact in run.logged_artifacts() if artifact.type == ARTIFACT]
+    if not records:
+        return _WITHOUT
+    part = RECORDS / f".pull-{uuid.uuid4().hex}"
+    try:
+        records[-1].download(root=str(part))
+        place = _place(part, run.name)
+        if place.exists():
+            return "here already"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part.rename(place)
+        return "new"
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _place(folder: Path, name: str) -> Path:
+    """Where a fetched record belongs: the sweep and run that it names itself; SweepError if it does not."""
+    record: Mapping[str, Any] = read_json(folder / "record.json")
+    parts = [record.get("sweep"), record.get("run")]
+    for part in parts:
+        if not isinstance(part, str) or not part or Path(part).name != part or part.startswith("."):
+            raise SweepError(f"The record of W&B run {name} names the sweep and run {parts!r}; it cannot be filed.")
+    return RECORDS.joinpath(*parts)

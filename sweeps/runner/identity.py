@@ -1,0 +1,255 @@
+"""The name of a cell: a hash of everything that determines its result and is known before it runs.
+
+These are the sweep's parameters with the seed, the words of the command, the contents of its configuration files, the
+source code that the program reaches, the listing of the data, and the overrides DATASET, CATEGORIES, BACKBONE and
+WEIGHTS. Paths of the machine are left out, so that the same cell has the same name elsewhere.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sweeps.runner import command
+from sweeps.runner.errors import SweepError, nearest
+from sweeps.runner.sweep_file import ARGS, Cell, SweepFile
+
+OVERRIDES = ("DATASET", "DATA_ROOT", "CATEGORIES", "BACKBONE", "WEIGHTS")
+_DATA_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".csv", ".json", ".npy", ".npz", ".txt"}
+# Packages whose code reads or shows results but does not make them.
+_NOT_DETERMINING = {"results", "sweeps", "tests"}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One data set of a run as the profile and the environment name it; ``categories`` None means all."""
+
+    name: str
+    root: Path
+    categories: tuple[str, ...] | None
+
+
+class Identifier:
+    """Computes the ids of a sweep's cells; reads configuration, code and data once."""
+
+    def __init__(self, sweep: SweepFile, environment: Mapping[str, str], datasets: list[Dataset]) -> None:
+        self._shared = {
+            "command": _words_that_matter(sweep, environment),
+            "configs": [read_config(path) for path in command.configs(sweep.command, environment)],
+            "code": code_hash(code_roots(sweep, environment), Path(".")),
+            "data": [[data.name, data_hash(data)] for data in datasets],
+        }
+        self._environment = environment
+
+    def describe(self, cell: Cell, weights: str | None) -> dict[str, Any]:
+        """Everything that determines the cell's result, ready for JSON; weights: the cell's WEIGHTS, if any."""
+        overrides = {
+            key: self._environment[key] for key in ("DATASET", "CATEGORIES", "BACKBONE") if self._environment.get(key)
+        }
+        if weights:
+            overrides["WEIGHTS"] = _file_hash(weights) if Path(weights).is_file() else weights
+        return {**self._shared, "parameters": cell.parameters, "environment": overrides}
+
+    def name(self, cell: Cell, weights: str | None) -> str:
+        """The cell's id: 12 hexadecimal digits."""
+        text = json.dumps(self.describe(cell, weights), sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A configuration file's content; SweepError if it is missing or no mapping."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        siblings = sorted(str(other) for other in path.parent.parent.glob(f"*/{path.name}"))
+        known = [other.stem for other in path.parent.glob("*.yaml")]
+        found = f" There is {', '.join(siblings)}." if siblings else nearest(path.stem, known)
+        raise SweepError(f"No configuration {path}.{found} PROFILE chooses the folder in sweeps/profiles/.") from None
+    except (OSError, yaml.YAMLError) as error:
+        raise SweepError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise SweepError(f"{path} must be a mapping of the command line's keys to values.")
+    return content
+
+
+def lookup(config: Mapping[str, Any], dotted: str) -> Any:
+    """The value under a dotted key of a nested mapping, or None."""
+    value: Any = config
+    for part in dotted.split("."):
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(part)
+    return value
+
+
+def data_hash(dataset: Dataset) -> str:
+    """Hash of the relative paths and sizes of the data set's files (of the named categories only).
+
+    Contents are not read: that would take minutes for large data. The run record holds the fingerprint of the contents.
+    """
+    roots = [dataset.root]
+    if dataset.categories and all((dataset.root / category).is_dir() for category in dataset.categories):
+        roots = [*(dataset.root / category for category in sorted(dataset.categories)), dataset.root / "split_csv"]
+    digest = hashlib.sha256()
+    for root in roots:
+        for path, size in _files(root):
+            digest.update(f"{os.path.relpath(path, dataset.root)}\0{size}\n".encode())
+    return digest.hexdigest()
+
+
+def _files(root: Path) -> Iterator[tuple[str, int]]:
+    """Paths and sizes of the data files below root, sorted."""
+    for folder, folders, files in os.walk(root):
+        folders.sort()
+        for name in sorted(files):
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in _DATA_SUFFIXES:
+                path = os.path.join(folder, name)
+                yield path, os.stat(path).st_size
+
+
+def code_hash(modules: Iterable[str], root: Path) -> str:
+    """Hash of the source files below root that the named modules reach by imports.
+
+    Comments, docstrings and layout do not count, and neither do the files of other methods: a sweep that took days is
+    not started again because of them.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(reached_files(modules, root)):
+        digest.update(f"{path.relative_to(root)}\0{_normalised(path, path.stat().st_mtime_ns)}\n".encode())
+    return digest.hexdigest()
+
+
+def reached_files(modules: Iterable[str], root: Path) -> set[Path]:
+    """Source files below root that the modules import, directly or not; parents' ``__init__.py`` included.
+
+    A package that looks its modules up by name counts as a whole, except a program's own (one with ``__main__``): which of
+    its classes a run uses is named in the run's configuration, and that is where the search starts.
+    """
+    modules = list(modules)
+    programs = {module.split(".")[0] for module in modules if module.endswith(".__main__")}
+    found: set[Path] = set()
+    waiting = [file for module in modules for file in _module_files(module, root)]
+    while waiting:
+        path = waiting.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for module in _imports(path, root):
+            waiting += _module_files(module, root)
+        if path.relative_to(root).parts[0] not in programs and _looks_modules_up(path):
+            waiting += [other for other in path.parent.glob("*.py") if other.name != "__main__.py"]
+    return found
+
+
+def _looks_modules_up(path: Path) -> bool:
+    """Whether a source file imports modules whose names it does not write down."""
+    names = {"import_module", "iter_modules", "walk_packages", "__import__"}
+    return any(
+        (isinstance(node, ast.Name) and node.id in names) or (isinstance(node, ast.Attribute) and node.attr in names)
+        for node in ast.walk(_tree(path, path.stat().st_mtime_ns))
+    )
+
+
+def _module_files(dotted: str, root: Path) -> list[Path]:
+    """Files of the longest part of a dotted name that is a module, with its parents; [] if it is not below root."""
+    parts = dotted.split(".")
+    if parts[0] in _NOT_DETERMINING:
+        return []
+    files = []
+    for length in range(1, len(parts) + 1):
+        base = root.joinpath(*parts[:length])
+        file = base / "__init__.py" if (base / "__init__.py").is_file() else base.with_suffix(".py")
+        if not file.is_file():
+            break
+        files.append(file)
+    return files
+
+
+def _imports(path: Path, root: Path) -> Iterator[str]:
+    """Dotted names that a source file imports, wherever in it; relative ones are resolved."""
+    package = path.relative_to(root).parent.parts
+    for node in ast.walk(_tree(path, path.stat().st_mtime_ns)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+@cache
+def _tree(path: Path, _modified: int) -> ast.Module:
+    try:
+        return ast.parse(path.read_text())
+    except SyntaxError as error:
+        raise SweepError(f"{path} line {error.lineno} is no valid Python: {error.msg}") from error
+
+
+@cache
+def _normalised(path: Path, modified: int) -> str:
+    """The code of a file without comments, docstrings and layout."""
+    tree = ast.parse(ast.unparse(_tree(path, modified)))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(
+            node
+        ):
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def _words_that_matter(sweep: SweepFile, environment: Mapping[str, str]) -> list[str]:
+    """The command's words without the interpreter, the configuration files (their contents count) and run names."""
+    words = command.resolve(sweep.command, environment)
+    files = {str(path) for path in command.configs(sweep.command, environment)}
+    return [
+        word
+        for word in words
+        if word not in files
+        and not word.startswith(("--run.", "--config="))
+        and word not in ("${env}", "${interpreter}", "--config", "-u", ARGS)
+        and not word.startswith(("SLURM_", "PROFILE="))
+    ]
+
+
+def code_roots(sweep: SweepFile, environment: Mapping[str, str]) -> list[str]:
+    """Modules where the search for code starts: the program and the classes that configurations and parameters name."""
+    words = command.resolve(sweep.command, environment)
+    roots = [f"{after}.__main__" for word, after in itertools.pairwise(words) if word == "-m"]
+    roots += [word[:-3].replace("/", ".") for word in words if word.endswith(".py")]
+    for path in command.configs(sweep.command, environment):
+        roots += _class_paths(read_config(path))
+    for entry in sweep.parameters.values():
+        roots += [value for value in [entry.get("value"), *entry.get("values", ())] if isinstance(value, str)]
+    return roots
+
+
+def _class_paths(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if key == "class_path" and isinstance(inner, str):
+                yield inner
+            else:
+                yield from _class_paths(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _class_paths(inner)
+
+
+@cache
+def _file_hash(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

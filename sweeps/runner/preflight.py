@@ -1,0 +1,145 @@
+"""Ask the training program's own parser about every cell before the first one runs.
+
+The question is asked in a process of its own (``python -m sweeps.runner.preflight``), because the parser needs torch and the
+runner does not: JSON in, JSON out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sweeps.runner import command
+from sweeps.runner.errors import SweepError, nearest
+from sweeps.runner.sweep_file import Cell, SweepFile, unique
+
+PROGRAM = "lightning_modules"
+# Parameters that decide which other keys exist.
+_CHOOSES_KEYS = re.compile(r"config|model|data|.*\.class_path")
+
+
+class Check:
+    """The check of a sweep's cells, running beside the other preparations from its construction on."""
+
+    def __init__(self, sweep: SweepFile, cells: list[Cell], variables: Mapping[str, str]) -> None:
+        self._sweep = sweep
+        self._cells = cells
+        self._variables = variables
+        self._process: subprocess.Popen[str] | None = None
+        # Another program than ours, as in tests, has no parser to ask.
+        if PROGRAM not in command.resolve(sweep.command, variables):
+            return
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "sweeps.runner.preflight"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=dict(variables),
+        )
+        self._process.stdin.write(json.dumps(self._question()))
+        self._process.stdin.close()
+
+    def finish(self) -> None:
+        """Wait for the answer; SweepError if the program would refuse a key or a value of a cell."""
+        if self._process is None:
+            return
+        answer = self._process.stdout.read()
+        if self._process.wait():
+            raise SweepError(f"{self._sweep.path} could not be checked: {PROGRAM} does not start; see above.")
+        problem = json.loads(answer.splitlines()[-1])
+        if problem is not None:
+            raise SweepError(self._explain(problem))
+
+    def stop(self) -> None:
+        """Give up a check that is no longer wanted."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+    def _question(self) -> list[dict[str, Any]]:
+        """Per group of cells with the same options: arguments without and with each single value, and a whole cell."""
+        groups: dict[str, list[Cell]] = {}
+        for cell in self._cells:
+            groups.setdefault(json.dumps(_chosen(cell)), []).append(cell)
+        return [
+            {
+                "base": self._arguments(_chosen(cells[0])),
+                "values": [
+                    [key, str(value), self._arguments(_chosen(Cell({**cells[0].parameters, key: value}), key))]
+                    for key in cells[0].parameters
+                    if key != "config"
+                    for value in unique([cell.parameters[key] for cell in cells])
+                ],
+                "whole": self._arguments(cells[0].parameters),
+            }
+            for cells in groups.values()
+        ]
+
+    def _arguments(self, parameters: Mapping[str, Any]) -> list[str]:
+        """What the program gets as its arguments."""
+        words = command.expand(self._sweep.command, parameters, "python", self._variables)
+        return words[words.index(PROGRAM) + 1 :]
+
+    def _explain(self, problem: dict[str, Any]) -> str:
+        path = self._sweep.path
+        configs = ", ".join(map(str, command.configs(self._sweep.command, self._variables)))
+        if problem["what"] == "base":
+            return f"{configs}, the profile of {path}, is refused by the program:\n{problem['message']}"
+        if problem["what"] == "whole":
+            return f"{path}: its values are refused together with {configs} by the program:\n{problem['message']}"
+        key = problem["key"]
+        if problem["what"] == "key":
+            hint = nearest(key, problem["known"])
+            return f"{path}: parameter {key!r} is no option of the program with {configs}.{hint}"
+        return f"{path}: value {problem['value']} of parameter {key!r} is refused by the program:\n{problem['message']}"
+
+
+def _chosen(cell: Cell, key: str | None = None) -> dict[str, Any]:
+    """The parameters that decide which keys exist, and one more, in their order."""
+    return {name: value for name, value in cell.parameters.items() if name == key or _CHOOSES_KEYS.fullmatch(name)}
+
+
+def _answer(question: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The first problem, or None; runs in a process of its own."""
+    from sweeps.runner.program import Parser
+
+    parser = Parser()
+    for group in question:
+        if problem := _first_problem(parser, group):
+            return problem
+    return None
+
+
+def _first_problem(parser: Any, group: dict[str, Any]) -> dict[str, Any] | None:
+    from sweeps.runner.program import Refusal
+
+    found: dict[str, Any] = {"what": "base"}
+    try:
+        known = list(_known(parser.parse(group["base"])))
+        for key, value, arguments in group["values"]:
+            if not any(key == name or (key.startswith(f"{name}.") and empty) for name, empty in known):
+                return {"what": "key", "key": key, "known": [name for name, _ in known]}
+            found = {"what": "value", "key": key, "value": value}
+            parser.parse(arguments)
+        found = {"what": "whole"}
+        parser.parse(group["whole"])
+    except Refusal as refusal:
+        return {**found, "message": str(refusal)}
+    return None
+
+
+def _known(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool]]:
+    """Dotted keys of a nested configuration, and whether the key has no value that would show the keys below it."""
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        yield name, value is None or (isinstance(value, Mapping) and not value)
+        if isinstance(value, Mapping):
+            yield from _known(value, f"{name}.")
+
+
+if __name__ == "__main__":
+    print(json.dumps(_answer(json.load(sys.stdin))))

@@ -1,0 +1,220 @@
+"""What a sweep needs before its first cell: environment, data, weights, workers, and the cells with their names."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sweeps.runner import command
+from sweeps.runner.errors import SweepError
+from sweeps.runner.identity import OVERRIDES, Dataset, Identifier, lookup, read_config
+from sweeps.runner.local import Job
+from sweeps.runner.state import WORK, Lock, read_json, write_json
+from sweeps.runner.sweep_file import Cell, SweepFile
+
+SYNTHETIC_LOCO = Path("data/synthetic_loco")
+"""Four categories of the benchmark in the layout of MVTec LOCO AD."""
+LOCO_OPTIONS = ("--layout", "mvtec_loco", "--categories", "cable,circuit_board,gasket,pill_tray")
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+def environment(profile: str | None, base: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment of a sweep's programs: PROFILE set, empty overrides dropped, W&B offline unless WANDB=online."""
+    result = {key: value for key, value in base.items() if value or key not in (*OVERRIDES, "PROFILE", "WANDB")}
+    result["PROFILE"] = profile or result.get("PROFILE") or "demo"
+    mode = result.pop("WANDB", None)
+    if mode not in (None, "online", "offline", "disabled"):
+        raise SweepError(f"WANDB is {mode!r}. Allowed: online, offline, disabled.")
+    result["WANDB_MODE"] = mode or result.get("WANDB_MODE") or "offline"
+    # A run of this sweep must not take itself for one of a sweep on a server.
+    result.pop("WANDB_SWEEP_ID", None)
+    return result
+
+
+def datasets(configs: Iterable[Path], variables: Mapping[str, str]) -> list[Dataset]:
+    """The data sets of the runs: what DATASET, DATA_ROOT and CATEGORIES name, else what the configurations name."""
+    named: list[Mapping[str, Any]] = []
+    for path in configs:
+        named = lookup(read_config(path), "data.init_args.datasets") or named
+    names, roots, categories = (_parts(variables.get(key)) for key in ("DATASET", "DATA_ROOT", "CATEGORIES"))
+    if len(names) != len(roots):
+        raise SweepError(
+            f"DATASET names {len(names)} data sets and DATA_ROOT {len(roots)} folders; give one folder for each, like "
+            f"DATASET=mvtec_ad DATA_ROOT=/data/mvtec."
+        )
+    if categories and len(names) != 1:
+        raise SweepError(f"CATEGORIES={','.join(categories)} needs exactly one DATASET; found {len(names)}.")
+    if names:
+        named = [
+            {"name": name, "root": root, "categories": categories} for name, root in zip(names, roots, strict=True)
+        ]
+    return [Dataset(entry["name"], Path(entry["root"]), _parts(entry.get("categories")) or None) for entry in named]
+
+
+def _parts(value: Any) -> tuple[str, ...]:
+    """The parts of a comma list or a list."""
+    return (
+        tuple(part.strip() for part in value.split(",") if part.strip())
+        if isinstance(value, str)
+        else tuple(value or ())
+    )
+
+
+def data(sets: list[Dataset], profile: str, say: Callable[[str], None]) -> None:
+    """Make the embedded benchmark if it is used and absent; SweepError if other data or a category is missing."""
+    for dataset in sets:
+        from datamodules.errors import DataError  # late: a sweep of another program needs no readers
+        from datamodules.readers import find_dataset, get_reader
+
+        try:
+            get_reader(dataset.name)
+            if dataset.name == "synthetic":
+                _make_synthetic(dataset.root, LOCO_OPTIONS if dataset.root == SYNTHETIC_LOCO else (), say)
+            elif not dataset.root.is_dir():
+                raise SweepError(
+                    f"The data set {dataset.name} of profile {profile} should be in {dataset.root}, which is no folder. "
+                    f"Name its place with DATA_ROOT=<folder>, or run PROFILE=demo, which makes its own data."
+                )
+            find_dataset(dataset.name, dataset.root, dataset.categories)
+        except DataError as error:
+            raise SweepError(str(error)) from error
+
+
+def _make_synthetic(root: Path, options: tuple[str, ...], say: Callable[[str], None]) -> None:
+    lock = Lock(WORK / "synthetic.lock")
+    lock.acquire(wait=True)
+    try:
+        if root.is_dir() and any(root.iterdir()):
+            return
+        say(f"Making the embedded benchmark in {root}.")
+        # Made beside its place and then renamed, so that a half-made benchmark is never taken for a whole one.
+        part = root.with_name(f".{root.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        code = subprocess.run([sys.executable, "-m", "datamodules", "synthetic", str(part), *options]).returncode
+        if code:
+            raise SweepError(f"Making the embedded benchmark failed with exit code {code}; its message is above.")
+        if root.is_dir():
+            root.rmdir()
+        part.rename(root)
+    finally:
+        lock.release()
+
+
+class Weights:
+    """Decides ``auto`` weights once per backbone and sweep, so that no two cells differ in them by chance.
+
+    The decision is kept in the sweep's working folder and holds for later runs of the sweep too.
+    """
+
+    def __init__(self, sweep: SweepFile, variables: Mapping[str, str], say: Callable[[str], None]) -> None:
+        self._variables = variables
+        self._say = say
+        self._kept = WORK / sweep.name / "weights.json"
+        self._decided: dict[str, str] = {}
+        self._profile: dict[str, Any] = {}
+        for path in command.configs(sweep.command, variables):
+            self._profile.update(lookup(read_config(path), "model.init_args.backbone") or {})
+
+    def of(self, cell: Cell) -> str | None:
+        """The cell's WEIGHTS, or None if neither the environment nor ``auto`` in the profile asks for any."""
+        prefix = "model.init_args.backbone."
+        weights = cell.parameters.get(f"{prefix}weights") or self._variables.get("WEIGHTS")
+        if (weights or self._profile.get("weights")) != "auto":
+            return weights
+        tag = cell.parameters.get(f"{prefix}name") or self._variables.get("BACKBONE") or self._profile.get("name")
+        if tag is None:
+            raise SweepError(
+                "WEIGHTS=auto needs the backbone's name: BACKBONE=<timm tag> or backbone.name in the profile."
+            )
+        if tag not in self._decided:
+            self._decided[tag] = read_json(self._kept).get(tag) or self._decide(tag)
+            self._tell(tag)
+        return self._decided[tag]
+
+    def _decide(self, tag: str) -> str:
+        words = [sys.executable, "-m", "models.backbones", tag, "--weights", "auto"]
+        outcome = subprocess.run(words, stdout=subprocess.PIPE, text=True)
+        lines = outcome.stdout.split()
+        if outcome.returncode or not lines or lines[-1] not in ("imagenet", "random"):
+            raise SweepError(f"`{' '.join(words[1:])}` could not decide the weights of {tag}; its message is above.")
+        write_json(self._kept, {**read_json(self._kept), tag: lines[-1]})
+        return lines[-1]
+
+    def _tell(self, tag: str) -> None:
+        if self._decided[tag] == "imagenet":
+            self._say(f"{tag} has ImageNet weights.")
+        else:
+            self._say(
+                f"[bold yellow]{tag} has RANDOM weights[/]: when this sweep began, ImageNet's were neither cached "
+                f"nor to be had from the hub. WEIGHTS=imagenet insists on them."
+            )
+
+
+def jobs(
+    sweep: SweepFile,
+    cells: list[Cell],
+    variables: Mapping[str, str],
+    sets: list[Dataset],
+    weights: Weights,
+    count: int,
+) -> list[Job]:
+    """The cells as jobs with names, command lines and environments. count: CPU threads of one cell."""
+    identifier = Identifier(sweep, variables, sets)
+    result = []
+    for cell in cells:
+        own = weights.of(cell)
+        run = identifier.name(cell, own)
+        result.append(
+            Job(
+                cell=cell,
+                sweep=sweep.name,
+                run=run,
+                words=[*command.expand(sweep.command, cell.parameters, sys.executable, variables), f"--run.name={run}"],
+                environment={
+                    **threads(variables, count),
+                    **({"WEIGHTS": own} if own else {}),
+                    "WANDB_RUN_GROUP": sweep.name,
+                    "WANDB_RUN_ID": f"{sweep.name}-{run}",
+                    "PYTHONUNBUFFERED": "1",
+                },
+                identity=identifier.describe(cell, own),
+            )
+        )
+    return result
+
+
+def threads(variables: Mapping[str, str], count: int) -> dict[str, str]:
+    """The variables with one number of CPU threads for all numerical libraries, the user's if there is one.
+
+    It must be one number: a library with more threads than the others waits for a core by spinning on it.
+    """
+    count = next((variables[name] for name in THREADS if variables.get(name)), str(count))
+    return {**variables, **{name: variables.get(name) or count for name in THREADS}}
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpus(chosen: str | None) -> list[str]:
+    """GPU numbers to use: the chosen ones, else those of CUDA_VISIBLE_DEVICES, else all that the machine has.
+
+    ``none`` means the CPU. The list is empty if there is no GPU.
+    """
+    if chosen:
+        return [] if chosen == "none" else [number.strip() for number in chosen.split(",") if number.strip()]
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [number for number in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if number.strip() not in ("", "-1")]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listing = subprocess.run(
+        ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True
+    )
+    return listing.stdout.split() if listing.returncode == 0 else []

@@ -1,0 +1,56 @@
+"""The training program's parser, without training: the only file here that imports the program, and only when run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_modules.running import command_line as cli
+
+
+class Refusal(Exception):
+    """The program would refuse the arguments; the message is the program's."""
+
+
+class _Built(Exception):
+    """The parser is built; nothing of the program beyond it is wanted."""
+
+
+class Parser(cli.UniReconCLI):
+    """Parses many argument lists with the program's parser; no class is instantiated."""
+
+    def __init__(self) -> None:
+        warnings.filterwarnings("ignore")
+        with contextlib.suppress(_Built):
+            super().__init__(["fit"])
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        self.parser = parser
+        raise _Built
+
+    def parse(self, arguments: list[str]) -> Mapping[str, Any]:
+        """The complete configuration of the subcommand as nested mappings; Refusal with the program's message."""
+        printed = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(printed):
+                self.config = self.parser.parse_args(cli.with_environment(arguments, os.environ))
+                self.subcommand = self.config["subcommand"]
+                parsed = self.config[self.subcommand]
+                configuration = parsed.as_dict()
+                # One model per category lists the data's categories here, and the data may not be there yet.
+                parsed.data.init_args.setting = "unified"
+                self.before_instantiate_classes()
+        except SystemExit as error:
+            message = error.code if isinstance(error.code, str) else printed.getvalue().rpartition("error: ")[2]
+            raise Refusal(_essence(message)) from error
+        return configuration
+
+
+def _essence(message: str) -> str:
+    """The parser's message without the lines that tell how it looked at the value."""
+    noise = ("Given value", "- Expected a <class 'NoneType'>", "Subtypes:")
+    return "\n".join(line for line in message.strip().splitlines() if not line.strip().startswith(noise))
