@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from . import folder
-from .table import render
+from .rendering import render
 
 
 def main(arguments: list[str] | None = None) -> int:
