@@ -136,7 +136,7 @@ def evaluate_pixels(
     group: Group,
     pooled: bool,
     overlaps: bool,
-    threads: int = 1,
+    threads: int,
 ) -> tuple[list[PixelResult], PixelResult]:
     """Results per category, and of all categories pooled (whose ranking stays empty unless `pooled`).
 
