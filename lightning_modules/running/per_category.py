@@ -25,14 +25,12 @@ from datamodules.errors import DataError
 from datamodules.problems import number_of
 from datamodules.readers import list_dataset
 from lightning_modules.callbacks.progress import write_progress
+from lightning_modules.metrics.definitions import NOT_AVERAGED
 from lightning_modules.metrics.means import mean_over_categories
 from lightning_modules.running import resuming, tracking
 from lightning_modules.running.printing import print_metrics
 from lightning_modules.running.settings import RunConfig, sweep_parameters
 from results.aggregator.records import RunRecord, StoredRecord, read_record, write_record
-
-NOT_AVERAGED = ("dsc_threshold",)
-"""Metrics that are no scores; a mean over categories would mean nothing."""
 
 
 class OneModelEach(Exception):
