@@ -9,13 +9,13 @@ from pathlib import Path
 from rich.console import Console
 
 from . import folder
-from .table import render
+from .rendering import render
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m lightning_modules.metrics",
+        prog=f"python -m {__package__}",
         description="Score saved anomaly maps against masks, exactly.",
         epilog=folder.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
