@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datamodules.augmentation import Augmentation, apply_symmetry
 from datamodules.images import read_pair, resize_image, resize_mask
@@ -16,6 +18,8 @@ from datamodules.sampling import Draw
 
 UNKNOWN = -1
 """Label of an image of which nothing is known (prediction on a folder)."""
+SMALL = 1000
+"""Up to this many training images, reading them in the main process is quicker than starting workers."""
 
 
 class Row(NamedTuple):
@@ -32,13 +36,13 @@ class Row(NamedTuple):
     """Of the resized image and mask, see `datamodules.augmentation`."""
 
 
-def table_rows(table: SampleTable, split: str) -> list[Row]:
-    """Rows of one split in table order; `category` is the category key."""
+def table_rows(table: SampleTable, *splits: str) -> list[Row]:
+    """Rows of some splits in table order; `category` is the category key."""
     keys = category_keys(table)
     return [
         Row(row.id, row.dataset, key, row.label, row.anomaly_type, row.image_path, row.mask_paths)
         for row, key in zip(rows_of(table), keys, strict=True)
-        if row.split == split
+        if row.split in splits
     ]
 
 
@@ -186,3 +190,31 @@ def collate(samples: Sequence[dict[str, Any]]) -> Batch:
         else:
             batch[name] = torch.tensor(values)
     return batch
+
+
+def image_loader(
+    dataset: TableDataset, sampler: Sampler | None, batch_size: int, num_workers: int, drop_last: bool = False
+) -> DataLoader:
+    """Loader over images; it has a generator of its own, so that it takes nothing from the global one."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate,
+        drop_last=drop_last,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+        worker_init_fn=_quiet_worker,
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def usual_workers(images: int) -> int:
+    """Worker processes for so many training images: none for few, else one less than the cores, at most 8."""
+    return 0 if images <= SMALL else max(0, min(8, (os.cpu_count() or 1) - 1))
+
+
+def _quiet_worker(worker: int) -> None:
+    """One thread per worker: OpenCV would otherwise start one per core in each of them."""
+    cv2.setNumThreads(0)

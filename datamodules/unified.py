@@ -2,72 +2,43 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import cv2
 import lightning as L
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from datamodules.augmentation import Augmentation, not_square
+from datamodules.augmentation import Augmentation
 from datamodules.cache.entry import FeatureCache
-from datamodules.cache.loaders import CachedBatches, CachedImages, cached_loader
-from datamodules.dataset import UNKNOWN, ImageSource, LastImage, Row, TableDataset, collate, table_rows
-from datamodules.errors import DataError, did_you_mean
-from datamodules.images import BIT_DEPTHS, REMARKABLE, check_resize, infer_bit_depth, read_header
-from datamodules.problems import WARNING, describe
-from datamodules.readers import Listing, list_dataset, raise_on_errors
-from datamodules.sample_table import (
-    SPLITS,
-    SampleTable,
-    category_keys,
-    concatenate,
-    content_hash,
-    fingerprint,
-    hold_out,
+from datamodules.cache.loaders import CachedImages, CachedSplits, cached_loader, symmetric_rows
+from datamodules.dataset import (
+    UNKNOWN,
+    Batch,
+    ImageSource,
+    LastImage,
+    Row,
+    TableDataset,
+    collate,
+    image_loader,
+    table_rows,
+    usual_workers,
 )
+from datamodules.errors import DataError, did_you_mean
+from datamodules.images import BIT_DEPTHS, check_resize
+from datamodules.prediction import depth_of, unknown_rows
+from datamodules.reading import DatasetConfig, Reading, read_datasets
+from datamodules.sample_table import SPLITS, SampleTable, category_keys, content_hash, hold_out
 from datamodules.sampling import EvalSampler, TrainSampler, check_sampling
 from datamodules.subset import left_out
-from datamodules.tree import IMAGE_SUFFIXES
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SETTINGS = ("unified", "per_category")
 NORMAL = {"val": 1000, "train": 100}
 """Split -> how many of its normal images are picked, evenly, to compare scores with."""
-SMALL = 1000
-"""Up to this many training images, reading them in the main process is quicker than starting workers."""
-
-
-@dataclass(frozen=True)
-class DatasetConfig:
-    """A dataset of the run.
-
-    Args:
-        name: reader: mvtec_ad, mvtec_loco, btad, mpdd, visa, folder or synthetic.
-        root: its folder.
-        categories: the subset to use, None for all; also a text "bottle,cable".
-        label: its name in tables, default `name`; needed when one reader is used twice.
-    """
-
-    name: str
-    root: str
-    categories: tuple[str, ...] | str | None = None
-    label: str | None = None
-
-    def __post_init__(self) -> None:
-        categories = self.categories
-        if isinstance(categories, str):
-            categories = tuple(part.strip() for part in categories.split(",") if part.strip())
-        object.__setattr__(self, "categories", tuple(categories) if categories else None)
-        object.__setattr__(self, "root", str(self.root))
 
 
 class UnifiedDataModule(L.LightningDataModule):
@@ -169,12 +140,9 @@ class UnifiedDataModule(L.LightningDataModule):
         self.fingerprint = ""
         self.fingerprints: dict[str, str] = {}
         self.bit_depths: dict[str, int] = {}
-        self._source: ImageSource | None = None
-        self._cache: FeatureCache | None = None
-        self._symmetric: dict[tuple[int, int], int] = {}
-        self._resident: dict[tuple[int, ...], CachedBatches] = {}
-        self._resident_on: torch.device | None = None
-        self._resident_room = 0
+        self._reading: Reading | None = None
+        self._source: ImageSource | CachedImages | None = None
+        self._served: CachedSplits | None = None
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -187,38 +155,26 @@ class UnifiedDataModule(L.LightningDataModule):
         if self._source is None:
             self._check_filled_in()
         if stage == "predict" and self.predict_root is not None:
-            self._source = self._source or self._make_source(self._predict_depth(), {})
+            if self._source is None:
+                self._source = self._image_source(
+                    {"bit_depths": depth_of(unknown_rows(self.predict_root), self.bit_depth)}
+                )
             return
         if self.table is not None:
             return
-        if not self.datasets:
-            raise DataError("No dataset is named: give `datasets` at least one entry with a name and a root.")
-        listings = {
-            config.label or config.name: list_dataset(config.name, config.root, config.categories, config.label)
-            for config in self.datasets
-        }
-        bit_depths: dict[str, int] = {}
-        for label, listing in listings.items():
-            raise_on_errors(listing)
-            self._warn(label, listing)
-            self._settle_modes(label, listing, bit_depths)
-        table = concatenate(listing.table for listing in listings.values())
-        roots = {label: listing.root for label, listing in listings.items()}
-        self.fingerprints = {label: fingerprint(listing.table, roots) for label, listing in listings.items()}
-        single = len(listings) == 1  # what every run does before it starts is kept short
-        self.fingerprint = self.fingerprints[next(iter(listings))] if single else fingerprint(table, roots)
-        self.table = hold_out(table, self.holdout)
+        found = read_datasets(self.datasets, self.bit_depth)
+        table = hold_out(found.table, self.holdout)
         self.categories = list(dict.fromkeys(category_keys(table)))
         if self.setting == "per_category" and len(self.categories) > 1:
             raise DataError(
                 f"setting per_category is one model per category, but {len(self.categories)} are read here. `fit` trains "
                 "them one after the other; for anything else name one category."
             )
-        self.left_out = left_out(self.table, self.test_subset)
-        thresholds = {label: listing.reader.mask_threshold for label, listing in listings.items()}
-        self.bit_depths = bit_depths
-        self._roots, self._rules = roots, {"bit_depths": bit_depths, "thresholds": thresholds}
-        self._source = self._make_source(bit_depths, thresholds)
+        self.left_out = left_out(table, self.test_subset)
+        self.fingerprint, self.fingerprints = found.fingerprint, found.fingerprints
+        self.bit_depths = found.bit_depths
+        self.table, self._reading = table, found
+        self._source = self._image_source(found.rules)
 
     def _check_filled_in(self) -> None:
         for option in ("image_size", "resize", "batch_size"):
@@ -234,35 +190,10 @@ class UnifiedDataModule(L.LightningDataModule):
             raise DataError(f"image_size is a positive side or (height, width), found {self.image_size}.")
         self.image_size = size
 
-    def _make_source(self, bit_depths: dict[str, int], thresholds: dict[str, int]) -> ImageSource:
-        cache = 0 if self._workers() else self.cache_mb * 2**20
-        return ImageSource(self.image_size, self.resize, bit_depths, thresholds, cache)
-
-    @staticmethod
-    def _warn(label: str, listing: Listing) -> None:
-        found = [problem for problem in listing.problems if problem.severity == WARNING]
-        if found:
-            warnings.warn(f"{label}: {len(found)} remarks on the data:\n{describe(found, limit=5)}", stacklevel=3)
-
-    def _settle_modes(self, label: str, listing: Listing, bit_depths: dict[str, int]) -> None:
-        """One warning per dataset about odd image modes, and the bit depth of 16-bit images."""
-        files: dict[str, list[str]] = {}
-        for path in listing.table["image_path"]:
-            mode = _odd_mode(path)
-            if mode is not None:
-                files.setdefault(mode, []).append(path)
-        notes = [
-            f"{len(paths)} images are {mode} (e.g. {paths[0]}): {REMARKABLE[mode]}" for mode, paths in files.items()
-        ]
-        deep = files.get("16-bit")
-        if deep:
-            train = set(listing.table.loc[listing.table["split"] == "train", "image_path"])
-            bits = self.bit_depth or infer_bit_depth([path for path in deep if path in train] or deep)
-            bit_depths[label] = bits
-            how = "as declared" if self.bit_depth else "inferred from the brightest values; declare bit_depth to fix it"
-            notes.append(f"16-bit images are read as {bits} bits ({how})")
-        if notes:
-            warnings.warn(f"{label}: " + "; ".join(notes), stacklevel=3)
+    def _image_source(self, rules: dict[str, Any]) -> ImageSource:
+        return ImageSource(
+            self.image_size, self.resize, **rules, cache_bytes=0 if self._workers() else self.cache_mb * 2**20
+        )
 
     def provenance(self) -> list[dict[str, Any]]:
         """Per dataset: name, fingerprint and categories, for the run record."""
@@ -284,7 +215,7 @@ class UnifiedDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Training images in the order of the own seeded sampler."""
         rows = self._rows("train")
-        dataset = TableDataset(rows, self._source, self.mean, self.std, self._augmentation())
+        dataset = self._dataset(rows, self._augmentation())
         sampler = TrainSampler(
             dataset,
             [row.dataset for row in rows],
@@ -337,52 +268,17 @@ class UnifiedDataModule(L.LightningDataModule):
     def _test_rows(self) -> list[Row]:
         return [row for row in self._rows("test") if row.id not in self.left_out]
 
-    def image_batch(self, ids: Sequence[int]) -> dict[str, Any]:
+    def image_batch(self, ids: Sequence[int]) -> Batch:
         """One batch of chosen images, by id, read from disk whether or not features are cached."""
-        rows = {row.id: row for split in SPLITS for row in self._rows(split)}
-        dataset = TableDataset([rows[i] for i in ids], self._source, self.mean, self.std)
+        rows = {row.id: row for row in self._rows(*SPLITS)}
+        dataset = self._dataset([rows[i] for i in ids])
         return collate([dataset[position] for position in range(len(dataset))])
 
     def predict_dataloader(self) -> DataLoader:
         """Images under `predict_root`: label -1, anomaly_type "unknown", category "", no masks."""
         if self.predict_root is None:
             raise DataError("Nothing to predict on: give the data option predict_root, a folder of images or a file.")
-        rows = [Row(number, "", "", UNKNOWN, "unknown", path, ()) for number, path in enumerate(self._predict_paths())]
-        return self._eval_loader(rows)
-
-    def _predict_paths(self) -> list[str]:
-        root = Path(self.predict_root).expanduser()
-        found = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        found = [p for p in found if not p.name.startswith(".") and "ground_truth" not in p.relative_to(root).parts]
-        paths = list(map(str, found))
-        if not paths:
-            raise DataError(f"predict_root {root}: no image there (looked for {', '.join(IMAGE_SUFFIXES)}).")
-        return paths
-
-    def _predict_depth(self) -> dict[str, int]:
-        """The bit depth of 16-bit images under `predict_root`: the declared one, which a run's configuration holds."""
-        if self.bit_depth is not None:
-            return {"": self.bit_depth}
-        deep = [path for path in self._predict_paths() if _odd_mode(path) == "16-bit"]
-        if not deep:
-            return {}
-        bits = infer_bit_depth(deep)
-        warnings.warn(
-            f"{len(deep)} 16-bit images are read as {bits} bits (inferred); declare bit_depth to fix it", stacklevel=3
-        )
-        return {"": bits}
-
-    def _rows(self, split: str) -> list[Row]:
-        if self.table is None:
-            raise DataError("Call setup() before asking for batches.")
-        return table_rows(self.table, split)
-
-    def _augmentation(self) -> Augmentation | None:
-        return None if self.augmentation == "none" else Augmentation(self.augmentation, self.categories)
-
-    def _eval_loader(self, rows: Sequence[Row]) -> DataLoader:
-        dataset = TableDataset(rows, self._source, self.mean, self.std)
-        return self._loader(dataset, EvalSampler(dataset, *self._place()), self.eval_batch_size)
+        return self._eval_loader(unknown_rows(self.predict_root))
 
     # -- cached features -------------------------------------------------------------------------------------------
 
@@ -392,38 +288,23 @@ class UnifiedDataModule(L.LightningDataModule):
         Raises:
             DataError: images would be turned by 90 degrees that are not square.
         """
-        augmentation = self._augmentation()
-        if augmentation is None:
-            return []
-        found = {key: augmentation.symmetries(key) for key in self.categories}
-        if None in found.values():
-            return None
-        height, width = self.image_size
-        turned = [key for key, symmetries in found.items() if any(symmetry % 2 for symmetry in symmetries)]
-        if turned and height != width:
-            raise not_square(turned[0])
         # Those of held-out images too: an entry then serves any holdout.
-        rows = [row for split in ("train", "val") for row in self._rows(split)]
-        rows.sort(key=lambda row: row.id)
-        return [row._replace(symmetry=symmetry) for row in rows for symmetry in found[row.category] if symmetry]
+        return symmetric_rows(self._rows("train", "val"), self._augmentation(), self.image_size)
 
     def all_images(self, first: int, batch_size: int, symmetric: Sequence[Row] = ()) -> DataLoader:
         """Every image of the table in the order of ids, then ``symmetric``, each with its uint8 ``pixels`` (3, H, W).
 
         ``first`` of them are left out.
         """
-        rows = sorted((row for split in SPLITS for row in self._rows(split)), key=lambda row: row.id)
-        rows = [*rows, *symmetric][first:]
+        rows = [*self._rows(*SPLITS), *symmetric][first:]
         # Every image is read once, but for symmetries: those of one image follow each other.
-        source = LastImage(ImageSource(self.image_size, self.resize, **self._rules))
+        source = LastImage(ImageSource(self.image_size, self.resize, **self._reading.rules))
         dataset = TableDataset(rows, source, self.mean, self.std, pixels=True)
-        return DataLoader(
-            dataset, batch_size, num_workers=self._workers(), collate_fn=collate, worker_init_fn=_quiet_worker
-        )
+        return image_loader(dataset, None, batch_size, self._workers())
 
     def content(self) -> str:
         """Hash of all images and masks in the order of their ids, for the key of a cache; see `content_hash`."""
-        return content_hash(self.table, self._roots, self._rules)
+        return content_hash(self.table, self._reading.roots, self._reading.rules)
 
     def serve_images_from(self, cache: FeatureCache) -> None:
         """From now on images and masks of the table are read, decoded and resized, from an entry that holds them."""
@@ -436,57 +317,45 @@ class UnifiedDataModule(L.LightningDataModule):
 
         Args:
             cache: An entry for this table.
-            symmetric: The rows of the entry that follow those of the table.
             device: Where training happens; splits are copied there once, as long as they fit.
             resident_bytes: How much may be copied; what does not fit is read from disk batch by batch.
+            symmetric: The rows of the entry that follow those of the table.
         """
-        self._cache, self._resident_on, self._resident_room = cache, device, resident_bytes
-        trained = {row.id for row in self._rows("train")} if symmetric else set()
+        trained = {row.id for row in self._rows("train")}
         places = enumerate(symmetric, len(self.table))
-        self._symmetric = {(row.id, row.symmetry): place for place, row in places if row.id in trained}
-        self._resident.clear()
+        turned = {(row.id, row.symmetry): place for place, row in places if row.id in trained}
+        self._served = CachedSplits(cache, device, resident_bytes, turned, self._augmentation())
 
-    def _served(self, rows: list[Row]) -> CachedBatches:
-        """The rows' batches, copied to the device if they fit; made once per split."""
-        key = tuple(row.id for row in rows)
-        if key not in self._resident:
-            ids = set(key)
-            symmetric = {which: place for which, place in self._symmetric.items() if which[0] in ids}
-            needed = (len(rows) + len(symmetric)) * sum(level[0].nbytes for level in self._cache.levels)
-            normalised = TableDataset(rows, self._source, self.mean, self.std).normalised
-            fits = needed <= self._resident_room
-            self._resident_room -= needed if fits else 0
-            device = self._resident_on if fits else None
-            self._resident[key] = CachedBatches(self._cache, rows, normalised, device, symmetric, self._augmentation())
-        return self._resident[key]
+    # -- batches ---------------------------------------------------------------------------------------------------
+
+    def _rows(self, *splits: str) -> list[Row]:
+        if self.table is None:
+            raise DataError("Call setup() before asking for batches.")
+        return table_rows(self.table, *splits)
+
+    def _augmentation(self) -> Augmentation | None:
+        return None if self.augmentation == "none" else Augmentation(self.augmentation, self.categories)
+
+    def _dataset(self, rows: Sequence[Row], augmentation: Augmentation | None = None) -> TableDataset:
+        return TableDataset(rows, self._source, self.mean, self.std, augmentation)
+
+    def _eval_loader(self, rows: Sequence[Row]) -> DataLoader:
+        dataset = self._dataset(rows)
+        return self._loader(dataset, EvalSampler(dataset, *self._place()), self.eval_batch_size)
 
     def _loader(
         self, dataset: TableDataset, sampler: DistributedSampler, batch_size: int, drop_last: bool = False
     ) -> DataLoader:
-        workers = self._workers()
-        if self._cache is not None and dataset.rows[0].label != UNKNOWN:
-            workers = 0 if self._resident_on.type == "cpu" else workers  # a batch is one copy of a millisecond
-            return cached_loader(self._served(dataset.rows), sampler, batch_size, drop_last, workers)
-        return DataLoader(
-            dataset,
-            batch_size=batch_size,
-            sampler=sampler,
-            num_workers=workers,
-            collate_fn=collate,
-            drop_last=drop_last,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=workers > 0,
-            worker_init_fn=_quiet_worker,
-            # An own generator: loaders then take nothing from the global one that dropout and noise draw from.
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+        if self._served is not None and dataset.rows[0].label != UNKNOWN:
+            # On a CPU a batch is one copy of a millisecond.
+            workers = 0 if self._served.device.type == "cpu" else self._workers()
+            return cached_loader(self._served.batches(dataset), sampler, batch_size, drop_last, workers)
+        return image_loader(dataset, sampler, batch_size, self._workers(), drop_last)
 
     def _workers(self) -> int:
         if self.num_workers is not None:
             return self.num_workers
-        if self.table is None or (self.table["split"] == "train").sum() <= SMALL:
-            return 0
-        return max(0, min(8, (os.cpu_count() or 1) - 1))
+        return 0 if self.table is None else usual_workers(int((self.table["split"] == "train").sum()))
 
     def _place(self) -> tuple[int, int]:
         """(number of processes, rank of this one)."""
@@ -495,14 +364,3 @@ class UnifiedDataModule(L.LightningDataModule):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return torch.distributed.get_world_size(), torch.distributed.get_rank()
         return 1, 0
-
-
-def _odd_mode(path: str) -> str | None:
-    """The mode of an image that deserves a word, from its header; None for any other."""
-    mode = read_header(path).mode if path.lower().endswith((".png", ".tif", ".tiff")) else None
-    return mode if mode in REMARKABLE else None
-
-
-def _quiet_worker(worker: int) -> None:
-    """One thread per worker: OpenCV would otherwise start one per core in each of them."""
-    cv2.setNumThreads(0)
