@@ -12,7 +12,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datamodules.augmentation import Augmentation, apply_symmetry
-from datamodules.images import read_pair, resize_image, resize_mask
+from datamodules.errors import DataError
+from datamodules.images import MAX_MEGAPIXELS, read_mask, read_pair, resize_image, resize_mask
 from datamodules.sample_table import SampleTable, category_keys, rows_of
 from datamodules.sampling import Draw
 
@@ -54,6 +55,8 @@ class ImageSource:
         resize: name of an image resize.
         bit_depths: dataset -> significant bits of its 16-bit images.
         thresholds: dataset -> value above which a mask pixel is defective (default 0).
+        mask_resize: nearest or area, see `resize_mask`.
+        max_megapixels: larger files are refused.
         cache_bytes: how much of the resized images to keep in memory, first come first kept.
     """
 
@@ -63,9 +66,11 @@ class ImageSource:
         resize: str,
         bit_depths: dict[str, int] | None = None,
         thresholds: dict[str, int] | None = None,
+        mask_resize: str = "nearest",
+        max_megapixels: float = MAX_MEGAPIXELS,
         cache_bytes: int = 0,
     ) -> None:
-        self.size, self.resize = size, resize
+        self.size, self.resize, self.mask_resize, self.max_megapixels = size, resize, mask_resize, max_megapixels
         self._bit_depths, self._thresholds = bit_depths or {}, thresholds or {}
         self._cache: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._room = cache_bytes
@@ -76,16 +81,21 @@ class ImageSource:
         if cached is not None:
             return cached
         bits, threshold = self._bit_depths.get(row.dataset), self._thresholds.get(row.dataset, 0)
-        image, mask = read_pair(row.image_path, row.mask_paths, bits, threshold)
+        image, mask = read_pair(row.image_path, row.mask_paths, bits, threshold, self.max_megapixels)
         loaded = (
             resize_image(image, self.size, self.resize),
-            np.zeros(self.size, bool) if mask is None else resize_mask(mask, self.size),
+            np.zeros(self.size, bool) if mask is None else resize_mask(mask, self.size, self.mask_resize),
         )
         needed = loaded[0].nbytes + loaded[1].nbytes
         if needed <= self._room:
             self._room -= needed
             self._cache[row.image_path] = loaded
         return loaded
+
+    def mask(self, row: Row) -> np.ndarray:
+        """Mask bool (H, W) of a row with mask files, without its image."""
+        mask = read_mask(row.mask_paths, self._thresholds.get(row.dataset, 0), self.max_megapixels)
+        return resize_mask(mask, self.size, self.mask_resize)
 
 
 class LastImage:
@@ -131,9 +141,20 @@ class TableDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int | Draw) -> dict[str, Any]:
-        """A sample: `image` float32 (3, H, W) normalised, `mask` bool (1, H, W), and the fields of a batch."""
+        """A sample: `image` float32 (3, H, W) normalised, `mask` bool (1, H, W), and the fields of a batch.
+
+        An image of which nothing is known has a further text `error`: empty, or why it could not be read and is black.
+        """
         row = self.rows[index.row if isinstance(index, Draw) else index]
-        image, mask = (apply_symmetry(array, row.symmetry) for array in self.source.load(row))
+        error = ""
+        try:
+            loaded = self.source.load(row)
+        except DataError as failure:
+            if row.label != UNKNOWN:
+                raise
+            error = str(failure)
+            loaded = np.zeros((*self.source.size, 3), np.uint8), np.zeros(self.source.size, bool)
+        image, mask = (apply_symmetry(array, row.symmetry) for array in loaded)
         if self.augmentation is not None and isinstance(index, Draw):
             image, mask = self.augmentation(image, mask, row.category, index.seed)
         pixels = np.empty((3, *image.shape[:2]), np.float32)
@@ -150,6 +171,8 @@ class TableDataset(Dataset):
             "id": row.id,
             "path": row.image_path,
         }
+        if row.label == UNKNOWN:
+            sample["error"] = error
         if self.pixels:
             sample["pixels"] = torch.from_numpy(image.transpose(2, 0, 1).copy())
         return sample

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.errors import DataError
-from datamodules.images import REMARKABLE, infer_bit_depth, read_header
-from datamodules.problems import WARNING, describe
+from datamodules.images import MAX_MEGAPIXELS, REMARKABLE, infer_bit_depth, odd_mode, read_image
+from datamodules.problems import WARNING, describe, number_of
 from datamodules.readers import list_dataset, raise_on_errors
 from datamodules.sample_table import SampleTable, concatenate, fingerprint
 
@@ -64,12 +64,15 @@ class Reading:
         return {"bit_depths": self.bit_depths, "thresholds": self.thresholds}
 
 
-def read_datasets(configs: Sequence[DatasetConfig], bit_depth: int | None = None) -> Reading:
+def read_datasets(
+    configs: Sequence[DatasetConfig], bit_depth: int | None = None, max_megapixels: float = MAX_MEGAPIXELS
+) -> Reading:
     """Read the datasets' names and headers, with one warning per dataset about whatever is odd in it.
 
     Args:
         configs: the datasets.
         bit_depth: significant bits of 16-bit images; None infers them per dataset from its training images.
+        max_megapixels: as in `decode`.
 
     Raises:
         DataError: no dataset, an unknown name, or data with errors.
@@ -86,7 +89,7 @@ def read_datasets(configs: Sequence[DatasetConfig], bit_depth: int | None = None
         found = [problem for problem in listing.problems if problem.severity == WARNING]
         if found:
             warnings.warn(f"{label}: {len(found)} remarks on the data:\n{describe(found, limit=5)}", stacklevel=3)
-        _settle_modes(label, listing.table, bit_depth, bit_depths)
+        _settle_modes(label, listing.table, bit_depth, max_megapixels, bit_depths)
     table = concatenate(listing.table for listing in listings.values())
     roots = {label: listing.root for label, listing in listings.items()}
     fingerprints = {label: fingerprint(listing.table, roots) for label, listing in listings.items()}
@@ -96,26 +99,28 @@ def read_datasets(configs: Sequence[DatasetConfig], bit_depth: int | None = None
     return Reading(table, roots, fingerprints, whole, bit_depths, thresholds)
 
 
-def _settle_modes(label: str, table: SampleTable, bit_depth: int | None, bit_depths: dict[str, int]) -> None:
+def _settle_modes(
+    label: str, table: SampleTable, bit_depth: int | None, max_megapixels: float, bit_depths: dict[str, int]
+) -> None:
     """One warning per dataset about odd image modes, and the bit depth of 16-bit images."""
     files: dict[str, list[str]] = {}
     for path in table["image_path"]:
         mode = odd_mode(path)
         if mode is not None:
             files.setdefault(mode, []).append(path)
-    notes = [f"{len(paths)} images are {mode} (e.g. {paths[0]}): {REMARKABLE[mode]}" for mode, paths in files.items()]
+    for mode in set(files) - set(REMARKABLE):
+        read_image(files[mode][0], bit_depth, max_megapixels)  # refuses pixels of this type with the whole sentence
+    notes = [
+        f"{number_of(len(paths), 'image')} of mode {mode} (e.g. {paths[0]}): {REMARKABLE[mode]}"
+        for mode, paths in files.items()
+        if mode in REMARKABLE
+    ]
     deep = files.get("16-bit")
     if deep:
         train = set(table.loc[table["split"] == "train", "image_path"])
-        bits = bit_depth or infer_bit_depth([path for path in deep if path in train] or deep)
+        bits = bit_depth or infer_bit_depth([p for p in deep if p in train] or deep, max_megapixels=max_megapixels)
         bit_depths[label] = bits
         how = "as declared" if bit_depth else "inferred from the brightest values; declare bit_depth to fix it"
         notes.append(f"16-bit images are read as {bits} bits ({how})")
     if notes:
         warnings.warn(f"{label}: " + "; ".join(notes), stacklevel=4)
-
-
-def odd_mode(path: str) -> str | None:
-    """The mode of an image that users are told about, from its header; None for any other."""
-    mode = read_header(path).mode if path.lower().endswith((".png", ".tif", ".tiff")) else None
-    return mode if mode in REMARKABLE else None

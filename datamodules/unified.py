@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from datamodules.augmentation import Augmentation
+from datamodules.augmentation import AUGMENTATIONS, Augmentation
 from datamodules.cache.entry import FeatureCache
 from datamodules.cache.loaders import CachedImages, CachedSplits, cached_loader, symmetric_rows
 from datamodules.dataset import (
@@ -27,12 +27,14 @@ from datamodules.dataset import (
     usual_workers,
 )
 from datamodules.errors import DataError, did_you_mean
-from datamodules.images import BIT_DEPTHS, check_resize
+from datamodules.images import BIT_DEPTHS, MASK_RESIZES, MAX_MEGAPIXELS, check_resize
 from datamodules.prediction import depth_of, unknown_rows
+from datamodules.problems import number_of
 from datamodules.reading import DatasetConfig, Reading, read_datasets
+from datamodules.remarks import tested_and_trained, vanishing_masks
 from datamodules.sample_table import SPLITS, SampleTable, category_keys, content_hash, hold_out
 from datamodules.sampling import EvalSampler, TrainSampler, check_sampling
-from datamodules.subset import left_out
+from datamodules.subset import FULL, TEST_SUBSETS, left_out
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -66,7 +68,10 @@ class UnifiedDataModule(L.LightningDataModule):
         mean, std: normalisation of pixels in [0, 1].
         seed: of shuffling and augmentation.
         bit_depth: significant bits of 16-bit images; None infers them per dataset from its training images.
-        drop_last: leave out a last training batch that is not full. None stands for the method's recipe.
+        mask_resize: nearest, or area, which keeps defects that are smaller than a pixel of `image_size`.
+        max_megapixels: larger image files are refused.
+        drop_last: leave out a last training batch that is not full, unless it is the only one. None stands for the
+            method's recipe.
         test_subset: full, or drop_last_32, what released code of some methods evaluates (see `datamodules.subset`). None
             is full, unless the protocol is as_released and the method's recipe says otherwise.
         setting: unified, one model for all categories, or per_category: the command line trains one model for each
@@ -97,6 +102,8 @@ class UnifiedDataModule(L.LightningDataModule):
         std: tuple[float, float, float] = IMAGENET_STD,
         seed: int = 0,
         bit_depth: int | None = None,
+        mask_resize: str = "nearest",
+        max_megapixels: float = MAX_MEGAPIXELS,
         drop_last: bool | None = None,
         test_subset: str | None = None,
         setting: str = "unified",
@@ -111,6 +118,21 @@ class UnifiedDataModule(L.LightningDataModule):
             raise DataError(f"bit_depth must be one of {BIT_DEPTHS} or None, found {bit_depth}.")
         if eval_batch_size < 1 or (batch_size is not None and batch_size < 1):
             raise DataError(f"Batch sizes must be at least 1, found {batch_size} and {eval_batch_size}.")
+        for name, value in (("num_workers", num_workers), ("cache_mb", cache_mb), ("seed", seed)):
+            if value is not None and value < 0:
+                raise DataError(f"{name} must be at least 0, found {value}.")
+        if max_megapixels <= 0:
+            raise DataError(f"max_megapixels must be positive, found {max_megapixels}.")
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise DataError(f"mean and std are three numbers each, std positive; found {mean} and {std}.")
+        for name, value, known in (
+            ("mask_resize", mask_resize, MASK_RESIZES),
+            ("setting", setting, SETTINGS),
+            ("augmentation", augmentation, AUGMENTATIONS),
+            ("test_subset", test_subset or FULL, TEST_SUBSETS),
+        ):
+            if value not in known:
+                raise DataError(f"Unknown {name} {value!r}. {did_you_mean(value, known)}")
         labels = Counter(config.label or config.name for config in datasets)
         twice = [label for label, count in labels.items() if count > 1]
         if twice:
@@ -127,10 +149,9 @@ class UnifiedDataModule(L.LightningDataModule):
         self.mean, self.std = tuple(mean), tuple(std)
         self.seed = seed
         self.bit_depth = bit_depth
+        self.mask_resize, self.max_megapixels = mask_resize, max_megapixels
         self.drop_last = bool(drop_last)
-        self.test_subset = test_subset or "full"
-        if setting not in SETTINGS:
-            raise DataError(f"Unknown setting {setting!r}. {did_you_mean(setting, SETTINGS)}")
+        self.test_subset = test_subset or FULL
         self.setting = setting
         self.left_out: frozenset[int] = frozenset()
         self.cache_mb = cache_mb
@@ -141,6 +162,9 @@ class UnifiedDataModule(L.LightningDataModule):
         self.fingerprints: dict[str, str] = {}
         self.bit_depths: dict[str, int] = {}
         self._reading: Reading | None = None
+        self._rules: dict[str, Any] = {}
+        self._remarks: list[str] | None = None
+        self._unknown: list[Row] = []
         self._source: ImageSource | CachedImages | None = None
         self._served: CachedSplits | None = None
 
@@ -156,13 +180,13 @@ class UnifiedDataModule(L.LightningDataModule):
             self._check_filled_in()
         if stage == "predict" and self.predict_root is not None:
             if self._source is None:
-                self._source = self._image_source(
-                    {"bit_depths": depth_of(unknown_rows(self.predict_root), self.bit_depth)}
-                )
+                self._unknown = unknown_rows(self.predict_root)
+                depths = depth_of(self._unknown, self.bit_depth, self.max_megapixels)
+                self._source = ImageSource(self.image_size, self.resize, depths, max_megapixels=self.max_megapixels)
             return
         if self.table is not None:
             return
-        found = read_datasets(self.datasets, self.bit_depth)
+        found = read_datasets(self.datasets, self.bit_depth, self.max_megapixels)
         table = hold_out(found.table, self.holdout)
         self.categories = list(dict.fromkeys(category_keys(table)))
         if self.setting == "per_category" and len(self.categories) > 1:
@@ -174,7 +198,8 @@ class UnifiedDataModule(L.LightningDataModule):
         self.fingerprint, self.fingerprints = found.fingerprint, found.fingerprints
         self.bit_depths = found.bit_depths
         self.table, self._reading = table, found
-        self._source = self._image_source(found.rules)
+        self._rules = {**found.rules, "mask_resize": self.mask_resize}
+        self._source = self._image_source(0 if self._workers() else self.cache_mb * 2**20)
 
     def _check_filled_in(self) -> None:
         for option in ("image_size", "resize", "batch_size"):
@@ -190,10 +215,28 @@ class UnifiedDataModule(L.LightningDataModule):
             raise DataError(f"image_size is a positive side or (height, width), found {self.image_size}.")
         self.image_size = size
 
-    def _image_source(self, rules: dict[str, Any]) -> ImageSource:
-        return ImageSource(
-            self.image_size, self.resize, **rules, cache_bytes=0 if self._workers() else self.cache_mb * 2**20
-        )
+    def _image_source(self, cache_bytes: int = 0) -> ImageSource:
+        limit = self.max_megapixels
+        return ImageSource(self.image_size, self.resize, **self._rules, max_megapixels=limit, cache_bytes=cache_bytes)
+
+    def remarks(self) -> list[str]:
+        """What the numbers of a run on this data must be read with, in sentences for output and record."""
+        if self._remarks is None:
+            self._remarks = tested_and_trained(self._rows("train", "val"), self._rows("test"))
+            read = self._source.mask if self._served is None else lambda row: self._served.cache.mask(row.id)
+            self._remarks += vanishing_masks(self._rows("test"), read, self._rules["thresholds"], self.image_size)
+            if self.mask_resize != "nearest":
+                self._remarks.append(f"masks are resized by {self.mask_resize}")
+            if self._short_batch():
+                count = number_of(len(self._rows("train")), "training image")
+                self._remarks.append(
+                    f"{count} make no full batch of {self.batch_size} per process: the short one is kept"
+                )
+        return self._remarks
+
+    def _short_batch(self) -> bool:
+        """Whether dropping the last batch would leave a process without any."""
+        return self.drop_last and len(self._rows("train")) <= (self.batch_size - 1) * self._place()[0]
 
     def provenance(self) -> list[dict[str, Any]]:
         """Per dataset: name, fingerprint and categories, for the run record."""
@@ -224,7 +267,7 @@ class UnifiedDataModule(L.LightningDataModule):
             self.seed,
             *self._place(),
         )
-        return self._loader(dataset, sampler, self.batch_size, self.drop_last)
+        return self._loader(dataset, sampler, self.batch_size, self.drop_last and not self._short_batch())
 
     def train_images(self) -> DataLoader:
         """Every training image exactly once over all processes, in table order and without augmentation."""
@@ -247,14 +290,14 @@ class UnifiedDataModule(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader | list:
         """Held-out normal images; an empty list if nothing is held out."""
         rows = self._rows("val")
-        return self._eval_loader(rows) if rows else []
+        return self._eval_loader(rows, repeat=True) if rows else []
 
     def test_dataloader(self) -> DataLoader:
-        """Every test image exactly once over all processes; of data without any, the `normal_images`.
+        """Every test image once over all processes (see `EvalSampler`); of data without any, the `normal_images`.
 
         The latter measure nothing, but give a run that only predicts its scale.
         """
-        return self._eval_loader(self._test_rows() or self._normal_rows())
+        return self._eval_loader(self._test_rows() or self._normal_rows(), repeat=True)
 
     @property
     def has_test_images(self) -> bool:
@@ -278,7 +321,7 @@ class UnifiedDataModule(L.LightningDataModule):
         """Images under `predict_root`: label -1, anomaly_type "unknown", category "", no masks."""
         if self.predict_root is None:
             raise DataError("Nothing to predict on: give the data option predict_root, a folder of images or a file.")
-        return self._eval_loader(unknown_rows(self.predict_root))
+        return self._eval_loader(self._unknown or unknown_rows(self.predict_root), repeat=True)
 
     # -- cached features -------------------------------------------------------------------------------------------
 
@@ -298,13 +341,12 @@ class UnifiedDataModule(L.LightningDataModule):
         """
         rows = [*self._rows(*SPLITS), *symmetric][first:]
         # Every image is read once, but for symmetries: those of one image follow each other.
-        source = LastImage(ImageSource(self.image_size, self.resize, **self._reading.rules))
-        dataset = TableDataset(rows, source, self.mean, self.std, pixels=True)
+        dataset = TableDataset(rows, LastImage(self._image_source()), self.mean, self.std, pixels=True)
         return image_loader(dataset, None, batch_size, self._workers())
 
     def content(self) -> str:
         """Hash of all images and masks in the order of their ids, for the key of a cache; see `content_hash`."""
-        return content_hash(self.table, self._reading.roots, self._reading.rules)
+        return content_hash(self.table, self._reading.roots, self._rules)
 
     def serve_images_from(self, cache: FeatureCache) -> None:
         """From now on images and masks of the table are read, decoded and resized, from an entry that holds them."""
@@ -339,9 +381,9 @@ class UnifiedDataModule(L.LightningDataModule):
     def _dataset(self, rows: Sequence[Row], augmentation: Augmentation | None = None) -> TableDataset:
         return TableDataset(rows, self._source, self.mean, self.std, augmentation)
 
-    def _eval_loader(self, rows: Sequence[Row]) -> DataLoader:
+    def _eval_loader(self, rows: Sequence[Row], repeat: bool = False) -> DataLoader:
         dataset = self._dataset(rows)
-        return self._loader(dataset, EvalSampler(dataset, *self._place()), self.eval_batch_size)
+        return self._loader(dataset, EvalSampler(dataset, *self._place(), repeat), self.eval_batch_size)
 
     def _loader(
         self, dataset: TableDataset, sampler: DistributedSampler, batch_size: int, drop_last: bool = False

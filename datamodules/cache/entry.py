@@ -127,6 +127,11 @@ class FeatureCache:
         """Whether every row has the checksum that it was written with; reads the entry once."""
         return _first_damaged(self._arrays, self._checksums) == len(self._checksums)
 
+    def mask(self, row: int) -> np.ndarray:
+        """Mask bool (H, W) of a row."""
+        height, width = self.image_size
+        return np.unpackbits(self.masks[row], count=height * width).view(bool).reshape(height, width)
+
     def let_go(self) -> None:
         """Drops what was read from this process's memory."""
         _let_go(self._arrays)

@@ -31,11 +31,19 @@ class CachedImages:
         """Image uint8 (H, W, 3) and mask bool (H, W)."""
         if row.label == UNKNOWN:
             return self.source.load(row)
-        height, width = self.cache.image_size
-        mask = np.unpackbits(self.cache.masks[row.id], count=height * width).view(bool).reshape(height, width)
         image = np.ascontiguousarray(self.cache.images[row.id].transpose(1, 2, 0))
+        mask = self.mask(row)
         self.cache.let_go()
         return image, mask
+
+    def mask(self, row: Row) -> np.ndarray:
+        """Mask bool (H, W) of a row of the table."""
+        return self.cache.mask(row.id)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)."""
+        return self.cache.image_size
 
 
 class CachedBatches(Dataset):
