@@ -199,12 +199,14 @@ def _near_duplicates(rows: Sequence[TableRow], looks: Sequence[_Look]) -> list[P
     for category, numbers in groups.items():
         hashes = perceptual_hashes(np.stack([looks[number].thumbnail for number in numbers]))
         test = np.array([rows[number].split == "test" for number in numbers])
-        for tested, trained in near_pairs(hashes[test], hashes[~test]):
-            one, other = np.array(numbers)[test][tested], np.array(numbers)[~test][trained]
-            if looks[one].digest != looks[other].digest:
-                what = "nearly the same picture is trained on and tested on"
-                files = (rows[one].image_path, rows[other].image_path)
-                problems.append(Problem(WARNING, "test image near training", category, what, files))
+        pairs = near_pairs(hashes[test], hashes[~test])
+        found = [(np.array(numbers)[test][i], np.array(numbers)[~test][j]) for i, j in pairs]
+        found = [(one, other) for one, other in found if looks[one].digest != looks[other].digest]
+        if found:
+            few = number_of(len(found), "test image")
+            what = f"{few}: nearly the same picture is trained on (files in pairs, test first)"
+            files = tuple(rows[number].image_path for pair in found for number in pair)
+            problems.append(Problem(WARNING, "test image near training", category, what, files))
     return problems
 
 

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 SIDE = 24
-NEAR = 0.97
+NEAR = 0.985
 """Pictures of a higher correlation are nearly the same."""
 
 
