@@ -202,8 +202,9 @@ def odd_mode(path: str) -> str | None:
     """The mode of an image that users are told about, from as little of the file as possible; None for any other."""
     if path.lower().endswith((*_JPEG_SUFFIXES, ".bmp", ".dib")):
         return None
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        head = file.read(26)
+    if os.path.isfile(path):  # opening a pipe would wait for ever
+        with open(path, "rb") as file:
+            head = file.read(26)
         if head.startswith(_PNG) and len(head) == 26:
             mode = "16-bit" if head[24] == 16 else _PNG_MODES.get(head[25])
             return mode if mode in REMARKABLE else None
