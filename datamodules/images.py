@@ -22,7 +22,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from datamodules.errors import DataError, did_you_mean
+from datamodules.errors import DataError
+from results.common.nearest import did_you_mean
 
 BIT_DEPTHS = (8, 10, 12, 14, 16)
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"

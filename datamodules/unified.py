@@ -20,7 +20,7 @@ from datamodules.augmentation import Augmentation, not_square
 from datamodules.cache.entry import FeatureCache
 from datamodules.cache.loaders import CachedBatches, CachedImages, cached_loader
 from datamodules.dataset import UNKNOWN, ImageSource, LastImage, Row, TableDataset, collate, table_rows
-from datamodules.errors import DataError, did_you_mean
+from datamodules.errors import DataError
 from datamodules.images import BIT_DEPTHS, REMARKABLE, check_resize, infer_bit_depth, read_header
 from datamodules.problems import WARNING, describe
 from datamodules.readers import Listing, list_dataset, raise_on_errors
@@ -36,6 +36,7 @@ from datamodules.sample_table import (
 from datamodules.sampling import EvalSampler, TrainSampler, check_sampling
 from datamodules.subset import left_out
 from datamodules.tree import IMAGE_SUFFIXES
+from results.common.nearest import did_you_mean
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
