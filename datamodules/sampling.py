@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Dataset, DistributedSampler
 
-from datamodules.errors import DataError, did_you_mean
+from datamodules.errors import DataError
+from results.common.nearest import did_you_mean
 
 SAMPLINGS = ("natural", "balanced", "balanced_datasets")
 

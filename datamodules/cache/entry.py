@@ -26,6 +26,7 @@ from torch import Tensor
 
 from datamodules.cache.folder import entries, locked, make_room, remove
 from datamodules.problems import number_of
+from results.common.files import sync_folder, write_json
 
 VERSION = 4
 """Of the layout and of the way features are computed; raising it makes all older entries stale."""
@@ -255,18 +256,17 @@ def _build(
         raise RuntimeError(f"{partial}: {done} of {rows} rows were computed.")
     _flush(partial, arrays, checksums, done)
     meta = {"spec": asdict(spec), "title": spec.title, "arrays": list(arrays), "rows": rows, "version": VERSION}
-    (partial / "meta.json").write_text(json.dumps(meta))
+    write_json(partial / "meta.json", meta)
     (partial / "state.json").unlink()
     partial.rename(root / spec.key)
+    sync_folder(root)
 
 
 def _flush(partial: Path, arrays: dict[str, np.ndarray], checksums: np.ndarray, done: int) -> None:
     """Writes everything to disk, and only then that it is there."""
     for array in (*arrays.values(), checksums):
         array.flush()
-    temporary = partial / "state.tmp"
-    temporary.write_text(json.dumps({"done": done, "arrays": list(arrays)}))
-    temporary.replace(partial / "state.json")
+    write_json(partial / "state.json", {"done": done, "arrays": list(arrays)})
 
 
 def _unfinished(partial: Path, rows: int) -> tuple[int, dict[str, np.ndarray], np.ndarray | None]:

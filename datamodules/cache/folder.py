@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from results.common.files import read_json
+from results.common.lock import Lock
 
 
 class CacheTooLargeError(RuntimeError):
@@ -50,7 +51,7 @@ def entries(root: Path) -> list[Entry]:
         with contextlib.suppress(FileNotFoundError):  # another process has just removed or renamed it
             meta = folder / "meta.json"
             complete = meta.is_file() and folder.suffix != ".partial"
-            about = json.loads(meta.read_text()) if complete else {"title": "interrupted build"}
+            about = ({"title": "damaged"} | read_json(meta)) if complete else {"title": "interrupted build"}
             files = [file.stat() for file in folder.iterdir()]
             used = meta.stat().st_mtime if complete else max((f.st_mtime for f in files), default=0.0)
             size, version = sum(f.st_size for f in files), about.get("version", 0)
@@ -87,15 +88,16 @@ def make_room(root: Path, needed: int, budget: int) -> None:
 @contextlib.contextmanager
 def locked(root: Path, key: str, waiting: Callable[[], None] | None) -> Iterator[None]:
     """Holds the entry's lock; without ``waiting``, BlockingIOError if another process holds it."""
-    with open(root / f"{key}.lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if waiting is None:
-                raise
-            waiting()
-            fcntl.flock(file, fcntl.LOCK_EX)
+    lock = Lock(root / f"{key}.lock")
+    if not lock.acquire():
+        if waiting is None:
+            raise BlockingIOError(f"{root / key} is in use")
+        waiting()
+        lock.acquire(wait=True)
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def age(seconds_since_epoch: float) -> str:

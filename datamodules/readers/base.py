@@ -10,10 +10,11 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import ClassVar
 
-from datamodules.errors import DataError, did_you_mean
+from datamodules.errors import DataError
 from datamodules.problems import ERROR, WARNING, Problem, describe, number_of, printable
 from datamodules.sample_table import GOOD, Sample, SampleTable, build_table
 from datamodules.tree import is_category, list_folders
+from results.common.nearest import did_you_mean
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 from datamodules.problems import Problem
 from datamodules.readers.base import Counts, DatasetReader, register
@@ -15,7 +16,7 @@ class Photos(DatasetReader):
     name = "photos"
     layout = "<category>/{train/good, test/<good|defect>, ground_truth/<defect>/<stem>_mask.png}"
     default_root = Path(__file__).parents[1] / "photos"
-    counts = {"ball_screw": Counts(60, 30, 40), "cookie": Counts(31, 14, 32)}
+    counts: ClassVar = {"ball_screw": Counts(60, 30, 40), "cookie": Counts(31, 14, 32)}
 
     def read_category(self, root: Path, category: str, problems: list[Problem]) -> list[Sample]:
         return read_tree(category, root / category, problems, endings=("_mask",))

@@ -23,23 +23,12 @@ from typing import Any
 
 import yaml
 
+from results.common.files import read_json, write_json, write_text
+from results.common.lock import Lock
 from sweeps.runner.display import Display
 from sweeps.runner.errors import SweepError
 from sweeps.runner.process import CellProcess
-from sweeps.runner.state import (
-    DONE,
-    FAILED,
-    INTERRUPTED,
-    RECORDS,
-    RUNNING,
-    WAITING,
-    WORK,
-    Lock,
-    last_lines,
-    read_json,
-    write_json,
-    write_text,
-)  # fmt: skip
+from sweeps.runner.state import DONE, FAILED, INTERRUPTED, RECORDS, RUNNING, WAITING, WORK, last_lines
 from sweeps.runner.sweep_file import Cell
 
 _POLL = 0.2  # seconds between two looks at the running cells
