@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from datamodules.augmentation import AUGMENTATIONS, Augmentation
+from datamodules import augmentation as policies
+from datamodules.augmentation import Augmentation
 from datamodules.cache.entry import FeatureCache
 from datamodules.cache.loaders import CachedImages, CachedSplits, cached_loader, symmetric_rows
 from datamodules.dataset import (
@@ -128,7 +129,7 @@ class UnifiedDataModule(L.LightningDataModule):
         for name, value, known in (
             ("mask_resize", mask_resize, MASK_RESIZES),
             ("setting", setting, SETTINGS),
-            ("augmentation", augmentation, AUGMENTATIONS),
+            ("augmentation", augmentation, policies.AUGMENTATIONS),
             ("test_subset", test_subset or FULL, TEST_SUBSETS),
         ):
             if value not in known:
