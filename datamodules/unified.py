@@ -66,7 +66,9 @@ class UnifiedDataModule(L.LightningDataModule):
         holdout: fraction of each category's normal training images that becomes split val, chosen by file name. A
             dataset with a validation folder of its own (MVTec LOCO) keeps that instead.
         augmentation: entry of `datamodules.augmentation.AUGMENTATIONS`.
-        mean, std: normalisation of pixels in [0, 1].
+        mean, std: normalisation of pixels in [0, 1]. None stands for what the backbone's weights were trained with,
+            which the command line fills in, and Lightning's trainer before the first batch; ImageNet's where there is no
+            model.
         seed: of shuffling and augmentation.
         bit_depth: significant bits of 16-bit images; None infers them per dataset from its training images.
         mask_resize: nearest, or area, which keeps defects that are smaller than a pixel of `image_size`.
@@ -99,8 +101,8 @@ class UnifiedDataModule(L.LightningDataModule):
         sampling: str = "natural",
         holdout: float = 0.0,
         augmentation: str = "none",
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
         seed: int = 0,
         bit_depth: int | None = None,
         mask_resize: str = "nearest",
@@ -124,8 +126,6 @@ class UnifiedDataModule(L.LightningDataModule):
                 raise DataError(f"{name} must be at least 0, found {value}.")
         if max_megapixels <= 0:
             raise DataError(f"max_megapixels must be positive, found {max_megapixels}.")
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise DataError(f"mean and std are three numbers each, std positive; found {mean} and {std}.")
         for name, value, known in (
             ("mask_resize", mask_resize, MASK_RESIZES),
             ("setting", setting, SETTINGS),
@@ -134,6 +134,10 @@ class UnifiedDataModule(L.LightningDataModule):
         ):
             if value not in known:
                 raise DataError(f"Unknown {name} {value!r}. {did_you_mean(value, known)}")
+        if (mean is None) != (std is None):
+            raise DataError(f"mean and std belong together: give both or neither, found mean={mean}, std={std}.")
+        if std is not None and (len(mean) != 3 or len(std) != 3 or min(std) <= 0):
+            raise DataError(f"mean and std are three numbers each, std positive; found mean={mean}, std={std}.")
         labels = Counter(config.label or config.name for config in datasets)
         twice = [label for label, count in labels.items() if count > 1]
         if twice:
@@ -147,7 +151,8 @@ class UnifiedDataModule(L.LightningDataModule):
         self.sampling = sampling
         self.holdout = holdout
         self.augmentation = augmentation
-        self.mean, self.std = tuple(mean), tuple(std)
+        self._normalisation_given = mean is not None
+        self.mean, self.std = tuple(mean or IMAGENET_MEAN), tuple(std or IMAGENET_STD)
         self.seed = seed
         self.bit_depth = bit_depth
         self.mask_resize, self.max_megapixels = mask_resize, max_megapixels
@@ -238,6 +243,11 @@ class UnifiedDataModule(L.LightningDataModule):
     def _short_batch(self) -> bool:
         """Whether dropping the last batch would leave a process without any."""
         return self.drop_last and len(self._rows("train")) <= (self.batch_size - 1) * self._place()[0]
+
+    def normalise(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Normalise pixels so from now on, unless the constructor was given a mean and a std."""
+        if not self._normalisation_given:
+            self.mean, self.std = tuple(mean), tuple(std)
 
     def provenance(self) -> list[dict[str, Any]]:
         """Per dataset: name, fingerprint and categories, for the run record."""
