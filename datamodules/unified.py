@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from datamodules.augmentation import AUGMENTATIONS, Augmentation
+from datamodules import augmentation as policies
+from datamodules.augmentation import Augmentation
 from datamodules.cache.entry import FeatureCache
 from datamodules.cache.loaders import CachedImages, CachedSplits, cached_loader, symmetric_rows
 from datamodules.dataset import (
@@ -26,7 +27,7 @@ from datamodules.dataset import (
     table_rows,
     usual_workers,
 )
-from datamodules.errors import DataError
+from datamodules.errors import DataError, did_you_mean
 from datamodules.images import BIT_DEPTHS, MASK_RESIZES, MAX_MEGAPIXELS, check_resize
 from datamodules.prediction import depth_of, unknown_rows
 from datamodules.problems import number_of
@@ -35,7 +36,6 @@ from datamodules.remarks import tested_and_trained, vanishing_masks
 from datamodules.sample_table import SPLITS, SampleTable, category_keys, content_hash, hold_out
 from datamodules.sampling import EvalSampler, TrainSampler, check_sampling
 from datamodules.subset import FULL, TEST_SUBSETS, left_out
-from results.common.nearest import did_you_mean
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -121,10 +121,6 @@ class UnifiedDataModule(L.LightningDataModule):
             raise DataError(f"bit_depth must be one of {BIT_DEPTHS} or None, found {bit_depth}.")
         if eval_batch_size < 1 or (batch_size is not None and batch_size < 1):
             raise DataError(f"Batch sizes must be at least 1, found {batch_size} and {eval_batch_size}.")
-        if (mean is None) != (std is None):
-            raise DataError(f"mean and std belong together: give both or neither, found mean={mean}, std={std}.")
-        if std is not None and (len(mean) != 3 or len(std) != 3 or min(std) <= 0):
-            raise DataError(f"mean and std are three numbers each, std positive; found mean={mean}, std={std}.")
         for name, value in (("num_workers", num_workers), ("cache_mb", cache_mb), ("seed", seed)):
             if value is not None and value < 0:
                 raise DataError(f"{name} must be at least 0, found {value}.")
@@ -133,11 +129,15 @@ class UnifiedDataModule(L.LightningDataModule):
         for name, value, known in (
             ("mask_resize", mask_resize, MASK_RESIZES),
             ("setting", setting, SETTINGS),
-            ("augmentation", augmentation, AUGMENTATIONS),
+            ("augmentation", augmentation, policies.AUGMENTATIONS),
             ("test_subset", test_subset or FULL, TEST_SUBSETS),
         ):
             if value not in known:
                 raise DataError(f"Unknown {name} {value!r}. {did_you_mean(value, known)}")
+        if (mean is None) != (std is None):
+            raise DataError(f"mean and std belong together: give both or neither, found mean={mean}, std={std}.")
+        if std is not None and (len(mean) != 3 or len(std) != 3 or min(std) <= 0):
+            raise DataError(f"mean and std are three numbers each, std positive; found mean={mean}, std={std}.")
         labels = Counter(config.label or config.name for config in datasets)
         twice = [label for label, count in labels.items() if count > 1]
         if twice:
