@@ -39,8 +39,8 @@ def update_metrics(metrics: AnomalyMetrics, batch: Mapping[str, Any], scored: Sc
 class Evaluation(L.Callback):
     """Collects maps and scores during ``trainer.test`` and computes every metric at its end.
 
-    Maps wait on the accelerator that they were made on; those of a CPU in memory, or, if all variants together would take
-    more than :data:`MAPS_IN_MEMORY`, in a temporary file of the run's folder.
+    Maps wait in memory, or, if all variants together would take more than :data:`MAPS_IN_MEMORY`, in a temporary file of
+    the run's folder.
 
     After the test, :attr:`result` holds one long table over all variants, :attr:`image_scores` one row per image, and
     :attr:`colour_scale` the ends of a colour scale on which normal images are dark: the median pixel, and the 90 %

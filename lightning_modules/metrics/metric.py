@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -79,8 +78,8 @@ class AnomalyMetrics:
     pooled: also rank all categories together.
     fpr_limits: limits of AUPRO; 0.3 is named `pixel_aupro`, others `pixel_aupro_<limit>`.
     connectivity: 8 or 4, of the regions of AUPRO. regions: a `RegionCache` to share between metrics of one test set.
-    variant: text for the variant column. threads: worker threads of `compute` (None = the cores, at
-        most 4).
+    variant: text for the variant column. threads: worker threads of `compute` (None = one; each
+        needs memory of its own).
     maps_directory: keep the maps in temporary files of this directory instead of memory, for sets whose maps do not
         fit; about 1 kB per image stays in memory, the numbers are the same.
     expected: category -> how many images it has. In one process and without `pooled`, a category is then evaluated as
@@ -117,7 +116,7 @@ class AnomalyMetrics:
         self.pooled = pooled
         self.expected = {} if pooled or expected is None else dict(expected)
         self.variant = variant
-        self.threads = threads or default_threads()
+        self.threads = threads or 1
         if regions is not None and regions.connectivity != connectivity:
             raise ValueError(f"the region cache uses connectivity {regions.connectivity}, the metric {connectivity}")
         self.regions = regions if regions is not None else RegionCache(connectivity)
@@ -393,12 +392,6 @@ class AnomalyMetrics:
     def _mean(self, categories: Mapping[str, Values]) -> Values:
         averaged = [metric for metric in self.metrics if metric not in NOT_AVERAGED]
         return {m: mean_over_categories((c, values[m][0]) for c, values in categories.items()) for m in averaged}
-
-
-def default_threads() -> int:
-    """The cores that this process may run on, at most 4."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(4, cores)
 
 
 def _value(formula: Callable[[], float], n: int, reason: str) -> tuple[float, int, str]:
