@@ -27,7 +27,7 @@ from datamodules.dataset import (
     table_rows,
     usual_workers,
 )
-from datamodules.errors import DataError, did_you_mean
+from datamodules.errors import DataError
 from datamodules.images import BIT_DEPTHS, MASK_RESIZES, MAX_MEGAPIXELS, check_resize
 from datamodules.prediction import depth_of, unknown_rows
 from datamodules.problems import number_of
@@ -36,6 +36,7 @@ from datamodules.remarks import tested_and_trained, vanishing_masks
 from datamodules.sample_table import SPLITS, SampleTable, category_keys, content_hash, hold_out
 from datamodules.sampling import EvalSampler, TrainSampler, check_sampling
 from datamodules.subset import FULL, TEST_SUBSETS, left_out
+from results.common.nearest import did_you_mean
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
