@@ -91,9 +91,10 @@ class ReconstructionModule(L.LightningModule):
         head: HeadConfig,
         optimizer: OptimizerCallable | None,
         image_size: ImageSize,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        lr_interval: Interval = "epoch",
+        lr_scheduler: LRSchedulerCallable | None,
+        lr_interval: Interval,
     ) -> None:
+        # No defaults here: the command line would hand them on to subclasses, whose own would be lost.
         super().__init__()
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.extractor = FeatureExtractor(backbone)
