@@ -27,6 +27,7 @@ class Entry:
         nbytes: Bytes on disk.
         used: When it was last opened, in seconds since the epoch.
         complete: False for an interrupted build.
+        version: Of its layout; 0 for an interrupted build.
     """
 
     folder: Path
@@ -34,6 +35,7 @@ class Entry:
     nbytes: int
     used: float
     complete: bool
+    version: int
 
     @property
     def key(self) -> str:
@@ -49,10 +51,11 @@ def entries(root: Path) -> list[Entry]:
         with contextlib.suppress(FileNotFoundError):  # another process has just removed or renamed it
             meta = folder / "meta.json"
             complete = meta.is_file() and folder.suffix != ".partial"
-            title = read_json(meta).get("title", "damaged") if complete else "interrupted build"
+            about = ({"title": "damaged"} | read_json(meta)) if complete else {"title": "interrupted build"}
             files = [file.stat() for file in folder.iterdir()]
             used = meta.stat().st_mtime if complete else max((f.st_mtime for f in files), default=0.0)
-            found.append(Entry(folder, title, sum(f.st_size for f in files), used, complete))
+            size, version = sum(f.st_size for f in files), about.get("version", 0)
+            found.append(Entry(folder, about.get("title", "?"), size, used, complete, version))
     return sorted(found, key=lambda entry: entry.used)
 
 

@@ -11,7 +11,7 @@ from pkgutil import iter_modules
 from typing import ClassVar
 
 from datamodules.errors import DataError
-from datamodules.problems import ERROR, WARNING, Problem, describe
+from datamodules.problems import ERROR, WARNING, Problem, describe, number_of, printable
 from datamodules.sample_table import GOOD, Sample, SampleTable, build_table
 from datamodules.tree import is_category, list_folders
 from results.common.nearest import did_you_mean
@@ -37,6 +37,8 @@ class DatasetReader(abc.ABC):
     homepage: ClassVar[str] = ""
     counts: ClassVar[Mapping[str, Counts]] = {}
     """Public counts per category; empty where there are none."""
+    default_root: ClassVar[Path | None] = None
+    """Where the dataset lies if nobody names a root; None for all that does not come with the project."""
     mask_threshold: ClassVar[int] = 0
     """Mask values above it are defective, at native resolution."""
 
@@ -92,11 +94,13 @@ class Listing:
 
 
 def find_dataset(
-    name: str, root: str | Path, categories: Sequence[str] | None = None
+    name: str, root: str | Path | None, categories: Sequence[str] | None = None
 ) -> tuple[DatasetReader, Path, list[str], list[str]]:
     """Reader of a dataset, folder of its categories, all of them, and the chosen ones; see `list_dataset`."""
     reader = get_reader(name)
-    given = Path(root).expanduser()
+    given = Path(root).expanduser() if root else reader.default_root
+    if given is None:
+        raise DataError(f"{name}: no root is named, the folder of the dataset. {_how_to_get(reader)}")
     if not given.is_dir():
         raise DataError(f"{name}: the root {given} is not a folder. {_how_to_get(reader)}")
     base = reader.locate(given)
@@ -113,13 +117,13 @@ def find_dataset(
 
 
 def list_dataset(
-    name: str, root: str | Path, categories: Sequence[str] | None = None, label: str | None = None
+    name: str, root: str | Path | None, categories: Sequence[str] | None = None, label: str | None = None
 ) -> Listing:
     """Read a dataset's file names, without opening images.
 
     Args:
         name: reader, e.g. mvtec_ad.
-        root: folder of the dataset.
+        root: folder of the dataset; None or "" for the one of a dataset that comes with the project.
         categories: subset to read, None for all. The result is ordered by name, whatever order is asked for.
         label: name of the dataset in the table, default `name`.
 
@@ -139,8 +143,23 @@ def list_dataset(
             lacking = "anomalous " if kinds == {True} else "normal " if kinds == {False} else ""
             what = f"no {lacking}test image, so that most scores of this category do not exist"
             problems.append(Problem(WARNING, "one-sided test set", category, what, (str(base),)))
+        problems.extend(_names_that_cannot_be_written(category, found))
         samples.extend(found)
     return Listing(reader, base, build_table(label or name, samples), tuple(problems), tuple(available))
+
+
+def _names_that_cannot_be_written(category: str, samples: Sequence[Sample]) -> list[Problem]:
+    """Names that are not UTF-8 would end a run when its record, full of names, is written."""
+    names = [name for sample in samples for name in (sample.image_path, *sample.mask_paths)]
+    try:
+        "".join(names).encode()
+        return []
+    except UnicodeEncodeError:
+        bad = tuple(name for name in names if printable(name) != name)
+    what = (
+        f"{number_of(len(bad), 'name')} not in UTF-8: rename them, for example by convmv -f latin1 -t utf8 -r --notest"
+    )
+    return [Problem(ERROR, "unreadable name", category, what, bad)]
 
 
 def raise_on_errors(listing: Listing) -> None:
@@ -169,5 +188,8 @@ def _what_is_there(root: Path) -> str:
     for folder in folders:
         if any(is_category(inner) for inner in list_folders(folder)):
             return f"Its folder {folder.name} holds categories: did you mean {folder}?"
+    for part in (part for folder in (root, *folders) for part in list_folders(folder)):
+        if part.name.casefold() in ("train", "training"):
+            return f"{part} has to be called train."
     names = ", ".join(folder.name for folder in folders[:8]) or "no folder"
     return f"It holds {names}."
