@@ -48,7 +48,8 @@ class HeadConfig:
         models/layers/blur.py.
     smoothing_target: `both` map and image score, or only `image_score` (RLR's pixel metrics read the unsmoothed map).
     image_score: of the map: `max`, `mean`, `std` (population), `top_k` = mean of the largest top_k_fraction of pixels
-        (their number rounded down, at least 1: Dinomaly, INP-Former), `pooled_max` = max after average pooling with a pool_window x pool_window window, stride 1, no padding.
+        (their number rounded down, at least 1: Dinomaly, INP-Former), `pooled_max` = max after average pooling with a
+        pool_window x pool_window window, stride 1, no padding.
     """
 
     distance: Distance = "l2"
@@ -108,7 +109,8 @@ class HeadConfig:
 
 
 class ScoredMaps(NamedTuple):
-    """maps: float32 (B, H, W), of the image's or the map size; image_scores: float32 (B,); level_maps: raw distances, float32 (B, H_l, W_l) each."""
+    """maps: float32 (B, H, W), of the image's size or the head's map_size; image_scores: float32 (B,); level_maps: raw
+    distances, float32 (B, H_l, W_l) each."""
 
     maps: Tensor
     image_scores: Tensor
