@@ -163,6 +163,12 @@ class ReconstructionModule(L.LightningModule):
 
     # ---- what no method changes --------------------------------------------------------------------------------------
 
+    def setup(self, stage: str) -> None:
+        """Pixels are normalised as the backbone's weights expect, unless the data module was told otherwise."""
+        data = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "normalise"):
+            data.normalise(self.extractor.mean, self.extractor.std)
+
     def features(self, batch: Mapping[str, Any]) -> list[Tensor]:
         """The prepared levels, each (B, C_l, H_l, W_l) float32: from the batch if it carries them, else computed."""
         return batch["features"] if "features" in batch else self.prepare(self.extractor(batch["image"]))
