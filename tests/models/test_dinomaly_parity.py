@@ -7,12 +7,14 @@ so no weight file is needed.
 import numpy as np
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from models.dinomaly import Dinomaly, released_name
 from models.head import AnomalyHead, HeadConfig
 from models.layers.mining import hard_mining_scale, mined_cosine_loss, position_distance
 from models.optimizers import StableAdamW, WarmCosine
 from models.released import load_released
+from models.vit_tokens import PrefixGetterNet, use_released_position
 
 
 def parameter(name: str, values: torch.Tensor) -> torch.Tensor:
@@ -176,3 +178,48 @@ def test_released_checkpoints_of_all_sizes_load_and_have_the_published_number_of
         shapes = released_shapes({"dim": width, "narrow": narrow, "layers": blocks})
         ours = {name: list(value.shape) for name, value in network.state_dict().items()}
         assert {released_name(name): shape for name, shape in shapes.items()} == ours
+
+
+@pytest.mark.parity("dinomaly_encoder")
+def test_the_released_position_codes_and_all_tokens_come_through_timms_encoder(parity_case, assert_parity):
+    h = parity_case.hparams
+    vit = VisionTransformer(
+        img_size=h["native"],
+        patch_size=h["patch"],
+        embed_dim=h["dim"],
+        depth=h["depth"],
+        num_heads=h["heads"],
+        init_values=1.0,
+        reg_tokens=h["registers"],
+        no_embed_class=True,
+        num_classes=0,
+        dynamic_img_size=True,
+    ).eval()
+
+    def parameter(name: str, values: torch.Tensor) -> torch.Tensor:
+        if name.endswith(("pos_embed", "cls_token", "register_tokens")):
+            return values
+        if name.endswith("gamma"):
+            return 0.5 + 0.05 * values
+        return 0.05 * values + (name.endswith("norm.weight") or (".norm" in name and name.endswith("weight")))
+
+    theirs = {"reg_token": "register_tokens"}
+    shapes = {name: list(value.shape) for name, value in vit.state_dict().items()}
+    shapes["pos_embed"][1] += 1  # DINOv2's own has one for the class token
+    released = parity_case.state({theirs.get(name, name): shape for name, shape in shapes.items()}, parameter)
+    state = {name: released[parity_case.key_prefix + theirs.get(name, name)] for name in shapes}
+    state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+    state["pos_embed"] = state["pos_embed"][:, 1:]
+    vit.load_state_dict(state)
+
+    use_released_position(vit, "this one")
+    image = parity_case.input_tensor()
+    with torch.no_grad():
+        tokens = vit._pos_embed(vit.patch_embed(image))
+        getter = PrefixGetterNet(vit, out_indices=tuple(h["record"]))
+        levels = getter(image)
+    assert_parity(tokens, parity_case.array("tokens"))
+    count = len(h["record"])
+    for block, patches, prefix_tokens in zip(h["record"], levels[:count], levels[count:], strict=True):
+        found = torch.cat([t.flatten(2).transpose(1, 2) for t in (prefix_tokens, patches)], dim=1)
+        assert_parity(found, parity_case.array(f"block{block}"))
