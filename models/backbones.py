@@ -25,7 +25,7 @@ from typing import Literal, get_args
 import timm
 import torch
 from timm.models import eva, vision_transformer
-from timm.models._features import FeatureGetterNet
+from timm.models._features import FeatureGetterNet, FeatureInfo
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from models.weight_files import check_finite, check_fit, few, file_sha256, read_
 
 Padding = Literal["default", "same", "released", "reflect"]
 Position = Literal["timm", "released"]
+Maps = Literal["levels", "relu"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -62,6 +63,7 @@ class BackboneConfig:
         (B, C, 1, P) per level, the class token first (Dinomaly).
     position: of a vision transformer with learned position codes at another image size than its own: `timm`
         (antialiased), or `released` (Dinomaly and INP-Former, see `models.vit_tokens`).
+    maps: `levels` (one map per level) or `relu` (a VGG's, DFR: all ReLU outputs up to the highest level).
     """
 
     name: str
@@ -72,6 +74,7 @@ class BackboneConfig:
     final_norm: bool = False
     prefix_tokens: bool = False
     position: Position = "timm"
+    maps: Maps = "levels"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))
@@ -86,6 +89,8 @@ class BackboneConfig:
             raise ValueError(f'backbone.padding is "{self.padding}"; choose one of {", ".join(get_args(Padding))}.')
         if self.position not in get_args(Position):
             raise ValueError(f'backbone.position is "{self.position}"; choose one of {", ".join(get_args(Position))}.')
+        if self.maps not in get_args(Maps):
+            raise ValueError(f'backbone.maps is "{self.maps}"; choose one of {", ".join(get_args(Maps))}.')
 
 
 class FeatureExtractor(nn.Module):
@@ -106,6 +111,8 @@ class FeatureExtractor(nn.Module):
         self.net, self.provenance = _build(config, weights)
         self.net.requires_grad_(False).eval()
         self.mean, self.std = _normalisation(self.net, config, weights)
+        if config.maps == "relu":
+            self.net = ReLUMaps(self.net, config.name)
         self.channels: list[int] = list(self.net.feature_info.channels())
         self.strides: list[int] = [int(stride) for stride in self.net.feature_info.reduction()]
         self.prefix_tokens: int = self.net.model.num_prefix_tokens if config.prefix_tokens else 0
@@ -334,6 +341,31 @@ def _has_final_norm(architecture: str) -> bool:
     with torch.device("meta"):
         net = timm.create_model(architecture)
     return _follows_size(net) and not isinstance(getattr(net, "norm", nn.Identity()), nn.Identity)
+
+
+class ReLUMaps(nn.Module):
+    """All ReLU outputs of a VGG's feature layers, lowest first, in place of one per level."""
+
+    def __init__(self, net: nn.Module, name: str) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*net.children())
+        if not all(isinstance(layer, nn.Conv2d | nn.ReLU | nn.MaxPool2d) for layer in self.layers):
+            raise ValueError(f'backbone.maps="relu" needs a VGG without batch norm, found {name}. Use maps `levels`.')
+        info, stride = [], 1
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, nn.Conv2d):
+                info.append({"num_chs": layer.out_channels, "reduction": stride, "module": str(index + 1)})
+            stride *= layer.stride if isinstance(layer, nn.MaxPool2d) else 1
+        self.feature_info = FeatureInfo(info, range(len(info)))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """images: (B, 3, H, W) -> (B, C_i, H_i, W_i) after each ReLU."""
+        maps, x = [], images
+        for layer in self.layers:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                maps.append(x)
+        return maps
 
 
 def _prune(net: nn.Module) -> None:
