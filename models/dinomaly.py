@@ -24,12 +24,12 @@ from models.layers.groups import group_means, layer_groups, means_suffice
 from models.layers.linear_attention import linear_attention
 from models.layers.masks import neighbor_mask
 from models.layers.vit import NORM_EPSILON, FeedForward, NoisyBottleneck, head_count, initialise, one_width
-from models.reconstruction import Pair
+from models.reconstruction import Pair, ReconstructionNetwork
 
 Attention = Literal["linear", "softmax"]
 
 
-class Dinomaly(nn.Module):
+class Dinomaly(ReconstructionNetwork):
     """ViT blocks in, one pair per group of blocks out.
 
     channels, sizes: width and (height, width) of each level, all equal, as a ViT's blocks give them.
@@ -94,7 +94,7 @@ class Dinomaly(nn.Module):
         self.decoder = nn.ModuleList(DecoderBlock(width, heads, attention, attention_epsilon) for _ in channels)
         initialise(self)
 
-    def prepare(self, levels: Sequence[Tensor]) -> list[Tensor]:
+    def prepare(self, levels: list[Tensor]) -> list[Tensor]:
         """Group means, and where those do not give the mean over all levels, that too: what the cache keeps.
 
         levels: (B, C, H, W) per level, then, with prefix tokens, (B, C, 1, prefix_tokens) per level. Returns the same

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from models.layers.groups import group_means, layer_groups, means_suffice
 from models.layers.vit import NORM_EPSILON, FeedForward, NoisyBottleneck, head_count, initialise, one_width
-from models.reconstruction import Pair
+from models.reconstruction import Pair, ReconstructionNetwork
 
 Attention = Literal["relu", "softmax"]
 
@@ -34,7 +34,7 @@ class Rebuilt(NamedTuple):
     distance: Tensor
 
 
-class INPFormer(nn.Module):
+class INPFormer(ReconstructionNetwork):
     """ViT blocks in, one pair per group of blocks out. Class and register tokens are not used.
 
     channels, sizes: width and (height, width) of each level, all equal, as a ViT's blocks give them.
@@ -79,7 +79,7 @@ class INPFormer(nn.Module):
         initialise(self)
         nn.init.normal_(self.prototypes)
 
-    def prepare(self, levels: Sequence[Tensor]) -> list[Tensor]:
+    def prepare(self, levels: list[Tensor]) -> list[Tensor]:
         """Group means of the levels (B, C, H, W), and where those do not give the mean over all levels, that too."""
         means = group_means(levels, self.groups)
         return means + (group_means(levels, (tuple(range(len(levels))),)) if self.fused_apart else [])

@@ -19,14 +19,14 @@ from torch.nn import functional as F
 
 from models.dinomaly import SelfAttention
 from models.layers.dropout import Dropout
-from models.layers.neck import resize_concatenate
+from models.layers.neck import ConcatenatedLevels
 from models.layers.vit import NORM_EPSILON, FeedForward, head_count
 from models.reconstruction import Pair
 
 Attention = Literal["linear", "softmax", "none"]
 
 
-class NoisyBottleneckNetwork(nn.Module):
+class NoisyBottleneckNetwork(ConcatenatedLevels):
     """Levels in, one pair out: all levels on one grid, concatenated and standardised, and their reconstruction.
 
     Dropout, linear projection to `width`, an MLP with dropout on its hidden layer, a learned code for each position,
@@ -68,7 +68,6 @@ class NoisyBottleneckNetwork(nn.Module):
         head_count(width, heads)
         self.grid = tuple(grid or sizes[-1])
         width_in = sum(channels)
-        self.preparation = f"levels resized to {self.grid[0]}x{self.grid[1]} with aligned corners, concatenated"
         self.register_buffer("mean", torch.zeros(width_in))
         self.register_buffer("std", torch.ones(width_in))
         self.register_buffer("standardised", torch.tensor(False))
@@ -91,13 +90,9 @@ class NoisyBottleneckNetwork(nn.Module):
         self.std.copy_(std)
         self.standardised.fill_(True)
 
-    def prepare(self, levels: Sequence[Tensor]) -> list[Tensor]:
-        """All levels resized to the grid and concatenated, [(B, sum C_l, *grid)]; not yet standardised."""
-        return [resize_concatenate(levels, self.grid, align_corners=True)]
-
     def forward(self, features: list[Tensor]) -> list[Pair]:
         """features: as `prepare` returns them, or the levels. Returns one pair of (B, sum C_l, *grid)."""
-        features = resize_concatenate(features, self.grid, align_corners=True)
+        (features,) = self.prepare(features)
         target = (features - self.mean[:, None, None]) / self.std[:, None, None]
         x = self.input_projection(self.dropout(target.flatten(2).transpose(1, 2)))
         x = self.project(self.dropout(F.gelu(self.expand(x)))) + self.position

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LRScheduler
 
 
 class StableAdamW(Optimizer):
@@ -120,32 +120,39 @@ class StableAdamW(Optimizer):
         torch._foreach_add_(parameters, steps)
 
 
-class WarmCosine(LambdaLR):
+class WarmCosine(LRScheduler):
     """Learning rate per step: linear warm-up from 0, then half a cosine down to a share of the rate. Step it per step.
 
     The first of `warmup_steps` has rate 0 and the last of them the full rate, as numpy's linspace gives them; step
-    warmup_steps + i has final + (1 - final) (1 + cos(pi i / (total_steps - warmup_steps))) / 2 of it, and from
-    total_steps on it stays at the final rate. final_ratio: 0.1 in Dinomaly and INP-Former; 1 (Dinomaly2) is a constant
-    rate after the warm-up.
+    warmup_steps + i has final_ratio + (1 - final_ratio) (1 + cos(pi i / (total_steps - warmup_steps))) / 2 of it, and
+    from total_steps on it stays there. total_steps: None = the training's length, which whoever trains fills in.
+    final_ratio: 0.1 in Dinomaly and INP-Former; 1 (Dinomaly2) is a constant rate after the warm-up.
 
-    Raises ValueError unless 0 <= warmup_steps <= total_steps.
+    A training shorter than its warm-up never leaves it. Raises ValueError for that where total_steps is given, and for
+    negative numbers.
     """
 
     def __init__(
-        self, optimizer: Optimizer, total_steps: int, warmup_steps: int = 100, final_ratio: float = 0.1
+        self, optimizer: Optimizer, total_steps: int | None = None, warmup_steps: int = 100, final_ratio: float = 0.1
     ) -> None:
-        if not 0 <= warmup_steps <= total_steps:
+        if warmup_steps < 0 or final_ratio < 0 or (total_steps is not None and warmup_steps > total_steps):
             raise ValueError(
-                f"The warm-up must fit into the training, found warmup_steps={warmup_steps} of total_steps={total_steps}. "
-                "Lower warmup_steps or train longer."
+                f"The warm-up must fit into the training, found warmup_steps={warmup_steps} of total_steps={total_steps}, "
+                f"and final_ratio must not be negative, found {final_ratio}. Lower warmup_steps or train longer."
             )
         self.total_steps, self.warmup_steps, self.final_ratio = total_steps, warmup_steps, final_ratio
-        super().__init__(optimizer, self.factor)
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        """The learning rate of each parameter group in the present step."""
+        return [rate * self.factor(self.last_epoch) for rate in self.base_lrs]
 
     def factor(self, step: int) -> float:
         """What the learning rate is multiplied by in step 0, 1, 2, ..."""
         if step < self.warmup_steps:
             return step / max(1, self.warmup_steps - 1)
+        if self.total_steps is None:
+            raise ValueError("total_steps of WarmCosine is None: set it to the number of steps of the training.")
         length = self.total_steps - self.warmup_steps
-        progress = min(1.0, (step - self.warmup_steps) / length) if length else 1.0
+        progress = min(1.0, (step - self.warmup_steps) / length) if length > 0 else 1.0
         return self.final_ratio + (1 - self.final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
