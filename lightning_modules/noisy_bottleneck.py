@@ -38,7 +38,9 @@ class NoisyBottleneck(ReconstructionModule):
         backbone: BackboneConfig = BackboneConfig("tf_efficientnet_lite0.in1k", (2, 3, 4), weights="packaged"),
         head: HeadConfig = HeadConfig(),
         optimizer: OptimizerCallable = lambda parameters: AdamW(parameters, lr=4e-3, weight_decay=1e-4, fused=True),
-        lr_scheduler: LRSchedulerCallable = lambda optimizer: WarmCosine(optimizer, warmup_steps=300, final_ratio=0.0),
+        lr_scheduler: LRSchedulerCallable | None = lambda optimizer: WarmCosine(
+            optimizer, warmup_steps=300, final_ratio=0.0
+        ),
         lr_interval: Interval = "step",
         image_size: ImageSize = 128,
         **network,
