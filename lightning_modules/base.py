@@ -35,6 +35,8 @@ class Recipe:
         resize: Resize rule of the data module (``pil_bilinear``, ``pil_lanczos``, ``pil_nearest``, ``opencv_bilinear``).
         batch_size: Images per training step and process.
         max_epochs: Training epochs.
+        max_steps: Optimiser steps after which the training ends earlier; -1 for never. It counts where the configuration
+            gives no number of epochs.
         gradient_clip_val: Largest total L2 norm of the gradient; None for no clipping.
         best_on_test: The metric and the interval in epochs by which the released code picks its checkpoint on the test
             set. Only the protocol ``as_released`` does so.
@@ -51,6 +53,7 @@ class Recipe:
     best_on_test: tuple[str, int] | None = None
     best_on_test_tie: str = "last"
     drop_last: bool = False
+    max_steps: int = -1
     released_subset: str = "full"
 
 
@@ -99,6 +102,7 @@ class ReconstructionModule(L.LightningModule):
         super().__init__()
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.extractor = FeatureExtractor(backbone)
+        self.extractor.sizes(self.image_size)  # a size that the backbone does not take is refused here
         self.head = AnomalyHead(head)
         self.optimizer, self.schedule, self.interval = optimizer, schedule, interval
         if optimizer is not None:  # impossible options are refused now, not after minutes of preparation
@@ -146,6 +150,12 @@ class ReconstructionModule(L.LightningModule):
         """Called in eval mode before the test set is scored during training, for what must be estimated first."""
 
     # ---- what no method changes --------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Pixels are normalised as the backbone's weights expect, unless the data module was told otherwise."""
+        data = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "normalise"):
+            data.normalise(self.extractor.mean, self.extractor.std)
 
     def features(self, batch: Mapping[str, Any]) -> list[Tensor]:
         """The prepared levels, each (B, C_l, H_l, W_l) float32: from the batch if it carries them, else computed."""
@@ -241,6 +251,8 @@ class ReconstructionModule(L.LightningModule):
         if self.schedule is None:
             return optimizer
         schedule = self.schedule(optimizer)
+        if self._trainer is not None and getattr(schedule, "total_steps", 0) is None:
+            schedule.total_steps = self.trainer.estimated_stepping_batches
         monitor = getattr(schedule, "monitor", None)  # of Lightning's ReduceLROnPlateau
         return {
             "optimizer": optimizer,

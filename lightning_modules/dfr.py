@@ -63,6 +63,7 @@ class DFR(ReconstructionModule):
 
     def setup(self, stage: str) -> None:
         """Finds the latent size before the optimiser is made; a checkpoint that is loaded then brings its own."""
+        super().setup(stage)
         if stage == "fit" and self.network.latent is None:
             self.network.build(self.find_latent(self.trainer.datamodule))
 

@@ -32,6 +32,7 @@ import datamodules
 import lightning_modules
 from datamodules.cache.entry import NonFiniteFeaturesError
 from datamodules.errors import DataError
+from datamodules.problems import number_of
 from lightning_modules.base import NonFiniteLossError, ReconstructionModule
 from lightning_modules.callbacks import normal_scores
 from lightning_modules.callbacks.compile import Compile
@@ -43,7 +44,7 @@ from lightning_modules.callbacks.predictions import Predictions
 from lightning_modules.callbacks.progress import PlainProgress, Progress
 from lightning_modules.callbacks.scoring import Evaluation
 from lightning_modules.pictures import heatmaps
-from lightning_modules.running import per_category, preemption, resuming, tracking
+from lightning_modules.running import normalisation, per_category, preemption, resuming, tracking
 from lightning_modules.running.checkpoints import WholeCheckpoints
 from lightning_modules.running.parser import PlainParser
 from lightning_modules.running.quiet import quiet
@@ -179,6 +180,8 @@ class UniReconCLI(LightningCLI):
             )
         if not data.datasets:
             raise SystemExit("No dataset is named: set DATASET and DATA_ROOT, or --data.init_args.datasets.")
+        if trainer.max_epochs is None and trainer.max_steps == -1:
+            trainer.max_steps = recipe.max_steps
         for name in ("max_epochs", "gradient_clip_val"):
             if trainer.get(name) is None:
                 trainer[name] = getattr(recipe, name)
@@ -204,6 +207,7 @@ class UniReconCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         self.run_config: RunConfig = self._get(self.config_init, "run")
+        normalisation.follow_weights(self.model, self.datamodule, self.config[self.subcommand].data.init_args)
         try:
             self.model.set_protocol(self.run_config.protocol, self.run_config.selects)
         except ValueError as error:
@@ -233,7 +237,8 @@ class UniReconCLI(LightningCLI):
         callbacks: list[L.Callback] = [RichProgressBar(leave=False) if sys.stdout.isatty() else PlainProgress()]
         if self.subcommand == "predict":
             scale = _colour_scale(run.record / COLOUR_SCALE)
-            return [*callbacks, Predictions(run.work / "predictions", scale, normal_scores.read(run.record))]
+            self.predictions = Predictions(run.work / "predictions", scale, normal_scores.read(run.record))
+            return [*callbacks, self.predictions]
         if self.subcommand != "fit":
             return callbacks
         epochs = self._get(self.config_init, "trainer")["max_epochs"]
@@ -309,9 +314,16 @@ class UniReconCLI(LightningCLI):
             if self.run_config.selects == "best_on_test":
                 raise DataError("No test image: run.protocol=as_released chooses its epoch on the test set. Use clean.")
             rank_zero_info(NOTHING_TO_MEASURE)
+        if self.trainer.max_steps > 0:  # whatever counts epochs must know the last one
+            loader = self.datamodule.train_dataloader()
+            self.trainer.fit_loop.max_epochs = min(
+                self.trainer.max_epochs, -(-self.trainer.max_steps // max(1, len(loader)))
+            )
         left = self.run_config.work / "checkpoints" / "last.ckpt"
         resuming.check(self.run_config, self._configuration(), self.datamodule.fingerprint, left)
         self._serve_features(build=True)
+        for remark in self.datamodule.remarks():
+            rank_zero_info(f"Note: {remark}")
         if self.run_config.compile:
             if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
                 raise SystemExit(
@@ -338,6 +350,14 @@ class UniReconCLI(LightningCLI):
         self.trainer.save_checkpoint(self.run_config.work / "checkpoints" / "last.ckpt")
         self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
         self.after_test()
+
+    def after_predict(self) -> None:
+        if failed := self.predictions.failed:
+            shown = [f"  {line}" for line in failed[:20]] + [f"  and {len(failed) - 20} more"] * (len(failed) > 20)
+            what = (
+                f"{number_of(len(failed), 'image')} could not be read and has no score (reasons stand in scores.csv):"
+            )
+            raise SystemExit("\n".join([f"error: {what}", *shown]))
 
     def after_test(self) -> None:
         trainer = self.trainer
@@ -382,7 +402,7 @@ class UniReconCLI(LightningCLI):
         model, data, trainer = self.model, self.datamodule, self.trainer
         backbone = model.extractor.provenance
         notes = [f"{key}: {note}" for key, note in (("backbone", backbone.get("note")),) if note]
-        notes += model.record_notes()
+        notes += normalisation.notes(model, data) + model.record_notes() + data.remarks()
         if not data.has_test_images:
             notes.append(NOTHING_TO_MEASURE)
         if data.left_out:
