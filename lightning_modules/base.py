@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from lightning_modules.metrics.sync import Group
 from lightning_modules.running import internals
 from models.backbones import BackboneConfig, FeatureExtractor
 from models.head import AnomalyHead, HeadConfig, ScoredMaps
+from models.layers.statistics import Standardisation
 from models.reconstruction import Pair, ReconstructionNetwork
 
 ImageSize = int | tuple[int, int]
@@ -84,6 +86,8 @@ class ReconstructionModule(L.LightningModule):
     recipe: ClassVar[Recipe]
     needs_images: ClassVar[bool] = False
     """Whether the network reads the images besides their features."""
+    standardises: ClassVar[bool] = False
+    """Whether the method standardises its features by itself, so that ``backbone.standardised`` is refused."""
     map_names: tuple[str, ...] = ()
     """Names of the level maps in pictures, in the order of :attr:`ScoredMaps.level_maps`; empty: they are numbered."""
     network: ReconstructionNetwork
@@ -103,6 +107,9 @@ class ReconstructionModule(L.LightningModule):
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.extractor = FeatureExtractor(backbone)
         self.extractor.sizes(self.image_size)  # a size that the backbone does not take is refused here
+        if backbone.standardised and self.standardises:
+            raise ValueError(f"backbone.standardised: {self.method} standardises its features already. Leave it out.")
+        self.standardisation = Standardisation() if backbone.standardised else None
         self.head = AnomalyHead(head)
         self.optimizer, self.schedule, self.interval = optimizer, schedule, interval
         if optimizer is not None:  # impossible options are refused now, not after minutes of preparation
@@ -159,7 +166,17 @@ class ReconstructionModule(L.LightningModule):
 
     def features(self, batch: Mapping[str, Any]) -> list[Tensor]:
         """The prepared levels, each (B, C_l, H_l, W_l) float32: from the batch if it carries them, else computed."""
-        return batch["features"] if "features" in batch else self.extract(batch["image"])
+        levels = batch["features"] if "features" in batch else self.extract(batch["image"])
+        return levels if self.standardisation is None else self.standardisation(levels)
+
+    @torch.no_grad()
+    def on_fit_start(self) -> None:
+        if self.standardisation is None or self.standardisation.is_fitted:
+            return  # resumed: the statistics came with the checkpoint
+        device = self.trainer.strategy.batch_to_device
+        batches = map(device, self.trainer.datamodule.train_images())
+        raw = (batch["features"] if "features" in batch else self.extract(batch["image"]) for batch in batches)
+        self.standardisation.merge(Group().gather_objects(self.standardisation.measured(raw)))
 
     @torch.no_grad()
     def extract(self, images: Tensor) -> list[Tensor]:

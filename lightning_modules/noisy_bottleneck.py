@@ -29,6 +29,7 @@ class NoisyBottleneck(ReconstructionModule):
     """
 
     method = "noisy_bottleneck"
+    standardises = True
     recipe = Recipe(resize="pil_bilinear", batch_size=16, max_epochs=100_000, max_steps=1_200, gradient_clip_val=0.1)
     network: NoisyBottleneckNetwork
 

@@ -1,9 +1,9 @@
-"""What is estimated from normal images and kept with a network: statistics of channels, quantiles of maps."""
+"""What is estimated from normal images besides weights: channel statistics, quantiles of maps."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -138,6 +138,61 @@ class ChannelStatistics(nn.Module):
             g: (int(v["count"]), v["mean"].double().cpu(), v["squares"].double().cpu()) for g, v in state.items()
         }
         self._rebuild(warn=False)
+
+
+class Standardisation(nn.Module):
+    """Levels -> the same levels, each channel with mean 0 and standard deviation 1 over the training images.
+
+    Before a reconstruction network this weighs channels alike, whatever their scale; ULSAD (Algorithm 1) and Uninformed
+    Students standardise their targets so. Empty until moments are merged; they travel with the state dict.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._levels: list[ChannelStatistics] = []
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether there are statistics."""
+        return bool(self._levels)
+
+    @staticmethod
+    def measured(batches: Iterable[Sequence[Tensor]]) -> list[dict]:
+        """Moments of each level over batches of levels (B, C_l, H_l, W_l), to send to other processes."""
+        found: list[ChannelStatistics] = []
+        for levels in batches:
+            found = found or [ChannelStatistics(level.shape[1]) for level in levels]
+            for statistics, level in zip(found, levels, strict=True):
+                statistics.update(level, ["all"] * len(level))
+        return [statistics.moments() for statistics in found]
+
+    def merge(self, parts: Iterable[list[dict]]) -> None:
+        """Set the statistics from the moments of every process; a process without images has none."""
+        parts = [part for part in parts if part]
+        self._levels = [ChannelStatistics(len(level["all"][1])) for level in parts[0]]
+        for part in parts:
+            for statistics, moments in zip(self._levels, part, strict=True):
+                statistics.merge(moments)
+        for statistics in self._levels:
+            statistics.finish()
+
+    def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
+        """(B, C_l, H_l, W_l) per level, in and out."""
+        if not self._levels:
+            raise RuntimeError(
+                "no channel statistics yet: they are computed at the start of fit and come with a checkpoint"
+            )
+        return [statistics.to(level.device)(level) for statistics, level in zip(self._levels, levels, strict=True)]
+
+    def get_extra_state(self) -> list[dict]:
+        return [statistics.get_extra_state() for statistics in self._levels]
+
+    def set_extra_state(self, state: list[dict]) -> None:
+        self._levels = []
+        for level in state:
+            statistics = ChannelStatistics(len(level["all"]["mean"]))
+            statistics.set_extra_state(level)
+            self._levels.append(statistics)
 
 
 class BranchQuantiles(nn.Module):
