@@ -5,10 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from models.head import AnomalyHead, HeadConfig
+from models.layers.statistics import BranchQuantiles, ChannelStatistics
 from models.reconstruction import Pair
 from models.ulsad import (
-    BranchQuantiles,
-    ChannelStatistics,
     FeatureAggregator,
     FeatureReconstructionNetwork,
     GlobalAutoencoder,
