@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers.neck import resize
 from models.layers.nearest import MemoryBank, nearest
+from models.layers.neck import resize
 
 Rule = Literal["released", "anomalib"]
 Score = Literal["patch_max", "reweighted", "map"]
@@ -129,7 +129,9 @@ class PatchCoreNetwork(nn.Module):
     def _halves(self) -> bool:
         """Whether the averages have the closed form of WideResNet50-2's levels 3 and 4, with 512 and 1024 channels."""
         width = self.pretrain_dim
-        return self.patch == 3 and self.target_dim == width and tuple(2 * c for c in self.channels) == (width, 2 * width)
+        return (
+            self.patch == 3 and self.target_dim == width and tuple(2 * c for c in self.channels) == (width, 2 * width)
+        )
 
     @staticmethod
     def _embed_halves(levels: Sequence[Tensor]) -> Tensor:

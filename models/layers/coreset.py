@@ -92,7 +92,11 @@ def johnson_lindenstrauss(vectors: int, epsilon: float = 0.9) -> int:
 
 @torch.no_grad()
 def choose(
-    points: Tensor, config: CoresetConfig, generator: torch.Generator, groups: Sequence[Tensor] = (), track: Track = iter
+    points: Tensor,
+    config: CoresetConfig,
+    generator: torch.Generator,
+    groups: Sequence[Tensor] = (),
+    track: Track = iter,
 ) -> Tensor:
     """Indices of the chosen points, int64 (M,), in the order of the choice.
 

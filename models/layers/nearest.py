@@ -25,7 +25,9 @@ def nearest(queries: Tensor, bank: Tensor, neighbors: int = 1) -> tuple[Tensor, 
     Raises ValueError when the bank holds fewer entries than are asked for.
     """
     if not 0 < neighbors <= len(bank):
-        raise ValueError(f"{neighbors} nearest neighbours were asked for, but the memory bank holds {len(bank)} vectors.")
+        raise ValueError(
+            f"{neighbors} nearest neighbours were asked for, but the memory bank holds {len(bank)} vectors."
+        )
     if not len(queries):
         empty = queries.new_empty(0, neighbors, dtype=torch.float32)
         return empty, empty.long()

@@ -1,0 +1,116 @@
+"""RD4AD must compute and train as the authors' released code does, from their own parameter names.
+
+PARITY_DIR points to another folder of the same form (cases_baselines.json and the .npz files that it names).
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models.head import AnomalyHead, HeadConfig
+from models.rd4ad import RD4AD, cosine_loss, released_name
+from models.released import load_released
+
+FOLDER = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
+CASES = [case for case in json.loads((FOLDER / "cases_baselines.json").read_text()) if case["method"] == "rd4ad"]
+
+
+@pytest.fixture(params=CASES, ids=[case["tag"] for case in CASES])
+def case(request) -> dict:
+    with np.load(FOLDER / request.param["file"]) as arrays:
+        prefix = f"{request.param['tag']}."
+        stored = {n.removeprefix(prefix): torch.from_numpy(arrays[n]) for n in arrays.files if n.startswith(prefix)}
+    return {**request.param, "stored": stored}
+
+
+def network(case: dict) -> RD4AD:
+    hparams, features = case["hparams"], inputs(case)
+    net = RD4AD(
+        hparams["level_channels"],
+        [tuple(level.shape[-2:]) for level in features],
+        block=hparams["block"],
+        width_per_group=hparams["width_per_group"],
+        embedding_blocks=hparams["ocbe_blocks"],
+        decoder_blocks=hparams["decoder_blocks"],
+    )
+    prefix = f"state.{case['key_prefix']}"
+    state = {n.removeprefix(prefix): value for n, value in case["stored"].items() if n.startswith(prefix)}
+    unused = [name for name in load_released(net, state).unused if "num_batches_tracked" not in name]
+    expected = {name for name in state if ".conv4." in name or (".bn4." in name and "num_batches" not in name)}
+    assert set(unused) == expected
+    assert set(case["hparams"]["unused_parameters"]) <= expected
+    return net
+
+
+def inputs(case: dict) -> list[torch.Tensor]:
+    return [case["stored"][f"input.{level}"] for level in range(len(case["input"]["shape"]))]
+
+
+def agrees(case: dict, name: str, found: torch.Tensor, tolerance: float = 1e-4) -> None:
+    expected = case["stored"][name]
+    assert found.shape == expected.shape, name
+    error = float((found - expected).abs().max() / expected.abs().max())
+    print(f"{case['tag']} {name}: relative error {error:.1e}")
+    assert error <= tolerance, f"{name}: {error:.2e}"
+
+
+def gradients_in_float64(case: dict) -> dict[str, torch.Tensor]:
+    net = network(case).train().double()
+    pairs = net([level.double() for level in inputs(case)])
+    cosines = [torch.cosine_similarity(pair.target.flatten(1), pair.reconstruction.flatten(1)) for pair in pairs]
+    sum((1 - cosine).mean() for cosine in cosines).backward()
+    return {name: parameter.grad for name, parameter in net.named_parameters()}
+
+
+def test_the_folder_has_a_case_for_rd4ad():
+    assert CASES
+
+
+def test_outputs_maps_and_scores(case):
+    net, features = network(case).eval(), inputs(case)
+    ours = sum(p.numel() for p in net.parameters())
+    unused = sum(case["stored"][f"state.{name}"].numel() for name in case["hparams"]["unused_parameters"])
+    assert ours + unused == case["hparams"]["parameters"]
+    with torch.no_grad():
+        agrees(case, "embedding", net.embedding(features))
+        pairs = net(features)
+        for level, pair in enumerate(pairs):
+            agrees(case, f"output.{level}", pair.reconstruction)
+        agrees(case, "loss", cosine_loss(pairs))
+    size = case["hparams"]["image"]
+    size = tuple(size) if isinstance(size, list) else (size, size)
+    common = {"distance": "cosine", "fusion": "sum", "align_corners": True, "image_score": "max"}
+    agrees(case, "map_raw", AnomalyHead(HeadConfig(**common))(pairs, size).maps)
+    for prefix, border in (("", "symmetric"), ("anomalib.", "reflect")):
+        config = HeadConfig(**common, smoothing_sigma=case["hparams"]["sigma"], smoothing_border=border)
+        scored = AnomalyHead(config)(pairs, size)
+        agrees(case, f"{prefix}map", scored.maps)
+        agrees(case, f"{prefix}score", scored.image_scores)
+
+
+def test_first_three_training_steps(case):
+    net, features = network(case).train(), inputs(case)
+    optimizer = torch.optim.Adam(net.parameters(), lr=5e-3, betas=(0.5, 0.999))
+    losses = []
+    for step in range(len(case["stored"]["train_losses"])):
+        loss = cosine_loss(net(features))
+        losses.append(loss.detach())
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 0:
+            single = {name: parameter.grad for name, parameter in net.named_parameters()}
+            double = gradients_in_float64(case)
+            for name in [name for name in case["stored"] if name.startswith("grad.")]:
+                ours, exact = (gradients[released_name(name.removeprefix("grad."))] for gradients in (single, double))
+                # Rectifiers switch by rounding: where float32 is this far from float64, no recording is nearer.
+                rounding = float((ours - exact).abs().max() / exact.abs().max())
+                agrees(case, name, ours, max(1e-4, rounding))
+            for name in [name for name in case["stored"] if name.startswith("after.")]:
+                agrees(case, name, net.state_dict()[released_name(name.removeprefix("after."))])
+        optimizer.step()
+    agrees({**case, "stored": {"first": case["stored"]["train_losses"][:1]}}, "first", torch.stack(losses[:1]))
+    agrees(case, "train_losses", torch.stack(losses), 2e-3)
