@@ -98,6 +98,8 @@ class ReconstructionModule(L.LightningModule):
     recipe: ClassVar[Recipe]
     needs_images: ClassVar[bool] = False
     """Whether the network reads the images besides their features."""
+    reconstructs: ClassVar[bool] = True
+    """Whether :meth:`reconstruct` has an answer; methods that only measure distances have none to picture."""
     preparation: str = "none"
     """What :meth:`prepare` does, in words that change whenever it does; part of the feature cache's key."""
     map_names: tuple[str, ...] = ()

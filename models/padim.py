@@ -113,9 +113,7 @@ class PaDiMNetwork(nn.Module):
     def update(self, levels: Sequence[Tensor]) -> None:
         """Add images (any number) to the moments, float64 by Chan's rule: exact whatever the batches are."""
         if not self.count:
-            positions = self.grid[0] * self.grid[1]
-            self.mean = self.mean.new_zeros(positions, self.kept)
-            self.factor = self.factor.new_zeros(positions, self.factor.shape[1])
+            self.reset()
         x = self.embed(levels).flatten(2).permute(2, 0, 1).double()  # (H * W, B, kept)
         n = x.shape[1]
         if n == 0:
@@ -128,6 +126,13 @@ class PaDiMNetwork(nn.Module):
         self._add_products(rows)
         self.mean += delta * (n / total)
         self.count = total
+
+    def reset(self) -> None:
+        """Forget everything, and make room for the moments."""
+        positions = self.grid[0] * self.grid[1]
+        self.mean = self.mean.new_zeros(positions, self.kept)
+        self.factor = self.factor.new_zeros(positions, self.factor.shape[1])
+        self.count = 0
 
     def moments(self) -> tuple[int, Tensor]:
         """(Images seen, their mean (H * W, kept) float64), for the processes' exchange; see `merge`."""
