@@ -190,11 +190,11 @@ def test_a_store_keeps_an_image_once_and_names_its_place(tmp_path):
 
 @pytest.mark.program
 @pytest.mark.parametrize("method", ["patchcore", "padim", "rad"])
-def test_two_processes_make_the_fit_of_one(programs, fitted, data_root, method):
+def test_two_processes_make_the_fit_of_one(programs, fitted, write_data, tmp_path, method):
     """Five images over two processes, so that one of them is dealt twice."""
     project = fitted(method)
-    bolts = json.dumps([{"name": "mvtec_ad", "root": str(data_root), "categories": ["bolt"]}])
-    more = (f"--data.init_args.datasets={bolts}", "--data.init_args.holdout=0.2")
+    bolts = [{"name": "mvtec_ad", "root": str(write_data(tmp_path / "data", train=5)), "categories": ["bolt"]}]
+    more = (f"--data.init_args.datasets={json.dumps(bolts)}",)
     project.run(*more, name="one")
     programs.run(project.arguments(*more, "--trainer.devices=2", "--trainer.strategy=ddp", name="two"))
     one, two = (project.record(name) for name in ("one", "two"))
