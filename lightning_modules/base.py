@@ -112,6 +112,7 @@ class ReconstructionModule(L.LightningModule):
         super().__init__()
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.extractor = FeatureExtractor(backbone)
+        self.extractor.sizes(self.image_size)  # a size that the backbone does not take is refused here
         self.head = AnomalyHead(head)
         self.optimizer_config = optimizer
         self.trained_epochs = 0
@@ -164,6 +165,12 @@ class ReconstructionModule(L.LightningModule):
         """Called in eval mode before the test set is scored during training, for what must be estimated first."""
 
     # ---- what no method changes --------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Pixels are normalised as the backbone's weights expect, unless the data module was told otherwise."""
+        data = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "normalise"):
+            data.normalise(self.extractor.mean, self.extractor.std)
 
     def features(self, batch: Mapping[str, Any]) -> list[Tensor]:
         """The prepared levels, each (B, C_l, H_l, W_l) float32: from the batch if it carries them, else computed."""

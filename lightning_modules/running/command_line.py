@@ -43,7 +43,7 @@ from lightning_modules.callbacks.predictions import Predictions
 from lightning_modules.callbacks.progress import PlainProgress, Progress
 from lightning_modules.callbacks.scoring import Evaluation
 from lightning_modules.pictures import heatmaps
-from lightning_modules.running import per_category, preemption, resuming, tracking
+from lightning_modules.running import normalisation, per_category, preemption, resuming, tracking
 from lightning_modules.running.checkpoints import WholeCheckpoints
 from lightning_modules.running.parser import PlainParser
 from lightning_modules.running.quiet import quiet
@@ -204,6 +204,7 @@ class UniReconCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         self.run_config: RunConfig = self._get(self.config_init, "run")
+        normalisation.follow_weights(self.model, self.datamodule, self.config[self.subcommand].data.init_args)
         try:
             self.model.set_protocol(self.run_config.protocol, self.run_config.selects)
         except ValueError as error:
@@ -382,7 +383,7 @@ class UniReconCLI(LightningCLI):
         model, data, trainer = self.model, self.datamodule, self.trainer
         backbone = model.extractor.provenance
         notes = [f"{key}: {note}" for key, note in (("backbone", backbone.get("note")),) if note]
-        notes += model.record_notes()
+        notes += normalisation.notes(model, data) + model.record_notes()
         if not data.has_test_images:
             notes.append(NOTHING_TO_MEASURE)
         if data.left_out:

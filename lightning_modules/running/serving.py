@@ -62,12 +62,13 @@ def attach(
     if config.mode == "off":
         return
     data.setup("fit")
+    data.normalise(model.extractor.mean, model.extractor.std)
     source = {"content": data.content(), "image_size": tuple(data.image_size), "resize": data.resize}
-    provenance = model.extractor.provenance
+    provenance, backbone = model.extractor.provenance, model.extractor.config
     features = CacheSpec(
         **source,
         backbone={k: provenance[k] for k in ("name", "sha256", "padding")}
-        | {"levels": list(model.extractor.config.levels)},
+        | {"levels": list(backbone.levels), "final_norm": backbone.final_norm},
         preparation=model.preparation,
         mean=tuple(data.mean),
         std=tuple(data.std),
