@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from lightning_modules.base import ImageSize, Recipe
 from lightning_modules.fitted import MemoryBankModule
 from models.anomaly_dino import AnomalyDINONetwork
@@ -41,7 +39,3 @@ class AnomalyDINO(MemoryBankModule):
     ) -> None:
         super().__init__(backbone, head, image_size, coreset, memory_gb)
         self.network = AnomalyDINONetwork(self.extractor.channels, self.extractor.sizes(self.image_size), **network)
-        self.preparation = self.network.preparation
-
-    def prepare(self, levels: list[Tensor]) -> list[Tensor]:
-        return self.network.prepare(levels)

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from datamodules.cache.entry import NonFiniteFeaturesError
-from lightning_modules.base import ImageSize, OptimizerConfig, ReconstructionModule
+from lightning_modules.base import ImageSize, ReconstructionModule
 from lightning_modules.callbacks.progress import work_progress
 from lightning_modules.metrics.sync import Group
 from models.backbones import BackboneConfig
@@ -43,7 +43,7 @@ class FittedModule(ReconstructionModule):
     reconstructs: ClassVar[bool] = False
 
     def __init__(self, backbone: BackboneConfig, head: HeadConfig, image_size: ImageSize) -> None:
-        super().__init__(backbone, head, OptimizerConfig(), image_size)
+        super().__init__(backbone, head, optimizer=None, image_size=image_size, lr_scheduler=None, lr_interval="epoch")
         self.automatic_optimization = False
         # Drawn once from the run's seed, so that all processes draw alike later, whatever each has drawn until then.
         self.fit_seed = int(torch.randint(2**31, ()))
@@ -65,6 +65,7 @@ class FittedModule(ReconstructionModule):
     # ---- the pass ----------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         if stage == "fit" and isinstance(self.trainer.strategy, DDPStrategy):
             self.trainer.strategy.configure_ddp = lambda: None  # there is no gradient to reduce, which DDP refuses
 
@@ -107,9 +108,6 @@ class FittedModule(ReconstructionModule):
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Nothing: there is no loss."""
-
-    def configure_optimizers(self) -> None:
-        return None
 
     def compiled_parts(self) -> list[nn.Module]:
         return []

@@ -50,10 +50,6 @@ class PatchCore(MemoryBankModule):
             head = replace(head, smoothing_border="reflect")
         super().__init__(backbone, head, image_size, coreset, memory_gb)
         self.network = PatchCoreNetwork(self.extractor.channels, self.extractor.sizes(self.image_size), **network)
-        self.preparation = self.network.preparation
-
-    def prepare(self, levels: list[Tensor]) -> list[Tensor]:
-        return self.network.prepare(levels)
 
     def enlarge(self, maps: Tensor) -> Tensor:
         return self.network.enlarge(maps, self.image_size)

@@ -50,11 +50,7 @@ class RAD(FittedModule):
     ) -> None:
         super().__init__(backbone, head, image_size)
         self.network = RADNetwork(self.extractor.channels, self.extractor.sizes(self.image_size), **network)
-        self.preparation = self.network.preparation
         self._stores: list[PatchStore] = []
-
-    def prepare(self, levels: list[Tensor]) -> list[Tensor]:
-        return self.network.prepare(levels)
 
     def begin(self, images: int) -> None:
         needed = images * self.network.bank_bytes_per_image

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
+from torch.optim import Adam
 
-from lightning_modules.base import ImageSize, OptimizerConfig, Recipe, ReconstructionModule
+from lightning_modules.base import ImageSize, Interval, Recipe, ReconstructionModule
 from models import rd4ad
 from models.backbones import BackboneConfig
 from models.head import HeadConfig
@@ -20,7 +22,9 @@ class RD4AD(ReconstructionModule):
     Args:
         backbone: WideResNet50-2, levels 2, 3 and 4 (strides 4, 8 and 16).
         head: Sum of the three cosine maps, resized with aligned corners, smoothed with sigma 4; image score = maximum.
-        optimizer: Adam, constant learning rate.
+        optimizer: Adam with betas 0.5 and 0.999, no weight decay.
+        lr_scheduler: None: the learning rate is constant.
+        lr_interval: Whether the schedule goes on after every ``epoch`` or every ``step``.
         image_size: Input size in pixels, a multiple of 32.
         network: Arguments of :class:`models.rd4ad.RD4AD`. They follow the backbone: for ResNet18 block ``basic``,
             width_per_group 64, embedding_blocks 2 and decoder_blocks [2, 2, 2].
@@ -41,11 +45,13 @@ class RD4AD(ReconstructionModule):
             smoothing_border="symmetric",
             image_score="max",
         ),
-        optimizer: OptimizerConfig = OptimizerConfig(name="adam", lr=5e-3, betas=(0.5, 0.999)),
+        optimizer: OptimizerCallable = lambda parameters: Adam(parameters, lr=5e-3, betas=(0.5, 0.999), fused=True),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Interval = "epoch",
         image_size: ImageSize = 256,
         **network,
     ) -> None:
-        super().__init__(backbone, head, optimizer, image_size)
+        super().__init__(backbone, head, optimizer, image_size, lr_scheduler, lr_interval)
         self.network = rd4ad.RD4AD(self.extractor.channels, self.extractor.sizes(self.image_size), **network)
 
     def loss(self, pairs: list[Pair]) -> Tensor:

@@ -13,15 +13,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from models.layers.nearest import MemoryBank
 from models.layers.neck import resize_concatenate
 from models.patchcore import PatchScores
+from models.reconstruction import FeatureNetwork
 
 
-class AnomalyDINONetwork(nn.Module):
+class AnomalyDINONetwork(FeatureNetwork):
     """`prepare` makes unit vectors, `bank` holds those of normal patches, `forward` measures distances.
 
     channels, sizes: channels and (height, width) of each level. The paper uses one level, the last block; several are

@@ -19,8 +19,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+
+from models.reconstruction import FeatureNetwork
 
 POSITIONS = 64
 """Positions whose full matrices are held at a time: 64 matrices of 550 channels take 155 MB."""
@@ -28,8 +30,10 @@ KNOWN_CHANNELS = {1792: 550, 448: 100}
 """Channels kept of all: WideResNet50-2's (and ResNet50's) and ResNet18's levels 2 to 4, as in the paper."""
 
 
-class PaDiMNetwork(nn.Module):
+class PaDiMNetwork(FeatureNetwork):
     """Mean and factored covariance of every position; nothing is trained by gradients.
+
+    Nothing is prepared: which channels are kept differs from run to run, and picking them is cheap.
 
     channels, sizes: channels and (height, width) of each level, as the feature extractor gives them. Every level's map
         must be a whole fraction of the lowest one's.
@@ -45,7 +49,6 @@ class PaDiMNetwork(nn.Module):
     chosen: Tensor
     mean: Tensor
     factor: Tensor
-    preparation = "none"
 
     def __init__(
         self,
@@ -90,10 +93,6 @@ class PaDiMNetwork(nn.Module):
     def is_fitted(self) -> bool:
         """Whether distances can be measured."""
         return len(self.factor) > 0 and self.count == 0
-
-    def prepare(self, levels: Sequence[Tensor]) -> list[Tensor]:
-        """The levels as they are: which channels are kept differs from run to run, and is cheap."""
-        return list(levels)
 
     def embed(self, levels: Sequence[Tensor]) -> Tensor:
         """Levels (B, C_l, H_l, W_l) -> the chosen channels (B, kept, H, W), lowest level's channels numbered first."""

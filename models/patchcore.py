@@ -21,11 +21,12 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from models.layers.nearest import MemoryBank, nearest
 from models.layers.neck import resize
+from models.reconstruction import FeatureNetwork
 
 Rule = Literal["released", "anomalib"]
 Score = Literal["patch_max", "reweighted", "map"]
@@ -38,7 +39,7 @@ class PatchScores(NamedTuple):
     image_scores: Tensor | None
 
 
-class PatchCoreNetwork(nn.Module):
+class PatchCoreNetwork(FeatureNetwork):
     """Nothing is trained: `prepare` makes patch vectors, `bank` holds the chosen ones, `forward` measures distances.
 
     channels, sizes: channels and (height, width) of each level, as the feature extractor gives them.
@@ -135,7 +136,7 @@ class PatchCoreNetwork(nn.Module):
 
     @staticmethod
     def _embed_halves(levels: Sequence[Tensor]) -> Tensor:
-        """The same numbers as `_embed`, twenty times faster: 4.5 numbers per average overlap in the centre."""
+        """The numbers of `_embed` without a copy of every neighbourhood: 4.5 numbers per average overlap in the centre."""
         low, high = levels
         mean, high_mean = (F.avg_pool2d(level, 3, stride=1, padding=1) for level in (low, high))
         pairs = high_mean.unflatten(1, (-1, 2)).mean(dim=2)
@@ -159,7 +160,7 @@ class PatchCoreNetwork(nn.Module):
         return PatchScores(maps, (farthest.values * weights).float())
 
     def enlarge(self, maps: Tensor, image_size: tuple[int, int]) -> Tensor:
-        """The patch map (B, H, W) as the head shall resize it: anomalib's is at image size already, without interpolation."""
+        """The patch map (B, H, W) as the head is to resize it: anomalib's is at image size already, without interpolation."""
         if self.rule == "released":
             return maps
         return F.interpolate(maps[:, None], size=tuple(image_size), mode="nearest")[:, 0]

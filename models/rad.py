@@ -17,14 +17,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+
+from models.reconstruction import FeatureNetwork
 
 CHUNK = 16
 """Retrieved images that are compared at a time."""
 
 
-class RADNetwork(nn.Module):
+class RADNetwork(FeatureNetwork):
     """`prepare` makes unit vectors, the banks hold those of all normal images, `forward` compares.
 
     channels, sizes: channels and (height, width) of each level.

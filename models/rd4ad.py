@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.reconstruction import Pair
+from models.reconstruction import Pair, ReconstructionNetwork
 
 Block = Literal["bottleneck", "basic"]
 EXPANSION = {"bottleneck": 4, "basic": 1}
 
 
-class RD4AD(nn.Module):
+class RD4AD(ReconstructionNetwork):
     """Three levels in, three pairs out. Of a ResNet's levels (c, 2c, 4c) it is the released network; of any other
     backbone's the widths follow the levels in the same way.
 
@@ -80,9 +80,7 @@ class RD4AD(nn.Module):
         self.embedding = OneClassEmbedding(channels, block, width_per_group, embedding_blocks)
         self.decoder = Decoder(channels, block, width_per_group, decoder_blocks)
         for module in self.modules():
-            if (
-                type(module) is nn.Conv2d
-            ):  # transposed convolutions keep torch's initialisation, as in the released code
+            if type(module) is nn.Conv2d:  # transposed ones keep torch's initialisation, as in the released code
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, features: list[Tensor]) -> list[Pair]:

@@ -1,10 +1,10 @@
-"""What a reconstruction network hands to the loss and to the head."""
+"""What a reconstruction network is, and what it hands to the loss and to the head."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Pair(NamedTuple):
@@ -16,3 +16,26 @@ class Pair(NamedTuple):
 
     target: Tensor
     reconstruction: Tensor
+
+
+class FeatureNetwork(nn.Module):
+    """A network on a backbone's levels: :meth:`prepare` once per image, then ``forward`` on what it returned.
+
+    What precedes everything trainable and random belongs into :meth:`prepare`, because its results are kept with the
+    backbone's features.
+    """
+
+    preparation: str = "none"
+    """What :meth:`prepare` does, in words that change whenever it does; part of the feature cache's key."""
+
+    def prepare(self, levels: list[Tensor]) -> list[Tensor]:
+        """Levels of the backbone (B, C_l, H_l, W_l), lowest first -> what ``forward`` gets. No parameters, no gradient."""
+        return levels
+
+
+class ReconstructionNetwork(FeatureNetwork):
+    """Prepared levels in, pairs of target and reconstruction out."""
+
+    def forward(self, features: list[Tensor]) -> list[Pair]:
+        """One pair per level that is reconstructed, lowest first."""
+        raise NotImplementedError

@@ -29,7 +29,7 @@ def test_an_unknown_option_is_answered_with_the_nearest_one(project, option, nea
     text = _refusal(project, option)
     assert option.split("=")[0].split(".")[-1] in text
     if nearest != "weights":
-        assert f"Did you mean {nearest}" in text
+        assert f"Did you mean '{nearest}" in text
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,9 @@ def test_an_unknown_option_is_answered_with_the_nearest_one(project, option, nea
         ("--cache.mode=float8", "float32, float16"),
         ("--model.init_args.neighbor_size=99", "hides everything|window"),
         ("--data.init_args.sampling=natura", "natural"),
-        ("--model.init_args.optimizer.name=sgd", "adamw"),
+        ("--model.init_args.optimizer.name=sgd", "Option 'name' is not accepted"),
+        ("--model.init_args.optimizer=AdamV", "AdamV"),
+        ("--model.init_args.optimizer.lr=-1", "learning rate"),
         ("--run.name=a/b", "names a folder"),
         ("--run.name=größe 1", "names a folder"),
         ("--seed_everything=false", "every run has a seed"),
