@@ -35,6 +35,8 @@ class Recipe:
         resize: Resize rule of the data module (``pil_bilinear``, ``pil_lanczos``, ``pil_nearest``, ``opencv_bilinear``).
         batch_size: Images per training step and process.
         max_epochs: Training epochs.
+        max_steps: Optimiser steps after which the training ends earlier; -1 for never. It counts where the configuration
+            gives no number of epochs.
         gradient_clip_val: Largest total L2 norm of the gradient; None for no clipping.
         best_on_test: The metric and the interval in epochs by which the released code picks its checkpoint on the test
             set. Only the protocol ``as_released`` does so.
@@ -51,6 +53,7 @@ class Recipe:
     best_on_test: tuple[str, int] | None = None
     best_on_test_tie: str = "last"
     drop_last: bool = False
+    max_steps: int = -1
     released_subset: str = "full"
 
 
@@ -249,6 +252,8 @@ class ReconstructionModule(L.LightningModule):
         if self.lr_scheduler is None:
             return optimizer
         schedule = self.lr_scheduler(optimizer)
+        if self._trainer is not None and getattr(schedule, "total_steps", 0) is None:
+            schedule.total_steps = self.trainer.estimated_stepping_batches
         monitor = getattr(schedule, "monitor", None)  # of Lightning's ReduceLROnPlateau
         return {
             "optimizer": optimizer,

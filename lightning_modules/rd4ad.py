@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
-from torch.optim import Adam
 
 from lightning_modules.base import ImageSize, Interval, Recipe, ReconstructionModule
 from models import rd4ad
 from models.backbones import BackboneConfig
 from models.head import HeadConfig
+from models.optimizers import ShortMomentumAdam
 from models.reconstruction import Pair
 
 
@@ -45,7 +45,7 @@ class RD4AD(ReconstructionModule):
             smoothing_border="symmetric",
             image_score="max",
         ),
-        optimizer: OptimizerCallable = lambda parameters: Adam(parameters, lr=5e-3, betas=(0.5, 0.999), fused=True),
+        optimizer: OptimizerCallable = lambda parameters: ShortMomentumAdam(parameters, lr=5e-3),
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Interval = "epoch",
         image_size: ImageSize = 256,

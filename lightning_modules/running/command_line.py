@@ -180,6 +180,8 @@ class UniReconCLI(LightningCLI):
             )
         if not data.datasets:
             raise SystemExit("No dataset is named: set DATASET and DATA_ROOT, or --data.init_args.datasets.")
+        if trainer.max_epochs is None and trainer.max_steps == -1:
+            trainer.max_steps = recipe.max_steps
         for name in ("max_epochs", "gradient_clip_val"):
             if trainer.get(name) is None:
                 trainer[name] = getattr(recipe, name)
@@ -312,6 +314,11 @@ class UniReconCLI(LightningCLI):
             if self.run_config.selects == "best_on_test":
                 raise DataError("No test image: run.protocol=as_released chooses its epoch on the test set. Use clean.")
             rank_zero_info(NOTHING_TO_MEASURE)
+        if self.trainer.max_steps > 0:  # whatever counts epochs must know the last one
+            loader = self.datamodule.train_dataloader()
+            self.trainer.fit_loop.max_epochs = min(
+                self.trainer.max_epochs, -(-self.trainer.max_steps // max(1, len(loader)))
+            )
         left = self.run_config.work / "checkpoints" / "last.ckpt"
         resuming.check(self.run_config, self._configuration(), self.datamodule.fingerprint, left)
         self._serve_features(build=True)

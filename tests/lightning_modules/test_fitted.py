@@ -160,7 +160,7 @@ def test_rd4ad_trains_with_the_released_optimiser(fitted):
     assert sum(p.numel() for p in net.parameters() if p.requires_grad) == 83_802_624
     assert (net.recipe.resize, net.recipe.batch_size, net.recipe.max_epochs) == ("pil_bilinear", 16, 200)
     optimizer = net.configure_optimizers()
-    assert type(optimizer) is torch.optim.Adam
+    assert isinstance(optimizer, torch.optim.Adam)
     assert optimizer.defaults["betas"] == (0.5, 0.999)
     assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (5e-3, 0)
 
@@ -168,6 +168,7 @@ def test_rd4ad_trains_with_the_released_optimiser(fitted):
 def test_rd4ad_learns_and_leaves_the_teacher_as_it_is(make_project, tmp_path, data_root):
     project = project_of(make_project, tmp_path, data_root, "rd4ad")
     project.run("--trainer.max_epochs=6", "--model.init_args.optimizer.lr=1e-3")
+    assert project.record().record.config["model"]["init_args"]["optimizer"]["init_args"]["betas"] == [0.5, 0.999]
     losses = project.losses()
     assert all(0 <= loss <= 3 for loss in losses)
     assert losses[-1] < losses[0]
