@@ -21,7 +21,7 @@ from lightning_modules.running import internals
 from models.backbones import BackboneConfig, FeatureExtractor
 from models.head import AnomalyHead, HeadConfig, ScoredMaps
 from models.layers.statistics import Standardisation
-from models.reconstruction import Pair, ReconstructionNetwork
+from models.reconstruction import FeatureNetwork, Pair
 
 ImageSize = int | tuple[int, int]
 """Side of a square image, or (height, width), in pixels."""
@@ -88,9 +88,11 @@ class ReconstructionModule(L.LightningModule):
     """Whether the network reads the images besides their features."""
     standardises: ClassVar[bool] = False
     """Whether the method standardises its features by itself, so that ``backbone.standardised`` is refused."""
+    reconstructs: ClassVar[bool] = True
+    """Whether :meth:`reconstruct` has an answer; methods that only measure distances have none to picture."""
     map_names: tuple[str, ...] = ()
     """Names of the level maps in pictures, in the order of :attr:`ScoredMaps.level_maps`; empty: they are numbered."""
-    network: ReconstructionNetwork
+    network: FeatureNetwork
 
     def __init__(
         self,

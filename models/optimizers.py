@@ -1,6 +1,6 @@
-"""StableAdamW and the warm cosine, the optimiser and the schedule of Dinomaly and INP-Former.
+"""StableAdamW and the warm cosine, the optimiser and the schedule of Dinomaly and INP-Former; Adam as RD4AD has it.
 
-Wortsman et al., "Stable and low-precision training for large-scale vision-language models", NeurIPS 2023,
+StableAdamW: Wortsman et al., "Stable and low-precision training for large-scale vision-language models", NeurIPS 2023,
 https://arxiv.org/abs/2304.13013, in the form of Dinomaly's released code.
 """
 
@@ -12,8 +12,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+
+class ShortMomentumAdam(Adam):
+    """Adam whose first moment is short, beta1 = 0.5, as in RD4AD's released code.
+
+    A class of its own, because the command line can only read plain numbers from a default optimiser, no pair of betas.
+
+    lr, betas, eps, weight_decay, fused: as in torch's Adam.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 5e-3,
+        betas: tuple[float, float] = (0.5, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        fused: bool = True,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
 
 
 class StableAdamW(Optimizer):

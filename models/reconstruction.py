@@ -18,11 +18,11 @@ class Pair(NamedTuple):
     reconstruction: Tensor
 
 
-class ReconstructionNetwork(nn.Module):
-    """Prepared levels in, pairs of target and reconstruction out.
+class FeatureNetwork(nn.Module):
+    """A network on a backbone's levels: :meth:`prepare` once per image, then ``forward`` on what it returned.
 
-    What precedes everything trainable and random is :meth:`prepare`. It runs once per image, because its results are
-    kept with the backbone's features; ``forward`` gets what it returned.
+    What precedes everything trainable and random belongs into :meth:`prepare`, because its results are kept with the
+    backbone's features.
     """
 
     preparation: str = "none"
@@ -31,6 +31,10 @@ class ReconstructionNetwork(nn.Module):
     def prepare(self, levels: list[Tensor]) -> list[Tensor]:
         """Levels of the backbone (B, C_l, H_l, W_l), lowest first -> what ``forward`` gets. No parameters, no gradient."""
         return levels
+
+
+class ReconstructionNetwork(FeatureNetwork):
+    """Prepared levels in, pairs of target and reconstruction out."""
 
     def forward(self, features: list[Tensor]) -> list[Pair]:
         """One pair per level that is reconstructed, lowest first."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import lightning as L
@@ -54,6 +54,37 @@ class PlainProgress(L.Callback):
         loss = trainer.callback_metrics.get("train/loss")
         shown = "" if loss is None else f"  train/loss {float(loss):.4g}"
         rank_zero_info(f"epoch {done} of {trainer.max_epochs}{shown}{left}")
+
+
+def work_progress(
+    trainer: L.Trainer, description: str, seconds: float = 30.0
+) -> Callable[[Sequence[int]], Iterator[int]]:
+    """Shows how far a long loop inside a training is: wraps its sequence.
+
+    Where the trainer shows a progress bar the loop gets one below it; else there is a line when it begins and every
+    `seconds`.
+    """
+
+    def track(steps: Sequence[int]) -> Iterator[int]:
+        bar = getattr(trainer.progress_bar_callback, "progress", None)
+        task = None if bar is None else bar.add_task(description, total=len(steps))
+        if bar is None:
+            rank_zero_info(description)
+        begun = printed = time.monotonic()
+        for done, step in enumerate(steps, 1):
+            yield step
+            now = time.monotonic()
+            if bar is not None:
+                bar.update(task, completed=done, refresh=now - printed > 0.5 or done == len(steps))
+            elif now - printed > seconds:
+                left = round((now - begun) / done * (len(steps) - done))
+                rank_zero_info(f"{description}: {done:,} of {len(steps):,}, about {left} s left")
+            if now - printed > (0.5 if bar is not None else seconds):
+                printed = now
+        if bar is not None:
+            bar.remove_task(task)
+
+    return track
 
 
 def write_progress(path: Path, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:

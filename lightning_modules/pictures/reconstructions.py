@@ -253,6 +253,8 @@ def main(arguments: list[str] | None = None) -> None:
         module, data = load_run(options.run)
     except (FileNotFoundError, ValueError) as error:  # also those of records and data
         raise SystemExit(f"error: {error}") from error
+    if not module.reconstructs:
+        raise SystemExit(f"error: {module.method} reconstructs nothing, so there is nothing to picture.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = module.to(device)
     chosen = choose(pd.read_csv(options.run / "image_scores.csv"), data.table)

@@ -10,6 +10,7 @@ EXPECTED_WARNINGS = (
     ".*LeafSpec.*is deprecated",  # inside Lightning
     ".*Total length of `list` across ranks is zero",  # nothing is held out, so there is no validation
     ".*module.s. in eval mode at the start of training",  # the frozen backbone
+    ".*configure_optimizers` returned `None`",  # methods that are fitted in one pass
     ".*does not have many workers",  # cached features need none
     ".*The dirpath has changed from",  # a checkpoint is read by a command that writes none
     "Checkpoint directory .* exists and is not empty",  # that is where an interrupted training goes on
