@@ -24,7 +24,10 @@ $(VENV)/.installed: requirements.txt
 
 setup: $(VENV)/.installed  ## Make the virtual environment and install requirements.txt.
 
-test: setup  ## Run every test.
+test: setup  ## Run the tests that guard users, in minutes.
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not program"
+
+test-all: setup  ## Run every test, also those that start programs, kill them and compile.
 	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: setup  ## Check style with ruff.
@@ -89,5 +92,5 @@ cache: setup  ## List the feature cache's entries, or delete some: [CLEAR=key or
 bench-metrics: setup  ## Time our metrics against other libraries.
 	$(PY) -m lightning_modules.benchmarks.metrics
 
-.PHONY: help setup test lint train predict check-data synthetic sweep sweeps wandb-sweep agents pull table tables \
+.PHONY: help setup test test-all lint train predict check-data synthetic sweep sweeps wandb-sweep agents pull table tables \
 	audit figures compare report reconstructions bench bench-metrics cache

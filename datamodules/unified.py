@@ -51,14 +51,14 @@ class DatasetConfig:
     """A dataset of the run.
 
     Args:
-        name: reader: mvtec_ad, mvtec_loco, btad, mpdd, visa, folder or synthetic.
-        root: its folder.
+        name: reader: mvtec_ad, mvtec_loco, btad, mpdd, visa, folder, photos or synthetic.
+        root: its folder; "" for photos, which come with the project.
         categories: the subset to use, None for all; also a text "bottle,cable".
         label: its name in tables, default `name`; needed when one reader is used twice.
     """
 
     name: str
-    root: str
+    root: str = ""
     categories: tuple[str, ...] | str | None = None
     label: str | None = None
 
@@ -67,7 +67,7 @@ class DatasetConfig:
         if isinstance(categories, str):
             categories = tuple(part.strip() for part in categories.split(",") if part.strip())
         object.__setattr__(self, "categories", tuple(categories) if categories else None)
-        object.__setattr__(self, "root", str(self.root))
+        object.__setattr__(self, "root", str(self.root or ""))
 
 
 class UnifiedDataModule(L.LightningDataModule):

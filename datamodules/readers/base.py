@@ -36,6 +36,8 @@ class DatasetReader(abc.ABC):
     homepage: ClassVar[str] = ""
     counts: ClassVar[Mapping[str, Counts]] = {}
     """Public counts per category; empty where there are none."""
+    default_root: ClassVar[Path | None] = None
+    """Where the dataset lies if nobody names a root; None for all that does not come with the project."""
     mask_threshold: ClassVar[int] = 0
     """Mask values above it are defective, at native resolution."""
 
@@ -91,11 +93,13 @@ class Listing:
 
 
 def find_dataset(
-    name: str, root: str | Path, categories: Sequence[str] | None = None
+    name: str, root: str | Path | None, categories: Sequence[str] | None = None
 ) -> tuple[DatasetReader, Path, list[str], list[str]]:
     """Reader of a dataset, folder of its categories, all of them, and the chosen ones; see `list_dataset`."""
     reader = get_reader(name)
-    given = Path(root).expanduser()
+    given = Path(root).expanduser() if root else reader.default_root
+    if given is None:
+        raise DataError(f"{name}: no root is named, the folder of the dataset. {_how_to_get(reader)}")
     if not given.is_dir():
         raise DataError(f"{name}: the root {given} is not a folder. {_how_to_get(reader)}")
     base = reader.locate(given)
@@ -112,13 +116,13 @@ def find_dataset(
 
 
 def list_dataset(
-    name: str, root: str | Path, categories: Sequence[str] | None = None, label: str | None = None
+    name: str, root: str | Path | None, categories: Sequence[str] | None = None, label: str | None = None
 ) -> Listing:
     """Read a dataset's file names, without opening images.
 
     Args:
         name: reader, e.g. mvtec_ad.
-        root: folder of the dataset.
+        root: folder of the dataset; None or "" for the one of a dataset that comes with the project.
         categories: subset to read, None for all. The result is ordered by name, whatever order is asked for.
         label: name of the dataset in the table, default `name`.
 

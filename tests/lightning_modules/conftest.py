@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -159,3 +160,14 @@ def write_data():
 def make_project():
     """A project in a folder, on a dataset."""
     return Project
+
+
+@pytest.fixture(scope="session")
+def programs():
+    """Starts the training program; see ``program.py``."""
+    spec = importlib.util.spec_from_file_location("program", Path(__file__).with_name("program.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    started = module.Programs()
+    yield started
+    started.close()

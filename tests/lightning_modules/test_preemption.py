@@ -55,6 +55,7 @@ def test_sigterm_during_the_imports_is_reported_after_them(reports):
     assert reports == ["preempted"]
 
 
+@pytest.mark.program
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the kernel's list of caught signals")
 def test_program_listens_before_its_slow_imports_and_leaves_without_a_trace(tmp_path):
     words = [sys.executable, "-m", "lightning_modules", "fit"]

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,7 +16,7 @@ import torch
 
 from lightning_modules.running import preemption
 
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.program
 TWO = ("--trainer.devices=2", "--trainer.strategy=ddp")
 # Asks both processes to leave in the second epoch, as SLURM does with all processes of a task.
 CALLBACK = """
@@ -32,23 +30,6 @@ class Preempt(L.Callback):
             if trainer.is_global_zero:
                 trainer.strategy.launcher.kill(signal.SIGTERM)
 """
-
-
-def _start(arguments: list[str], **variables: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "lightning_modules", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def _program(arguments: list[str], code: int = 0, **variables: str) -> None:
-    process = _start(arguments, **variables)
-    output = process.communicate(timeout=600)[0]
-    assert process.returncode == code, output[-6000:]
 
 
 def _second_process(first: int) -> int | None:
@@ -67,14 +48,14 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def test_two_processes_find_the_numbers_of_one(trained):
+def test_two_processes_find_the_numbers_of_one(programs, trained):
     more = [
         "--trainer.devices=2",
         "--trainer.strategy=ddp",
         f"--ckpt_path={trained.checkpoint()}",
         "--data.init_args.eval_batch_size=3",
     ]
-    _program(trained.arguments(*more, command="test", name="two"))
+    programs.run(trained.arguments(*more, command="test", name="two"))
     one, two = trained.record("first"), trained.record("two")
     assert two.record.provenance["world_size"] == 2
     pd.testing.assert_frame_equal(one.metrics.drop(columns="value"), two.metrics.drop(columns="value"))
@@ -83,10 +64,10 @@ def test_two_processes_find_the_numbers_of_one(trained):
     pd.testing.assert_frame_equal(*scores, rtol=1e-5)
 
 
-def test_two_processes_train_and_leave_one_record_with_the_curve_of_one(project):
+def test_two_processes_train_and_leave_one_record_with_the_curve_of_one(programs, project):
     # What is drawn per process is off; the 12 images are one batch of either.
     more = ["--run.curve_every=1", "--model.init_args.dropout=0", "--model.init_args.jitter_probability=0"]
-    _program(project.arguments("--trainer.devices=2", "--trainer.strategy=ddp", *more))
+    programs.run(project.arguments("--trainer.devices=2", "--trainer.strategy=ddp", *more))
     record = project.record()
     alone = project.fit(*more, "--data.init_args.batch_size=16", name="alone")
     pd.testing.assert_frame_equal(record.history, alone.history, rtol=1e-5)
@@ -96,17 +77,18 @@ def test_two_processes_train_and_leave_one_record_with_the_curve_of_one(project)
     assert "curve/pixel_auroc" in set(record.history.metric)
 
 
-@pytest.mark.slow
-def test_two_processes_that_are_asked_to_leave_end_with_143_and_go_on_like_uninterrupted_ones(project: Any) -> None:
+def test_two_processes_that_are_asked_to_leave_end_with_143_and_go_on_like_uninterrupted_ones(
+    programs, project
+) -> None:
     (project.folder / "preempt.py").write_text(CALLBACK)
     paths = os.pathsep.join([str(project.folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     more = (*TWO, "--data.init_args.batch_size=2")
     leave = project.arguments(*more, "--trainer.callbacks=preempt.Preempt", name="asked")
-    _program(leave, code=preemption.EXIT_CODE, PYTHONPATH=paths)
+    programs.run(leave, code=preemption.EXIT_CODE, PYTHONPATH=paths)
     assert torch.load(project.checkpoint("asked"), weights_only=False)["epoch"] == 0
     assert not (project.results / "runs").exists()
     for name in ("asked", "whole"):
-        _program(project.arguments(*more, name=name))
+        programs.run(project.arguments(*more, name=name))
     asked, whole = project.record("asked"), project.record("whole")
     pd.testing.assert_frame_equal(asked.metrics, whole.metrics, check_exact=True)
     pd.testing.assert_frame_equal(asked.history, whole.history, check_exact=True)
@@ -116,13 +98,13 @@ def test_two_processes_that_are_asked_to_leave_end_with_143_and_go_on_like_unint
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process of its parent's death")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_second_process_that_is_still_starting_ends_with_the_first(project: Any, number: signal.Signals) -> None:
-    process = _start(project.arguments(*TWO))
+def test_second_process_that_is_still_starting_ends_with_the_first(programs, project, number: signal.Signals) -> None:
+    process = programs.start(project.arguments(*TWO))
     while not (second := _second_process(process.pid)):
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.wait()
         time.sleep(0.01)
     process.send_signal(number)
-    output = process.communicate(timeout=120)[0]  # until the second one has closed it too
+    output = process.wait(120)  # until the second one has closed it too
     assert process.returncode == (preemption.EXIT_CODE if number == signal.SIGTERM else -number), output[-4000:]
     end = time.monotonic() + 5
     while _alive(second):  # it closes its output a moment before it is gone
@@ -130,10 +112,10 @@ def test_second_process_that_is_still_starting_ends_with_the_first(project: Any,
         time.sleep(0.01)
 
 
-def test_two_processes_of_a_run_without_a_name_agree_on_one(project: Any) -> None:
+def test_two_processes_of_a_run_without_a_name_agree_on_one(programs, project) -> None:
     more = ("--data.init_args.setting=per_category", "--trainer.max_epochs=1")
     arguments = project.arguments(*TWO, *more)
-    _program([word for word in arguments if not word.startswith("--run.name")])
+    programs.run([word for word in arguments if not word.startswith("--run.name")])
     (record,) = (project.results / "runs" / "single").iterdir()
     assert [path.name for path in (project.results / "work" / "single").iterdir()] == [record.name]
 

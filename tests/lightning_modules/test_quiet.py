@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
+import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.program
 
 
-def test_predict_prints_where_its_weights_come_from_and_where_its_results_are(trained, data_root):
+def test_predict_prints_where_its_weights_come_from_and_where_its_results_are(programs, trained, data_root):
     more = (f"--data.init_args.predict_root={data_root / 'bolt'}", "--trainer.accelerator=cpu")
-    words = [sys.executable, "-m", "lightning_modules", *trained.arguments(*more, command="predict", logger=True)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
-    printed = [line for line in (done.stdout + done.stderr).splitlines() if "RANDOM WEIGHTS" not in line]
+    output = programs.run(trained.arguments(*more, command="predict", logger=True))
+    printed = [line for line in output.splitlines() if "RANDOM WEIGHTS" not in line]
     assert [line.split()[0] for line in printed] == ["Seed", "GPU", "Weights", "11", "Those"], printed
 
 
-def test_a_run_prints_nothing_about_other_products_or_deprecations(project):
-    words = [sys.executable, "-m", "lightning_modules", *project.arguments("--trainer.max_epochs=1", logger=True)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
-    printed = done.stdout + done.stderr
+def test_a_run_prints_nothing_about_other_products_or_deprecations(programs, project):
+    printed = programs.run(project.arguments("--trainer.max_epochs=1", logger=True))
     assert "epoch 1 of 1" in printed
     assert [line for line in printed.splitlines() if "arning" in line or "WARN" in line] == []
     for noise in ("Tip", "deprecat", "weights_only", "anonymous"):

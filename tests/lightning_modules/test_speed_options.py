@@ -32,7 +32,7 @@ def test_bfloat16_training_has_float32_losses_and_nearly_the_same_course(project
     np.testing.assert_allclose(project.losses("bfloat16"), project.losses("float32"), rtol=0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.program
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_network_trains_and_scores_like_an_uncompiled_one(project):
     exact = "--model.init_args.dropout=0", "--model.init_args.jitter_scale=0"

@@ -8,6 +8,8 @@ import torch.multiprocessing as mp
 from lightning_modules.ulsad import ULSAD, QuantileConfig, _from_all_processes
 from models.backbones import BackboneConfig
 
+pytestmark = pytest.mark.program
+
 
 def module() -> ULSAD:
     torch.manual_seed(0)

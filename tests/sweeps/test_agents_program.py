@@ -25,6 +25,8 @@ import os, signal
 from pathlib import Path
 import lightning as L
 
+pytestmark = pytest.mark.program
+
 class Preempt(L.Callback):
     def on_train_batch_end(self, trainer, *rest):
         note = Path(f"preempted{trainer.global_rank or ''}")
@@ -62,7 +64,6 @@ def prepare(project: Any, *more: str, heatmaps: Sequence[bool] = (True, False)) 
     )
 
 
-@pytest.mark.slow
 def test_agents_share_a_grid_and_a_preempted_run_ends_like_the_other(
     online: Any, server: Any, communicate: Callable[..., str]
 ) -> None:
@@ -107,7 +108,6 @@ def test_agents_share_a_grid_and_a_preempted_run_ends_like_the_other(
     assert {path: path.read_bytes() for path in before} == before
 
 
-@pytest.mark.slow
 def test_cell_of_two_processes_is_one_run_and_is_preempted_as_one(
     online: Any, server: Any, communicate: Callable[..., str]
 ) -> None:

@@ -19,7 +19,7 @@ from sweeps.runner import cluster, command, sweep_file
 from sweeps.runner.errors import SweepError
 
 
-@pytest.mark.slow
+@pytest.mark.program
 def test_two_agents_share_a_grid_and_run_each_cell_once_with_the_runners_command(
     online: Any, server: Any, communicate: Callable[..., str]
 ) -> None:
@@ -46,7 +46,7 @@ def test_two_agents_share_a_grid_and_run_each_cell_once_with_the_runners_command
     assert sorted(map(str, locally)) == sorted(map(str, parameters))
 
 
-@pytest.mark.slow
+@pytest.mark.program
 def test_preempted_cell_is_handed_out_again_and_goes_on_from_its_checkpoint(
     online: Any, server: Any, wait_for: Callable[..., None], communicate: Callable[..., str]
 ) -> None:
@@ -70,7 +70,7 @@ def test_preempted_cell_is_handed_out_again_and_goes_on_from_its_checkpoint(
     assert len(starts) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.program
 @pytest.mark.parametrize("name", sweep_file.names())
 def test_wandb_accepts_every_shipped_sweep_file(name: str, server: Any, tmp_path: Path) -> None:
     variables = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
@@ -91,7 +91,7 @@ def test_wandb_accepts_every_shipped_sweep_file(name: str, server: Any, tmp_path
     assert handed_out == [cell.parameters for cell in cells]
 
 
-@pytest.mark.slow
+@pytest.mark.program
 def test_offline_run_that_is_synced_later_keeps_its_group_its_parameters_and_its_curve(
     online: Any, server: Any
 ) -> None:

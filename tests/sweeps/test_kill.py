@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.program
+
 RUN = ("run", "toy", "--no-table", "--workers", "3")
 PARAMETERS = {"model.size": [1, 2, 3, 4, 5], "model.nap": 0.25, "model.epochs": 4, "seed_everything": [0]}
 
@@ -30,7 +32,6 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, make_project: Callab
     return outcome(project)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_killed_sweep_ends_like_an_uninterrupted_one(
     seed: int,

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.program
+
 SWEEP = "local/unirecon/sweep000"
 SIZES = [1, 2, 3]
 KILLS = 3
@@ -26,7 +28,6 @@ def children(pid: int) -> list[int]:
     return []
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process of its parent's death")
 @pytest.mark.parametrize("seed", [0])  # a minute each; any number does
 def test_sweep_whose_agents_were_killed_ends_like_an_uninterrupted_one(

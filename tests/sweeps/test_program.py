@@ -13,10 +13,11 @@ import yaml
 
 from results.aggregator.records import read_records
 
+pytestmark = pytest.mark.program
+
 ONLY = ("--only", "query=layerwise", "--only", "neighbor_size=7", "--only", "jitter_probability=1.0")
 
 
-@pytest.mark.slow
 def test_cell_of_the_components_ablation_runs_and_is_found_finished(project: Any) -> None:
     root = Path(__file__).resolve().parents[2]
     shutil.copytree(root / "sweeps" / "profiles", project.folder / "sweeps" / "profiles", dirs_exist_ok=True)

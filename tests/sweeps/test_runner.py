@@ -18,6 +18,8 @@ import pytest
 from sweeps.runner.errors import SweepError
 from sweeps.runner.local import check_writable
 
+pytestmark = pytest.mark.program
+
 RUN = ("run", "toy", "--no-table")
 
 

@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+pytestmark = pytest.mark.program
+
 WORLDS = (1, 2, 3)
 WORKER = Path(__file__).with_name("distributed_worker.py")
 

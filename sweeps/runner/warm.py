@@ -1,0 +1,198 @@
+"""Starts of the training program that cost milliseconds instead of ten seconds of imports.
+
+A warmed process imports the program once and forks a copy of itself for every start. The copy becomes the program: its own
+arguments, environment, folder and output, its own process group, the `__main__` of ``python -m lightning_modules``. It is a
+child of whoever asked for it, not of the warmed process (Linux: the asker adopts it as a "child subreaper"), so waiting for
+it, killing it and the kernel's signal at its parent's death are what they are for a program. For the same reason
+multiprocessing's own fork server does not fit: its children's exit codes are lost with it, and it cannot be started again,
+which a changed source file asks for.
+
+Elsewhere than on Linux nothing is warmed, and cells start as programs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import os
+import pkgutil
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from sweeps.runner.process import die_with_parent
+
+PROGRAM = "lightning_modules"
+ROOMS = ("lightning_modules", "models", "datamodules", "results")
+"""Folders whose source files the warmed process may have imported."""
+AVAILABLE = sys.platform.startswith("linux")
+_LIBRARIES = ("albumentations", "matplotlib.figure", "timm", "torch")
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_LARGEST = 1 << 20  # bytes of a request
+
+
+class WarmStarts:
+    """The asker's side: one warmed process, started at the first need and again after a source file has changed.
+
+    Args:
+        environment: Of the warmed process. Libraries that read their number of threads when they are imported read it here.
+        root: The folder of the source files.
+    """
+
+    def __init__(self, environment: Mapping[str, str], root: Path = Path(".")) -> None:
+        self._environment = dict(environment)
+        self._root = root
+        self._sources: dict[Path, int] = {}
+        self._server: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+
+    def prepare(self) -> None:
+        """Let the imports begin; a later :meth:`start` waits for their end."""
+        sources = self._modified()
+        if self._server is not None and self._server.poll() is None and sources == self._sources:
+            return
+        self.close()
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        self._sources = sources
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self._socket, theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LARGEST)
+        with theirs:
+            self._server = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(theirs.fileno())],
+                env=self._environment,
+                cwd=self._root,
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                preexec_fn=die_with_parent(),
+            )
+
+    def start(
+        self,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        output: int,
+        inherit: Iterable[int] = (),
+        folder: Path = Path("."),
+    ) -> int:
+        """Start ``python -m lightning_modules ARGUMENTS``; returns its process id, for ``os.waitpid``.
+
+        Args:
+            arguments: The program's.
+            environment: All of its variables.
+            output: Descriptor of its standard output and error.
+            inherit: Further descriptors that it holds until its end.
+            folder: Its working folder.
+
+        Raises:
+            OSError: the warmed process ended, for example because a source file cannot be imported; what it printed is on
+                this process's standard error.
+        """
+        self.prepare()
+        request = {
+            "arguments": list(arguments),
+            "environment": dict(environment),
+            "folder": str(folder.resolve()),
+            "asker": os.getpid(),
+        }
+        message = json.dumps(request).encode(errors="surrogateescape")
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            socket.send_fds(self._socket, [message], [output, *inherit])
+            answer = self._socket.recv(64)
+        if not answer:
+            raise ChildProcessError(f"The warmed {PROGRAM} ended with exit code {self._server.wait()}.")
+        return int(answer)
+
+    def close(self) -> None:
+        """End the warmed process; programs that it started go on."""
+        if self._socket is not None:
+            self._socket.close()
+        if self._server is not None:
+            self._server.kill()
+            self._server.wait()
+        self._server = self._socket = None
+
+    def _modified(self) -> dict[Path, int]:
+        files = (file for room in ROOMS for file in (self._root / room).rglob("*.py"))
+        return {file: file.stat().st_mtime_ns for file in files}
+
+
+def _serve(requests: socket.socket) -> None:
+    """The warmed process's side; returns in the copy that is to become the program, and never in the warmed process."""
+    # timm would import W&B, whose import makes a temporary folder that must be each program's own.
+    sys.modules["wandb"] = None
+    for name in (*_LIBRARIES, f"{PROGRAM}.running.command_line"):
+        importlib.import_module(name)
+    package = importlib.import_module(PROGRAM)
+    for module in pkgutil.iter_modules(package.__path__):
+        if not module.ispkg and module.name != "__main__":
+            importlib.import_module(f"{PROGRAM}.{module.name}")
+    del sys.modules["wandb"]
+    gc.collect()
+    gc.freeze()  # what was imported stays in pages that all copies share
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(requests, _LARGEST, 16)
+        if not message:
+            os._exit(0)
+        request = json.loads(message.decode(errors="surrogateescape"))
+        between = os.fork()
+        if between == 0:
+            if os.fork() != 0:
+                os._exit(0)  # the asker adopts the copy now
+            _become(request, descriptors, requests)
+            return
+        os.waitpid(between, 0)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _become(request: Mapping, descriptors: Sequence[int], requests: socket.socket) -> None:
+    """Everything of a process that differs between the warmed one and a program that the asker has started."""
+    while os.getppid() != request["asker"]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(request["asker"], 0)
+            time.sleep(0.001)
+            continue
+        os._exit(128 + signal.SIGTERM)
+    os.setpgid(0, 0)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    requests.send(str(os.getpid()).encode())
+    requests.close()
+    output, *inherited = descriptors
+    for standard in (1, 2):
+        os.dup2(output, standard)
+    os.close(output)
+    for descriptor in inherited:
+        os.set_inheritable(descriptor, True)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
+    more = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
+    sys.path[:1] = [os.getcwd(), *more]
+    sys.argv = [f"{PROGRAM}/__main__.py", *request["arguments"]]
+    _set_threads()
+
+
+def _set_threads() -> None:
+    """The threads of this copy, for what reads their number only when it is imported."""
+    import cv2
+    import torch
+
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if threads.isdecimal():
+        torch.set_num_threads(int(threads))
+        cv2.setNumThreads(int(threads))
+
+
+if __name__ == "__main__":
+    _serve(socket.socket(fileno=int(sys.argv[1])))
+    runpy.run_module(PROGRAM, run_name="__main__", alter_sys=True)
