@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
+from datamodules.anomalies.sources import Anomalies, AnomalyConfig
 from datamodules.augmentation import Augmentation, not_square
 from datamodules.cache.entry import FeatureCache
 from datamodules.cache.loaders import CachedBatches, CachedImages, cached_loader
@@ -92,6 +93,8 @@ class UnifiedDataModule(L.LightningDataModule):
         holdout: fraction of each category's normal training images that becomes split val, chosen by file name. A
             dataset with a validation folder of its own (MVTec LOCO) keeps that instead.
         augmentation: entry of `datamodules.augmentation.AUGMENTATIONS`.
+        anomalies: puts synthetic anomalies into training images, after the augmentation. Training batches then carry
+            `clean` (B, 3, H, W), the image without, and `mask` says where the anomaly is; the label stays 0.
         mean, std: normalisation of pixels in [0, 1].
         seed: of shuffling and augmentation.
         bit_depth: significant bits of 16-bit images; None infers them per dataset from its training images.
@@ -122,6 +125,7 @@ class UnifiedDataModule(L.LightningDataModule):
         sampling: str = "natural",
         holdout: float = 0.0,
         augmentation: str = "none",
+        anomalies: AnomalyConfig | None = None,
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
         seed: int = 0,
@@ -153,6 +157,7 @@ class UnifiedDataModule(L.LightningDataModule):
         self.sampling = sampling
         self.holdout = holdout
         self.augmentation = augmentation
+        self.anomalies = anomalies
         self.mean, self.std = tuple(mean), tuple(std)
         self.seed = seed
         self.bit_depth = bit_depth
@@ -284,7 +289,7 @@ class UnifiedDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Training images in the order of the own seeded sampler."""
         rows = self._rows("train")
-        dataset = TableDataset(rows, self._source, self.mean, self.std, self._augmentation())
+        dataset = TableDataset(rows, self._source, self.mean, self.std, self._augmentation(), self._anomalies())
         sampler = TrainSampler(
             dataset,
             [row.dataset for row in rows],
@@ -380,6 +385,11 @@ class UnifiedDataModule(L.LightningDataModule):
     def _augmentation(self) -> Augmentation | None:
         return None if self.augmentation == "none" else Augmentation(self.augmentation, self.categories)
 
+    def _anomalies(self) -> Anomalies | None:
+        if self.anomalies is None:
+            return None
+        return Anomalies(self.anomalies, self._rows("train"), self._source.load)
+
     def _eval_loader(self, rows: Sequence[Row]) -> DataLoader:
         dataset = TableDataset(rows, self._source, self.mean, self.std)
         return self._loader(dataset, EvalSampler(dataset, *self._place()), self.eval_batch_size)
@@ -387,11 +397,13 @@ class UnifiedDataModule(L.LightningDataModule):
     # -- cached features -------------------------------------------------------------------------------------------
 
     def symmetric_rows(self) -> list[Row] | None:
-        """Training images as the augmentation flips and turns them; None if it makes more of them than symmetries.
+        """Training images as the augmentation flips and turns them; None if they are changed in more ways than that.
 
         Raises:
             DataError: images would be turned by 90 degrees that are not square.
         """
+        if self.anomalies is not None:
+            return None
         augmentation = self._augmentation()
         if augmentation is None:
             return []

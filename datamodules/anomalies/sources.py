@@ -59,13 +59,15 @@ class Anomalies:
     Args:
         config: What they are.
         rows: The training images, of which source ``own`` cuts its crops; each has a `category`.
-        load: A row's resized image, uint8 (H, W, 3).
+        load: Gives a row's resized image, uint8 (H, W, 3), and mask.
 
     Raises:
         DataError: the folder has no image.
     """
 
-    def __init__(self, config: AnomalyConfig, rows: Sequence[Any], load: Callable[[Any], np.ndarray]) -> None:
+    def __init__(
+        self, config: AnomalyConfig, rows: Sequence[Any], load: Callable[[Any], tuple[np.ndarray, np.ndarray]]
+    ) -> None:
         self.config, self.rows, self.load = config, list(rows), load
         self.files = photographs(config.folder) if config.folder is not None else []
         self._categories = {row.category for row in self.rows}
@@ -97,10 +99,12 @@ class Anomalies:
             row = self.rows[rng.integers(len(self.rows))]
             if not others or row.category != category:
                 break
-        image = self.load(row)
+        image = self.load(row)[0]
         side = rng.uniform(0.25, 1.0)
         height, width = (max(1, round(side * length)) for length in image.shape[:2])
-        top, left = (rng.integers(length - part + 1) for length, part in zip(image.shape[:2], (height, width), strict=True))
+        top, left = (
+            rng.integers(length - part + 1) for length, part in zip(image.shape[:2], (height, width), strict=True)
+        )
         crop = np.rot90(image[top : top + height, left : left + width], rng.integers(4))
         if rng.random() < 0.5:
             crop = crop[:, ::-1]
