@@ -95,7 +95,9 @@ class UnifiedDataModule(L.LightningDataModule):
         augmentation: entry of `datamodules.augmentation.AUGMENTATIONS`.
         anomalies: puts synthetic anomalies into training images, after the augmentation. Training batches then carry
             `clean` (B, 3, H, W), the image without, and `mask` says where the anomaly is; the label stays 0.
-        mean, std: normalisation of pixels in [0, 1].
+        mean, std: normalisation of pixels in [0, 1]. None stands for what the backbone's weights were trained with,
+            which the command line fills in, and Lightning's trainer before the first batch; ImageNet's where there is no
+            model.
         seed: of shuffling and augmentation.
         bit_depth: significant bits of 16-bit images; None infers them per dataset from its training images.
         drop_last: leave out a last training batch that is not full. None stands for the method's recipe.
@@ -126,8 +128,8 @@ class UnifiedDataModule(L.LightningDataModule):
         holdout: float = 0.0,
         augmentation: str = "none",
         anomalies: AnomalyConfig | None = None,
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
         seed: int = 0,
         bit_depth: int | None = None,
         drop_last: bool | None = None,
@@ -144,6 +146,10 @@ class UnifiedDataModule(L.LightningDataModule):
             raise DataError(f"bit_depth must be one of {BIT_DEPTHS} or None, found {bit_depth}.")
         if eval_batch_size < 1 or (batch_size is not None and batch_size < 1):
             raise DataError(f"Batch sizes must be at least 1, found {batch_size} and {eval_batch_size}.")
+        if (mean is None) != (std is None):
+            raise DataError(f"mean and std belong together: give both or neither, found mean={mean}, std={std}.")
+        if std is not None and (len(mean) != 3 or len(std) != 3 or min(std) <= 0):
+            raise DataError(f"mean and std are three numbers each, std positive; found mean={mean}, std={std}.")
         labels = Counter(config.label or config.name for config in datasets)
         twice = [label for label, count in labels.items() if count > 1]
         if twice:
@@ -158,7 +164,8 @@ class UnifiedDataModule(L.LightningDataModule):
         self.holdout = holdout
         self.augmentation = augmentation
         self.anomalies = anomalies
-        self.mean, self.std = tuple(mean), tuple(std)
+        self._normalisation_given = mean is not None
+        self.mean, self.std = tuple(mean or IMAGENET_MEAN), tuple(std or IMAGENET_STD)
         self.seed = seed
         self.bit_depth = bit_depth
         self.drop_last = bool(drop_last)
@@ -268,6 +275,11 @@ class UnifiedDataModule(L.LightningDataModule):
             notes.append(f"16-bit images are read as {bits} bits ({how})")
         if notes:
             warnings.warn(f"{label}: " + "; ".join(notes), stacklevel=3)
+
+    def normalise(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Normalise pixels so from now on, unless the constructor was given a mean and a std."""
+        if not self._normalisation_given:
+            self.mean, self.std = tuple(mean), tuple(std)
 
     def provenance(self) -> list[dict[str, Any]]:
         """Per dataset: name, fingerprint and categories, for the run record."""
@@ -389,6 +401,10 @@ class UnifiedDataModule(L.LightningDataModule):
         if self.anomalies is None:
             return None
         return Anomalies(self.anomalies, self._rows("train"), self._source.load)
+
+    def describe_anomalies(self) -> str:
+        """What anomalies training images get, in words for the run's record."""
+        return self._anomalies().describe() if self.anomalies is not None else ""
 
     def _eval_loader(self, rows: Sequence[Row]) -> DataLoader:
         dataset = TableDataset(rows, self._source, self.mean, self.std)

@@ -31,6 +31,8 @@ class Recipe:
         resize: Resize rule of the data module (``pil_bilinear``, ``pil_lanczos``, ``pil_nearest``, ``opencv_bilinear``).
         batch_size: Images per training step and process.
         max_epochs: Training epochs.
+        max_steps: Optimiser steps after which the training ends earlier; -1 for never. It counts where the configuration
+            gives no number of epochs.
         gradient_clip_val: Largest total L2 norm of the gradient; None for no clipping.
         best_on_test: The metric and the interval in epochs by which the released code picks its checkpoint on the test
             set. Only the protocol ``as_released`` does so.
@@ -47,6 +49,7 @@ class Recipe:
     best_on_test: tuple[str, int] | None = None
     best_on_test_tie: str = "last"
     drop_last: bool = False
+    max_steps: int = -1
     released_subset: str = "full"
 
 
@@ -100,6 +103,8 @@ class ReconstructionModule(L.LightningModule):
     """Whether the network reads the images besides their features."""
     preparation: str = "none"
     """What :meth:`prepare` does, in words that change whenever it does; part of the feature cache's key."""
+    uncached: str = ""
+    """Why features cannot be cached, as half a sentence; empty where they can."""
     map_names: tuple[str, ...] = ()
     """Names of the level maps in pictures, in the order of :attr:`ScoredMaps.level_maps`; empty: they are numbered."""
     network: nn.Module
@@ -162,6 +167,12 @@ class ReconstructionModule(L.LightningModule):
         """Called in eval mode before the test set is scored during training, for what must be estimated first."""
 
     # ---- what no method changes --------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Pixels are normalised as the backbone's weights expect, unless the data module was told otherwise."""
+        data = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "normalise"):
+            data.normalise(self.extractor.mean, self.extractor.std)
 
     def features(self, batch: Mapping[str, Any]) -> list[Tensor]:
         """The prepared levels, each (B, C_l, H_l, W_l) float32: from the batch if it carries them, else computed."""

@@ -62,6 +62,7 @@ class DFR(ReconstructionModule):
 
     def setup(self, stage: str) -> None:
         """Finds the latent size before the optimiser is made; a checkpoint that is loaded then brings its own."""
+        super().setup(stage)
         if stage == "fit" and "network" not in self._modules:
             self._build(self.find_latent(self.trainer.datamodule))
 

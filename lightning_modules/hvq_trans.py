@@ -102,7 +102,7 @@ class HVQTrans(ReconstructionModule):
         self.preparation = f"levels resized to {self.grid[0]}x{self.grid[1]} with aligned corners, concatenated"
         self.backbone_mode = backbone_mode
         if backbone_mode == "train":
-            set_moving(self.extractor.net)
+            set_moving(self.extractor.net, backbone.name)
             self.uncached = "backbone_mode=train lets the backbone's statistics move"
         self.options = {
             "d_model": d_model,

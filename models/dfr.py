@@ -30,7 +30,7 @@ class RegionalFeatures(nn.Module):
     Each map is resized bilinearly (align_corners True) to the image's size and averaged over 4x4 windows. Both are
     linear and separable, so they are done as one small matrix per axis; the image-sized maps are never built.
 
-    It stands in for its extractor: config, provenance, channels, strides, sizes and a forward that gives one level.
+    It stands in for its extractor: config, provenance, mean, std, channels, strides, sizes and a forward that gives one level.
     """
 
     def __init__(self, extractor: FeatureExtractor) -> None:
@@ -38,6 +38,7 @@ class RegionalFeatures(nn.Module):
         self.extractor = extractor
         config = self.config = extractor.config
         self.provenance = extractor.provenance
+        self.mean, self.std = extractor.mean, extractor.std
         layers = list(self.extractor.net.children())
         self.dense = all(isinstance(layer, nn.Conv2d | nn.ReLU | nn.MaxPool2d) for layer in layers)
         if self.dense and config.padding != "reflect":

@@ -6,6 +6,8 @@ them slowly, and stochastic depth drops residual branches.
 
 from __future__ import annotations
 
+import timm
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -29,11 +31,11 @@ class DropBranch(nn.Module):
         return x * keep / (1 - self.rate)
 
 
-def set_moving(net: nn.Module, total: int | None = None) -> None:
+def set_moving(net: nn.Module, name: str) -> None:
     """Prepares a timm extractor for training mode: momentum 0.01, and, if it is an EfficientNet, stochastic depth.
 
-    total: number of blocks of the whole network, by default as many as the architecture has at full depth. Blocks count
-    from 0; only those with a shortcut have a branch to drop.
+    name: of the timm model, which tells how many blocks the whole network has (the extractor may have lost its last).
+    Blocks count from 0; only those with a shortcut have a branch to drop.
     """
     for module in net.modules():
         if isinstance(module, _BatchNorm):
@@ -41,16 +43,11 @@ def set_moving(net: nn.Module, total: int | None = None) -> None:
     stages = getattr(net, "blocks", None)
     if not isinstance(stages, nn.Sequential):
         return
-    blocks = [block for stage in stages for block in stage]
-    total = total or _blocks_of(net) or len(blocks)
-    for number, block in enumerate(blocks):
+    with torch.device("meta"):
+        total = sum(len(stage) for stage in timm.create_model(name.partition(".")[0]).blocks)
+    for number, block in enumerate(block for stage in stages for block in stage):
         if getattr(block, "has_skip", False):
             block.drop_path = DropBranch(DROP_RATE * number / total)
-
-
-def _blocks_of(net: nn.Module) -> int | None:
-    """Blocks of the architecture before those above the highest level were dropped, from its stages' numbering."""
-    return getattr(net, "unirecon_blocks", None)
 
 
 def moving_statistics(net: nn.Module) -> dict[str, Tensor]:

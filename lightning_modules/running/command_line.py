@@ -43,7 +43,7 @@ from lightning_modules.callbacks.predictions import Predictions
 from lightning_modules.callbacks.progress import PlainProgress, Progress
 from lightning_modules.callbacks.scoring import Evaluation
 from lightning_modules.pictures import heatmaps
-from lightning_modules.running import per_category, preemption, resuming, tracking
+from lightning_modules.running import normalisation, per_category, preemption, resuming, tracking
 from lightning_modules.running.checkpoints import WholeCheckpoints
 from lightning_modules.running.parser import PlainParser
 from lightning_modules.running.quiet import quiet
@@ -179,6 +179,8 @@ class UniReconCLI(LightningCLI):
             )
         if not data.datasets:
             raise SystemExit("No dataset is named: set DATASET and DATA_ROOT, or --data.init_args.datasets.")
+        if trainer.max_epochs is None and trainer.max_steps == -1:
+            trainer.max_steps = recipe.max_steps
         for name in ("max_epochs", "gradient_clip_val"):
             if trainer.get(name) is None:
                 trainer[name] = getattr(recipe, name)
@@ -204,6 +206,7 @@ class UniReconCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         self.run_config: RunConfig = self._get(self.config_init, "run")
+        normalisation.follow_weights(self.model, self.datamodule, self.config[self.subcommand].data.init_args)
         try:
             self.model.set_protocol(self.run_config.protocol, self.run_config.selects)
         except ValueError as error:
@@ -309,6 +312,9 @@ class UniReconCLI(LightningCLI):
             if self.run_config.selects == "best_on_test":
                 raise DataError("No test image: run.protocol=as_released chooses its epoch on the test set. Use clean.")
             rank_zero_info(NOTHING_TO_MEASURE)
+        if self.trainer.max_steps > 0:  # whatever counts epochs must know the last one
+            loader = self.datamodule.train_dataloader()
+            self.trainer.fit_loop.max_epochs = min(self.trainer.max_epochs, -(-self.trainer.max_steps // max(1, len(loader))))
         left = self.run_config.work / "checkpoints" / "last.ckpt"
         resuming.check(self.run_config, self._configuration(), self.datamodule.fingerprint, left)
         self._serve_features(build=True)
@@ -382,7 +388,7 @@ class UniReconCLI(LightningCLI):
         model, data, trainer = self.model, self.datamodule, self.trainer
         backbone = model.extractor.provenance
         notes = [f"{key}: {note}" for key, note in (("backbone", backbone.get("note")),) if note]
-        notes += model.record_notes()
+        notes += normalisation.notes(model, data) + model.record_notes()
         if not data.has_test_images:
             notes.append(NOTHING_TO_MEASURE)
         if data.left_out:

@@ -62,12 +62,13 @@ def attach(
     if config.mode == "off":
         return
     data.setup("fit")
+    data.normalise(model.extractor.mean, model.extractor.std)
     source = {"content": data.content(), "image_size": tuple(data.image_size), "resize": data.resize}
-    provenance = model.extractor.provenance
+    provenance, backbone = model.extractor.provenance, model.extractor.config
     features = CacheSpec(
         **source,
         backbone={k: provenance[k] for k in ("name", "sha256", "padding")}
-        | {"levels": list(model.extractor.config.levels)},
+        | {"levels": list(backbone.levels), "final_norm": backbone.final_norm},
         preparation=model.preparation,
         mean=tuple(data.mean),
         std=tuple(data.std),
@@ -75,7 +76,7 @@ def attach(
         images=images or model.needs_images,
     )
     symmetric = data.symmetric_rows()
-    if symmetric is not None:
+    if symmetric is not None and not model.uncached:
         further = json.dumps([(row.id, row.symmetry) for row in symmetric]) if symmetric else ""
         features = replace(features, symmetries=further and hashlib.sha256(further.encode()).hexdigest())
         try:
@@ -86,7 +87,8 @@ def attach(
         except CacheTooLargeError as error:
             why = f"it {error}"
     else:
-        why = f"images are augmented ({data.augmentation}), so their features differ each time"
+        changed = "get synthetic anomalies" if data.anomalies else f"are augmented ({data.augmentation})"
+        why = model.uncached or f"images {changed}, so their features differ each time"
     rank_zero_info(f"No feature cache: {why}. The backbone runs in every step; decoded images are cached.")
     try:
         cache = _open(CacheSpec(**source, images=True), model, data, config, device, build)

@@ -39,6 +39,8 @@ import pandas as pd
 from results.aggregator.sweep_file import cell_key
 
 SCHEMA = 1
+#: A run's note that begins like this is shouted above every table: its method is told the class of each test image.
+LABELS_AT_TEST = "CLASS LABELS AT TEST TIME"
 PROTOCOLS = ("clean", "as_released")
 SETTINGS = ("unified", "per_category")
 SCOPES = ("category", "mean", "pooled")

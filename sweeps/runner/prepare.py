@@ -141,7 +141,7 @@ class Weights:
         words = [sys.executable, "-m", "models.backbones", tag, "--weights", "auto"]
         outcome = subprocess.run(words, stdout=subprocess.PIPE, text=True)
         lines = outcome.stdout.split()
-        if outcome.returncode or not lines or lines[-1] not in ("imagenet", "random"):
+        if outcome.returncode or not lines or lines[-1] not in ("imagenet", "packaged", "random"):
             raise SweepError(f"`{' '.join(words[1:])}` could not decide the weights of {tag}; its message is above.")
         write_json(self._kept, {**read_json(self._kept), tag: lines[-1]})
         return lines[-1]
@@ -149,10 +149,12 @@ class Weights:
     def _tell(self, tag: str) -> None:
         if self._decided[tag] == "imagenet":
             self._say(f"{tag} has ImageNet weights.")
+        elif self._decided[tag] == "packaged":
+            self._say(f"{tag} has ImageNet weights, those of a Python package.")
         else:
             self._say(
-                f"[bold yellow]{tag} has RANDOM weights[/]: when this sweep began, ImageNet's were neither cached "
-                f"nor to be had from the hub. WEIGHTS=imagenet insists on them."
+                f"[bold yellow]{tag} has RANDOM weights[/]: when this sweep began, ImageNet's were neither cached nor "
+                f"to be had from the hub or a package. WEIGHTS=imagenet insists on them."
             )
 
 
