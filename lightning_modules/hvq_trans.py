@@ -215,7 +215,7 @@ class HVQTrans(ReconstructionModule):
         super().on_train_batch_end(outputs, batch, batch_idx)
         if self.trainer.is_last_batch and self.network.codebooks:
             shares = list(self.network.codes_in_use().values())
-            self.log("train/codes_in_use", sum(shares) / len(shares), on_step=False, on_epoch=True)
+            self.log("train/codes_in_use", sum(shares) / len(shares), on_step=False, on_epoch=True, batch_size=1)
 
     # ---- what is estimated from data ---------------------------------------------------------------------------------
 
