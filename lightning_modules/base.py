@@ -6,7 +6,7 @@ A method is a subclass that names its paper's recipe and builds its network; see
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -118,6 +118,7 @@ class ReconstructionModule(L.LightningModule):
         self.head = AnomalyHead(head)
         self.optimizer_config = optimizer
         self.trained_epochs = 0
+        self.origin = ""
         self._unchecked_loss: tuple[Tensor, torch.cuda.Event | None, Mapping[str, Any], int] | None = None
         self._losses: dict[str, list[tuple[Tensor, int]]] = {}
 
@@ -162,6 +163,9 @@ class ReconstructionModule(L.LightningModule):
     def record_notes(self) -> list[str]:
         """What a reader of the run's numbers must know besides the configuration."""
         return []
+
+    def prepare_import(self, state: Mapping[str, Tensor], categories: Sequence[str]) -> None:
+        """Called before an authors' checkpoint is imported, for what its tensors and the data's categories decide."""
 
     def before_scoring(self, last_epoch: bool) -> None:
         """Called in eval mode before the test set is scored during training, for what must be estimated first."""
@@ -268,6 +272,7 @@ class ReconstructionModule(L.LightningModule):
             del checkpoint["state_dict"][name]
         checkpoint["backbone"] = self.extractor.provenance
         checkpoint["trained_epochs"] = self.trained_epochs
+        checkpoint["origin"] = self.origin
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained_on, now = checkpoint["backbone"], self.extractor.provenance
@@ -278,5 +283,6 @@ class ReconstructionModule(L.LightningModule):
                 f"{now['weights']} (sha256 {now['sha256'][:12]}). Give the same backbone and weights."
             )
         self.trained_epochs = checkpoint["trained_epochs"]
+        self.origin = checkpoint.get("origin", "")
         own = self.extractor.state_dict(prefix="extractor.")
         checkpoint["state_dict"] = {**checkpoint["state_dict"], **own}

@@ -83,7 +83,9 @@ class DeSTSeg(ReconstructionModule):
     ) -> None:
         super().__init__(backbone, head, OptimizerConfig(), image_size)
         if not 0 < student_share < 1:
-            raise ValueError(f"student_share is {student_share}; both phases need steps, so give a share between 0 and 1.")
+            raise ValueError(
+                f"student_share is {student_share}; both phases need steps, so give a share between 0 and 1."
+            )
         if segmentation_loss not in ("focal+l1", "focal"):
             raise ValueError(f"segmentation_loss is {segmentation_loss!r}; choose focal+l1 or focal.")
         if any(side % 32 for side in self.image_size):

@@ -21,6 +21,7 @@ from models.head import HeadConfig, ScoredMaps
 from models.layers.classifier import PooledClassifier
 from models.moving_backbone import moving_statistics, set_moving
 from models.reconstruction import Pair
+from results.aggregator.names import DATASET_CATEGORIES
 from results.aggregator.records import LABELS_AT_TEST
 
 
@@ -99,7 +100,6 @@ class HVQTrans(ReconstructionModule):
         self.grid = tuple(grid or self.extractor.sizes(self.image_size)[-1])
         self.commitment, self.codebook_start, self.predicted_class = commitment, codebook_start, predicted_class
         self.score_transport = tuple(score_transport)
-        self.preparation = f"levels resized to {self.grid[0]}x{self.grid[1]} with aligned corners, concatenated"
         self.backbone_mode = backbone_mode
         if backbone_mode == "train":
             set_moving(self.extractor.net, backbone.name)
@@ -120,8 +120,8 @@ class HVQTrans(ReconstructionModule):
             "transport_weight": transport_weight,
             "transport_divisor": transport_divisor,
         }
-        with torch.device("meta"):
-            self._new_network(1)  # wrong options are refused now, not after the data were read
+        self.network = self._new_network(1)  # until the classes are known; wrong options are refused at once
+        self.preparation = self.network.preparation
         self.class_names: list[str] = []
         self._guesses = [0, 0]
 
@@ -138,7 +138,7 @@ class HVQTrans(ReconstructionModule):
             self.network = self._new_network(len(self.class_names))
 
     def setup(self, stage: str) -> None:
-        if stage == "fit" and "network" not in self._modules:
+        if stage == "fit" and not self.class_names:
             self.build(self.trainer.datamodule.categories, self.trainer.datamodule.seed)
 
     def classes(self, batch: Mapping[str, Any]) -> list[int] | None:
@@ -168,8 +168,7 @@ class HVQTrans(ReconstructionModule):
     # ---- training ----------------------------------------------------------------------------------------------------
 
     def prepare(self, levels: list[Tensor]) -> list[Tensor]:
-        """The neck: all levels resized to the grid and concatenated over channels."""
-        return [hvq_trans.resize_concatenate(levels, self.grid, align_corners=True)]
+        return self.network.prepare(levels)
 
     def train(self, mode: bool = True) -> HVQTrans:
         """As always, but a backbone that moves takes part in it."""
@@ -182,7 +181,7 @@ class HVQTrans(ReconstructionModule):
         return [self._restore(batch).pair]
 
     def _restore(self, batch: Mapping[str, Any]) -> hvq_trans.Restored:
-        if "network" not in self._modules:
+        if not self.class_names:
             raise ValueError("HVQ-Trans learns its classes in training: give a checkpoint (--ckpt_path).")
         return self.network(self.features(batch), self.classes(batch))
 
@@ -209,7 +208,7 @@ class HVQTrans(ReconstructionModule):
                 parameter.grad = None
 
     def compiled_parts(self) -> list[torch.nn.Module]:
-        return [*self.network.encoder, *self.network.decoder] if "network" in self._modules else []
+        return [*self.network.encoder, *self.network.decoder]
 
     def on_train_batch_end(self, outputs: Any, batch: Mapping[str, Any], batch_idx: int) -> None:
         super().on_train_batch_end(outputs, batch, batch_idx)
@@ -316,6 +315,21 @@ class HVQTrans(ReconstructionModule):
         notes.append(f"codebooks start: {self.codebook_start}; backbone mode: {self.backbone_mode}")
         return notes
 
+    def prepare_import(self, state: Mapping[str, Tensor], categories: Sequence[str]) -> None:
+        """The authors number their classes by the alphabet; the data must have all of them, or their full list be known."""
+        count = len({name.split(".")[-2] for name in state if "output_proj_list." in name and name.endswith(".weight")})
+        lists = [
+            sorted(categories),
+            *(sorted(names) for names in DATASET_CATEGORIES.values() if set(categories) <= set(names)),
+        ]
+        fitting = [names for names in lists if len(names) == count]
+        if not fitting:
+            raise DataError(
+                f"The checkpoint has {count} classes, the data {len(categories)} ({', '.join(categories)}), and a class is "
+                "known by its place in the alphabet only: give all categories that the authors trained on."
+            )
+        self.build(fitting[0])
+
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -330,9 +344,8 @@ class HVQTrans(ReconstructionModule):
                 f"The checkpoint's classes are {', '.join(checkpoint['class_names'])}, the data's "
                 f"{', '.join(self.class_names)}: an image of another class has no codebooks there."
             )
-        if "network" not in self._modules:
+        if not self.class_names:
             self.build(checkpoint["class_names"])
         super().on_load_checkpoint(checkpoint)
         if statistics := checkpoint.get("backbone_statistics"):
             checkpoint["state_dict"] |= {f"extractor.net.{name}": value for name, value in statistics.items()}
-

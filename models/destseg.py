@@ -71,6 +71,9 @@ class DeSTSeg(nn.Module):
         inputs = {"products": sum(channels), "concatenated": 2 * sum(channels), "cosine": 3}[segmentation_input]
         self.segmentation = Segmentation(inputs, segmentation_width, dilations)
 
+    preparation = "without negative values"
+    """What `prepare` does, in words that change whenever it does."""
+
     @staticmethod
     def prepare(levels: Sequence[Tensor]) -> list[Tensor]:
         """The teacher's levels without negative values, which the student's ReLUs could not follow.
@@ -273,7 +276,7 @@ class Segmentation(nn.Module):
         return self.head(self.blocks(x)).float().sigmoid()
 
 
-TEACHER_PREFIX = "teacher_net.encoder."
+RELEASED_BACKBONE = "teacher_net.encoder."
 """Of the teacher's weights in the authors' checkpoints; behind it stand the names of a ResNet18."""
 _PYRAMID = {"0.1": "pooled", "1": "dilated.0", "2": "dilated.1", "3": "dilated.2"}
 

@@ -160,6 +160,11 @@ class HVQTrans(nn.Module):
         )
         self.classifier = PooledClassifier(width_in, classes) if selector == "classifier" else None
 
+    @property
+    def preparation(self) -> str:
+        """What `prepare` does, in words that change whenever it does."""
+        return f"levels resized to {self.grid[0]}x{self.grid[1]} with aligned corners, concatenated"
+
     def prepare(self, features: Sequence[Tensor]) -> list[Tensor]:
         """UniAD's neck: all levels resized to the grid with aligned corners and concatenated, one (B, sum C_l, *grid)."""
         return [resize_concatenate(features, self.grid, align_corners=True)]
@@ -462,6 +467,8 @@ def _of_all_processes(x: Tensor, classes: Sequence[int]) -> tuple[Tensor, list[i
     return dealt, torch.stack(all_labels, dim=1).flatten().tolist(), slice(rank, None, processes)
 
 
+RELEASED_BACKBONE = "enc."
+"""Of the backbone's tensors in the authors' checkpoints; its running statistics are not ImageNet's."""
 # The authors' names, first match wins; `input_proj` of theirs is never called and has no place here.
 _RELEASED = (
     (r"pos_embed\.", "position."),

@@ -314,7 +314,9 @@ class UniReconCLI(LightningCLI):
             rank_zero_info(NOTHING_TO_MEASURE)
         if self.trainer.max_steps > 0:  # whatever counts epochs must know the last one
             loader = self.datamodule.train_dataloader()
-            self.trainer.fit_loop.max_epochs = min(self.trainer.max_epochs, -(-self.trainer.max_steps // max(1, len(loader))))
+            self.trainer.fit_loop.max_epochs = min(
+                self.trainer.max_epochs, -(-self.trainer.max_steps // max(1, len(loader)))
+            )
         left = self.run_config.work / "checkpoints" / "last.ckpt"
         resuming.check(self.run_config, self._configuration(), self.datamodule.fingerprint, left)
         self._serve_features(build=True)
@@ -461,7 +463,12 @@ def main(arguments: list[str] | None = None) -> None:
     import_methods()
     try:
         with preemption.reported():
-            _run(with_environment(arguments, os.environ))
+            if arguments[:1] == ["import"]:
+                from lightning_modules.running.importing import main as import_checkpoint
+
+                import_checkpoint(arguments[1:])
+            else:
+                _run(with_environment(arguments, os.environ))
     except (DataError, NonFiniteFeaturesError, NonFiniteLossError) as error:
         raise SystemExit(f"error: {error}") from error
 

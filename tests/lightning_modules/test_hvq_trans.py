@@ -78,7 +78,9 @@ def test_an_image_without_a_class_is_refused_unless_one_is_named(make, data_root
         project.run(images, "--model.init_args.predicted_class=bolts", command="predict")
 
 
-@pytest.mark.parametrize("options", [{}, {"backbone_mode": "train"}, {"codebook_start": "data", "selector": "classifier"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"backbone_mode": "train"}, {"codebook_start": "data", "selector": "classifier"}]
+)
 def test_a_resumed_training_is_the_uninterrupted_one(make, monkeypatch, options):
     project = make(**options)
     epochs = "--trainer.max_epochs=3"

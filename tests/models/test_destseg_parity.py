@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from models.destseg import (
-    TEACHER_PREFIX,
+    RELEASED_BACKBONE,
     DeSTSeg,
     Encoder,
     cosine_loss,
@@ -78,9 +78,9 @@ class Recording:
         widths, stem = options["channels"], options.get("stem_width", 64)
         self.teacher = Encoder(widths, stem, outputs=3)
         of_teacher = {
-            encoder_name(name.removeprefix(prefix + TEACHER_PREFIX)): value
+            encoder_name(name.removeprefix(prefix + RELEASED_BACKBONE)): value
             for name, value in self.state.items()
-            if name.startswith(prefix + TEACHER_PREFIX)
+            if name.startswith(prefix + RELEASED_BACKBONE)
         }
         self.teacher.load_state_dict(of_teacher)
         self.teacher.eval().requires_grad_(False)
@@ -95,7 +95,7 @@ class Recording:
 
     def restore(self) -> DeSTSeg:
         imported = load_released(self.network, self.state)
-        assert all(name.startswith(self.prefix + TEACHER_PREFIX) for name in imported.unused)
+        assert all(name.startswith(self.prefix + RELEASED_BACKBONE) for name in imported.unused)
         assert len(imported.used) + len(imported.unused) == len(self.state)
         return self.network
 
@@ -275,5 +275,5 @@ def test_the_released_size_and_every_name_of_the_released_checkpoint_have_their_
     assert sum(p.numel() for p in network.student.parameters()) == 24_665_024
     assert sum(p.numel() for p in network.segmentation.parameters()) == 7_706_369
     keys = json.loads((FOLDER / "destseg_keys.json").read_text())
-    here = {released_name(name) for name in keys if not name.startswith(TEACHER_PREFIX)}
+    here = {released_name(name) for name in keys if not name.startswith(RELEASED_BACKBONE)}
     assert here == set(network.state_dict())
