@@ -115,6 +115,7 @@ class ReconstructionModule(L.LightningModule):
         super().__init__()
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.extractor = FeatureExtractor(backbone)
+        self.extractor.sizes(self.image_size)  # a size that the backbone does not take is refused here
         self.head = AnomalyHead(head)
         self.optimizer_config = optimizer
         self.trained_epochs = 0

@@ -15,17 +15,19 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import timm
 import torch
+from timm.models import eva, vision_transformer
 from timm.models._features import FeatureGetterNet
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models.pretrained import AUTO_TIMEOUT, PACKAGES, cached_file, hub_answers, package_of, resolve_auto
@@ -97,8 +99,8 @@ class FeatureExtractor(nn.Module):
         self.strides: list[int] = [int(stride) for stride in self.net.feature_info.reduction()]
         self._channels_last = str(getattr(self.net, "output_fmt", "NCHW")).upper().endswith("NHWC")
         # Patches of a transformer whose position codes follow the image's size.
-        dynamic = getattr(getattr(self.net, "model", None), "dynamic_img_size", False)
-        self._patch: tuple[int, int] | None = tuple(self.net.model.patch_embed.patch_size) if dynamic else None
+        inner = getattr(self.net, "model", None)
+        self._patch: tuple[int, int] | None = tuple(inner.patch_embed.patch_size) if _follows_size(inner) else None
         self._sizes: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
     def train(self, mode: bool = True) -> FeatureExtractor:
@@ -107,14 +109,14 @@ class FeatureExtractor(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
-        """images: (B, 3, H, W), normalised as the weights expect. Returns (B, C_l, H_l, W_l), lowest level first.
+        """images: (B, 3, H, W), normalised by mean and std. Returns (B, C_l, H_l, W_l), lowest level first.
 
         Features are computed in the images' own dtype, also under autocast: what a method sees does not depend on
         whether its features were cached.
         """
-        self._check_size(images.shape[-2], images.shape[-1])
+        self.sizes(images.shape[-2:])
         with torch.autocast(images.device.type, enabled=False):
-            levels = self._levels(images)
+            levels = self.net(images)
         return [level.permute(0, 3, 1, 2) for level in levels] if self._channels_last else list(levels)
 
     def sizes(self, image_size: int | tuple[int, int]) -> list[tuple[int, int]]:
@@ -124,36 +126,31 @@ class FeatureExtractor(nn.Module):
         """
         size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
         if size not in self._sizes:
-            self._check_size(*size)
+            if self._patch is not None and (size[0] % self._patch[0] or size[1] % self._patch[1]):
+                raise ValueError(self._undivided(*size))
             tensors = {**dict(self.net.named_parameters()), **dict(self.net.named_buffers())}
             ghosts = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-            with torch.no_grad():
-                ghost = torch.empty(1, 3, *size, device="meta")
-                levels = self._levels(ghost, lambda images: torch.func.functional_call(self.net, ghosts, images))
+            try:
+                with torch.no_grad():
+                    levels = torch.func.functional_call(self.net, ghosts, torch.empty(1, 3, *size, device="meta"))
+            except (AssertionError, RuntimeError) as error:
+                own = self.net.pretrained_cfg.get("input_size", (3, 224, 224))
+                raise ValueError(
+                    f"{self.config.name} does not take images of {size[0]}x{size[1]} pixels ({error}). It was made for "
+                    f"{own[1]}x{own[2]}."
+                ) from error
             axes = (1, 2) if self._channels_last else (2, 3)
             self._sizes[size] = [(level.shape[axes[0]], level.shape[axes[1]]) for level in levels]
         return self._sizes[size]
 
-    def _check_size(self, height: int, width: int) -> None:
-        if self._patch is None or (height % self._patch[0] == 0 and width % self._patch[1] == 0):
-            return
-        near = " or ".join(
-            f"{round_to(height / self._patch[0]) * self._patch[0]}x{round_to(width / self._patch[1]) * self._patch[1]}"
-            for round_to in (math.floor, math.ceil)
+    def _undivided(self, height: int, width: int) -> str:
+        rows, columns = self._patch
+        below = f"{max(1, height // rows) * rows}x{max(1, width // columns) * columns}"
+        above = f"{-(-height // rows) * rows}x{-(-width // columns) * columns}"
+        return (
+            f"{self.config.name} cuts images into patches of {rows}x{columns} pixels, which do not divide "
+            f"{height}x{width}. Set the image size to {below} or {above}."
         )
-        raise ValueError(
-            f"{self.config.name} cuts images into patches of {self._patch[0]}x{self._patch[1]} pixels, which do not "
-            f"divide {height}x{width}. Set the image size to {near}."
-        )
-
-    def _levels(self, images: Tensor, net: Callable[[Tensor], list[Tensor]] | None = None) -> list[Tensor]:
-        try:
-            return (net or self.net)(images)
-        except AssertionError as error:  # how timm's transformers refuse a size
-            raise ValueError(
-                f"{self.config.name} does not take images of {images.shape[-2]}x{images.shape[-1]} pixels ({error}). "
-                f"Its own size is {'x'.join(map(str, self.net.pretrained_cfg['input_size'][1:]))}."
-            ) from error
 
     def extra_repr(self) -> str:
         return f"{self.provenance['name']}, levels={self.config.levels}, weights={self.provenance['weights']}"
@@ -253,7 +250,7 @@ def _create(config: BackboneConfig, pretrained: bool = False) -> nn.Module:
             + "; ".join(f"level {i}: {c} channels, stride {s}" for i, (c, s) in enumerate(levels, 1))
             + "."
         )
-    if hasattr(getattr(blueprint, "model", None), "dynamic_img_size"):
+    if _follows_size(getattr(blueprint, "model", None)):
         options["dynamic_img_size"] = True  # position codes are interpolated to the image's grid
     if config.final_norm and not _has_final_norm(architecture):
         raise ValueError(
@@ -305,11 +302,16 @@ def _blueprint(architecture: str) -> nn.Module:
         return timm.create_model(architecture, features_only=True)
 
 
+def _follows_size(net: nn.Module | None) -> bool:
+    """Whether a network is a vision transformer whose position codes timm can fit to the image's size."""
+    return isinstance(net, VisionTransformer | Eva)
+
+
 def _has_final_norm(architecture: str) -> bool:
     """Whether a vision transformer's last block is followed by a norm that its levels can go through."""
     with torch.device("meta"):
         net = timm.create_model(architecture)
-    return hasattr(net, "dynamic_img_size") and not isinstance(getattr(net, "norm", nn.Identity()), nn.Identity)
+    return _follows_size(net) and not isinstance(getattr(net, "norm", nn.Identity()), nn.Identity)
 
 
 def _prune(net: nn.Module) -> None:
@@ -378,7 +380,8 @@ def _calibrate(net: nn.Module, seed: int) -> None:
         norm.reset_running_stats()
         norm.momentum = None  # cumulative average, here of one batch
         norm.train()
-    net(_noise_images(seed))
+    cfg = net.pretrained_cfg
+    net(_noise_images(seed, size=cfg["input_size"][-1] if cfg.get("fixed_input_size") else 128))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()
@@ -401,13 +404,17 @@ def load_backbone_file(net: nn.Module, path: str, name: str) -> list[str]:
     """Load a weight file into a timm feature extractor and return the file's names that were not used.
 
     Wrapping prefixes (`module.`, `backbone.`, ...) are found by themselves; a plain classifier's names are matched to
-    timm's flattened ones (`features.0` -> `features_0`); lukemelas' EfficientNet names are understood. Raises
-    ValueError when the file matches little, lacks a tensor, differs in shape or holds NaN.
+    timm's flattened ones (`features.0` -> `features_0`); lukemelas' EfficientNet names are understood, and of vision
+    transformers those that timm understands (DINOv2's and DINOv3's, CLIP's, ...). Raises ValueError when the file
+    matches little, lacks a tensor, differs in shape or holds NaN.
     """
     where = f"The weight file {path} for backbone {name}"
     source = _from_port(read_state_dict(path), name.partition(".")[0], where)
     wanted = {key: value for key, value in net.state_dict().items() if not key.endswith("num_batches_tracked")}
     names = _match_names(list(wanted), list(source))
+    if len(names) < len(wanted) and _follows_size(inner := getattr(net, "model", None)):
+        source = _from_authors(source, inner)
+        names = _match_names(list(wanted), list(source))
     if len(names) < len(wanted) / 2:
         raise ValueError(
             f"{where} matches only {len(names)} of the network's {len(wanted)} tensors. The file has {few(source, 4)}; "
@@ -444,6 +451,15 @@ def _match_names(wanted: list[str], available: list[str]) -> dict[str, str]:
     return best
 
 
+def _from_authors(source: dict[str, Tensor], net: VisionTransformer | Eva) -> dict[str, Tensor]:
+    """Names of a vision transformer's authors in timm's, by timm's own rules; unchanged where these do not apply."""
+    convert = eva.checkpoint_filter_fn if isinstance(net, Eva) else vision_transformer.checkpoint_filter_fn
+    try:
+        return dict(convert(dict(source), net))
+    except (AttributeError, AssertionError, KeyError, RuntimeError, ValueError):
+        return source
+
+
 def _from_port(source: Mapping[str, Tensor], architecture: str, where: str) -> dict[str, Tensor]:
     """Names of the EfficientNet port that UniAD and UniAS load, in timm's; other names are left alone.
 
@@ -470,7 +486,7 @@ def _from_port(source: Mapping[str, Tensor], architecture: str, where: str) -> d
         "_bn2": "bn3",
     }
     expanded = {int(match[1]) for name in source if (match := re.search(r"_blocks\.(\d+)\._expand_conv", name))}
-    ends = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
+    ends = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
 
     def translate(name: str) -> str:
         if match := re.search(r"(?:^|\.)_blocks\.(\d+)\.(_\w+)\.(\w+)$", name):
@@ -478,7 +494,7 @@ def _from_port(source: Mapping[str, Tensor], architecture: str, where: str) -> d
             modules = with_expansion if index in expanded else without_expansion
             stage, block = positions[index]
             return f"blocks.{stage}.{block}.{modules[module]}.{leaf}" if module in modules else name
-        if match := re.search(r"(?:^|\.)(_conv_stem|_bn0|_conv_head|_bn1)\.(\w+)$", name):
+        if match := re.search(r"(?:^|\.)(_conv_stem|_bn0|_conv_head|_bn1|_fc)\.(\w+)$", name):
             return f"{ends[match[1]]}.{match[2]}"
         return name
 
