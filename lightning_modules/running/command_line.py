@@ -390,7 +390,7 @@ class UniReconCLI(LightningCLI):
         model, data, trainer = self.model, self.datamodule, self.trainer
         backbone = model.extractor.provenance
         notes = [f"{key}: {note}" for key, note in (("backbone", backbone.get("note")),) if note]
-        notes += normalisation.notes(model, data) + model.record_notes()
+        notes += normalisation.notes(model, data) + ([model.origin] if model.origin else []) + model.record_notes()
         if not data.has_test_images:
             notes.append(NOTHING_TO_MEASURE)
         if data.left_out:

@@ -33,6 +33,17 @@ class ImportCLI(UniReconCLI):
         self.state, self.origin = state, origin
         super().__init__(args)
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except SystemExit as refusal:
+            if "setting per_category" not in str(refusal):
+                raise
+            raise SystemExit(
+                "The authors trained one model per category, and a checkpoint holds one of them: name its category "
+                "(CATEGORIES=bottle)."
+            ) from refusal
+
     def before_test(self) -> None:
         model, data = self.model, self.datamodule
         data.setup("test")
