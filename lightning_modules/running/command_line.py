@@ -361,6 +361,7 @@ class UniReconCLI(LightningCLI):
             scores = self.evaluation.image_scores
             attachments |= heatmaps.draw(self.model, self.datamodule, heatmaps.choose(scores), scores)
         config = self.config[self.subcommand]
+        config.pop("verbose", None)  # an option of `test` that `predict` does not have
         config.run.overwrite = False  # whoever starts from the record's configuration shall not replace the record
         depths = set(self.datamodule.bit_depths.values())
         if len(depths) == 1:  # as inferred from the training images, for those of `predict`

@@ -102,7 +102,8 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(str(error)) from error
     digest = file_sha256(checkpoint)
     named = next((a.partition("=")[2] for a in more if a.startswith("--run.name=")), f"{options.method}-{digest[:12]}")
-    results = next((a.partition("=")[2] for a in more if a.startswith("--run.results=")), "results")
+    written = (yaml.safe_load(config.read_text()).get("run") or {}).get("results", "results")
+    results = next((a.partition("=")[2] for a in more if a.startswith("--run.results=")), written)
     work = Path(results) / "work" / SWEEP / named
     own = [f"--run.name={named}", f"--run.sweep={SWEEP}"]
     marker = getattr(network_file, "RELEASED_BACKBONE", None)

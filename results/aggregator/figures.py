@@ -79,7 +79,7 @@ def curves_figure(spec: Spec, records: Sequence[StoredRecord], sweep: SweepFile 
             axis.set_title(label)
             axis.set_xlabel("epoch")
             axis.tick_params(axis="y", colors=BLUE)
-            right.set_ylim(max(-2.0, min(45.0, right.dataLim.y0 - 2)), 101)
+            right.set_ylim(-2 if shares else min(45.0, right.dataLim.y0 - 2), 101)
             if number % columns == 0:
                 axis.set_ylabel("training loss", color=BLUE)
             if number % columns == columns - 1 or number == len(cells) - 1:
