@@ -11,8 +11,8 @@ from typing import Any
 
 _HOMES = {
     "DataError": "errors",
-    "DatasetConfig": "unified",
-    "SampleTable": "table",
+    "DatasetConfig": "reading",
+    "SampleTable": "sample_table",
     "UnifiedDataModule": "unified",
 }
 __all__ = sorted(_HOMES)

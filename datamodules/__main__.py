@@ -32,6 +32,8 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--dataset", required=True, help="mvtec_ad, mvtec_loco, btad, mpdd, visa, folder or synthetic")
     check.add_argument("--data-root", required=True, help="folder of the dataset")
     check.add_argument("--categories", help="names separated by commas, default all")
+    check.add_argument("--image-size", type=int, help="side at which defects are looked for, default 64, 128 and 256")
+    check.add_argument("--max-megapixels", type=float, default=179.0, help="larger image files are errors")
     cache = commands.add_parser("cache", help="list the entries of the feature cache, or delete some")
     cache.add_argument("--root", default="results/cache", help="folder of the cache")
     cache.add_argument("--clear", nargs="+", metavar="KEY", help="delete these entries; `all` deletes everything")
@@ -42,7 +44,7 @@ def _cache(options: argparse.Namespace, console: Console) -> int:
     from rich.table import Table
 
     from datamodules.cache.folder import age, entries, remove
-    from datamodules.errors import did_you_mean
+    from results.common.nearest import did_you_mean
 
     found = entries(Path(options.root))
     if options.clear:
@@ -78,9 +80,10 @@ def _synthetic(options: argparse.Namespace, console: Console) -> int:
 
 
 def _check(options: argparse.Namespace, console: Console) -> int:
-    from datamodules.check import check, show
+    from datamodules.check import SIZES, check, show
 
-    report = check(options.dataset, options.data_root, _names(options.categories), console)
+    names, sizes = _names(options.categories), (options.image_size,) if options.image_size else SIZES
+    report = check(options.dataset, options.data_root, names, console, sizes, options.max_megapixels)
     show(report, console)
     return 1 if report.errors else 0
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from datamodules.errors import DataError, did_you_mean
+from datamodules.errors import DataError
+from results.common.nearest import did_you_mean
 
 if TYPE_CHECKING:
     import albumentations

@@ -7,27 +7,33 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
 from datamodules.errors import DataError
-from datamodules.images import REMARKABLE, read_header, read_image, read_mask
-from datamodules.problems import ERROR, WARNING, Problem, number_of
+from datamodules.images import MAX_MEGAPIXELS, REMARKABLE, read_header, read_image, read_mask, resize_mask
+from datamodules.near_duplicates import near_pairs, perceptual_hashes, thumbnail
+from datamodules.problems import ERROR, WARNING, Problem, number_of, printable
 from datamodules.readers import Counts, Listing, list_dataset
-from datamodules.sample_table import GOOD, SampleTable, rows_of
+from datamodules.sample_table import GOOD, SampleTable, TableRow, rows_of
 
 COLUMNS = ("train", "val", "test_good", "structural", "logical")
 SMALLEST = 32
-"""Sides of an image below it deserve a word."""
+"""An image with a shorter side is remarked on."""
+SIZES = (64, 128, 256)
+"""Sides of square images at which masks of defects are looked for, in pixels."""
 TOGETHER = {
     **{f"{mode} image": rule for mode, rule in REMARKABLE.items()},
     "small image": f"a side is shorter than {SMALLEST} pixels",
     "mostly marked mask": "more than half of the image is marked: inverted?",
+    "several frames image": "only the first frame is read",
+    "turned image": "EXIF orientation is applied to the image, so that its mask has to be one of the image as shown",
 }
 """Remarks that are made once per category, with all their files, and what they say."""
 
@@ -74,13 +80,20 @@ def count(table: SampleTable) -> dict[str, Counts]:
 
 
 def check(
-    name: str, root: str | Path, categories: Sequence[str] | None = None, console: Console | None = None
+    name: str,
+    root: str | Path,
+    categories: Sequence[str] | None = None,
+    console: Console | None = None,
+    sizes: Sequence[int] = SIZES,
+    max_megapixels: float = MAX_MEGAPIXELS,
 ) -> Report:
     """Read a dataset and open every file of it.
 
     Args:
         name, root, categories: as in `list_dataset`.
         console: shows progress if given.
+        sizes: sides of square images in pixels, at which masks of defects are looked for.
+        max_megapixels: as in `decode`.
 
     Raises:
         DataError: the dataset cannot be found at all; everything smaller is in the report.
@@ -89,7 +102,7 @@ def check(
     problems = list(listing.problems)
     counts = count(listing.table)
     problems += _count_problems(listing, counts)
-    problems += _file_problems(listing, console)
+    problems += _file_problems(listing, console, sizes, max_megapixels)
     anomalous = listing.table[listing.table["label"] == 1]
     masks = {
         category: (int((rows["mask_paths"].map(len) > 0).sum()), len(rows))
@@ -122,23 +135,37 @@ def _count_problems(listing: Listing, counts: dict[str, Counts]) -> list[Problem
     return problems
 
 
-def _file_problems(listing: Listing, console: Console | None) -> list[Problem]:
+@dataclass(frozen=True)
+class _Look:
+    """What opening one row's files found: remarks (severity, kind, sentence), digest and thumbnail of the image, and the
+    sizes at which its mask marks nothing."""
+
+    remarks: list[tuple[str, str, str]]
+    digest: str = ""
+    thumbnail: np.ndarray | None = None
+    vanishes: tuple[int, ...] = ()
+
+
+def _file_problems(
+    listing: Listing, console: Console | None, sizes: Sequence[int], max_megapixels: float
+) -> list[Problem]:
     rows = list(rows_of(listing.table))
     threshold = listing.reader.mask_threshold
-    found: list[list[tuple[str, str, str]]] = []
-    digests: dict[str, list[int]] = defaultdict(list)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = pool.map(lambda row: _look_at(row, threshold), rows)
+        results = pool.map(lambda row: _look_at(row, threshold, sizes, max_megapixels), rows)
         if console is not None:
             results = track(results, "opening files", len(rows), console=console, transient=True)
-        for number, (digest, remarks) in enumerate(results):
-            found.append(remarks)
-            if digest:
-                digests[digest].append(number)
+        looks = list(results)
     problems = []
     together: dict[tuple[str, str, str], list[str]] = defaultdict(list)
-    for row, remarks in zip(rows, found, strict=True):
-        for severity, kind, what in remarks:
+    vanishing: dict[str, dict[int, list[str]]] = defaultdict(lambda: {size: [] for size in sizes})
+    digests: dict[str, list[int]] = defaultdict(list)
+    for number, (row, look) in enumerate(zip(rows, looks, strict=True)):
+        if look.digest:
+            digests[look.digest].append(number)
+        for size in look.vanishes:
+            vanishing[row.category][size].append(row.mask_paths[0])
+        for severity, kind, what in look.remarks:
             if kind in TOGETHER:
                 together[severity, row.category, kind] += row.mask_paths if kind.endswith("mask") else (row.image_path,)
             else:
@@ -147,53 +174,83 @@ def _file_problems(listing: Listing, console: Console | None) -> list[Problem]:
     for (severity, category, kind), files in together.items():
         what = f"{number_of(len(files), kind.split()[-1])}: {TOGETHER[kind]}"
         problems.append(Problem(severity, kind, category, what, tuple(files)))
+    for category, lost in vanishing.items():
+        masks = sum(bool(row.mask_paths) for row in rows if row.category == category)
+        told = ", ".join(f"{len(files)} at {size} x {size}" for size, files in lost.items() if files)
+        what = f"of {number_of(masks, 'mask')} of defects vanish {told} pixels; mask_resize=area keeps them"
+        files = tuple(dict.fromkeys(file for files in lost.values() for file in files))
+        problems.append(Problem(WARNING, "defects too small", category, what, files))
     for same in digests.values():
         splits = {rows[number].split for number in same}
         if "test" in splits and len(splits) > 1:
             files = tuple(rows[number].image_path for number in same)
             what = "the very same file is trained on and tested on"
             problems.append(Problem(WARNING, "test image in training", rows[same[0]].category, what, files))
+    return problems + _near_duplicates(rows, looks)
+
+
+def _near_duplicates(rows: Sequence[TableRow], looks: Sequence[_Look]) -> list[Problem]:
+    """Test images that show what a training image of their category shows, but were encoded anew."""
+    problems = []
+    groups: dict[str, list[int]] = defaultdict(list)
+    for number, (row, look) in enumerate(zip(rows, looks, strict=True)):
+        if look.thumbnail is not None:
+            groups[row.category].append(number)
+    for category, numbers in groups.items():
+        hashes = perceptual_hashes(np.stack([looks[number].thumbnail for number in numbers]))
+        test = np.array([rows[number].split == "test" for number in numbers])
+        pairs = near_pairs(hashes[test], hashes[~test])
+        found = [(np.array(numbers)[test][i], np.array(numbers)[~test][j]) for i, j in pairs]
+        found = [(one, other) for one, other in found if looks[one].digest != looks[other].digest]
+        if found:
+            few = number_of(len(found), "test image")
+            what = f"{few}: nearly the same picture is trained on (files in pairs, test first)"
+            files = tuple(rows[number].image_path for pair in found for number in pair)
+            problems.append(Problem(WARNING, "test image near training", category, what, files))
     return problems
 
 
-def _look_at(row, threshold: int) -> tuple[str, list[tuple[str, str, str]]]:
-    """Digest of the image file and remarks (severity, kind, sentence) on one row."""
+def _look_at(row: TableRow, threshold: int, sizes: Sequence[int], max_megapixels: float) -> _Look:
     remarks = []
     try:
-        mode = read_header(row.image_path).mode
-        if mode in REMARKABLE:
-            severity = ERROR if mode == "floating point" else WARNING
-            remarks.append((severity, f"{mode} image", REMARKABLE[mode]))
-        if mode == "floating point":
-            return "", remarks
-        image = read_image(row.image_path)
+        header = read_header(row.image_path)
+        if header.mode in REMARKABLE:
+            remarks.append((WARNING, f"{header.mode} image", REMARKABLE[header.mode]))
+        if header.frames > 1:
+            remarks.append((WARNING, "several frames image", TOGETHER["several frames image"]))
+        if header.turned and row.mask_paths:
+            remarks.append((WARNING, "turned image", TOGETHER["turned image"]))
+        image = read_image(row.image_path, max_megapixels=max_megapixels)
     except DataError as error:
-        return "", [(ERROR, "unreadable image", str(error))]
-    digest = hashlib.sha256(image.tobytes()).hexdigest()
+        return _Look([(ERROR, "unreadable image", str(error))])
     if min(image.shape[:2]) < SMALLEST:
         remarks.append((WARNING, "small image", TOGETHER["small image"]))
+    look = _Look(remarks, hashlib.sha256(image.tobytes()).hexdigest(), thumbnail(image))
     if not row.mask_paths:
-        return digest, remarks
+        return look
     try:
-        mask = read_mask(row.mask_paths, threshold)
+        mask = read_mask(row.mask_paths, threshold, max_megapixels)
     except DataError as error:
-        return digest, [*remarks, (ERROR, "unreadable mask", str(error))]
+        remarks.append((ERROR, "unreadable mask", str(error)))
+        return look
     if mask.shape != image.shape[:2]:
-        sizes = [f"{array.shape[1]} x {array.shape[0]}" for array in (image, mask)]
-        remarks.append((ERROR, "size mismatch", f"the image is {sizes[0]}, its mask {sizes[1]} (width x height)"))
+        found = [f"{array.shape[1]} x {array.shape[0]}" for array in (image, mask)]
+        why = " and its EXIF orientation turns it" if header.turned else ""
+        remarks.append((ERROR, "size mismatch", f"the image is {found[0]}{why}, its mask {found[1]} (width x height)"))
     elif not mask.any():
         remarks.append((WARNING, "empty mask", "the image counts as anomalous, but no pixel is marked"))
     elif mask.all():
         remarks.append((WARNING, "full-window mask", "every pixel is marked: is this really a mask of the defect?"))
     elif mask.mean() > 0.5:
         remarks.append((WARNING, "mostly marked mask", TOGETHER["mostly marked mask"]))
-    return digest, remarks
+    lost = tuple(size for size in sizes if mask.any() and not resize_mask(mask, (size, size)).any())
+    return replace(look, vanishes=lost)
 
 
 def show(report: Report, console: Console, limit: int = 50) -> None:
     """Print counts beside the published ones, then every problem with up to `limit` files each."""
     public = report.listing.reader.counts
-    title = f"{report.listing.reader.name} in {report.listing.root}"
+    title = escape(printable(f"{report.listing.reader.name} in {report.listing.root}"))
     table = Table(title=title, caption="found / published, red where they differ" if public else None)
     table.add_column("category")
     for column in (*COLUMNS, "with mask"):
@@ -208,7 +265,7 @@ def show(report: Report, console: Console, limit: int = 50) -> None:
             cell = str(here) if there is None else f"{here} / {there}"
             cells.append(f"[red]{cell}[/]" if there not in (None, here) else cell)
         with_mask, anomalous = report.masks.get(category, (0, 0))
-        table.add_row(escape(category), *cells, f"{with_mask} of {anomalous}")
+        table.add_row(escape(printable(category)), *cells, f"{with_mask} of {anomalous}")
     with_mask, anomalous = (sum(pair[i] for pair in report.masks.values()) for i in (0, 1))
     table.add_section()
     table.add_row("all", *map(str, totals.values()), f"{with_mask} of {anomalous}")
@@ -216,9 +273,9 @@ def show(report: Report, console: Console, limit: int = 50) -> None:
     for problem in report.problems:
         colour = "red" if problem.severity == ERROR else "yellow"
         text = f"{escape(problem.category)}: {problem.kind}: {escape(problem.message)}"
-        console.print(f"[{colour}]{problem.severity}[/] {text}", highlight=False, soft_wrap=True)
+        console.print(printable(f"[{colour}]{problem.severity}[/] {text}"), highlight=False, soft_wrap=True)
         for file in problem.files[:limit]:
-            console.print(f"    {escape(file)}", highlight=False, soft_wrap=True)
+            console.print(f"    {escape(printable(file))}", highlight=False, soft_wrap=True)
         if len(problem.files) > limit:
             console.print(f"    ... and {len(problem.files) - limit} more", highlight=False)
     console.print(f"{number_of(report.errors, 'error')}, {number_of(report.warnings, 'warning')}", highlight=False)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datamodules.anomalies.sources import Anomalies
 from datamodules.augmentation import Augmentation, apply_symmetry
-from datamodules.images import read_pair, resize_image, resize_mask
+from datamodules.errors import DataError
+from datamodules.images import MAX_MEGAPIXELS, read_mask, read_pair, resize_image, resize_mask
 from datamodules.sample_table import SampleTable, category_keys, rows_of
 from datamodules.sampling import Draw
 
 UNKNOWN = -1
 """Label of an image of which nothing is known (prediction on a folder)."""
+SMALL = 1000
+"""Up to this many training images, reading them in the main process is quicker than starting workers."""
 
 
 class Row(NamedTuple):
@@ -33,13 +38,13 @@ class Row(NamedTuple):
     """Of the resized image and mask, see `datamodules.augmentation`."""
 
 
-def table_rows(table: SampleTable, split: str) -> list[Row]:
-    """Rows of one split in table order; `category` is the category key."""
+def table_rows(table: SampleTable, *splits: str) -> list[Row]:
+    """Rows of some splits in table order; `category` is the category key."""
     keys = category_keys(table)
     return [
         Row(row.id, row.dataset, key, row.label, row.anomaly_type, row.image_path, row.mask_paths)
         for row, key in zip(rows_of(table), keys, strict=True)
-        if row.split == split
+        if row.split in splits
     ]
 
 
@@ -51,6 +56,8 @@ class ImageSource:
         resize: name of an image resize.
         bit_depths: dataset -> significant bits of its 16-bit images.
         thresholds: dataset -> value above which a mask pixel is defective (default 0).
+        mask_resize: nearest or area, see `resize_mask`.
+        max_megapixels: larger files are refused.
         cache_bytes: how much of the resized images to keep in memory, first come first kept.
     """
 
@@ -60,9 +67,11 @@ class ImageSource:
         resize: str,
         bit_depths: dict[str, int] | None = None,
         thresholds: dict[str, int] | None = None,
+        mask_resize: str = "nearest",
+        max_megapixels: float = MAX_MEGAPIXELS,
         cache_bytes: int = 0,
     ) -> None:
-        self.size, self.resize = size, resize
+        self.size, self.resize, self.mask_resize, self.max_megapixels = size, resize, mask_resize, max_megapixels
         self._bit_depths, self._thresholds = bit_depths or {}, thresholds or {}
         self._cache: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._room = cache_bytes
@@ -73,16 +82,21 @@ class ImageSource:
         if cached is not None:
             return cached
         bits, threshold = self._bit_depths.get(row.dataset), self._thresholds.get(row.dataset, 0)
-        image, mask = read_pair(row.image_path, row.mask_paths, bits, threshold)
+        image, mask = read_pair(row.image_path, row.mask_paths, bits, threshold, self.max_megapixels)
         loaded = (
             resize_image(image, self.size, self.resize),
-            np.zeros(self.size, bool) if mask is None else resize_mask(mask, self.size),
+            np.zeros(self.size, bool) if mask is None else resize_mask(mask, self.size, self.mask_resize),
         )
         needed = loaded[0].nbytes + loaded[1].nbytes
         if needed <= self._room:
             self._room -= needed
             self._cache[row.image_path] = loaded
         return loaded
+
+    def mask(self, row: Row) -> np.ndarray:
+        """Mask bool (H, W) of a row with mask files, without its image."""
+        mask = read_mask(row.mask_paths, self._thresholds.get(row.dataset, 0), self.max_megapixels)
+        return resize_mask(mask, self.size, self.mask_resize)
 
 
 class LastImage:
@@ -132,9 +146,20 @@ class TableDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int | Draw) -> dict[str, Any]:
-        """A sample: `image` float32 (3, H, W) normalised, `mask` bool (1, H, W), and the fields of a batch."""
+        """A sample: `image` float32 (3, H, W) normalised, `mask` bool (1, H, W), and the fields of a batch.
+
+        An image of which nothing is known has a further text `error`: empty, or why it could not be read and is black.
+        """
         row = self.rows[index.row if isinstance(index, Draw) else index]
-        image, mask = (apply_symmetry(array, row.symmetry) for array in self.source.load(row))
+        error = ""
+        try:
+            loaded = self.source.load(row)
+        except DataError as failure:
+            if row.label != UNKNOWN:
+                raise
+            error = str(failure)
+            loaded = np.zeros((*self.source.size, 3), np.uint8), np.zeros(self.source.size, bool)
+        image, mask = (apply_symmetry(array, row.symmetry) for array in loaded)
         if self.augmentation is not None and isinstance(index, Draw):
             image, mask = self.augmentation(image, mask, row.category, index.seed)
         sample = {
@@ -153,6 +178,8 @@ class TableDataset(Dataset):
             sample["clean"], sample["mask"] = sample["image"], torch.from_numpy(blobs[None])
             values = (corrupted / np.float32(255) - self.mean) / self.std
             sample["image"] = torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
+        if row.label == UNKNOWN:
+            sample["error"] = error
         if self.pixels:
             sample["pixels"] = torch.from_numpy(image.transpose(2, 0, 1).copy())
         return sample
@@ -200,3 +227,31 @@ def collate(samples: Sequence[dict[str, Any]]) -> Batch:
         else:
             batch[name] = torch.tensor(values)
     return batch
+
+
+def image_loader(
+    dataset: TableDataset, sampler: Sampler | None, batch_size: int, num_workers: int, drop_last: bool = False
+) -> DataLoader:
+    """Loader over images; it has a generator of its own, so that it takes nothing from the global one."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate,
+        drop_last=drop_last,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+        worker_init_fn=_quiet_worker,
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def usual_workers(images: int) -> int:
+    """Worker processes for so many training images: none for few, else one less than the cores, at most 8."""
+    return 0 if images <= SMALL else max(0, min(8, (os.cpu_count() or 1) - 1))
+
+
+def _quiet_worker(worker: int) -> None:
+    """One thread per worker: OpenCV would otherwise start one per core in each of them."""
+    cv2.setNumThreads(0)

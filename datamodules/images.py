@@ -1,31 +1,60 @@
 """Image and mask files -> arrays, by rules that are written down here and nowhere else.
 
 Images become 8-bit RGB: grey is repeated to three channels, a palette is resolved to its colours, alpha is dropped
-(the stored colour stays, nothing is blended), EXIF orientation is applied, and 16-bit values are scaled by the bit
-depth that is declared or was inferred for the dataset. OpenCV decodes everything: on PNG and JPEG files its pixels
-equal PIL's.
+(the stored colour stays, nothing is blended), EXIF orientation is applied, colour profiles are not, of several frames
+the first is taken, and 16-bit values are scaled by the bit depth that is declared or was inferred for the dataset.
 
-Masks become boolean at native resolution: a pixel is defective if its value is above the dataset's threshold (0 for
-all public datasets: VisA stores 1, MVTec LOCO stores defect ids); palette masks count their index, colour masks their
-greatest channel. A JPEG mask rings around its edges, so there values above 127 count.
+Masks become boolean at native resolution by one rule: of the same colours as an image's, the greatest channel counts,
+and a pixel is defective if it is above the dataset's threshold (0 for all public datasets: VisA stores 1, MVTec LOCO
+stores defect ids). Lossy formats (JPEG, JPEG 2000, AVIF, lossy WebP, TIFF with one of these inside) ring around edges,
+so there values above half of the range count.
+
+Pillow decodes, and refuses files that are cut off; OpenCV takes only 16-bit colour, which Pillow cannot hold.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
+import stat
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from datamodules.errors import DataError, did_you_mean
+from datamodules.errors import DataError
+from results.common.nearest import did_you_mean
 
 BIT_DEPTHS = (8, 10, 12, 14, 16)
-_PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
+MAX_MEGAPIXELS = 179.0
+"""A larger image is refused unless `max_megapixels` allows it: a small file can claim any size."""
+MASK_RESIZES = ("nearest", "area")
+FORMATS = ("PNG", "JPEG", "MPO", "BMP", "DIB", "TIFF", "WEBP", "GIF", "JPEG2000", "AVIF", "PPM")
+_JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
+_OTHER_SUFFIXES = (".webp", ".gif", ".jp2", ".j2k", ".jpx", ".avif", ".pbm", ".pgm", ".ppm", ".pnm")
+IMAGE_SUFFIXES = (".png", *_JPEG_SUFFIXES, ".bmp", ".dib", ".tif", ".tiff", *_OTHER_SUFFIXES)
+_PNG = b"\x89PNG\r\n\x1a\n"
+_LOSSY_TIFF = (6, 7, 33003, 33005, 34712, 34892, 50001)
+"""TIFF compressions: JPEG, JPEG 2000, WebP."""
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    ArithmeticError,
+    MemoryError,
+    struct.error,
+)
+_DAMAGED = "the file is truncated, damaged or of an unusual kind"
+Image.MAX_IMAGE_PIXELS = None  # one limit, with one sentence, holds for every decoder: `max_megapixels`
 
 
 def _pil(filter_: Image.Resampling) -> Callable[[np.ndarray, int, int], np.ndarray]:
@@ -48,84 +77,236 @@ def check_resize(name: str | None) -> str:
     return name
 
 
-def _read_whole(path: str | Path) -> np.ndarray:
-    """Bytes of an image file; a file cut off before its end marker raises, where decoders would fill in grey."""
+@dataclass(frozen=True)
+class Header:
+    """What an image file says of itself before it is decoded."""
+
+    mode: str
+    """8-bit grey, 8-bit RGB, palette, grey or RGB with alpha, 16-bit, other: <PIL mode>; or the type of pixels that are
+    no image's: float32, int32 ..."""
+    width: int
+    height: int
+    lossy: bool = False
+    frames: int = 1
+    turned: bool = False
+    """By EXIF orientation; width and height are those before."""
+
+    @property
+    def readable(self) -> bool:
+        """Whether an image may have pixels of this type."""
+        return not self.mode.startswith(("float", "int", "uint"))
+
+
+_PNG_MODES = {0: "8-bit grey", 2: "8-bit RGB", 3: "palette", 4: "grey with alpha", 6: "RGB with alpha"}
+_PIL_MODES = {
+    "1": "8-bit grey",
+    "L": "8-bit grey",
+    "RGB": "8-bit RGB",
+    "RGBX": "8-bit RGB",
+    "P": "palette",
+    "PA": "palette",
+    "LA": "grey with alpha",
+    "RGBA": "RGB with alpha",
+    "I": "16-bit",
+    "I;16": "16-bit",
+    "I;16B": "16-bit",
+}
+REMARKABLE = {
+    "palette": "palette colours are resolved to RGB",
+    "grey with alpha": "alpha is dropped",
+    "RGB with alpha": "alpha is dropped",
+    "16-bit": "values are scaled to 8 bits",
+}
+"""Modes that users are told about, and the rule that applies to them."""
+
+
+def _bytes(path: str | Path) -> bytes:
     try:
-        data = np.fromfile(path, np.uint8)
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+            raise DataError(f"{path}: not a file but a folder, a pipe or a device.")
+        with open(path, "rb") as file:
+            data = file.read()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
-    if data.size == 0:
+        why = "it is a link to nothing" if os.path.islink(path) else error.strerror or error
+        raise DataError(f"{path}: cannot be read: {why}.") from error
+    if not data:
         raise DataError(f"{path}: the file is empty.")
-    head, tail = data[:8].tobytes(), data[-65536:].tobytes()
-    if (head == _PNG and b"IEND" not in tail) or (head.startswith(_JPEG) and b"\xff\xd9" not in tail):
-        raise DataError(f"{path}: the file is truncated (its end marker is missing): copy or download it again.")
     return data
 
 
-def _decode(data: np.ndarray, path: str | Path, flags: int) -> np.ndarray:
+def _tiff_tags(data: bytes) -> ImageFileDirectory_v2:
+    """Tags of a TIFF's first page, also where Pillow does not know the type of its pixels."""
+    tags, file = ImageFileDirectory_v2(data[: 16 if 43 in data[2:4] else 8]), io.BytesIO(data)
+    file.seek(tags.next)
+    tags.load(file)
+    return tags
+
+
+def _lossy_webp(data: bytes) -> bool:
+    place = 12
+    while place + 8 <= len(data):
+        name, size = struct.unpack("<4sI", data[place : place + 8])
+        if name in (b"VP8 ", b"VP8L"):
+            return name == b"VP8 "
+        place += 24 if name == b"ANMF" else 8 + size + size % 2  # a frame's own chunks follow its 16 bytes
+    return True
+
+
+def _jpeg2000_bits(data: bytes) -> int:
+    """Bits of the first component; they stand in byte 40 of the size marker, after the start of the code stream."""
+    return (data[data.index(b"\xff\x4f\xff\x51") + 42] & 127) + 1
+
+
+def _open(data: bytes) -> Image.Image:
+    Image.init()
+    return Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+def _header(data: bytes, path: str | Path) -> Header:
     try:
-        decoded = cv2.imdecode(data, flags)
-    except cv2.error as error:
-        raise DataError(f"{path}: the image is corrupt: {error}") from error
-    if decoded is None:
-        raise DataError(f"{path}: not a readable image (corrupt, or a format that OpenCV does not know).")
-    return decoded
+        if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            tags = _tiff_tags(data)
+            kind = {1: "uint", 2: "int", 3: "float"}.get(tags.get(339, (1,))[0], "uint")
+            bits = tags.get(258, (1,))
+            size, lossy = (tags[256], tags[257]), tags.get(259) in _LOSSY_TIFF
+            if kind != "uint" or max(bits) > 16:
+                return Header(f"{kind}{max(bits)}", *size, lossy)
+            if max(bits) > 8 and len(bits) > 1:
+                return Header("16-bit", *size, lossy)
+        with _open(data) as image:
+            mode = _PIL_MODES.get(image.mode, f"other: {image.mode}")
+            lossy = image.format in ("JPEG", "MPO", "JPEG2000", "AVIF")
+            lossy |= image.format == "WEBP" and _lossy_webp(data)
+            lossy |= image.format == "TIFF" and image.tag_v2.get(259) in _LOSSY_TIFF
+            if (data.startswith(_PNG) and data[24] == 16) or (image.format == "JPEG2000" and _jpeg2000_bits(data) > 8):
+                mode = "16-bit"
+            return Header(mode, *image.size, lossy)
+    except _BROKEN as error:
+        if data.startswith((_PNG, b"\xff\xd8", b"BM", b"II", b"MM", b"RIFF", b"GIF8", b"\0\0\0\x0cjP")):
+            raise DataError(f"{path}: {_DAMAGED}: copy, download or export it again.") from error
+        raise DataError(f"{path}: not a readable image (its content is none of {', '.join(FORMATS)}).") from error
 
 
-def read_image(path: str | Path, bit_depth: int | None = None) -> np.ndarray:
+def read_header(path: str | Path) -> Header:
+    """What an image file says of itself; DataError if it is no image."""
+    data = _bytes(path)
+    header = _header(data, path)
+    with contextlib.suppress(*_BROKEN), _open(data) as image:  # Pillow does not know every type of pixels
+        frames = (
+            1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+        )  # a telephone's second picture is a preview
+        header = replace(header, frames=frames, turned=image.getexif().get(274, 1) > 1)
+    return header
+
+
+def odd_mode(path: str) -> str | None:
+    """The mode of an image that users are told about, from as little of the file as possible; None for any other."""
+    if path.lower().endswith((*_JPEG_SUFFIXES, ".bmp", ".dib")):
+        return None
+    if os.path.isfile(path):  # opening a pipe would wait for ever
+        with open(path, "rb") as file:
+            head = file.read(26)
+        if head.startswith(_PNG) and len(head) == 26:
+            mode = "16-bit" if head[24] == 16 else _PNG_MODES.get(head[25])
+            return mode if mode in REMARKABLE else None
+    header = _header(_bytes(path), path)
+    return header.mode if header.mode in REMARKABLE or not header.readable else None
+
+
+def decode(path: str | Path, max_megapixels: float = MAX_MEGAPIXELS) -> tuple[np.ndarray, bool]:
+    """Stored values of an image file, and whether it is lossy: every image and every mask passes here.
+
+    Returns:
+        (H, W) grey or (H, W, 3) RGB, without alpha and turned as EXIF says: uint8, uint16, or what else the file holds.
+
+    Raises:
+        DataError: no file, not an image, cut off, damaged, or larger than `max_megapixels` (millions of pixels).
+    """
+    data = _bytes(path)
+    header = _header(data, path)
+    if header.width * header.height > max_megapixels * 1e6:
+        raise DataError(
+            f"{path}: {header.width} x {header.height} pixels are more than max_megapixels={max_megapixels:g} allows; "
+            "raise it if the image is meant to be that large."
+        )
+    try:
+        if header.mode == "16-bit" or not header.readable:
+            values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+            if values is None or (data.startswith(_PNG) and b"IEND" not in data):  # OpenCV fills in what is cut off
+                raise OSError(f"{header.mode} pixels that OpenCV does not read")
+            values = values if values.ndim == 2 else np.ascontiguousarray(values[..., 2::-1])
+            return _turned(values, data), header.lossy
+        with _open(data) as image:
+            image.load()
+            with contextlib.suppress(*_BROKEN):  # a damaged orientation is none
+                ImageOps.exif_transpose(image, in_place=True)
+            image.info.pop("transparency", None)
+            if image.mode == "1" or image.mode == "LA":
+                image = image.convert("L")
+            elif image.mode not in ("L", "RGB", "I", "F") and not image.mode.startswith("I;16"):
+                image = image.convert("RGB")
+            return np.asarray(image), header.lossy
+    except (*_BROKEN, cv2.error) as error:
+        raise DataError(f"{path}: {_DAMAGED} ({error}): copy, download or export it again.") from error
+
+
+def read_image(path: str | Path, bit_depth: int | None = None, max_megapixels: float = MAX_MEGAPIXELS) -> np.ndarray:
     """Read an image file.
 
     Args:
         path: file.
         bit_depth: significant bits of 16-bit files; None means all 16. Ignored for 8-bit files.
+        max_megapixels: as in `decode`.
 
     Returns:
         uint8 (H, W, 3), RGB.
 
     Raises:
-        DataError: unreadable, truncated, floating point, or brighter than the bit depth allows.
+        DataError: as `decode`; pixels of a type that is no image's; or brighter than the bit depth allows.
     """
-    image = _decode(_read_whole(path), path, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
-    if image.dtype == np.uint16:
+    values, _ = decode(path, max_megapixels)
+    if values.dtype == np.uint16:
         top = (1 << (bit_depth or 16)) - 1
-        if (brightest := int(image.max())) > top:
+        if (brightest := int(values.max())) > top:
             raise DataError(
                 f"{path}: value {brightest} does not fit into {bit_depth} bits (at most {top}). "
                 f"Declare the depth of these images with bit_depth, one of {BIT_DEPTHS}."
             )
-        image = np.rint(image * np.float32(255 / top)).astype(np.uint8)
-    elif image.dtype != np.uint8:
-        raise DataError(f"{path}: pixels are {image.dtype}; convert the image to 8 or 16 bit integers.")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+        values = np.rint(values * np.float32(255 / top)).astype(np.uint8)
+    elif values.dtype != np.uint8:
+        low, high = np.nanmin(values), np.nanmax(values)
+        raise DataError(
+            f"{path}: pixels are {values.dtype}, here from {low:g} to {high:g}; an image's are 8- or 16-bit unsigned "
+            "integers. Convert it: values in [0, 1] times 255 to uint8 (or times 65535 to uint16); counts to uint16, "
+            "with bit_depth declared."
+        )
+    return cv2.cvtColor(values, cv2.COLOR_GRAY2RGB) if values.ndim == 2 else values
 
 
-def read_mask_values(path: str | Path) -> tuple[np.ndarray, bool]:
-    """Stored values of a mask file (H, W), integer; and whether the file is lossy (JPEG).
-
-    A palette gives its indices; of several colour channels the greatest value is taken, alpha is ignored.
-    """
-    data = _read_whole(path)
-    values = _decode(data, path, cv2.IMREAD_UNCHANGED)
-    if values.ndim == 3:
-        with Image.open(io.BytesIO(data.tobytes())) as stored:
-            values = np.asarray(stored) if stored.mode == "P" else values[..., : min(3, values.shape[2])].max(axis=2)
-    return values, data[:2].tobytes() == _JPEG
+def read_mask_values(path: str | Path, max_megapixels: float = MAX_MEGAPIXELS) -> tuple[np.ndarray, bool]:
+    """Values of a mask file (H, W), the greatest of several colour channels; and whether the file is lossy."""
+    values, lossy = decode(path, max_megapixels)
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise DataError(f"{path}: the mask holds NaN or infinity: write 0 where nothing is marked.")
+    return values if values.ndim == 2 else values.max(axis=2), lossy
 
 
-def read_mask(paths: Sequence[str | Path], threshold: int = 0) -> np.ndarray:
+def read_mask(paths: Sequence[str | Path], threshold: int = 0, max_megapixels: float = MAX_MEGAPIXELS) -> np.ndarray:
     """Union of mask files at native resolution.
 
     Args:
         paths: one or more files of equal size.
         threshold: values above it are defective.
+        max_megapixels: as in `decode`.
 
     Returns:
         bool (H, W).
     """
     union: np.ndarray | None = None
     for path in paths:
-        values, lossy = read_mask_values(path)
-        mask = values > (max(threshold, 127) if lossy else threshold)
+        values, lossy = read_mask_values(path, max_megapixels)
+        half = 127 if values.dtype == np.uint8 else 32767
+        mask = values > (max(threshold, half) if lossy else threshold)
         if union is not None and union.shape != mask.shape:
             raise DataError(f"{path}: mask is {_size(mask)}, the image's other masks are {_size(union)} ({paths[0]}).")
         union = mask if union is None else union | mask
@@ -135,17 +316,23 @@ def read_mask(paths: Sequence[str | Path], threshold: int = 0) -> np.ndarray:
 
 
 def read_pair(
-    image_path: str, mask_paths: Sequence[str], bit_depth: int | None = None, threshold: int = 0
+    image_path: str,
+    mask_paths: Sequence[str],
+    bit_depth: int | None = None,
+    threshold: int = 0,
+    max_megapixels: float = MAX_MEGAPIXELS,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Image uint8 (H, W, 3) and its mask bool (H, W), None without files; their sizes must agree."""
-    image = read_image(image_path, bit_depth)
+    image = read_image(image_path, bit_depth, max_megapixels)
     if not mask_paths:
         return image, None
-    mask = read_mask(mask_paths, threshold)
+    mask = read_mask(mask_paths, threshold, max_megapixels)
     if mask.shape != image.shape[:2]:
+        turned = mask.shape == image.shape[1::-1] and read_header(image_path).turned
+        why = ", which its EXIF orientation turns" if turned else ""
         raise DataError(
-            f"{mask_paths[0]}: mask is {_size(mask)}, its image {image_path} is {_size(image)}. "
-            "They must have equal size: export the mask again from the image as it is."
+            f"{mask_paths[0]}: mask is {_size(mask)}, its image {image_path} is {_size(image)}{why}. "
+            "They must have equal size: export the mask again from the image as it is shown."
         )
     return image, mask
 
@@ -155,70 +342,45 @@ def resize_image(image: np.ndarray, size: tuple[int, int], resize: str) -> np.nd
     return image if image.shape[:2] == size else RESIZES[resize](image, *size)
 
 
-def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """bool (H, W) -> bool `size`, nearest neighbour at pixel centres (PIL's rule) for every method."""
+def resize_mask(mask: np.ndarray, size: tuple[int, int], resize: str = "nearest") -> np.ndarray:
+    """bool (H, W) -> bool `size`.
+
+    nearest takes the value at each pixel's centre (PIL's rule), so that a defect smaller than a pixel may vanish. area
+    keeps every region (8-connected): as many pixels as its area makes at the new size, at least one, those that it
+    covers most.
+    """
     if mask.shape == size:
         return mask
-    return cv2.resize(mask.view(np.uint8), size[::-1], interpolation=cv2.INTER_NEAREST_EXACT).view(bool)
+    if resize == "nearest" or size[0] > mask.shape[0] or size[1] > mask.shape[1]:
+        return cv2.resize(mask.view(np.uint8), size[::-1], interpolation=cv2.INTER_NEAREST_EXACT).view(bool)
+    count, regions = cv2.connectedComponents(mask.view(np.uint8), connectivity=8)
+    resized = np.zeros(size, bool)
+    for region in range(1, count):
+        share = cv2.resize((regions == region).astype(np.float32), size[::-1], interpolation=cv2.INTER_AREA)
+        covered = np.argsort(-share, axis=None, kind="stable")
+        resized.flat[covered[: max(1, round(float(share.sum())))]] = True
+    return resized
+
+
+def _turned(values: np.ndarray, data: bytes) -> np.ndarray:
+    """What OpenCV decoded, turned by the EXIF orientation of a PNG; it turns TIFF files itself."""
+    if not data.startswith(_PNG):
+        return values
+    orientation = 1
+    with contextlib.suppress(*_BROKEN), _open(data) as image:
+        orientation = image.getexif().get(274, 1)
+    if orientation in (5, 6, 7, 8):
+        values = values.swapaxes(0, 1)
+    flips = {2: (1,), 3: (0, 1), 4: (0,), 6: (1,), 7: (0, 1), 8: (0,)}.get(orientation, ())
+    return np.ascontiguousarray(np.flip(values, flips))
 
 
 def _size(array: np.ndarray) -> str:
     return f"{array.shape[1]} x {array.shape[0]} (width x height)"
 
 
-@dataclass(frozen=True)
-class Header:
-    """What an image file says of itself before it is decoded."""
-
-    mode: str
-    """8-bit grey, 8-bit RGB, palette, grey or RGB with alpha, 16-bit, floating point, other: <PIL mode>."""
-    width: int
-    height: int
-
-
-def read_header(path: str | Path) -> Header:
-    """Mode and size of an image file without decoding it; DataError if it is no image."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(26)
-        if head.startswith(_PNG) and len(head) == 26:
-            width, height, bits, colour = struct.unpack(">IIBB", head[16:26])
-            if bits == 16:
-                return Header("16-bit", width, height)
-            modes = {0: "8-bit grey", 2: "8-bit RGB", 3: "palette", 4: "grey with alpha", 6: "RGB with alpha"}
-            return Header(modes.get(colour, f"other: PNG colour type {colour}"), width, height)
-        with Image.open(path) as image:
-            mode = _PIL_MODES.get(image.mode, f"other: {image.mode}")
-            return Header(mode, *image.size)
-    except OSError as error:
-        raise DataError(f"{path}: not a readable image: {error}") from error
-
-
-_PIL_MODES = {
-    "1": "8-bit grey",
-    "L": "8-bit grey",
-    "RGB": "8-bit RGB",
-    "P": "palette",
-    "PA": "palette",
-    "LA": "grey with alpha",
-    "RGBA": "RGB with alpha",
-    "I": "16-bit",
-    "I;16": "16-bit",
-    "I;16B": "16-bit",
-    "F": "floating point",
-}
-REMARKABLE = {
-    "palette": "palette colours are resolved to RGB",
-    "grey with alpha": "alpha is dropped",
-    "RGB with alpha": "alpha is dropped",
-    "16-bit": "values are scaled to 8 bits",
-    "floating point": "floating point images cannot be read: convert them to 8 or 16 bit",
-}
-"""Modes that deserve a word to the user, and the rule that applies to them."""
-
-
-def infer_bit_depth(paths: Sequence[str], at_most: int = 32) -> int:
-    """Smallest usual bit depth that holds the values of up to `at_most` of the 16-bit files, evenly picked."""
+def infer_bit_depth(paths: Sequence[str], at_most: int = 32, max_megapixels: float = MAX_MEGAPIXELS) -> int:
+    """Smallest usual bit depth that holds the colours of up to `at_most` of the 16-bit files, evenly picked."""
     picked = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, min(at_most, len(paths))).astype(int))]
-    brightest = max(int(_decode(_read_whole(path), path, cv2.IMREAD_UNCHANGED).max()) for path in picked)
+    brightest = max(int(decode(path, max_megapixels)[0].max()) for path in picked)
     return next(bits for bits in BIT_DEPTHS if brightest < 1 << bits)

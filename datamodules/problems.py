@@ -28,12 +28,17 @@ def number_of(count: int, noun: str) -> str:
     return f"{count} {noun if count == 1 else plural}"
 
 
+def printable(text: str) -> str:
+    """A name for people: bytes of file names that are not UTF-8 are spelled out, which no terminal could print."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def describe(problems: Sequence[Problem], limit: int = 20) -> str:
     """The problems as indented lines with up to `limit` of them, and how many were left out."""
     lines = []
     for problem in problems[:limit]:
-        lines.append(f"  {problem}")
-        lines += [f"      {file}" for file in problem.files[:5]]
+        lines.append(printable(f"  {problem}"))
+        lines += [f"      {printable(file)}" for file in problem.files[:5]]
         if len(problem.files) > 5:
             lines.append(f"      ... and {len(problem.files) - 5} more files")
     if len(problems) > limit:

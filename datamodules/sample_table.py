@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from datamodules.errors import DataError
+from results.common.contents import content_hashes
 
 SampleTable = pd.DataFrame
 
@@ -138,25 +139,32 @@ def category_keys(table: SampleTable) -> list[str]:
 
 
 def fingerprint(table: SampleTable, roots: Mapping[str, str | Path]) -> str:
-    """sha256 over relative paths, file sizes, splits, labels and mask pairing: equal wherever the data is equal.
+    """sha256 over relative paths, contents, splits, labels and mask pairing: equal wherever the data is equal.
 
     Args:
         table: the samples; their order does not matter.
         roots: dataset name -> the folder its paths are taken relative to, so that the place on disk does not matter.
     """
-
-    def describe_file(path: str, root: str) -> str:
-        return f"{_place(path, root)}:{os.path.getsize(path)}"
-
-    lines = []
-    for row in rows_of(table):
-        root = str(roots[row.dataset])
-        files = [describe_file(path, root) for path in (row.image_path, *row.mask_paths)]
-        lines.append("\t".join([row.dataset, row.category, row.split, str(row.label), row.anomaly_type, *files]))
+    lines = [
+        "\t".join([row.dataset, row.category, row.split, str(row.label), row.anomaly_type, *files])
+        for row, files in _files_of_rows(table, roots)
+    ]
     digest = hashlib.sha256()
     for line in sorted(lines):
         digest.update(line.encode("utf-8", "surrogateescape") + b"\n")
     return digest.hexdigest()
+
+
+def _files_of_rows(table: SampleTable, roots: Mapping[str, str | Path]) -> Iterator[tuple[TableRow, list[str]]]:
+    """Each row with "place:hash of the contents" of its image and masks."""
+    paths: dict[str, dict[str, str]] = {}
+    for row in rows_of(table):
+        paths.setdefault(row.dataset, {}).update(dict.fromkeys((row.image_path, *row.mask_paths), ""))
+    for dataset, files in paths.items():
+        files.update(zip(files, content_hashes(files, roots[dataset]), strict=True))
+    for row in rows_of(table):
+        root, known = str(roots[row.dataset]), paths[row.dataset]
+        yield row, [f"{_place(path, root)}:{known[path]}" for path in (row.image_path, *row.mask_paths)]
 
 
 def _place(path: str, root: str) -> str:
@@ -178,11 +186,9 @@ def content_hash(table: SampleTable, roots: Mapping[str, str | Path], rules: Map
         rules: whatever else decides how a file becomes pixels, as plain values.
     """
     digest = hashlib.sha256(json.dumps(rules, sort_keys=True).encode())
-    for row in rows_of(table):
-        for path in (row.image_path, *row.mask_paths):
-            file = os.stat(path)
-            place = _place(path, str(roots[row.dataset]))
-            digest.update(f"{row.id}\t{place}\t{file.st_size}\t{file.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    for row, files in _files_of_rows(table, roots):
+        for file in files:
+            digest.update(f"{row.id}\t{file}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Dataset, DistributedSampler
 
-from datamodules.errors import DataError, did_you_mean
+from datamodules.errors import DataError
+from results.common.nearest import did_you_mean
 
 SAMPLINGS = ("natural", "balanced", "balanced_datasets")
 
@@ -100,11 +101,17 @@ class TrainSampler(DistributedSampler):
 
 
 class EvalSampler(DistributedSampler):
-    """Every row on exactly one process, in table order; nothing is padded, so processes may differ by one image."""
+    """Every row on exactly one process, in table order; nothing is padded, so processes may differ by one image.
 
-    def __init__(self, dataset: Dataset, num_replicas: int = 1, rank: int = 0) -> None:
+    With `repeat`, a process that would have no row repeats one of another's: a trainer skips a loop without batches, and
+    the other processes would wait for this one for ever. Whoever collects the rows drops a repeated id.
+    """
+
+    def __init__(self, dataset: Dataset, num_replicas: int = 1, rank: int = 0, repeat: bool = False) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
         self._rows = range(rank, len(dataset), num_replicas)  # type: ignore[arg-type]
+        if repeat and not self._rows:
+            self._rows = range(rank % len(dataset), rank % len(dataset) + 1)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._rows)

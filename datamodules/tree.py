@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
+from datamodules.images import IMAGE_SUFFIXES
 from datamodules.problems import ERROR, WARNING, Problem, number_of
 from datamodules.sample_table import GOOD, Sample
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 NORMAL_NAMES = (GOOD, "ok", "normal")
 """Folders of normal images, in any case."""
 CLUTTER = ("thumbs.db", "desktop.ini")
@@ -147,6 +148,23 @@ def unread_problems(category: str, folder: Path) -> list[Problem]:
     return [Problem(WARNING, "not read", category, what, tuple(sorted(map(str, left))))]
 
 
+_MASK_FOLDERS = ("mask", "masks", "gt", "label", "labels", "annotation", "annotations", "ground_truths", "groundtruth")
+
+
+def unexpected_problems(category: str, folder: Path, expected: Sequence[str]) -> list[Problem]:
+    """Folders of a category that are not read, each with the name that it may have been meant to have."""
+    problems = []
+    for part in list_folders(folder):
+        if part.name in expected:
+            continue
+        name = part.name.casefold().replace(" ", "_").replace("-", "_")
+        near = ["ground_truth"] if name in _MASK_FOLDERS else get_close_matches(name, expected, n=1, cutoff=0.6)
+        hint = f": if it is {near[0]}, call it so" if near else ""
+        what = f"{part.name}/ left out, beside {', '.join(f'{e}/' for e in expected)}{hint}"
+        problems.append(Problem(WARNING, "not read", category, what, (str(part),)))
+    return problems
+
+
 def read_tree(
     category: str,
     folder: Path,
@@ -191,11 +209,18 @@ def read_tree(
     parts = {"train": folder / "train", "val": folder / "validation", "test": folder / "test"}
     if not parts["val"].is_dir():
         parts["val"] = folder / "val"
+    problems.extend(unexpected_problems(category, folder, [*(part.name for part in parts.values()), "ground_truth"]))
     for split, part in parts.items():
         for normals in filter(is_normal, list_folders(part)):
             add_normals(split, normals)
+    loose = {part: list_images(part) for part in parts.values()}
     if flat and not any(sample.split == "train" for sample in samples):
         add_normals("train", parts["train"])
+        loose.pop(parts["train"])
+    for part, images in loose.items():
+        if images:
+            what = f"{number_of(len(images), 'image')} in {part.name}/ itself left out: they belong into one of its folders"
+            problems.append(Problem(WARNING, "not read", category, what, tuple(map(str, images))))
     for part in (parts["train"], parts["val"]):
         unused = [p.name for p in list_folders(part) if not is_normal(p)]
         if unused:

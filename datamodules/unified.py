@@ -2,73 +2,48 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import cv2
 import lightning as L
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
+from datamodules import augmentation as policies
 from datamodules.anomalies.sources import Anomalies, AnomalyConfig
-from datamodules.augmentation import Augmentation, not_square
+from datamodules.augmentation import Augmentation
 from datamodules.cache.entry import FeatureCache
-from datamodules.cache.loaders import CachedBatches, CachedImages, cached_loader
-from datamodules.dataset import UNKNOWN, ImageSource, LastImage, Row, TableDataset, collate, table_rows
-from datamodules.errors import DataError, did_you_mean
-from datamodules.images import BIT_DEPTHS, REMARKABLE, check_resize, infer_bit_depth, read_header
-from datamodules.problems import WARNING, describe
-from datamodules.readers import Listing, list_dataset, raise_on_errors
-from datamodules.sample_table import (
-    SPLITS,
-    SampleTable,
-    category_keys,
-    concatenate,
-    content_hash,
-    fingerprint,
-    hold_out,
+from datamodules.cache.loaders import CachedImages, CachedSplits, cached_loader, symmetric_rows
+from datamodules.dataset import (
+    UNKNOWN,
+    Batch,
+    ImageSource,
+    LastImage,
+    Row,
+    TableDataset,
+    collate,
+    image_loader,
+    table_rows,
+    usual_workers,
 )
+from datamodules.errors import DataError
+from datamodules.images import BIT_DEPTHS, MASK_RESIZES, MAX_MEGAPIXELS, check_resize
+from datamodules.prediction import depth_of, unknown_rows
+from datamodules.problems import number_of
+from datamodules.reading import DatasetConfig, Reading, read_datasets
+from datamodules.remarks import tested_and_trained, vanishing_masks
+from datamodules.sample_table import SPLITS, SampleTable, category_keys, content_hash, hold_out
 from datamodules.sampling import EvalSampler, TrainSampler, check_sampling
-from datamodules.subset import left_out
-from datamodules.tree import IMAGE_SUFFIXES
+from datamodules.subset import FULL, TEST_SUBSETS, left_out
+from results.common.nearest import did_you_mean
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SETTINGS = ("unified", "per_category")
 NORMAL = {"val": 1000, "train": 100}
 """Split -> how many of its normal images are picked, evenly, to compare scores with."""
-SMALL = 1000
-"""Up to this many training images, reading them in the main process is quicker than starting workers."""
-
-
-@dataclass(frozen=True)
-class DatasetConfig:
-    """A dataset of the run.
-
-    Args:
-        name: reader: mvtec_ad, mvtec_loco, btad, mpdd, visa, folder, photos or synthetic.
-        root: its folder; "" for photos, which come with the project.
-        categories: the subset to use, None for all; also a text "bottle,cable".
-        label: its name in tables, default `name`; needed when one reader is used twice.
-    """
-
-    name: str
-    root: str = ""
-    categories: tuple[str, ...] | str | None = None
-    label: str | None = None
-
-    def __post_init__(self) -> None:
-        categories = self.categories
-        if isinstance(categories, str):
-            categories = tuple(part.strip() for part in categories.split(",") if part.strip())
-        object.__setattr__(self, "categories", tuple(categories) if categories else None)
-        object.__setattr__(self, "root", str(self.root or ""))
 
 
 class UnifiedDataModule(L.LightningDataModule):
@@ -100,7 +75,10 @@ class UnifiedDataModule(L.LightningDataModule):
             model.
         seed: of shuffling and augmentation.
         bit_depth: significant bits of 16-bit images; None infers them per dataset from its training images.
-        drop_last: leave out a last training batch that is not full. None stands for the method's recipe.
+        mask_resize: nearest, or area, which keeps defects that are smaller than a pixel of `image_size`.
+        max_megapixels: larger image files are refused.
+        drop_last: leave out a last training batch that is not full, unless it is the only one. None stands for the
+            method's recipe.
         test_subset: full, or drop_last_32, what released code of some methods evaluates (see `datamodules.subset`). None
             is full, unless the protocol is as_released and the method's recipe says otherwise.
         setting: unified, one model for all categories, or per_category: the command line trains one model for each
@@ -132,6 +110,8 @@ class UnifiedDataModule(L.LightningDataModule):
         std: tuple[float, float, float] | None = None,
         seed: int = 0,
         bit_depth: int | None = None,
+        mask_resize: str = "nearest",
+        max_megapixels: float = MAX_MEGAPIXELS,
         drop_last: bool | None = None,
         test_subset: str | None = None,
         setting: str = "unified",
@@ -146,6 +126,19 @@ class UnifiedDataModule(L.LightningDataModule):
             raise DataError(f"bit_depth must be one of {BIT_DEPTHS} or None, found {bit_depth}.")
         if eval_batch_size < 1 or (batch_size is not None and batch_size < 1):
             raise DataError(f"Batch sizes must be at least 1, found {batch_size} and {eval_batch_size}.")
+        for name, value in (("num_workers", num_workers), ("cache_mb", cache_mb), ("seed", seed)):
+            if value is not None and value < 0:
+                raise DataError(f"{name} must be at least 0, found {value}.")
+        if max_megapixels <= 0:
+            raise DataError(f"max_megapixels must be positive, found {max_megapixels}.")
+        for name, value, known in (
+            ("mask_resize", mask_resize, MASK_RESIZES),
+            ("setting", setting, SETTINGS),
+            ("augmentation", augmentation, policies.AUGMENTATIONS),
+            ("test_subset", test_subset or FULL, TEST_SUBSETS),
+        ):
+            if value not in known:
+                raise DataError(f"Unknown {name} {value!r}. {did_you_mean(value, known)}")
         if (mean is None) != (std is None):
             raise DataError(f"mean and std belong together: give both or neither, found mean={mean}, std={std}.")
         if std is not None and (len(mean) != 3 or len(std) != 3 or min(std) <= 0):
@@ -168,10 +161,9 @@ class UnifiedDataModule(L.LightningDataModule):
         self.mean, self.std = tuple(mean or IMAGENET_MEAN), tuple(std or IMAGENET_STD)
         self.seed = seed
         self.bit_depth = bit_depth
+        self.mask_resize, self.max_megapixels = mask_resize, max_megapixels
         self.drop_last = bool(drop_last)
-        self.test_subset = test_subset or "full"
-        if setting not in SETTINGS:
-            raise DataError(f"Unknown setting {setting!r}. {did_you_mean(setting, SETTINGS)}")
+        self.test_subset = test_subset or FULL
         self.setting = setting
         self.left_out: frozenset[int] = frozenset()
         self.cache_mb = cache_mb
@@ -181,12 +173,12 @@ class UnifiedDataModule(L.LightningDataModule):
         self.fingerprint = ""
         self.fingerprints: dict[str, str] = {}
         self.bit_depths: dict[str, int] = {}
-        self._source: ImageSource | None = None
-        self._cache: FeatureCache | None = None
-        self._symmetric: dict[tuple[int, int], int] = {}
-        self._resident: dict[tuple[int, ...], CachedBatches] = {}
-        self._resident_on: torch.device | None = None
-        self._resident_room = 0
+        self._reading: Reading | None = None
+        self._rules: dict[str, Any] = {}
+        self._remarks: list[str] | None = None
+        self._unknown: list[Row] = []
+        self._source: ImageSource | CachedImages | None = None
+        self._served: CachedSplits | None = None
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -199,38 +191,27 @@ class UnifiedDataModule(L.LightningDataModule):
         if self._source is None:
             self._check_filled_in()
         if stage == "predict" and self.predict_root is not None:
-            self._source = self._source or self._make_source(self._predict_depth(), {})
+            if self._source is None:
+                self._unknown = unknown_rows(self.predict_root)
+                depths = depth_of(self._unknown, self.bit_depth, self.max_megapixels)
+                self._source = ImageSource(self.image_size, self.resize, depths, max_megapixels=self.max_megapixels)
             return
         if self.table is not None:
             return
-        if not self.datasets:
-            raise DataError("No dataset is named: give `datasets` at least one entry with a name and a root.")
-        listings = {
-            config.label or config.name: list_dataset(config.name, config.root, config.categories, config.label)
-            for config in self.datasets
-        }
-        bit_depths: dict[str, int] = {}
-        for label, listing in listings.items():
-            raise_on_errors(listing)
-            self._warn(label, listing)
-            self._settle_modes(label, listing, bit_depths)
-        table = concatenate(listing.table for listing in listings.values())
-        roots = {label: listing.root for label, listing in listings.items()}
-        self.fingerprints = {label: fingerprint(listing.table, roots) for label, listing in listings.items()}
-        single = len(listings) == 1  # what every run does before it starts is kept short
-        self.fingerprint = self.fingerprints[next(iter(listings))] if single else fingerprint(table, roots)
-        self.table = hold_out(table, self.holdout)
+        found = read_datasets(self.datasets, self.bit_depth, self.max_megapixels)
+        table = hold_out(found.table, self.holdout)
         self.categories = list(dict.fromkeys(category_keys(table)))
         if self.setting == "per_category" and len(self.categories) > 1:
             raise DataError(
                 f"setting per_category is one model per category, but {len(self.categories)} are read here. `fit` trains "
                 "them one after the other; for anything else name one category."
             )
-        self.left_out = left_out(self.table, self.test_subset)
-        thresholds = {label: listing.reader.mask_threshold for label, listing in listings.items()}
-        self.bit_depths = bit_depths
-        self._roots, self._rules = roots, {"bit_depths": bit_depths, "thresholds": thresholds}
-        self._source = self._make_source(bit_depths, thresholds)
+        self.left_out = left_out(table, self.test_subset)
+        self.fingerprint, self.fingerprints = found.fingerprint, found.fingerprints
+        self.bit_depths = found.bit_depths
+        self.table, self._reading = table, found
+        self._rules = {**found.rules, "mask_resize": self.mask_resize}
+        self._source = self._image_source(0 if self._workers() else self.cache_mb * 2**20)
 
     def _check_filled_in(self) -> None:
         for option in ("image_size", "resize", "batch_size"):
@@ -246,35 +227,28 @@ class UnifiedDataModule(L.LightningDataModule):
             raise DataError(f"image_size is a positive side or (height, width), found {self.image_size}.")
         self.image_size = size
 
-    def _make_source(self, bit_depths: dict[str, int], thresholds: dict[str, int]) -> ImageSource:
-        cache = 0 if self._workers() else self.cache_mb * 2**20
-        return ImageSource(self.image_size, self.resize, bit_depths, thresholds, cache)
+    def _image_source(self, cache_bytes: int = 0) -> ImageSource:
+        limit = self.max_megapixels
+        return ImageSource(self.image_size, self.resize, **self._rules, max_megapixels=limit, cache_bytes=cache_bytes)
 
-    @staticmethod
-    def _warn(label: str, listing: Listing) -> None:
-        found = [problem for problem in listing.problems if problem.severity == WARNING]
-        if found:
-            warnings.warn(f"{label}: {len(found)} remarks on the data:\n{describe(found, limit=5)}", stacklevel=3)
+    def remarks(self) -> list[str]:
+        """What the numbers of a run on this data must be read with, in sentences for output and record."""
+        if self._remarks is None:
+            self._remarks = tested_and_trained(self._rows("train", "val"), self._rows("test"))
+            read = self._source.mask if self._served is None else lambda row: self._served.cache.mask(row.id)
+            self._remarks += vanishing_masks(self._rows("test"), read, self._rules["thresholds"], self.image_size)
+            if self.mask_resize != "nearest":
+                self._remarks.append(f"masks are resized by {self.mask_resize}")
+            if self._short_batch():
+                count = number_of(len(self._rows("train")), "training image")
+                self._remarks.append(
+                    f"{count} make no full batch of {self.batch_size} per process: the short one is kept"
+                )
+        return self._remarks
 
-    def _settle_modes(self, label: str, listing: Listing, bit_depths: dict[str, int]) -> None:
-        """One warning per dataset about odd image modes, and the bit depth of 16-bit images."""
-        files: dict[str, list[str]] = {}
-        for path in listing.table["image_path"]:
-            mode = _odd_mode(path)
-            if mode is not None:
-                files.setdefault(mode, []).append(path)
-        notes = [
-            f"{len(paths)} images are {mode} (e.g. {paths[0]}): {REMARKABLE[mode]}" for mode, paths in files.items()
-        ]
-        deep = files.get("16-bit")
-        if deep:
-            train = set(listing.table.loc[listing.table["split"] == "train", "image_path"])
-            bits = self.bit_depth or infer_bit_depth([path for path in deep if path in train] or deep)
-            bit_depths[label] = bits
-            how = "as declared" if self.bit_depth else "inferred from the brightest values; declare bit_depth to fix it"
-            notes.append(f"16-bit images are read as {bits} bits ({how})")
-        if notes:
-            warnings.warn(f"{label}: " + "; ".join(notes), stacklevel=3)
+    def _short_batch(self) -> bool:
+        """Whether dropping the last batch would leave a process without any."""
+        return self.drop_last and len(self._rows("train")) <= (self.batch_size - 1) * self._place()[0]
 
     def normalise(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Normalise pixels so from now on, unless the constructor was given a mean and a std."""
@@ -301,7 +275,7 @@ class UnifiedDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Training images in the order of the own seeded sampler."""
         rows = self._rows("train")
-        dataset = TableDataset(rows, self._source, self.mean, self.std, self._augmentation(), self._anomalies())
+        dataset = self._dataset(rows, self._augmentation(), self._anomalies())
         sampler = TrainSampler(
             dataset,
             [row.dataset for row in rows],
@@ -310,7 +284,7 @@ class UnifiedDataModule(L.LightningDataModule):
             self.seed,
             *self._place(),
         )
-        return self._loader(dataset, sampler, self.batch_size, self.drop_last)
+        return self._loader(dataset, sampler, self.batch_size, self.drop_last and not self._short_batch())
 
     def train_images(self) -> DataLoader:
         """Every training image exactly once over all processes, in table order and without augmentation."""
@@ -333,14 +307,14 @@ class UnifiedDataModule(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader | list:
         """Held-out normal images; an empty list if nothing is held out."""
         rows = self._rows("val")
-        return self._eval_loader(rows) if rows else []
+        return self._eval_loader(rows, repeat=True) if rows else []
 
     def test_dataloader(self) -> DataLoader:
-        """Every test image exactly once over all processes; of data without any, the `normal_images`.
+        """Every test image once over all processes (see `EvalSampler`); of data without any, the `normal_images`.
 
         The latter measure nothing, but give a run that only predicts its scale.
         """
-        return self._eval_loader(self._test_rows() or self._normal_rows())
+        return self._eval_loader(self._test_rows() or self._normal_rows(), repeat=True)
 
     @property
     def has_test_images(self) -> bool:
@@ -354,45 +328,71 @@ class UnifiedDataModule(L.LightningDataModule):
     def _test_rows(self) -> list[Row]:
         return [row for row in self._rows("test") if row.id not in self.left_out]
 
-    def image_batch(self, ids: Sequence[int]) -> dict[str, Any]:
+    def image_batch(self, ids: Sequence[int]) -> Batch:
         """One batch of chosen images, by id, read from disk whether or not features are cached."""
-        rows = {row.id: row for split in SPLITS for row in self._rows(split)}
-        dataset = TableDataset([rows[i] for i in ids], self._source, self.mean, self.std)
+        rows = {row.id: row for row in self._rows(*SPLITS)}
+        dataset = self._dataset([rows[i] for i in ids])
         return collate([dataset[position] for position in range(len(dataset))])
 
     def predict_dataloader(self) -> DataLoader:
         """Images under `predict_root`: label -1, anomaly_type "unknown", category "", no masks."""
         if self.predict_root is None:
             raise DataError("Nothing to predict on: give the data option predict_root, a folder of images or a file.")
-        rows = [Row(number, "", "", UNKNOWN, "unknown", path, ()) for number, path in enumerate(self._predict_paths())]
-        return self._eval_loader(rows)
+        return self._eval_loader(self._unknown or unknown_rows(self.predict_root), repeat=True)
 
-    def _predict_paths(self) -> list[str]:
-        root = Path(self.predict_root).expanduser()
-        found = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        found = [p for p in found if not p.name.startswith(".") and "ground_truth" not in p.relative_to(root).parts]
-        paths = list(map(str, found))
-        if not paths:
-            raise DataError(f"predict_root {root}: no image there (looked for {', '.join(IMAGE_SUFFIXES)}).")
-        return paths
+    # -- cached features -------------------------------------------------------------------------------------------
 
-    def _predict_depth(self) -> dict[str, int]:
-        """The bit depth of 16-bit images under `predict_root`: the declared one, which a run's configuration holds."""
-        if self.bit_depth is not None:
-            return {"": self.bit_depth}
-        deep = [path for path in self._predict_paths() if _odd_mode(path) == "16-bit"]
-        if not deep:
-            return {}
-        bits = infer_bit_depth(deep)
-        warnings.warn(
-            f"{len(deep)} 16-bit images are read as {bits} bits (inferred); declare bit_depth to fix it", stacklevel=3
-        )
-        return {"": bits}
+    def symmetric_rows(self) -> list[Row] | None:
+        """Training images as the augmentation flips and turns them; None if they are changed in more ways than that.
 
-    def _rows(self, split: str) -> list[Row]:
+        Raises:
+            DataError: images would be turned by 90 degrees that are not square.
+        """
+        if self.anomalies is not None:
+            return None
+        # Those of held-out images too: an entry then serves any holdout.
+        return symmetric_rows(self._rows("train", "val"), self._augmentation(), self.image_size)
+
+    def all_images(self, first: int, batch_size: int, symmetric: Sequence[Row] = ()) -> DataLoader:
+        """Every image of the table in the order of ids, then ``symmetric``, each with its uint8 ``pixels`` (3, H, W).
+
+        ``first`` of them are left out.
+        """
+        rows = [*self._rows(*SPLITS), *symmetric][first:]
+        # Every image is read once, but for symmetries: those of one image follow each other.
+        dataset = TableDataset(rows, LastImage(self._image_source()), self.mean, self.std, pixels=True)
+        return image_loader(dataset, None, batch_size, self._workers())
+
+    def content(self) -> str:
+        """Hash of all images and masks in the order of their ids, for the key of a cache; see `content_hash`."""
+        return content_hash(self.table, self._reading.roots, self._rules)
+
+    def serve_images_from(self, cache: FeatureCache) -> None:
+        """From now on images and masks of the table are read, decoded and resized, from an entry that holds them."""
+        self._source = CachedImages(cache, self._source)
+
+    def serve_from(
+        self, cache: FeatureCache, device: torch.device, resident_bytes: int, symmetric: Sequence[Row] = ()
+    ) -> None:
+        """From now on training, validation and test batches carry ``features`` from the cache instead of images.
+
+        Args:
+            cache: An entry for this table.
+            device: Where training happens; splits are copied there once, as long as they fit.
+            resident_bytes: How much may be copied; what does not fit is read from disk batch by batch.
+            symmetric: The rows of the entry that follow those of the table.
+        """
+        trained = {row.id for row in self._rows("train")}
+        places = enumerate(symmetric, len(self.table))
+        turned = {(row.id, row.symmetry): place for place, row in places if row.id in trained}
+        self._served = CachedSplits(cache, device, resident_bytes, turned, self._augmentation())
+
+    # -- batches ---------------------------------------------------------------------------------------------------
+
+    def _rows(self, *splits: str) -> list[Row]:
         if self.table is None:
             raise DataError("Call setup() before asking for batches.")
-        return table_rows(self.table, split)
+        return table_rows(self.table, *splits)
 
     def _augmentation(self) -> Augmentation | None:
         return None if self.augmentation == "none" else Augmentation(self.augmentation, self.categories)
@@ -406,115 +406,28 @@ class UnifiedDataModule(L.LightningDataModule):
         """What anomalies training images get, in words for the run's record."""
         return self._anomalies().describe() if self.anomalies is not None else ""
 
-    def _eval_loader(self, rows: Sequence[Row]) -> DataLoader:
-        dataset = TableDataset(rows, self._source, self.mean, self.std)
-        return self._loader(dataset, EvalSampler(dataset, *self._place()), self.eval_batch_size)
+    def _dataset(
+        self, rows: Sequence[Row], augmentation: Augmentation | None = None, anomalies: Anomalies | None = None
+    ) -> TableDataset:
+        return TableDataset(rows, self._source, self.mean, self.std, augmentation, anomalies)
 
-    # -- cached features -------------------------------------------------------------------------------------------
-
-    def symmetric_rows(self) -> list[Row] | None:
-        """Training images as the augmentation flips and turns them; None if they are changed in more ways than that.
-
-        Raises:
-            DataError: images would be turned by 90 degrees that are not square.
-        """
-        if self.anomalies is not None:
-            return None
-        augmentation = self._augmentation()
-        if augmentation is None:
-            return []
-        found = {key: augmentation.symmetries(key) for key in self.categories}
-        if None in found.values():
-            return None
-        height, width = self.image_size
-        turned = [key for key, symmetries in found.items() if any(symmetry % 2 for symmetry in symmetries)]
-        if turned and height != width:
-            raise not_square(turned[0])
-        # Those of held-out images too: an entry then serves any holdout.
-        rows = [row for split in ("train", "val") for row in self._rows(split)]
-        rows.sort(key=lambda row: row.id)
-        return [row._replace(symmetry=symmetry) for row in rows for symmetry in found[row.category] if symmetry]
-
-    def all_images(self, first: int, batch_size: int, symmetric: Sequence[Row] = ()) -> DataLoader:
-        """Every image of the table in the order of ids, then ``symmetric``, each with its uint8 ``pixels`` (3, H, W).
-
-        ``first`` of them are left out.
-        """
-        rows = sorted((row for split in SPLITS for row in self._rows(split)), key=lambda row: row.id)
-        rows = [*rows, *symmetric][first:]
-        # Every image is read once, but for symmetries: those of one image follow each other.
-        source = LastImage(ImageSource(self.image_size, self.resize, **self._rules))
-        dataset = TableDataset(rows, source, self.mean, self.std, pixels=True)
-        return DataLoader(
-            dataset, batch_size, num_workers=self._workers(), collate_fn=collate, worker_init_fn=_quiet_worker
-        )
-
-    def content(self) -> str:
-        """Hash of all images and masks in the order of their ids, for the key of a cache; see `content_hash`."""
-        return content_hash(self.table, self._roots, self._rules)
-
-    def serve_images_from(self, cache: FeatureCache) -> None:
-        """From now on images and masks of the table are read, decoded and resized, from an entry that holds them."""
-        self._source = CachedImages(cache, self._source)
-
-    def serve_from(
-        self, cache: FeatureCache, device: torch.device, resident_bytes: int, symmetric: Sequence[Row] = ()
-    ) -> None:
-        """From now on training, validation and test batches carry ``features`` from the cache instead of images.
-
-        Args:
-            cache: An entry for this table.
-            symmetric: The rows of the entry that follow those of the table.
-            device: Where training happens; splits are copied there once, as long as they fit.
-            resident_bytes: How much may be copied; what does not fit is read from disk batch by batch.
-        """
-        self._cache, self._resident_on, self._resident_room = cache, device, resident_bytes
-        trained = {row.id for row in self._rows("train")} if symmetric else set()
-        places = enumerate(symmetric, len(self.table))
-        self._symmetric = {(row.id, row.symmetry): place for place, row in places if row.id in trained}
-        self._resident.clear()
-
-    def _served(self, rows: list[Row]) -> CachedBatches:
-        """The rows' batches, copied to the device if they fit; made once per split."""
-        key = tuple(row.id for row in rows)
-        if key not in self._resident:
-            ids = set(key)
-            symmetric = {which: place for which, place in self._symmetric.items() if which[0] in ids}
-            needed = (len(rows) + len(symmetric)) * sum(level[0].nbytes for level in self._cache.levels)
-            normalised = TableDataset(rows, self._source, self.mean, self.std).normalised
-            fits = needed <= self._resident_room
-            self._resident_room -= needed if fits else 0
-            device = self._resident_on if fits else None
-            self._resident[key] = CachedBatches(self._cache, rows, normalised, device, symmetric, self._augmentation())
-        return self._resident[key]
+    def _eval_loader(self, rows: Sequence[Row], repeat: bool = False) -> DataLoader:
+        dataset = self._dataset(rows)
+        return self._loader(dataset, EvalSampler(dataset, *self._place(), repeat), self.eval_batch_size)
 
     def _loader(
         self, dataset: TableDataset, sampler: DistributedSampler, batch_size: int, drop_last: bool = False
     ) -> DataLoader:
-        workers = self._workers()
-        if self._cache is not None and dataset.rows[0].label != UNKNOWN:
-            workers = 0 if self._resident_on.type == "cpu" else workers  # a batch is one copy of a millisecond
-            return cached_loader(self._served(dataset.rows), sampler, batch_size, drop_last, workers)
-        return DataLoader(
-            dataset,
-            batch_size=batch_size,
-            sampler=sampler,
-            num_workers=workers,
-            collate_fn=collate,
-            drop_last=drop_last,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=workers > 0,
-            worker_init_fn=_quiet_worker,
-            # An own generator: loaders then take nothing from the global one that dropout and noise draw from.
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+        if self._served is not None and dataset.rows[0].label != UNKNOWN:
+            # On a CPU a batch is one copy of a millisecond.
+            workers = 0 if self._served.device.type == "cpu" else self._workers()
+            return cached_loader(self._served.batches(dataset), sampler, batch_size, drop_last, workers)
+        return image_loader(dataset, sampler, batch_size, self._workers(), drop_last)
 
     def _workers(self) -> int:
         if self.num_workers is not None:
             return self.num_workers
-        if self.table is None or (self.table["split"] == "train").sum() <= SMALL:
-            return 0
-        return max(0, min(8, (os.cpu_count() or 1) - 1))
+        return 0 if self.table is None else usual_workers(int((self.table["split"] == "train").sum()))
 
     def _place(self) -> tuple[int, int]:
         """(number of processes, rank of this one)."""
@@ -523,14 +436,3 @@ class UnifiedDataModule(L.LightningDataModule):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return torch.distributed.get_world_size(), torch.distributed.get_rank()
         return 1, 0
-
-
-def _odd_mode(path: str) -> str | None:
-    """The mode of an image that deserves a word, from its header; None for any other."""
-    mode = read_header(path).mode if path.lower().endswith((".png", ".tif", ".tiff")) else None
-    return mode if mode in REMARKABLE else None
-
-
-def _quiet_worker(worker: int) -> None:
-    """One thread per worker: OpenCV would otherwise start one per core in each of them."""
-    cv2.setNumThreads(0)

@@ -116,11 +116,6 @@ class DeSTSeg(ReconstructionModule):
                 "DeSTSeg learns from synthetic anomalies: set data.init_args.anomalies, for example "
                 "--data.init_args.anomalies.source=textures (drawn) or dtd with anomalies.folder (the paper's)."
             )
-        if data.drop_last and not len(data.train_dataloader()):
-            raise DataError(
-                f"No batch of {data.batch_size} training images is full and drop_last leaves out any other: lower "
-                "data.init_args.batch_size, or set data.init_args.drop_last=false."
-            )
         self.anomalies = data.describe_anomalies()
 
     def on_train_start(self) -> None:

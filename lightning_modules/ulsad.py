@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from datamodules.errors import DataError
 from lightning_modules.base import ImageSize, OptimizerConfig, Recipe, ReconstructionModule
+from lightning_modules.metrics.sync import Group
 from models.backbones import BackboneConfig
 from models.head import HeadConfig, ScoredMaps
 from models.layers.quantiles import StreamingQuantiles
@@ -216,7 +217,7 @@ class ULSAD(ReconstructionModule):
                 self.network.statistics.update(self.features(batch)[0], batch["dataset"])
         own = self.network.statistics.moments()
         self.network.statistics.reset()
-        for moments in _from_all_processes(own):
+        for moments in Group().gather_objects(own):
             self.network.statistics.merge(moments)
         self.network.statistics.finish()
 
@@ -261,7 +262,7 @@ class ULSAD(ReconstructionModule):
             for number, group in enumerate(batch["dataset"]):
                 if batch["label"][number] == 0:
                     kept.setdefault(group, []).append(maps[number])
-        groups = sorted({group for groups in _from_all_processes(list(kept)) for group in groups})
+        groups = sorted({group for groups in Group().gather_objects(list(kept)) for group in groups})
         branches = self.network.branches
         values = {}
         for group in groups:
@@ -276,7 +277,7 @@ class ULSAD(ReconstructionModule):
             for chunk in chunks:
                 levels = list(chunk.to(self.device).unbind(1))
                 quantiles.update(self.head.score(levels, self.image_size, selection=[branch]).maps)
-            quantiles.counts = torch.stack(_from_all_processes(quantiles.counts)).sum(0)
+            quantiles.counts = torch.stack(Group().gather_objects(quantiles.counts)).sum(0)
             if number == 1:
                 quantiles.next_pass()
         return dict(zip(quantiles.probabilities, quantiles.result(), strict=True))
@@ -290,12 +291,3 @@ class ULSAD(ReconstructionModule):
         scale = f"quantiles {self._estimates} of {', '.join(groups)}" if groups else "maps added without quantiles"
         statistics = self.network.statistics.groups
         return [f"channel statistics per dataset: {', '.join(statistics)}", scale]
-
-
-def _from_all_processes(value: Any) -> list[Any]:
-    """The value of every process, in the order of ranks."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [value]
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, value)
-    return gathered

@@ -24,10 +24,11 @@ import torch
 import xxhash
 from torch import Tensor
 
-from datamodules.cache.folder import locked, make_room
+from datamodules.cache.folder import entries, locked, make_room, remove
 from datamodules.problems import number_of
+from results.common.files import sync_folder, write_json
 
-VERSION = 3
+VERSION = 4
 """Of the layout and of the way features are computed; raising it makes all older entries stale."""
 
 DTYPES = ("float32", "float16")
@@ -127,6 +128,11 @@ class FeatureCache:
         """Whether every row has the checksum that it was written with; reads the entry once."""
         return _first_damaged(self._arrays, self._checksums) == len(self._checksums)
 
+    def mask(self, row: int) -> np.ndarray:
+        """Mask bool (H, W) of a row."""
+        height, width = self.image_size
+        return np.unpackbits(self.masks[row], count=height * width).view(bool).reshape(height, width)
+
     def let_go(self) -> None:
         """Drops what was read from this process's memory."""
         _let_go(self._arrays)
@@ -192,6 +198,10 @@ def open_or_build(
                     return cache
             announce(f"{folder} is damaged; it is built anew.")
             shutil.rmtree(folder)
+        for old in entries(root):
+            if old.complete and old.version < VERSION and old.title == spec.title:
+                announce(f"{old.folder} has an older layout (version {old.version}, now {VERSION}); it is built anew.")
+                remove(old)
         _build(root, spec, rows, compute, budget, announce)
         return FeatureCache(folder)
 
@@ -246,18 +256,17 @@ def _build(
         raise RuntimeError(f"{partial}: {done} of {rows} rows were computed.")
     _flush(partial, arrays, checksums, done)
     meta = {"spec": asdict(spec), "title": spec.title, "arrays": list(arrays), "rows": rows, "version": VERSION}
-    (partial / "meta.json").write_text(json.dumps(meta))
+    write_json(partial / "meta.json", meta)
     (partial / "state.json").unlink()
     partial.rename(root / spec.key)
+    sync_folder(root)
 
 
 def _flush(partial: Path, arrays: dict[str, np.ndarray], checksums: np.ndarray, done: int) -> None:
     """Writes everything to disk, and only then that it is there."""
     for array in (*arrays.values(), checksums):
         array.flush()
-    temporary = partial / "state.tmp"
-    temporary.write_text(json.dumps({"done": done, "arrays": list(arrays)}))
-    temporary.replace(partial / "state.json")
+    write_json(partial / "state.json", {"done": done, "arrays": list(arrays)})
 
 
 def _unfinished(partial: Path, rows: int) -> tuple[int, dict[str, np.ndarray], np.ndarray | None]:

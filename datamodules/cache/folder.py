@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from results.common.files import read_json
+from results.common.lock import Lock
 
 
 class CacheTooLargeError(RuntimeError):
@@ -26,6 +27,7 @@ class Entry:
         nbytes: Bytes on disk.
         used: When it was last opened, in seconds since the epoch.
         complete: False for an interrupted build.
+        version: Of its layout; 0 for an interrupted build.
     """
 
     folder: Path
@@ -33,6 +35,7 @@ class Entry:
     nbytes: int
     used: float
     complete: bool
+    version: int
 
     @property
     def key(self) -> str:
@@ -48,10 +51,11 @@ def entries(root: Path) -> list[Entry]:
         with contextlib.suppress(FileNotFoundError):  # another process has just removed or renamed it
             meta = folder / "meta.json"
             complete = meta.is_file() and folder.suffix != ".partial"
-            title = json.loads(meta.read_text()).get("title", "?") if complete else "interrupted build"
+            about = ({"title": "damaged"} | read_json(meta)) if complete else {"title": "interrupted build"}
             files = [file.stat() for file in folder.iterdir()]
             used = meta.stat().st_mtime if complete else max((f.st_mtime for f in files), default=0.0)
-            found.append(Entry(folder, title, sum(f.st_size for f in files), used, complete))
+            size, version = sum(f.st_size for f in files), about.get("version", 0)
+            found.append(Entry(folder, about.get("title", "?"), size, used, complete, version))
     return sorted(found, key=lambda entry: entry.used)
 
 
@@ -84,15 +88,16 @@ def make_room(root: Path, needed: int, budget: int) -> None:
 @contextlib.contextmanager
 def locked(root: Path, key: str, waiting: Callable[[], None] | None) -> Iterator[None]:
     """Holds the entry's lock; without ``waiting``, BlockingIOError if another process holds it."""
-    with open(root / f"{key}.lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if waiting is None:
-                raise
-            waiting()
-            fcntl.flock(file, fcntl.LOCK_EX)
+    lock = Lock(root / f"{key}.lock")
+    if not lock.acquire():
+        if waiting is None:
+            raise BlockingIOError(f"{root / key} is in use")
+        waiting()
+        lock.acquire(wait=True)
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def age(seconds_since_epoch: float) -> str:

@@ -1,4 +1,4 @@
-"""Batches from a cache entry, in the place of those from image files."""
+"""What a cache entry is filled with besides the table's images, and batches from it in the place of those from files."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
-from datamodules.augmentation import Augmentation
+from datamodules.augmentation import Augmentation, not_square
 from datamodules.cache.entry import FeatureCache
-from datamodules.dataset import UNKNOWN, Batch, ImageSource, Row
+from datamodules.dataset import UNKNOWN, Batch, ImageSource, Row, TableDataset
 from datamodules.sampling import Draw
 
 
@@ -31,11 +31,19 @@ class CachedImages:
         """Image uint8 (H, W, 3) and mask bool (H, W)."""
         if row.label == UNKNOWN:
             return self.source.load(row)
-        height, width = self.cache.image_size
-        mask = np.unpackbits(self.cache.masks[row.id], count=height * width).view(bool).reshape(height, width)
         image = np.ascontiguousarray(self.cache.images[row.id].transpose(1, 2, 0))
+        mask = self.mask(row)
         self.cache.let_go()
         return image, mask
+
+    def mask(self, row: Row) -> np.ndarray:
+        """Mask bool (H, W) of a row of the table."""
+        return self.cache.mask(row.id)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)."""
+        return self.cache.image_size
 
 
 class CachedBatches(Dataset):
@@ -123,6 +131,62 @@ class Batches(BatchSampler):
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning at the start of an epoch."""
         self.sampler.set_epoch(epoch)
+
+
+class CachedSplits:
+    """The batches of each split from one entry, copied to the training device as long as they fit there.
+
+    Args:
+        cache: The open entry.
+        device: Where training happens.
+        room: Bytes that may be copied there.
+        symmetric: (id, symmetry) of training images -> row of the entry.
+        augmentation: Decides which symmetry a training draw gets.
+    """
+
+    def __init__(
+        self,
+        cache: FeatureCache,
+        device: torch.device,
+        room: int,
+        symmetric: Mapping[tuple[int, int], int],
+        augmentation: Augmentation | None,
+    ) -> None:
+        self.cache, self.device, self.room = cache, device, room
+        self.symmetric, self.augmentation = symmetric, augmentation
+        self._made: dict[tuple[int, ...], CachedBatches] = {}
+
+    def batches(self, dataset: TableDataset) -> CachedBatches:
+        """Those of the dataset's rows; made once per split."""
+        key = tuple(row.id for row in dataset.rows)
+        if key not in self._made:
+            ids = set(key)
+            symmetric = {which: place for which, place in self.symmetric.items() if which[0] in ids}
+            needed = (len(key) + len(symmetric)) * sum(level[0].nbytes for level in self.cache.levels)
+            fits = needed <= self.room
+            self.room -= needed if fits else 0
+            device = self.device if fits else None
+            self._made[key] = CachedBatches(
+                self.cache, dataset.rows, dataset.normalised, device, symmetric, self.augmentation
+            )
+        return self._made[key]
+
+
+def symmetric_rows(rows: Sequence[Row], augmentation: Augmentation | None, size: tuple[int, int]) -> list[Row] | None:
+    """The rows as the augmentation flips and turns them; None if it makes more of them than symmetries.
+
+    Raises:
+        DataError: images would be turned by 90 degrees that are not square.
+    """
+    if augmentation is None:
+        return []
+    found = {key: augmentation.symmetries(key) for key in dict.fromkeys(row.category for row in rows)}
+    if None in found.values():
+        return None
+    turned = [key for key, symmetries in found.items() if any(symmetry % 2 for symmetry in symmetries)]
+    if turned and size[0] != size[1]:
+        raise not_square(turned[0])
+    return [row._replace(symmetry=symmetry) for row in rows for symmetry in found[row.category] if symmetry]
 
 
 def cached_loader(

@@ -10,10 +10,11 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import ClassVar
 
-from datamodules.errors import DataError, did_you_mean
-from datamodules.problems import ERROR, WARNING, Problem, describe
+from datamodules.errors import DataError
+from datamodules.problems import ERROR, WARNING, Problem, describe, number_of, printable
 from datamodules.sample_table import GOOD, Sample, SampleTable, build_table
 from datamodules.tree import is_category, list_folders
+from results.common.nearest import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,23 @@ def list_dataset(
             lacking = "anomalous " if kinds == {True} else "normal " if kinds == {False} else ""
             what = f"no {lacking}test image, so that most scores of this category do not exist"
             problems.append(Problem(WARNING, "one-sided test set", category, what, (str(base),)))
+        problems.extend(_names_that_cannot_be_written(category, found))
         samples.extend(found)
     return Listing(reader, base, build_table(label or name, samples), tuple(problems), tuple(available))
+
+
+def _names_that_cannot_be_written(category: str, samples: Sequence[Sample]) -> list[Problem]:
+    """Names that are not UTF-8 would end a run when its record, full of names, is written."""
+    names = [name for sample in samples for name in (sample.image_path, *sample.mask_paths)]
+    try:
+        "".join(names).encode()
+        return []
+    except UnicodeEncodeError:
+        bad = tuple(name for name in names if printable(name) != name)
+    what = (
+        f"{number_of(len(bad), 'name')} not in UTF-8: rename them, for example by convmv -f latin1 -t utf8 -r --notest"
+    )
+    return [Problem(ERROR, "unreadable name", category, what, bad)]
 
 
 def raise_on_errors(listing: Listing) -> None:
@@ -172,5 +188,8 @@ def _what_is_there(root: Path) -> str:
     for folder in folders:
         if any(is_category(inner) for inner in list_folders(folder)):
             return f"Its folder {folder.name} holds categories: did you mean {folder}?"
+    for part in (part for folder in (root, *folders) for part in list_folders(folder)):
+        if part.name.casefold() in ("train", "training"):
+            return f"{part} has to be called train."
     names = ", ".join(folder.name for folder in folders[:8]) or "no folder"
     return f"It holds {names}."

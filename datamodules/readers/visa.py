@@ -10,12 +10,14 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+from datamodules.errors import DataError
 from datamodules.problems import ERROR, Problem
 from datamodules.readers.base import Counts, DatasetReader, register
-from datamodules.sample_table import GOOD, Sample
+from datamodules.sample_table import GOOD, SPLITS, Sample
 from datamodules.tree import read_tree
 
 _CSV = Path("split_csv") / "1cls.csv"
+_COLUMNS = ("object", "split", "label", "image", "mask")
 
 
 @register
@@ -75,5 +77,32 @@ class VisA(DatasetReader):
 
 
 def _split(root: Path) -> list[dict[str, str]]:
-    with open(root / _CSV, newline="", encoding="utf-8-sig") as file:
-        return list(csv.DictReader(file))
+    """Rows of the split file; DataError with file and line for one that is not as the authors write it."""
+    path = root / _CSV
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            lines = csv.reader(file)
+            header = next(lines, [])
+            if missing := [column for column in _COLUMNS if column not in header]:
+                raise DataError(
+                    f"{path}, line 1: no column {', '.join(missing)} in {header}; columns are {', '.join(_COLUMNS)}, "
+                    "separated by commas."
+                )
+            rows = []
+            for cells in filter(any, lines):
+                row = dict(zip(header, cells, strict=False))
+                for column, allowed in (("split", SPLITS), ("label", ("normal", "anomaly"))):
+                    if row.get(column) not in allowed:
+                        found = f"{column} {row[column]!r}" if column in row else f"only {len(cells)} cells, {cells}"
+                        raise DataError(
+                            f"{path}, line {lines.line_num}: {found}; {column} is one of {', '.join(allowed)}."
+                        )
+                if not row["object"] or not row.get("image") or (row["label"] == "anomaly" and "mask" not in row):
+                    raise DataError(
+                        f"{path}, line {lines.line_num}: {len(cells)} cells, {cells}; a row names its object, split, label "
+                        "and image, and an anomaly's mask."
+                    )
+                rows.append({"mask": ""} | row)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: not a CSV file in UTF-8: {error}.") from error
+    return rows

@@ -15,10 +15,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from datamodules.errors import DataError, did_you_mean
+from datamodules.errors import DataError
 from datamodules.synthetic.canvas import blur, expose
 from datamodules.synthetic.categories import CATEGORIES, LOGICAL
 from datamodules.synthetic.defects import STRUCTURAL
+from results.common.nearest import did_you_mean
 
 VERSION = 1
 """Raised whenever the generator's pictures change: results on different versions do not compare."""

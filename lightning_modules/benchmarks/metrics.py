@@ -21,9 +21,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from lightning_modules.metrics.counting import kernels
-from lightning_modules.metrics.evaluation import default_threads
-from lightning_modules.metrics.metric import AnomalyMetrics
+from lightning_modules.metrics import AnomalyMetrics
 
 BATCH = 32
 Numbers = dict[str, float]
@@ -203,12 +201,10 @@ def whole_set(categories: int, images: int, size: int, rounds: int) -> str:
         if turn == 0 and held is not None:
             extra = memory("VmHWM") - held
             state = held - before - pixels * 4 / 2**20
-    compiled = kernels(pixels) is not None
-    how = f"{default_threads(compiled)} threads, {'with' if compiled else 'without'} numba"
     used = f", {extra:.0f} MB in compute, {state:.0f} MB in the state (allocator included)" if held is not None else ""
     return (
         f"{categories * images} maps of {size}x{size} in {categories} categories ({pixels / 1e6:.1f} M pixels), every "
-        f"metric per category, mean and pooled, {how}: update {updates[0]:.2f} s (with labelled "
+        f"metric per category, mean and pooled: update {updates[0]:.2f} s (with labelled "
         f"regions {min(updates[1:], default=updates[0]):.2f} s), compute {min(computes):.2f} s "
         f"(CPU {min(cpu):.2f} s; the first {computes[0]:.2f} s); above the maps ({pixels * 4 / 2**20:.0f} MB){used}"
     )

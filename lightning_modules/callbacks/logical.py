@@ -21,8 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datamodules.readers.mvtec_loco import CONFIG, load_regions
+from lightning_modules.metrics.means import mean_over_categories
 from lightning_modules.metrics.ranking import rank
 from lightning_modules.metrics.spro import LIMITS, Region, Sample, saturation_area, spro_curve
+from lightning_modules.metrics.sync import Group
 
 TYPES = ("logical", "structural")
 MEAN = "types"
@@ -93,6 +95,7 @@ class LogicalEvaluation:
 
     def rows(self) -> pd.DataFrame:
         """Rows for metrics.csv: per category, and unweighted means over the categories."""
+        self._group = Group()
         self._gather()
         rows = []
         for variant, scores in self._scores.items():
@@ -110,14 +113,13 @@ class LogicalEvaluation:
         return pd.DataFrame(rows, columns=columns)
 
     def _gather(self) -> None:
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return
-        gathered: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(gathered, (self._scores, self._maps))
-        for scores, maps in gathered:
+        """The image scores of all processes. Maps stay where they are; an image of several counts in the first."""
+        owned = self._group.gather_objects((self._scores, list(self._maps)))
+        for scores, _ in owned:
             for variant, values in scores.items():
                 self._scores.setdefault(variant, {}).update(values)
-            self._maps.update(maps)
+        earlier = {image for _, images in owned[: self._group.rank] for image in images}
+        self._counted = set(self._maps) - earlier
 
     def _of(self, key: str, kind: str) -> list[int]:
         """Ids of a category's scored images that are good or of one anomaly type."""
@@ -146,7 +148,7 @@ class LogicalEvaluation:
             curve, reason = None, f"no {CONFIG}"
             if self._saturated[key]:
                 try:
-                    curve, reason = spro_curve(lambda ids=ids: self._samples(ids)), ""
+                    curve, reason = spro_curve(lambda ids=ids: self._samples(ids), group=self._group), ""
                 except ValueError as error:
                     if any(self._rows[i].mask_paths for i in ids):
                         raise
@@ -160,13 +162,13 @@ class LogicalEvaluation:
         return values
 
     def _samples(self, ids: Sequence[int]) -> Iterator[Sample]:
-        """Maps at the masks' resolution, one at a time; good images at that of the category's first mask."""
+        """This process's maps at the masks' resolution, one at a time; good images at that of the first mask."""
         good_size = None
         for i in ids:
             if self._rows[i].mask_paths:
                 good_size = load_regions(self._rows[i].mask_paths)[0].mask.shape
                 break
-        for i in ids:
+        for i in (i for i in ids if i in self._counted):
             regions = [
                 Region(r.mask, saturation_area(int(r.mask.sum()), r.defect.saturation_threshold, r.defect.relative))
                 for r in load_regions(self._rows[i].mask_paths)
@@ -181,11 +183,7 @@ class LogicalEvaluation:
     def _means(values: Sequence[tuple[str, dict[str, tuple[float, int, str]]]]) -> list[tuple[str, float, int, str]]:
         rows = []
         for metric in dict.fromkeys(metric for _, own in values for metric in own):
-            numbers = {key: own[metric][0] for key, own in values}
-            defined = [value for value in numbers.values() if not math.isnan(value)]
-            missing = [key for key, value in numbers.items() if math.isnan(value)]
-            reason = f"undefined in {', '.join(missing)}" if missing else ""
-            rows.append((metric, math.fsum(defined) / len(defined) if defined else math.nan, len(defined), reason))
+            rows.append((metric, *mean_over_categories((key, own[metric][0]) for key, own in values)))
         return rows
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_modules.callbacks.history import History
+from results.common.files import write_json
 
 
 class Progress(L.Callback):
@@ -61,11 +59,3 @@ class PlainProgress(L.Callback):
 def write_progress(path: Path, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:
     """Writes the progress file of the sweep runner."""
     write_json(path, {"epoch": epoch, "epochs": epochs, "metrics": dict(metrics)})
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content))
-    temporary.replace(path)

@@ -39,8 +39,8 @@ def update_metrics(metrics: AnomalyMetrics, batch: Mapping[str, Any], scored: Sc
 class Evaluation(L.Callback):
     """Collects maps and scores during ``trainer.test`` and computes every metric at its end.
 
-    Maps wait on the accelerator that they were made on; those of a CPU in memory, or, if all variants together would take
-    more than :data:`MAPS_IN_MEMORY`, in a temporary file of the run's folder.
+    Maps wait in memory, or, if all variants together would take more than :data:`MAPS_IN_MEMORY`, in a temporary file of
+    the run's folder.
 
     After the test, :attr:`result` holds one long table over all variants, :attr:`image_scores` one row per image, and
     :attr:`colour_scale` the ends of a colour scale on which normal images are dark: the median pixel, and the 90 %
@@ -109,8 +109,11 @@ class Evaluation(L.Callback):
         table["category"] = [category.removeprefix(f"{dataset}/") for dataset, category in keys]
         self.result.table = table
         group = Group()
-        rows = [row for part in group.gather_objects(self._rows) for row in part]
-        middles, peaks = np.array([pair for part in group.gather_objects(self._ranges) for pair in part]).T
+        # A process without images of its own repeats one: each id counts once.
+        gathered = group.gather_objects(list(zip(self._rows, self._ranges, strict=True)))
+        once = {row[0]: (row, ends) for part in gathered for row, ends in part}
+        rows = [row for row, _ in once.values()]
+        middles, peaks = np.array([ends for _, ends in once.values()]).T
         self.colour_scale = float(np.median(middles)), float(np.quantile(peaks, 0.9))
         columns = ["id", "category", "anomaly_type", "label", "image_score", "path"]
         self.image_scores = pd.DataFrame(rows, columns=columns).sort_values("id", ignore_index=True)

@@ -6,16 +6,17 @@ import argparse
 import sys
 from pathlib import Path
 
+from PIL import Image
 from rich.console import Console
 
 from . import folder
-from .table import render
+from .rendering import render
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m lightning_modules.metrics",
+        prog=f"python -m {__package__}",
         description="Score saved anomaly maps against masks, exactly.",
         epilog=folder.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -26,13 +27,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--fpr-limits", default="0.3", help="limits of AUPRO, separated by commas (default: 0.3)")
     parser.add_argument("--connectivity", type=int, default=8, choices=(4, 8), help="of the regions of AUPRO")
     parser.add_argument("--no-pooled", action="store_true", help="leave the pooled ranking of all categories out")
+    parser.add_argument("--max-megapixels", type=float, default=folder.MAX_MEGAPIXELS, help="larger files are refused")
     parser.add_argument("--on-disk", type=Path, metavar="DIRECTORY", help="keep the maps in temporary files there")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write every number, in long form")
     parser.add_argument("--definitions", action="store_true", help="print what each number means")
     args = parser.parse_args(arguments)
+    Image.MAX_IMAGE_PIXELS = None  # --max-megapixels is the one limit
     try:
         metrics = folder.score_maps(
             folder.find_maps(args.path, args.masks),
+            args.max_megapixels,
             metrics=args.metrics.split(",") if args.metrics else None,
             fpr_limits=[float(limit) for limit in args.fpr_limits.split(",")],
             connectivity=args.connectivity,
@@ -40,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
             maps_directory=args.on_disk,
         )
         result = metrics.compute()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow's for damaged files
         print(f"error: {error}", file=sys.stderr)
         return 2
     table = render(result)
@@ -55,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name, text in result.definitions.items():
             console.print(f"[bold]{name}[/bold]: {text}")
     if args.csv:
-        result.table.to_csv(args.csv, index=False)
+        result.table.to_csv(args.csv, index=False, errors="surrogateescape")
     return 0
 
 

@@ -1,14 +1,16 @@
 """Scores of saved anomaly maps: a folder in MVTec's layout, or a CSV file that names the maps.
 
-Folder: `<category>/test/<defect>/<name>.npy|.npz|.tif|.tiff`, `good` being the normal images, and the masks in
-`<category>/ground_truth/<defect>/<name>_mask.png` (or `<name>.png`; other image formats and .npy as well) of the same
-folder or of another one, for example the data set itself. A defect without a folder of masks has no masks.
+Folder: `<category>/test/<defect>/<name>.npy|.npz|.tif|.tiff`, `good` (or `ok`, `normal`, in any case) being the normal
+images, and the masks in `<category>/ground_truth/<defect>/<name>_mask.png` (or `<name>.png`; other image formats and .npy
+as well; or a folder `<name>/` of masks whose union counts) of the same folder or of another one, for example the data set
+itself. A defect without a folder of masks has no masks.
 
 CSV: columns `map`, `category`, `label` (0 normal, 1 anomalous), and if wanted `mask`, `dataset`, `score`. Paths are
 relative to the file. An empty mask means that the mask of an anomalous image is not known.
 
-The image score is the `score` column, else the maximum of the map. Masks are anomalous where not zero, and are resized
-(nearest) to the map if their size differs.
+The image score is the `score` column, else the maximum of the map. Masks are anomalous where a colour is not zero, in lossy
+formats where it is above half of its range (a palette is resolved to its colours, alpha is ignored, EXIF orientation is
+applied), and are resized (nearest) to the map if their size differs.
 """
 
 from __future__ import annotations
@@ -19,12 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .metric import AnomalyMetrics
 
 MAP_SUFFIXES = (".npy", ".npz", ".tif", ".tiff")
-MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg", ".npy")
+MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".jp2", ".avif", ".npy")
+NORMAL_NAMES = ("good", "ok", "normal")
+MAX_MEGAPIXELS = 179.0
+_LOSSY_TIFF = ("jpeg", "tiff_jpeg", "old-jpeg", "webp", "jpeg2000")
 
 
 @dataclass(frozen=True)
@@ -61,21 +66,22 @@ def find_maps(path: Path, masks: Path | None = None) -> list[SavedMap]:
 
 def _row(file: Path, masks: Path) -> SavedMap:
     category, defect = file.parts[-4], file.parts[-2]
-    if defect == "good":
+    if defect.casefold() in NORMAL_NAMES:
         return SavedMap(file, category, 0)
     folder = masks / category / "ground_truth" / defect
     if not folder.is_dir():
         return SavedMap(file, category, 1)
-    for stem in (f"{file.stem}_mask", file.stem):
-        for suffix in MASK_SUFFIXES:
-            if (folder / (stem + suffix)).is_file():
-                return SavedMap(file, category, 1, folder / (stem + suffix))
+    there = {mask.name.casefold(): mask for mask in sorted(folder.iterdir(), reverse=True)}
+    for name in (*(stem + suffix for stem in (f"{file.stem}_mask", file.stem) for suffix in MASK_SUFFIXES), file.stem):
+        mask = there.get(name.casefold())
+        if mask is not None and mask.name.startswith(file.stem):
+            return SavedMap(file, category, 1, mask)
     raise FileNotFoundError(f"no mask for {file}: expected {folder / (file.stem + '_mask.png')}")
 
 
 def read_manifest(path: Path) -> list[SavedMap]:
     """Rows of a CSV file."""
-    with path.open(newline="") as stream:
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as stream:
         reader = csv.DictReader(stream)
         missing = {"map", "category", "label"} - set(reader.fieldnames or ())
         if missing:
@@ -98,7 +104,7 @@ def read_manifest(path: Path) -> list[SavedMap]:
     return rows
 
 
-def read_map(path: Path) -> np.ndarray:
+def read_map(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> np.ndarray:
     """float32 (H, W) anomaly map of a .npy, .npz (its only array, or the one named `map`) or TIFF file."""
     if path.suffix.lower() == ".npy":
         values = np.load(path)
@@ -108,7 +114,7 @@ def read_map(path: Path) -> np.ndarray:
                 raise ValueError(f"{path} holds {arrays.files}: expected one array, or one named 'map'")
             values = arrays["map" if "map" in arrays else arrays.files[0]]
     else:
-        with Image.open(path) as image:
+        with _image(path, max_megapixels) as image:
             values = np.asarray(image)
     values = np.squeeze(values)
     if values.ndim != 2 or not (np.issubdtype(values.dtype, np.floating) or np.issubdtype(values.dtype, np.integer)):
@@ -116,21 +122,67 @@ def read_map(path: Path) -> np.ndarray:
     return values.astype(np.float32)
 
 
-def read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """bool (H, W) mask, anomalous where the file is not zero, resized (nearest) to `size` = (height, width)."""
-    if path.suffix.lower() == ".npy":
-        values = np.squeeze(np.load(path)) != 0
-    else:
-        with Image.open(path) as image:
-            values = np.asarray(image.convert("L") if image.mode == "P" else image) != 0
-    if values.ndim == 3:
-        values = values[..., :3].any(axis=-1)
+def read_mask(path: Path, size: tuple[int, int], max_megapixels: float = MAX_MEGAPIXELS) -> np.ndarray:
+    """bool (H, W) mask of a file, or the union of a folder's, resized (nearest) to `size` = (height, width)."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(f for f in path.iterdir() if f.suffix.lower() in MASK_SUFFIXES and not f.name.startswith("."))
+    parts = [_marked(file, max_megapixels) for file in files]
+    if len({part.shape for part in parts}) != 1:
+        raise ValueError(f"{path}: expected masks of equal size, found {[part.shape for part in parts]}")
+    values = np.any(parts, axis=0)
     if values.shape == size:
         return values
     return np.asarray(Image.fromarray(values).resize(size[::-1], Image.Resampling.NEAREST))
 
 
-def score_maps(rows: Sequence[SavedMap], **options: object) -> AnomalyMetrics:
+def _marked(path: Path, max_megapixels: float) -> np.ndarray:
+    """bool (H, W): the data module's rule for masks, in lines of its own because this package stands alone."""
+    lossy = False
+    if path.suffix.lower() == ".npy":
+        values = np.squeeze(np.load(path))
+    else:
+        with _image(path, max_megapixels) as image:
+            lossy = image.format in ("JPEG", "MPO", "JPEG2000", "AVIF") or image.info.get("compression") in _LOSSY_TIFF
+            lossy |= image.format == "WEBP" and _lossy_webp(path.read_bytes())
+            if image.mode not in ("L", "I", "F", "I;16", "I;16B") and "16" in str(
+                image.tile[0][3] if image.tile else ""
+            ):
+                raise ValueError(f"{path}: a mask of 16-bit colours; save it as 8-bit grey")
+            ImageOps.exif_transpose(image, in_place=True)
+            image.info.pop("transparency", None)
+            if image.mode in ("1", "LA"):
+                values = np.asarray(image.convert("L"))
+            else:
+                values = np.asarray(image if image.mode[0] in "LIF" and image.mode != "LAB" else image.convert("RGB"))
+    if values.ndim == 3:
+        values = values[..., :3].max(axis=-1)
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise ValueError(f"{path}: the mask holds NaN or infinity; write 0 where nothing is marked")
+    return values > ((127 if values.dtype == np.uint8 else 32767) if lossy else 0)
+
+
+def _image(path: Path, max_megapixels: float) -> Image.Image:
+    image = Image.open(path)
+    if image.width * image.height > max_megapixels * 1e6:
+        image.close()
+        raise ValueError(
+            f"{path}: {image.width} x {image.height} pixels are more than {max_megapixels:g} megapixels allow"
+        )
+    return image
+
+
+def _lossy_webp(data: bytes) -> bool:
+    place = 12
+    while place + 8 <= len(data):
+        name, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
+        if name in (b"VP8 ", b"VP8L"):
+            return name == b"VP8 "
+        place += 24 if name == b"ANMF" else 8 + size + size % 2  # a frame's own chunks follow its 16 bytes
+    return True
+
+
+def score_maps(rows: Sequence[SavedMap], max_megapixels: float = MAX_MEGAPIXELS, **options: object) -> AnomalyMetrics:
     """`AnomalyMetrics` (made with `options`), updated with every row."""
     datasets: dict[str, str] = {}
     for row in rows:
@@ -140,7 +192,7 @@ def score_maps(rows: Sequence[SavedMap], **options: object) -> AnomalyMetrics:
                 "name it <dataset>/<category>"
             )
     metrics = AnomalyMetrics(datasets, **options)
-    for number, (row, values, mask) in enumerate(_read(rows)):
+    for number, (row, values, mask) in enumerate(_read(rows, max_megapixels)):
         score = float(values.max()) if row.score is None else row.score
         known = row.mask is not None or row.label == 0
         try:
@@ -150,8 +202,8 @@ def score_maps(rows: Sequence[SavedMap], **options: object) -> AnomalyMetrics:
     return metrics
 
 
-def _read(rows: Sequence[SavedMap]) -> Iterator[tuple[SavedMap, np.ndarray, np.ndarray]]:
+def _read(rows: Sequence[SavedMap], max_megapixels: float) -> Iterator[tuple[SavedMap, np.ndarray, np.ndarray]]:
     for row in rows:
-        values = read_map(row.map)
-        mask = read_mask(row.mask, values.shape) if row.mask else np.zeros(values.shape, dtype=bool)
+        values = read_map(row.map, max_megapixels)
+        mask = read_mask(row.mask, values.shape, max_megapixels) if row.mask else np.zeros(values.shape, dtype=bool)
         yield row, values, mask

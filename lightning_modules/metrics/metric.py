@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from torchmetrics import Metric
 
-from .counting import float_to_key, key_to_float, torch_float_to_key
 from .definitions import IMAGE_METRICS, NOT_AVERAGED, OVERLAP_METRICS, VERSION, aupro_name, describe, select_metrics
-from .evaluation import PixelEvaluation, PixelResult
+from .keys import float_to_key, key_to_float
+from .means import mean_over_categories
+from .pixels import PixelResult, evaluate_pixels
 from .ranking import rank
 from .regions import RegionCache
-from .store import Category, DeviceMaps, FileMaps, MemoryMaps
+from .store import Category, Maps
 from .sync import Group
 
 Vector = torch.Tensor | np.ndarray | Sequence
@@ -35,7 +35,6 @@ class MetricResult:
     version, definitions: of the metrics in the table.
     """
 
-    # A plain class: torchmetrics refuses frozen dataclasses as results and copies the others field by field.
     def __init__(self, table: pd.DataFrame, version: str, definitions: dict[str, str]) -> None:
         self.table = table
         self.version = version
@@ -67,8 +66,11 @@ class MetricResult:
         return MetricResult(pd.concat([r.table for r in results], ignore_index=True), versions.pop(), definitions)
 
 
-class AnomalyMetrics(Metric):
+class AnomalyMetrics:
     """Accumulates anomaly maps, masks, image scores and labels, in batches of any size and order.
+
+    This is a plain object, not a `torchmetrics.Metric`: its result is a table with reasons, and processes exchange
+    counts in `compute`, never states. `copy.deepcopy` and `pickle` copy it with its samples (not with maps on disk).
 
     categories: category -> dataset name, or a sequence of categories (dataset ""), or None to take them as they come
         (sorted by name); a sample of a category that is not listed is an error.
@@ -76,10 +78,10 @@ class AnomalyMetrics(Metric):
     pooled: also rank all categories together.
     fpr_limits: limits of AUPRO; 0.3 is named `pixel_aupro`, others `pixel_aupro_<limit>`.
     connectivity: 8 or 4, of the regions of AUPRO. regions: a `RegionCache` to share between metrics of one test set.
-    variant: text for the variant column. threads: worker threads of `compute` (None = with numba the cores, at most
-        4, otherwise one).
+    variant: text for the variant column. threads: worker threads of `compute` (None = one; each
+        needs memory of its own).
     maps_directory: keep the maps in temporary files of this directory instead of memory, for sets whose maps do not
-        fit; about 1 kB per image stays in memory, the numbers are the same. Maps on an accelerator stay there instead.
+        fit; about 1 kB per image stays in memory, the numbers are the same.
     expected: category -> how many images it has. In one process and without `pooled`, a category is then evaluated as
         soon as it has them, and its maps are let go: at most the maps of the categories that are not complete are kept.
 
@@ -87,10 +89,6 @@ class AnomalyMetrics(Metric):
     `reset` before the next evaluation. Processes exchange counts in `compute`; samples with an id seen before, in any
     process (padded samplers), count once.
     """
-
-    full_state_update = False
-    is_differentiable = False
-    higher_is_better = True
 
     def __init__(
         self,
@@ -105,7 +103,6 @@ class AnomalyMetrics(Metric):
         maps_directory: str | Path | None = None,
         expected: Mapping[str, int] | None = None,
     ) -> None:
-        super().__init__(sync_on_compute=False, dist_sync_on_step=False)
         self.fpr_limits = tuple(float(limit) for limit in fpr_limits)
         for limit in self.fpr_limits:
             if not 0 < limit <= 1:
@@ -119,7 +116,7 @@ class AnomalyMetrics(Metric):
         self.pooled = pooled
         self.expected = {} if pooled or expected is None else dict(expected)
         self.variant = variant
-        self.threads = threads
+        self.threads = threads or 1
         if regions is not None and regions.connectivity != connectivity:
             raise ValueError(f"the region cache uses connectivity {regions.connectivity}, the metric {connectivity}")
         self.regions = regions if regions is not None else RegionCache(connectivity)
@@ -145,12 +142,7 @@ class AnomalyMetrics(Metric):
 
     def reset(self) -> None:
         """Forget all samples (not the regions: the cache stays)."""
-        super().reset()
         self._clear()
-
-    def forward(self, *args: object, **kwargs: object) -> None:
-        """Same as `update`: the numbers of a single batch mean nothing."""
-        self.update(*args, **kwargs)
 
     @property
     def version(self) -> str:
@@ -209,9 +201,8 @@ class AnomalyMetrics(Metric):
                 )
         if self.keeps_maps:
             maps = _stack("maps", maps, B)
-            on_device = isinstance(maps, torch.Tensor) and self._stays_on_device(maps)
             masks = _check_masks(masks, maps, sample)
-            keys = _to_keys(maps, sample, on_device)
+            keys = _to_keys(maps, sample)
             scored = [b for b in first if known[b]]
             found = self.regions.get(numbers[scored] if ids is not None else None, masks[scored])
             regions = dict(zip(scored, found, strict=True))
@@ -223,23 +214,18 @@ class AnomalyMetrics(Metric):
         for name in dict.fromkeys(names[b] for b in first):
             category = self._categories.get(name)
             if category is None:
-                category = self._categories[name] = self._new_category(name, self.keeps_maps and on_device)
-            chosen = [b for b in first if names[b] == name]
-            with_map = [b for b in chosen if known[b]] if self.keeps_maps else []
-            rows = dict(zip(with_map, range(len(category.regions), len(category.regions) + B), strict=False))
-            for b in chosen:
+                category = self._categories[name] = self._new_category(name)
+            for b in (b for b in first if names[b] == name):
                 self._seen[int(numbers[b])] = (name, bool(truth[b]))
                 category.ids.append(int(numbers[b]))
                 category.labels.append(bool(truth[b]))
                 category.scores.append(float(scores[b]))
-                category.rows.append(rows.get(b, -1))
-            if with_map:
-                category.regions.extend(regions[b] for b in with_map)
-                chosen_keys = keys if len(with_map) == B else keys[with_map]
-                category.maps.append(chosen_keys if isinstance(category.maps, DeviceMaps) else _numpy(chosen_keys))
+                category.rows.append(len(category.maps) if self.keeps_maps and known[b] else -1)
+                if category.rows[-1] >= 0:
+                    category.maps.append(keys[b], regions[b])
             if self.keeps_maps and len(category.ids) == self.expected.get(name) and Group().size == 1:
                 self._evaluated[name] = self._pixel_results([category], Group())[0][0]
-                category.maps, category.regions = MemoryMaps(), []
+                category.maps = Maps()
 
     def _check_samples(
         self, names: list[str], labels: np.ndarray, scores: np.ndarray, sample: Callable[[int], str]
@@ -271,15 +257,9 @@ class AnomalyMetrics(Metric):
                 )
         return [b for b, _ in new.values()]
 
-    def _new_category(self, name: str, on_device: bool = False) -> Category:
+    def _new_category(self, name: str) -> Category:
         dataset = self.datasets[name] if self.datasets is not None else ""
-        if on_device:
-            return Category(name, dataset, DeviceMaps())
-        return Category(name, dataset, FileMaps(self.maps_directory) if self.maps_directory else MemoryMaps())
-
-    @staticmethod
-    def _stays_on_device(maps: torch.Tensor) -> bool:
-        return maps.device.type != "cpu"
+        return Category(name, dataset, Maps(self.maps_directory))
 
     def compute(self) -> MetricResult:
         """All numbers of the samples so far. On several processes: call it on all of them; all get the same result."""
@@ -346,8 +326,8 @@ class AnomalyMetrics(Metric):
         return scopes
 
     def _pixel_results(self, categories: list[Category], group: Group) -> tuple[list[PixelResult], PixelResult]:
-        evaluation = PixelEvaluation(categories, self.fpr_limits, group, self.threads)
-        return evaluation.run(self.pooled, any(name in OVERLAP_METRICS for name in self.metrics))
+        overlaps = any(name in OVERLAP_METRICS for name in self.metrics)
+        return evaluate_pixels(categories, self.fpr_limits, group, self.pooled, overlaps, self.threads)
 
     @staticmethod
     def _images(categories: list[Category], group: Group) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -410,16 +390,8 @@ class AnomalyMetrics(Metric):
         return values
 
     def _mean(self, categories: Mapping[str, Values]) -> Values:
-        means: Values = {}
-        for metric in self.metrics:
-            if metric in NOT_AVERAGED:
-                continue
-            numbers = {category: values[metric][0] for category, values in categories.items()}
-            defined = [value for value in numbers.values() if not math.isnan(value)]
-            missing = [category for category, value in numbers.items() if math.isnan(value)]
-            reason = f"undefined in {', '.join(missing)}" if missing else ("" if numbers else "no sample")
-            means[metric] = (math.fsum(defined) / len(defined) if defined else math.nan, len(defined), reason)
-        return means
+        averaged = [metric for metric in self.metrics if metric not in NOT_AVERAGED]
+        return {m: mean_over_categories((c, values[m][0]) for c, values in categories.items()) for m in averaged}
 
 
 def _value(formula: Callable[[], float], n: int, reason: str) -> tuple[float, int, str]:
@@ -449,16 +421,14 @@ def _stack(name: str, values: Stack | None, B: int) -> Stack:
     return values
 
 
-def _to_keys(maps: Stack, sample: Callable[[int], str], on_device: bool) -> Stack:
-    """Keys (int32 (B, H * W)) of float maps (B, H, W): a tensor if they stay on their device, else an array."""
+def _to_keys(maps: Stack, sample: Callable[[int], str]) -> np.ndarray:
+    """Keys (int32 (B, H * W)) of float maps (B, H, W), copied to the CPU."""
     if str(maps.dtype).removeprefix("torch.") not in ("float32", "float64"):
         raise TypeError(
             f"maps are {maps.dtype}, expected float32: half precision moves pixel AP by up to 1e-3. "
             "Convert the feature distances with .float() before they are upsampled"
         )
     try:
-        if on_device:
-            return torch_float_to_key(maps.float().flatten(1))
         with np.errstate(over="ignore"):
             values = _numpy(maps).astype(np.float32, copy=False)
         return float_to_key(values.reshape(len(maps), math.prod(maps.shape[1:])))

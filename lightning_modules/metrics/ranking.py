@@ -51,18 +51,16 @@ class Ranking:
         false_at: np.ndarray,
         false_above: np.ndarray,
         weights: np.ndarray | None = None,
-        counted: int = 0,
     ) -> None:
         """Add a stretch of distinct scores, all below those added before.
 
         keys: (U,) descending; hits: int (U,), anomalous items with this score; false_at, false_above: int (U,), normal
         items with score >= and > key; weights: float64 (U,), sum over the anomalous pixels with this score of their
-        weight in the regions (1 / area for PRO); counted: normal items above all of these that the two counts leave out.
+        weight in the regions (1 / area for PRO).
         """
         for start in range(0, len(keys), BLOCK):
             part = slice(start, start + BLOCK)
             c, ge, gt = (np.asarray(a[part], dtype=np.int64) for a in (hits, false_at, false_above))
-            ge, gt = ge + counted, gt + counted
             tp = np.cumsum(c) + self._hits
             predicted = tp + ge
             self._pairs += int((c * (2 * self.negatives - ge - gt)).sum())

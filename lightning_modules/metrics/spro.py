@@ -15,7 +15,8 @@ compared with masks at the masks' own resolution, as the official code demands.
 
 Only the `saturation area` highest scores of a region ever change its sPRO, each by 1 / saturation area. So the curve
 needs those scores, and for each of them the number of normal pixels at or above and above it. Two passes over the maps
-give both; normal pixels that only matter beyond the FPR limit are skipped in the second.
+give both; normal pixels that only matter beyond the FPR limit are skipped in the second. Processes that have some of the
+images each exchange those scores and the counts, never maps.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .keys import LOWEST, float_to_key
+from .sync import Group
+
+PAGE = 16  # low bits of a key that the first pass leaves out
 LIMITS = (0.05, 0.3)
 
 
@@ -76,50 +81,58 @@ class SPROCurve:
         return float(np.sum(np.diff(fpr) * (spro[1:] + spro[:-1])) / 2 / limit)
 
 
-def spro_curve(samples: Callable[[], Iterable[Sample]], limit: float = max(LIMITS)) -> SPROCurve:
+def spro_curve(
+    samples: Callable[[], Iterable[Sample]], limit: float = max(LIMITS), group: Group | None = None
+) -> SPROCurve:
     """The exact curve of mean sPRO over FPR, up to FPR `limit` (beyond it the curve is not computed).
 
-    samples: called twice, each time giving all images; so maps can be read or up-sampled one at a time.
+    samples: called twice, each time giving all images; so maps can be read or up-sampled one at a time. group: the
+    processes that call this together, each with its own images (or none); all get the same curve. None: this one alone.
     Raises ValueError when there is no region, no normal pixel, a size that does not fit or a score that is not finite.
     """
-    scores: list[np.ndarray] = []
-    weights: list[np.ndarray] = []
+    group = group or Group(alone=True)
+    scores, weights = [np.zeros(0, dtype=np.float32)], [np.zeros(0)]
     histogram = np.zeros(1 << 16, dtype=np.int64)
-    images = 0
+    images = found = 0
     for images, (anomaly_map, regions) in enumerate(samples(), start=1):
         anomaly_map, normal = _checked(anomaly_map, regions, images)
+        found += len(regions)
         for region in regions:
             inside = anomaly_map[region.pixels]
             highest = np.partition(inside, inside.size - region.saturation_area)[-region.saturation_area :]
             scores.append(highest)
             weights.append(np.full(highest.size, 1.0 / region.saturation_area))
-        histogram += np.bincount(_keys(normal) >> 16, minlength=histogram.size)
+        histogram += np.bincount((float_to_key(normal) >> PAGE) + (1 << 15), minlength=histogram.size)
+    histogram = group.sum(histogram)
     total = int(histogram.sum())
-    if not scores:
+    images, found = group.sum(np.array([images, found], dtype=np.int64)).tolist()
+    if not found:
         raise ValueError("no region in any image: sPRO is the mean over regions and is not defined")
     if total == 0:
         raise ValueError("no normal pixel in any image: the false positive rate is not defined")
 
     # Lowest key that can matter: at its bin's lower edge the FPR has reached the limit.
     at_or_above = histogram[::-1].cumsum()[::-1]
-    edge = int(np.flatnonzero(at_or_above >= min(limit * total, total))[-1]) << 16 if limit < 1 else 0
-    all_scores, all_weights = np.concatenate(scores), np.concatenate(weights) / len(scores)
-    kept = _keys(all_scores) >= edge
-    u, inverse = np.unique(all_scores[kept], return_inverse=True)
-    weight = np.bincount(inverse.ravel(), weights=all_weights[kept], minlength=u.size)
+    edge = (int(np.flatnonzero(at_or_above >= limit * total)[-1]) - (1 << 15)) << PAGE if limit < 1 else LOWEST
+    all_scores, all_weights = (np.concatenate(group.gather(np.concatenate(part))) for part in (scores, weights))
+    order = np.lexsort((all_weights, all_scores))  # sums in one order, whichever process had which image
+    order = order[float_to_key(all_scores[order]) >= edge]
+    u, inverse = np.unique(all_scores[order], return_inverse=True)
+    weight = np.bincount(inverse.ravel(), weights=all_weights[order] / found, minlength=u.size)
 
     above, at_least = np.zeros(u.size + 1, dtype=np.int64), np.zeros(u.size + 1, dtype=np.int64)
     for number, (anomaly_map, regions) in enumerate(samples(), start=1):
         _, normal = _checked(anomaly_map, regions, number)
-        relevant = np.sort(normal[_keys(normal) >= edge])
+        relevant = np.sort(normal[float_to_key(normal) >= edge])
         at_least += np.bincount(np.searchsorted(u, relevant, side="right"), minlength=u.size + 1)
         above += np.bincount(np.searchsorted(u, relevant, side="left"), minlength=u.size + 1)
+    above, at_least = group.sum_all([above, at_least])
     # Bin i holds the normal scores that i of the ascending u do not exceed; u[j] is reached by bins j + 1 and up.
     at_least, above = at_least[::-1].cumsum()[:-1], above[::-1].cumsum()[:-1]  # now for u descending
     cumulative = np.minimum(weight[::-1].cumsum(), 1.0)
     fpr = np.concatenate([[0.0], np.stack([above, at_least], axis=1).ravel() / total])
     spro = np.concatenate([[0.0], np.stack([np.append(0.0, cumulative)[: u.size], cumulative], axis=1).ravel()])
-    return SPROCurve(fpr, spro, float(limit), len(scores), images)
+    return SPROCurve(fpr, spro, float(limit), found, images)
 
 
 def au_spro(samples: Callable[[], Iterable[Sample]], limit: float = 0.05) -> float:
@@ -145,9 +158,3 @@ def _checked(anomaly_map: np.ndarray, regions: Sequence[Region], number: int) ->
                 f"{region.saturation_area}; it must lie between 1 and the region's area"
             )
     return anomaly_map, anomaly_map[~np.logical_or.reduce([region.pixels for region in regions])]
-
-
-def _keys(scores: np.ndarray) -> np.ndarray:
-    """float32 (N,) -> uint32 (N,) in the same order; -0 and +0 get one key."""
-    bits = (scores + np.float32(0)).view(np.uint32)
-    return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))

@@ -1,4 +1,4 @@
-"""Exchange between processes: sums, and the union of the anomalous scores. Maps are never sent."""
+"""Exchange between processes: sums of arrays, and what each of them has. The one gather of this repository."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch.distributed as dist
 
 
 class Group:
-    """The processes that evaluate together. Without an initialised process group it is this process alone."""
+    """The processes that evaluate together; without an initialised process group, or if `alone`, only this one."""
 
-    def __init__(self) -> None:
-        active = dist.is_available() and dist.is_initialized()
+    def __init__(self, alone: bool = False) -> None:
+        active = not alone and dist.is_available() and dist.is_initialized()
         self.size = dist.get_world_size() if active else 1
         self.rank = dist.get_rank() if active else 0
         on_gpu = active and dist.get_backend() == "nccl"

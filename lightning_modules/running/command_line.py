@@ -32,6 +32,7 @@ import datamodules
 import lightning_modules
 from datamodules.cache.entry import NonFiniteFeaturesError
 from datamodules.errors import DataError
+from datamodules.problems import number_of
 from lightning_modules.base import NonFiniteLossError, ReconstructionModule
 from lightning_modules.callbacks import normal_scores
 from lightning_modules.callbacks.compile import Compile
@@ -236,7 +237,8 @@ class UniReconCLI(LightningCLI):
         callbacks: list[L.Callback] = [RichProgressBar(leave=False) if sys.stdout.isatty() else PlainProgress()]
         if self.subcommand == "predict":
             scale = _colour_scale(run.record / COLOUR_SCALE)
-            return [*callbacks, Predictions(run.work / "predictions", scale, normal_scores.read(run.record))]
+            self.predictions = Predictions(run.work / "predictions", scale, normal_scores.read(run.record))
+            return [*callbacks, self.predictions]
         if self.subcommand != "fit":
             return callbacks
         epochs = self._get(self.config_init, "trainer")["max_epochs"]
@@ -320,6 +322,8 @@ class UniReconCLI(LightningCLI):
         left = self.run_config.work / "checkpoints" / "last.ckpt"
         resuming.check(self.run_config, self._configuration(), self.datamodule.fingerprint, left)
         self._serve_features(build=True)
+        for remark in self.datamodule.remarks():
+            rank_zero_info(f"Note: {remark}")
         if self.run_config.compile:
             if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
                 raise SystemExit(
@@ -346,6 +350,14 @@ class UniReconCLI(LightningCLI):
         self.trainer.save_checkpoint(self.run_config.work / "checkpoints" / "last.ckpt")
         self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
         self.after_test()
+
+    def after_predict(self) -> None:
+        if failed := self.predictions.failed:
+            shown = [f"  {line}" for line in failed[:20]] + [f"  and {len(failed) - 20} more"] * (len(failed) > 20)
+            what = (
+                f"{number_of(len(failed), 'image')} could not be read and has no score (reasons stand in scores.csv):"
+            )
+            raise SystemExit("\n".join([f"error: {what}", *shown]))
 
     def after_test(self) -> None:
         trainer = self.trainer
@@ -392,6 +404,7 @@ class UniReconCLI(LightningCLI):
         backbone = model.extractor.provenance
         notes = [f"{key}: {note}" for key, note in (("backbone", backbone.get("note")),) if note]
         notes += normalisation.notes(model, data) + ([model.origin] if model.origin else []) + model.record_notes()
+        notes += data.remarks()
         if not data.has_test_images:
             notes.append(NOTHING_TO_MEASURE)
         if data.left_out:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
+
+from results.common.nearest import did_you_mean
 
 _NOISE = ("Given value", "- Expected a <class 'NoneType'>", "Subtypes:", "Errors:", "Does not validate against any of")
 
@@ -39,13 +40,13 @@ def _options(parser: Any) -> Iterator[str]:
 def _hints(message: str, options: list[str]) -> Iterator[str]:
     """Sentences on the unknown names in a message of the parser."""
     for name in re.findall(r"unrecognized arguments: --([^\s=]+)", message):
-        yield from _nearest(name, options)
+        yield did_you_mean(name, options)
     where = ""
     for line in message.splitlines():
         if found := re.search(r"given class_path '([\w.]+)'", line):
             where = found[1]
         elif found := re.search(r"Option '([\w.]+)' is not accepted", line):
-            yield from _nearest(found[1], class_options(where) if where else options)
+            yield did_you_mean(found[1], class_options(where) if where else options)
 
 
 def class_options(path: str) -> list[str]:
@@ -54,9 +55,3 @@ def class_options(path: str) -> list[str]:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(getattr(importlib.import_module(module), name))
     return list(parser.get_defaults().keys(branches=True))
-
-
-def _nearest(name: str, known: Iterable[str]) -> Iterator[str]:
-    near = difflib.get_close_matches(name, sorted(set(known)), n=2, cutoff=0.6)
-    if near:
-        yield f"Did you mean {' or '.join(near)}?"

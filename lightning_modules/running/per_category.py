@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -26,13 +25,12 @@ from datamodules.errors import DataError
 from datamodules.problems import number_of
 from datamodules.readers import list_dataset
 from lightning_modules.callbacks.progress import write_progress
+from lightning_modules.metrics.definitions import NOT_AVERAGED
+from lightning_modules.metrics.means import mean_over_categories
 from lightning_modules.running import resuming, tracking
 from lightning_modules.running.printing import print_metrics
 from lightning_modules.running.settings import RunConfig, sweep_parameters
 from results.aggregator.records import RunRecord, StoredRecord, read_record, write_record
-
-NOT_AVERAGED = ("dsc_threshold",)
-"""Metrics that are no scores; a mean over categories would mean nothing."""
 
 
 class OneModelEach(Exception):
@@ -199,11 +197,8 @@ def join_metrics(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
         for (variant, metric), group in chosen.groupby(["variant", "metric"], sort=False):
             if metric in NOT_AVERAGED:
                 continue
-            defined = group.value[group.value.notna()]
-            missing = group.category[group.value.isna()].tolist()
-            value = math.fsum(defined) / len(defined) if len(defined) else math.nan
-            reason = f"undefined in {', '.join(missing)}" if missing else ""
-            rows.append((variant, "mean", dataset, "", metric, value, len(defined), reason))
+            mean = mean_over_categories(zip(group.category, group.value, strict=True))
+            rows.append((variant, "mean", dataset, "", metric, *mean))
     return pd.concat([categories, pd.DataFrame(rows, columns=categories.columns)], ignore_index=True)
 
 

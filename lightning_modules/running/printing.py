@@ -6,10 +6,10 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from lightning_modules.metrics import table as metrics_table
+from lightning_modules.metrics import rendering
 
 HEADINGS = {
-    **metrics_table.HEADINGS,
+    **rendering.HEADINGS,
     "image_auroc_structural": "struc\nAUROC",
     "image_auroc_logical": "logic\nAUROC",
     "pixel_auspro_mean": "AU-\nsPRO",

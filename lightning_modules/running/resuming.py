@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_modules.callbacks.progress import write_json
 from lightning_modules.running import preemption
 from lightning_modules.running.settings import RunConfig
+from results.common.files import write_json
+from results.common.lock import Lock
 
 BEGAN_AS = "began_as.json"
 PATIENCE = 20.0
 """Seconds that a pre-empted process may take to leave the run to its successor."""
-_claimed: dict[Path, IO[str]] = {}
+_claimed: dict[Path, Lock] = {}
 # The options that decide what is trained. Those of the backbone's weights are compared by their hash, data by its content.
 _DECIDES = re.compile(
     r"(model|data\.init_args|seed_everything|run\.(protocol|selection)|"
@@ -45,35 +43,18 @@ def claim(run: RunConfig) -> None:
         return
     run.work.mkdir(parents=True, exist_ok=True)
     if run.work.resolve() not in _claimed:
-        _claimed[run.work.resolve()] = _locked(run.work)
+        lock = Lock(run.work / "training.lock")
+        if not lock.acquire(wait=PATIENCE):
+            raise SystemExit(
+                f"Process {lock.holder()} is training the run {run.work} now: wait for it, stop it, or choose another "
+                "--run.name."
+            )
+        lock.sign()
+        _claimed[run.work.resolve()] = lock
     checkpoint, record = run.work / "checkpoints" / "last.ckpt", run.record / "record.json"
     # A newer one is of a training that was to replace the record and was interrupted.
     if record.is_file() and checkpoint.is_file() and checkpoint.stat().st_mtime <= record.stat().st_mtime:
         checkpoint.unlink()
-
-
-def _locked(work: Path) -> IO[str]:
-    """The open file whose lock says that this process trains here."""
-    file = open(work / "training.lock", "a+")  # noqa: SIM115 - its lock lasts as long as this process
-    until = time.monotonic() + PATIENCE
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > until:
-                file.seek(0)
-                raise SystemExit(
-                    f"Process {file.read().strip() or '?'} is training the run {work} now: wait for it, stop it, or "
-                    "choose another --run.name."
-                ) from None
-            time.sleep(0.1)
-        except OSError:  # a file system without locks
-            break
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
 
 
 def check(run: RunConfig, configuration: Mapping[str, Any], fingerprint: str, left: Path) -> None:

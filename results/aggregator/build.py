@@ -10,9 +10,10 @@ from results.aggregator import names
 from results.aggregator.published import Printed, read_published
 from results.aggregator.records import LABELS_AT_TEST, StoredRecord
 from results.aggregator.scores import Pool, Query, axis_value, check_table
-from results.aggregator.spec import Entry, Spec, SpecError, _nearest
+from results.aggregator.spec import Entry, Spec, SpecError
 from results.aggregator.sweep_file import SEED_KEYS, SweepFile, canonical, cell_key, describe_cell, show_value
 from results.aggregator.table import Cell, Column, Row, Table, Value, add_gaps, mark_values
+from results.common.nearest import did_you_mean
 
 SOURCES = ("published", "runs", "both")
 #: Which axes a sweep may vary, recognised by the key that it sets.
@@ -259,8 +260,8 @@ def _full_key(short: str, known: Sequence[str], where: str) -> str:
         return matches[0]
     if matches:
         raise SpecError(f"table {where}: {short!r} may be {' or '.join(matches)}; write more of it")
-    close = _nearest(short, [key.rpartition(".")[2] for key in known])
-    raise SpecError(f"table {where}: the sweep has no parameter {short!r}{close}")
+    close = did_you_mean(short, [key.rpartition(".")[2] for key in known])
+    raise SpecError(f"table {where}: the sweep has no parameter {short!r}. {close}")
 
 
 def _known_keys(records: Sequence[StoredRecord], sweep: SweepFile | None) -> list[str]:

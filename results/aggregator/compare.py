@@ -13,8 +13,8 @@ from scipy import stats
 from results.aggregator.names import metric_label
 from results.aggregator.records import StoredRecord
 from results.aggregator.scores import ConflictError, Query, axis_value, check_cell, check_table, seed_means
-from results.aggregator.spec import _nearest
 from results.aggregator.sweep_file import canonical
+from results.common.nearest import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,7 @@ def choose(records: Sequence[StoredRecord], selector: str) -> list[StoredRecord]
     if colon:
         mine = [stored for stored in records if stored.record.sweep == sweep]
         if not mine:
-            raise ValueError(
-                f"no records of sweep {sweep!r}{_nearest(sweep, sorted({s.record.sweep for s in records}))}"
-            )
+            raise ValueError(f"no records of sweep {sweep!r}. {did_you_mean(sweep, {s.record.sweep for s in records})}")
         for condition in _split_conditions(text):
             key, equals, value = condition.partition("=")
             if not equals:
@@ -78,8 +76,8 @@ def choose(records: Sequence[StoredRecord], selector: str) -> list[StoredRecord]
             known = sorted({name for stored in mine for name in stored.record.cell})
             names = [name for name in known if name == key or name.endswith(f".{key}")]
             if len(names) != 1:
-                close = _nearest(key, [name.rpartition(".")[2] for name in known])
-                raise ValueError(f"{selector!r}: {key!r} is not one parameter of {sweep}{close}")
+                close = did_you_mean(key, [name.rpartition(".")[2] for name in known])
+                raise ValueError(f"{selector!r}: {key!r} is not one parameter of {sweep}. {close}")
             found = [s for s in mine if canonical(s.record.cell.get(names[0])) == canonical(value)]
             if not found:
                 values = sorted({str(stored.record.cell.get(names[0])) for stored in mine})
@@ -96,7 +94,7 @@ def choose(records: Sequence[StoredRecord], selector: str) -> list[StoredRecord]
         known = sorted(
             {s.record.method for s in records if not s.record.cell} | {f"{s.record.sweep}/*" for s in records}
         )
-        raise ValueError(f"no records fit {selector!r}{_nearest(selector, known)}")
+        raise ValueError(f"no records fit {selector!r}. {did_you_mean(selector, known)}")
     return mine
 
 

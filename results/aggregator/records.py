@@ -15,7 +15,6 @@ one file system, local or shared. All scores are fractions in [0, 1]; tables pri
 from __future__ import annotations
 
 import csv
-import difflib
 import hashlib
 import io
 import json
@@ -37,6 +36,8 @@ import numpy as np
 import pandas as pd
 
 from results.aggregator.sweep_file import cell_key
+from results.common.files import sync_folder
+from results.common.nearest import did_you_mean
 
 SCHEMA = 1
 #: A run's note that begins like this is shouted above every table: its method is told the class of each test image.
@@ -299,7 +300,7 @@ def write_record(
         _rename(temporary, target, unique, overwrite)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
     return target
 
 
@@ -351,8 +352,8 @@ def read_records(root: str | Path, sweep: str | None = None, warn: bool = True) 
     else:
         folders = [root / sweep]
         if not folders[0].is_dir():
-            close = _nearest(sweep, _visible_folders(root))
-            raise FileNotFoundError(f"{root} holds no records of sweep {sweep!r}{close}")
+            known = did_you_mean(sweep, _visible_folders(root))
+            raise FileNotFoundError(f"{root} holds no records of sweep {sweep!r}. {known}")
     records: list[StoredRecord] = []
     damaged: list[DamagedRecord] = []
     for folder in folders:
@@ -401,7 +402,7 @@ def check_metrics(metrics: pd.DataFrame, where: str = "metrics") -> pd.DataFrame
 def _check_row(scope: str, dataset: str, category: str, metric: str, value: Any, reason: str, where: str) -> None:
     place = f"{where}: {metric} of {dataset or 'all datasets'}/{category or scope}"
     if scope not in SCOPES:
-        raise RecordError(f"{place}: scope {scope!r} is none of {', '.join(SCOPES)}{_nearest(scope, SCOPES)}")
+        raise RecordError(f"{place}: unknown scope {scope!r}. {did_you_mean(scope, SCOPES)}")
     if scope == "category" and not (dataset and category):
         raise RecordError(f"{place}: a category row needs a dataset and a category")
     if not metric:
@@ -457,18 +458,6 @@ def _rename(temporary: Path, target: Path, unique: str, overwrite: bool) -> None
         raise
 
 
-def _sync_folder(folder: Path) -> None:
-    """Flush the folder entry, where the system can (not on Windows)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        except OSError:  # some network file systems refuse to sync folders; the rename itself is done
-            pass
-        finally:
-            os.close(descriptor)
-
-
 def _checked_columns(table: pd.DataFrame, names: Sequence[str], where: str) -> pd.DataFrame:
     missing = [name for name in names if name not in table.columns]
     extra = [str(name) for name in table.columns if name not in names]
@@ -500,15 +489,10 @@ def _check_name(key: str, name: Any) -> None:
 
 def _check_choice(key: str, value: Any, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise RecordError(f"{key} is {value!r}; allowed: {', '.join(allowed)}{_nearest(str(value), allowed)}")
+        raise RecordError(f"{key} is {value!r}. {did_you_mean(str(value), allowed)}")
 
 
 def _check_keys(where: str, mapping: Mapping[str, Any], needed: Sequence[str]) -> None:
     missing = [key for key in needed if key not in mapping]
     if missing:
         raise RecordError(f"{where} has no {', '.join(missing)}; it needs {', '.join(needed)}")
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(names)}" if names else ""

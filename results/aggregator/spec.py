@@ -28,7 +28,6 @@ the first one becoming the group. ``runs:`` holds what differs for our runs: var
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +37,7 @@ from typing import Any
 import yaml
 
 from results.aggregator import names
+from results.common.nearest import did_you_mean
 
 FOLDER = Path(__file__).parents[1] / "tables" / "specs"
 SELECTORS = ("source", "table", "dataset", "category", "method", "variant", "metric", "setting")
@@ -106,7 +106,7 @@ def find_spec(name: str, folder: str | Path = FOLDER) -> Spec:
     """Read the spec of a table; SpecError with the nearest names if there is none."""
     path = Path(folder) / f"{name}.yaml"
     if not path.is_file():
-        raise SpecError(f"there is no table {name!r}{_nearest(name, spec_names(folder))}")
+        raise SpecError(f"there is no table {name!r}. {did_you_mean(name, spec_names(folder))}")
     return read_spec(path)
 
 
@@ -219,9 +219,4 @@ def _expand(item: Mapping[str, Any]) -> list[Entry]:
 def _check_keys(mapping: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
     for key in mapping:
         if key not in allowed:
-            raise SpecError(f"{where}: unknown key {key!r}{_nearest(str(key), allowed)}")
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=3)
-    return f"; did you mean {', '.join(map(repr, close))}?" if close else f"; there are: {', '.join(known)}"
+            raise SpecError(f"{where}: unknown key {key!r}. {did_you_mean(str(key), allowed)}")

@@ -22,11 +22,12 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from results.common.files import read_json, write_text
 from sweeps.runner import command, preflight, prepare, sweep_file
 from sweeps.runner.errors import SweepError
 from sweeps.runner.local import check_writable
 from sweeps.runner.process import die_with_parent
-from sweeps.runner.state import RECORDS, WORK, read_json
+from sweeps.runner.state import RECORDS, WORK
 from sweeps.runner.sweep_file import SEED, Cell
 
 ARTIFACT = "run-record"
@@ -49,8 +50,7 @@ def register(options: argparse.Namespace, console: Console) -> int:
     # The agents' machines need not know the profile: it is written into the registered command.
     content["command"] = command.resolve(sweep.command, {"PROFILE": variables["PROFILE"]} | _left_alone(sweep.command))
     path = WORK / sweep.name / "registered.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    write_text(path, yaml.safe_dump(content, sort_keys=False))
     outcome = subprocess.run(
         [sys.executable, "-m", "wandb", "sweep", str(path)],
         env=variables,

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sweeps.runner.errors import SweepError, nearest
+from results.common.nearest import did_you_mean
+from sweeps.runner.errors import SweepError
 
 _VARIABLE = re.compile(r"\$\{envvar:([A-Z0-9_]*)\}")
 _MACROS = (
@@ -68,4 +69,4 @@ def _macro(name: str, parameters: Mapping[str, Any], interpreter: str) -> list[s
         ]
     if name == "args_json":
         return [json.dumps(dict(parameters))]
-    raise SweepError(f"The command has the macro ${{{name}}}.{nearest(name, _MACROS)} Allowed: {', '.join(_MACROS)}.")
+    raise SweepError(f"The command has the macro ${{{name}}}. {did_you_mean(name, _MACROS)}")

@@ -20,8 +20,9 @@ from typing import Any
 
 import yaml
 
+from results.common.nearest import did_you_mean
 from sweeps.runner import command
-from sweeps.runner.errors import SweepError, nearest
+from sweeps.runner.errors import SweepError
 from sweeps.runner.sweep_file import ARGS, Cell, SweepFile
 
 OVERRIDES = ("DATASET", "DATA_ROOT", "CATEGORIES", "BACKBONE", "WEIGHTS")
@@ -73,8 +74,8 @@ def read_config(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         siblings = sorted(str(other) for other in path.parent.parent.glob(f"*/{path.name}"))
         known = [other.stem for other in path.parent.glob("*.yaml")]
-        found = f" There is {', '.join(siblings)}." if siblings else nearest(path.stem, known)
-        raise SweepError(f"No configuration {path}.{found} PROFILE chooses the folder in sweeps/profiles/.") from None
+        found = f"There is {', '.join(siblings)}." if siblings else did_you_mean(path.stem, known)
+        raise SweepError(f"No configuration {path}. {found} PROFILE chooses the folder in sweeps/profiles/.") from None
     except (OSError, yaml.YAMLError) as error:
         raise SweepError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):

@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from results.common.files import read_json
 from sweeps.runner import prepare, sweep_file
 from sweeps.runner.display import duration, short
 from sweeps.runner.errors import SweepError
-from sweeps.runner.state import DONE, RECORDS, WORK, read_json
+from sweeps.runner.state import DONE, RECORDS, WORK
 
 
 def show(options: argparse.Namespace, console: Console) -> int:

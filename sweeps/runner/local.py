@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,24 +24,14 @@ from typing import Any
 
 import yaml
 
+from results.common.files import read_json, write_json, write_text
+from results.common.lock import Lock
 from sweeps.runner.display import Display
 from sweeps.runner.errors import SweepError
 from sweeps.runner.process import CellProcess
-from sweeps.runner.state import (
-    DONE,
-    FAILED,
-    INTERRUPTED,
-    RECORDS,
-    RUNNING,
-    WAITING,
-    WORK,
-    Lock,
-    last_lines,
-    read_json,
-    write_json,
-    write_text,
-)  # fmt: skip
+from sweeps.runner.state import DONE, FAILED, INTERRUPTED, RECORDS, RUNNING, WAITING, WORK, last_lines
 from sweeps.runner.sweep_file import Cell
+from sweeps.runner.warm import AVAILABLE, WarmStarts
 
 _POLL = 0.2  # seconds between two looks at the running cells
 _ELSEWHERE = 2.0  # seconds between two looks at cells that another runner works on
@@ -150,6 +141,8 @@ class Runner:
         self._interrupts = 0
         self._stop_reason = ""
         self._looked_elsewhere = 0.0
+        own = [job for job in jobs if AVAILABLE and WarmStarts.own(job.words, job.environment)]
+        self._warm = WarmStarts(own[0].environment, output=subprocess.DEVNULL) if own else None
 
     @property
     def interrupted(self) -> bool:
@@ -160,6 +153,8 @@ class Runner:
         """Run all jobs. The first Ctrl-C lets the cells stop in order, the second kills them."""
         for job in self._jobs:
             self._look_up(job)
+        if self._warm is not None and self._waiting():
+            self._warm.prepare()
         try:
             with self._signals(), self._display.live(self._jobs):
                 while self._running() or (self._waiting() and not self.interrupted):
@@ -172,6 +167,8 @@ class Runner:
         finally:
             for job in self._running():
                 job.process.kill()
+            if self._warm is not None:
+                self._warm.close()
 
     def _step(self) -> None:
         for job in self._running():
@@ -238,7 +235,7 @@ class Runner:
         environment["WANDB_SWEEP_PARAM_PATH"] = str(path.resolve())
         (job.work / "progress.json").unlink(missing_ok=True)
         job.started = time.time()
-        job.process = CellProcess(job.words, environment, job.log, inherit=lock.descriptor)
+        job.process = CellProcess(job.words, environment, job.log, lock.descriptor, self._warm)
         self._free.pop()
         job.slot, job.lock, job.state = slot, lock, RUNNING
         self._display.started(job)

@@ -13,8 +13,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from results.common.nearest import did_you_mean
 from sweeps.runner import command
-from sweeps.runner.errors import SweepError, nearest
+from sweeps.runner.errors import SweepError
 from sweeps.runner.sweep_file import Cell, SweepFile, unique
 
 PROGRAM = "lightning_modules"
@@ -93,8 +94,8 @@ class Check:
             return f"{path}: its values are refused together with {configs} by the program:\n{problem['message']}"
         key = problem["key"]
         if problem["what"] == "key":
-            hint = nearest(key, problem["known"])
-            return f"{path}: parameter {key!r} is no option of the program with {configs}.{hint}"
+            hint = did_you_mean(key, problem["known"])
+            return f"{path}: parameter {key!r} is no option of the program with {configs}. {hint}"
         return f"{path}: value {problem['value']} of parameter {key!r} is refused by the program:\n{problem['message']}"
 
 

@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from results.common.files import read_json, write_json
+from results.common.lock import Lock
 from sweeps.runner import command
 from sweeps.runner.errors import SweepError
 from sweeps.runner.identity import OVERRIDES, Dataset, Identifier, lookup, read_config
 from sweeps.runner.local import Job
-from sweeps.runner.state import WORK, Lock, read_json, write_json
+from sweeps.runner.state import WORK
 from sweeps.runner.sweep_file import Cell, SweepFile
 
 SYNTHETIC_LOCO = Path("data/synthetic_loco")
@@ -86,24 +88,14 @@ def data(sets: list[Dataset], profile: str, say: Callable[[str], None]) -> None:
 
 
 def _make_synthetic(root: Path, options: tuple[str, ...], say: Callable[[str], None]) -> None:
-    lock = Lock(WORK / "synthetic.lock")
-    lock.acquire(wait=True)
-    try:
+    with Lock(WORK / "synthetic.lock"):
         if root.is_dir() and any(root.iterdir()):
             return
         say(f"Making the embedded benchmark in {root}.")
-        # Made beside its place and then renamed, so that a half-made benchmark is never taken for a whole one.
-        part = root.with_name(f".{root.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.parent.mkdir(parents=True, exist_ok=True)
-        code = subprocess.run([sys.executable, "-m", "datamodules", "synthetic", str(part), *options]).returncode
+        # It appears complete or not at all.
+        code = subprocess.run([sys.executable, "-m", "datamodules", "synthetic", str(root), *options]).returncode
         if code:
             raise SweepError(f"Making the embedded benchmark failed with exit code {code}; its message is above.")
-        if root.is_dir():
-            root.rmdir()
-        part.rename(root)
-    finally:
-        lock.release()
 
 
 class Weights:

@@ -11,6 +11,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sweeps.runner.warm import WarmStarts
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform.startswith("linux") else None
@@ -38,26 +42,41 @@ class CellProcess:
     the runner dies, however that happens. Must be made in the main thread: the kernel's signal follows the thread.
     """
 
-    def __init__(self, words: list[str], environment: dict[str, str], log: Path, inherit: int | None = None) -> None:
+    def __init__(
+        self,
+        words: list[str],
+        environment: dict[str, str],
+        log: Path,
+        inherit: int | None = None,
+        warm: WarmStarts | None = None,
+    ) -> None:
+        self._program: subprocess.Popen[bytes] | None = None
+        self._code: int | None = None
+        self._ended: float | None = None
+        held = () if inherit is None else (inherit,)
         with log.open("ab") as output:
             output.write(f"$ {' '.join(words)}\n".encode())
             output.flush()
-            self._process = subprocess.Popen(
+            own = warm.own(words, environment) if warm is not None else None
+            if own is not None:
+                # Without the warmed process (a source file has an error) the program says itself what is wrong, in its log.
+                with contextlib.suppress(ChildProcessError):
+                    self.pid = warm.start(*own, output.fileno(), held)
+                    return
+            self._program = subprocess.Popen(
                 words,
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 preexec_fn=die_with_parent(),
-                pass_fds=() if inherit is None else (inherit,),
+                pass_fds=held,
             )
-        self.pid = self._process.pid
-        self._ended: float | None = None
+        self.pid = self._program.pid
 
     def poll(self) -> int | None:
         """Exit code once the process and its group are gone, else None; helpers that stay are killed after a grace."""
-        code = self._process.poll()
-        if code is None:
+        if self._poll() is None:
             return None
         if self._ended is None:
             self._ended = time.monotonic()
@@ -65,12 +84,20 @@ class CellProcess:
             if time.monotonic() - self._ended < GRACE:
                 return None
             self.kill()
-        return code
+        return self._code
+
+    def _poll(self) -> int | None:
+        if self._code is None and self._program is not None:
+            self._code = self._program.poll()
+        elif self._code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code
 
     def terminate(self) -> None:
         """Ask the cell to stop. Only its first process is told, because it must stop its own helpers in order."""
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
+        if self._poll() is None:
+            os.kill(self.pid, signal.SIGTERM)
 
     def kill(self) -> None:
         """Kill the cell and all its helpers at once."""
@@ -78,6 +105,9 @@ class CellProcess:
             os.killpg(self.pid, signal.SIGKILL)
 
     def _group_lives(self) -> bool:
+        with contextlib.suppress(ChildProcessError):  # helpers that were adopted and have ended
+            while os.waitpid(-self.pid, os.WNOHANG)[0]:
+                pass
         try:
             os.killpg(self.pid, 0)
         except (ProcessLookupError, PermissionError):

@@ -19,7 +19,8 @@ from typing import Any
 
 import yaml
 
-from sweeps.runner.errors import SweepError, nearest
+from results.common.nearest import did_you_mean
+from sweeps.runner.errors import SweepError
 
 FOLDER = Path("sweeps")
 SEED = "seed_everything"
@@ -116,9 +117,7 @@ def find(ablation: str) -> Path:
     """Path of the sweep file for an ablation's name or for a path to a sweep file; SweepError if there is none."""
     path = Path(ablation) if ablation.endswith((".yaml", ".yml")) else FOLDER / f"{ablation}.yaml"
     if not path.is_file():
-        known = names()
-        listing = f" Known ablations: {', '.join(known)}." if known else f" There is no sweep file in {FOLDER}/."
-        raise SweepError(f"No sweep file {path}.{nearest(path.stem, known)}{listing}")
+        raise SweepError(f"No sweep file {path}. {did_you_mean(path.stem, names())}")
     return path
 
 
@@ -133,9 +132,7 @@ def load(ablation: str) -> SweepFile:
         raise SweepError(f"{path} must be a mapping with name, method, parameters and command.")
     for key in content:
         if key not in _TOP_LEVEL:
-            raise SweepError(
-                f"{path}: unknown key {key!r}.{nearest(str(key), _TOP_LEVEL)} Allowed: {', '.join(sorted(_TOP_LEVEL))}."
-            )
+            raise SweepError(f"{path}: unknown key {key!r}. {did_you_mean(str(key), _TOP_LEVEL)}")
     name = content.get("name")
     if name != path.stem:
         raise SweepError(
@@ -143,9 +140,7 @@ def load(ablation: str) -> SweepFile:
         )
     method = content.get("method")
     if method not in _METHODS:
-        raise SweepError(
-            f"{path}: method is {method!r}.{nearest(str(method), _METHODS)} Allowed: {', '.join(_METHODS)}."
-        )
+        raise SweepError(f"{path}: method is {method!r}. {did_you_mean(str(method), _METHODS)}")
     metric = content.get("metric") or {}
     if metric and (not isinstance(metric, dict) or metric.get("goal") not in ("minimize", "maximize")):
         raise SweepError(f"{path}: metric needs a name and a goal, minimize or maximize; found {metric!r}.")
@@ -182,8 +177,8 @@ def select(cells: list[Cell], only: list[str], path: Path) -> list[Cell]:
         matches = [name for name in known if name == key] or [name for name in known if name.endswith(f".{key}")]
         if len(matches) != 1:
             found = f"fits several parameters: {', '.join(matches)}" if matches else "is no parameter of this sweep"
-            hint = nearest(key, [*known, *(name.rsplit(".", 1)[-1] for name in known)])
-            raise SweepError(f"--only {condition!r}: {key!r} {found}.{hint} {path} has {', '.join(known)}.")
+            hint = did_you_mean(key, [*known, *(name.rsplit(".", 1)[-1] for name in known)])
+            raise SweepError(f"--only {condition!r}: {key!r} {found} ({path}). {hint}")
         wanted.setdefault(matches[0], []).append(yaml.safe_load(text))
     for name, values in wanted.items():
         occurring = unique([cell.parameters[name] for cell in cells])
@@ -250,16 +245,12 @@ def _check_parameters(parameters: Any, path: Path) -> dict[str, dict[str, Any]]:
             raise SweepError(f"{where} is nested; write each key with its dots, as on the command line ({name}.key).")
         kind = _distribution(entry)
         if kind not in _DISTRIBUTIONS:
-            raise SweepError(
-                f"{where}: distribution {kind!r} is unknown.{nearest(str(kind), _DISTRIBUTIONS)} "
-                f"Allowed: {', '.join(_DISTRIBUTIONS)}."
-            )
+            raise SweepError(f"{where}: distribution {kind!r} is unknown. {did_you_mean(str(kind), _DISTRIBUTIONS)}")
         allowed = ("distribution", *_DISTRIBUTIONS[kind])
         for key in entry:
             if key not in allowed:
                 raise SweepError(
-                    f"{where}: unknown key {key!r}.{nearest(str(key), [*allowed, 'values'])} "
-                    f"A {kind} parameter has {', '.join(allowed)}."
+                    f"{where}: unknown key {key!r} of a {kind} parameter. {did_you_mean(str(key), [*allowed, 'values'])}"
                 )
         missing = [key for key in _DISTRIBUTIONS[kind] if key not in entry and key != "probabilities"]
         if missing:

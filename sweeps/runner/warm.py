@@ -45,14 +45,36 @@ class WarmStarts:
     Args:
         environment: Of the warmed process. Libraries that read their number of threads when they are imported read it here.
         root: The folder of the source files.
+        output: Where the imports print to, as for ``subprocess``; None is where this process does.
     """
 
-    def __init__(self, environment: Mapping[str, str], root: Path = Path(".")) -> None:
+    def __init__(self, environment: Mapping[str, str], root: Path = Path("."), output: int | None = None) -> None:
         self._environment = dict(environment)
+        self._output = output
         self._root = root
         self._sources: dict[Path, int] = {}
         self._server: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
+
+    @staticmethod
+    def own(words: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], dict[str, str]] | None:
+        """Arguments and variables of a command that is this interpreter's ``-m lightning_modules``; None for any other.
+
+        ``env`` in front of it, with ``-u NAME`` and ``NAME=VALUE``, acts on the variables.
+        """
+        words, environment = list(words), dict(environment)
+        if words[:1] == ["/usr/bin/env"]:
+            words.pop(0)
+            while words[1:] and (words[0] == "-u" or "=" in words[0]):
+                word = words.pop(0)
+                if word == "-u":
+                    environment.pop(words.pop(0), None)
+                else:
+                    name, _, value = word.partition("=")
+                    environment[name] = value
+        if words[:3] != [sys.executable, "-m", PROGRAM]:
+            return None
+        return words[3:], environment
 
     def prepare(self) -> None:
         """Let the imports begin; a later :meth:`start` waits for their end."""
@@ -71,6 +93,8 @@ class WarmStarts:
                 env=self._environment,
                 cwd=self._root,
                 stdin=subprocess.DEVNULL,
+                stdout=self._output,
+                stderr=self._output,
                 pass_fds=[theirs.fileno()],
                 preexec_fn=die_with_parent(),
             )

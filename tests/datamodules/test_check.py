@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import cv2
@@ -11,7 +12,9 @@ from PIL import Image
 
 from datamodules.__main__ import main
 from datamodules.check import check
+from datamodules.errors import DataError
 from datamodules.problems import number_of
+from datamodules.readers import list_dataset, raise_on_errors
 
 
 def kinds(report):
@@ -141,3 +144,96 @@ def test_a_test_set_that_cannot_be_scored_is_told(make, tmp_path, gone, lacking)
     (found,) = check("folder", tmp_path).problems
     assert found.kind == "one-sided test set"
     assert lacking in found.message
+
+
+def test_defects_that_vanish_when_masks_are_resized_are_counted(make, tmp_path, capsys):
+    base = make.mvtec(tmp_path, "part", defects=3) / "part"
+    for number in range(3):
+        make.image(base / f"test/broken/{number:03d}.png", size=(1000, 1000), seed=number)
+        mask = np.zeros((1000, 1000), np.uint8)
+        side = 6 if number else 100
+        mask[103 : 103 + side, 203 : 203 + side] = 255
+        cv2.imwrite(str(base / f"ground_truth/broken/{number:03d}_mask.png"), mask)
+    (found,) = [problem for problem in check("folder", tmp_path).problems if problem.kind == "defects too small"]
+    assert found.message == "of 3 masks of defects vanish 2 at 64 x 64 pixels; mask_resize=area keeps them"
+    assert len(found.files) == 2
+    assert main(["check", "--dataset", "folder", "--data-root", str(tmp_path), "--image-size", "32"]) == 0
+    assert "2 at 32 x 32 pixels" in capsys.readouterr().out
+
+
+def test_a_test_image_that_is_a_training_image_encoded_anew_is_named(make, tmp_path):
+    base = make.mvtec(tmp_path, "nut", train=6, normal=4) / "nut"
+    smooth = [cv2.resize(np.random.default_rng(k).integers(0, 256, (6, 6, 3), np.uint8), (96, 96)) for k in range(10)]
+    for k in range(6):
+        cv2.imwrite(str(base / f"train/good/{k:03d}.png"), smooth[k])
+    for k in range(4):
+        cv2.imwrite(str(base / f"test/good/{k:03d}.png"), smooth[6 + k])
+    assert ("warning", "test image near training") not in kinds(check("folder", tmp_path))
+    (base / "test/good/000.png").unlink()
+    cv2.imwrite(str(base / "test/good/000.jpg"), cv2.resize(smooth[3], (80, 80)), [cv2.IMWRITE_JPEG_QUALITY, 70])
+    (found,) = [p for p in check("folder", tmp_path).problems if p.kind == "test image near training"]
+    assert found.files == (str(base / "test/good/000.jpg"), str(base / "train/good/003.png"))
+
+
+def test_frames_and_orientation_are_remarked_on(make, tmp_path):
+    base = make.mvtec(tmp_path, "nut") / "nut"
+    pages = [Image.new("RGB", (48, 40), (k, k, k)) for k in (40, 50)]
+    pages[0].save(base / "train/good/pages.tif", save_all=True, append_images=pages[1:])
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    (base / "test/broken/000.png").unlink()
+    pages[0].save(base / "test/broken/000.jpg", exif=exif)
+    assert {("warning", "several frames image"), ("warning", "turned image")} <= kinds(check("folder", tmp_path))
+
+
+@pytest.mark.parametrize("limit", [[], ["--max-megapixels", "500"]])
+def test_the_limit_of_size_is_one_sentence_and_an_option(make, tmp_path, capsys, limit):
+    base = make.mvtec(tmp_path, "nut") / "nut"
+    Image.new("1", (20_000, 10_000)).save(base / "train/good/large.png")
+    code = main(["check", "--dataset", "folder", "--data-root", str(tmp_path), *limit])
+    assert code == (0 if limit else 1)
+    assert ("max_megapixels=179 allows" in capsys.readouterr().out) == (not limit)
+
+
+def test_names_that_are_not_utf8_are_an_error_that_can_be_printed(make, tmp_path, capsys):
+    base = make.mvtec(tmp_path, "nut") / "nut"
+    os.rename(base / "train/good/000.png", os.fsencode(base / "train/good") + b"/caf\xe9.png")
+    assert main(["check", "--dataset", "folder", "--data-root", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "1 name not in UTF-8" in out
+    assert "caf\\udce9.png" in out
+    with pytest.raises(DataError, match="1 name not in UTF-8"):
+        raise_on_errors(list_dataset("folder", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("folder", "hint"),
+    [
+        ("Test", "if it is test, call it so"),
+        ("masks", "if it is ground_truth, call it so"),
+        ("Ground Truth", "if it is ground_truth, call it so"),
+        ("training", "if it is train, call it so"),
+        ("notes", "left out"),
+    ],
+)
+def test_folders_beside_the_expected_names_are_told_with_what_they_may_be(make, tmp_path, folder, hint):
+    base = make.mvtec(tmp_path, "nut") / "nut"
+    make.image(base / folder / "good" / "000.png")
+    (found,) = [problem for problem in check("folder", tmp_path).problems if problem.kind == "not read"]
+    assert f"{folder}/ left out" in found.message
+    assert hint in found.message
+
+
+def test_images_beside_the_folders_of_a_part_are_told(make, tmp_path):
+    base = make.mvtec(tmp_path, "nut") / "nut"
+    make.image(base / "test" / "000.png")
+    make.image(base / "train" / "000.png")
+    found = [problem for problem in check("folder", tmp_path).problems if problem.kind == "not read"]
+    assert {problem.message.split(" itself")[0] for problem in found} == {"1 image in test/", "1 image in train/"}
+
+
+def test_a_category_whose_train_folder_is_misspelt_is_explained(make, tmp_path, capsys):
+    base = make.mvtec(tmp_path, "nut") / "nut"
+    (base / "train").rename(base / "Train")
+    assert main(["check", "--dataset", "folder", "--data-root", str(tmp_path)]) == 2
+    assert f"{base / 'Train'} has to be called train" in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import resource
@@ -243,11 +242,20 @@ def test_entries_can_be_listed_and_deleted(tmp_path, capsys):
     assert entries(tmp_path) == []
 
 
-def test_an_older_layout_is_never_read(tmp_path, monkeypatch):
-    now = spec().key
-    monkeypatch.setattr("datamodules.cache.entry.VERSION", 1)
-    assert spec().key != now
-    assert json.loads(json.dumps(spec().title)) == spec().title
+def test_an_entry_of_an_older_layout_is_told_in_one_line_and_built_anew(tmp_path, monkeypatch):
+    with monkeypatch.context() as before:
+        before.setattr("datamodules.cache.entry.VERSION", 3)
+        old = open_or_build(tmp_path, spec(), ROWS, Backbone(), BUDGET).folder
+    told, again = [], Backbone()
+    cache = open_or_build(tmp_path, spec(), ROWS, again, BUDGET, told.append)
+    assert_holds_the_truth(cache)
+    assert again.calls == [0]
+    assert cache.folder != old
+    assert not old.exists()
+    (line,) = (line for line in told if "older layout" in line)
+    assert str(old) in line
+    open_or_build(tmp_path, spec(), ROWS, again, BUDGET, told.append)
+    assert len([line for line in told if "older layout" in line]) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the process's memory from /proc")

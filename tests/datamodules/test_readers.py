@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from datamodules import DatasetConfig
 from datamodules.errors import DataError
 from datamodules.images import read_mask
 from datamodules.readers import get_reader, list_dataset, load_readers
@@ -295,3 +296,46 @@ def test_a_new_dataset_is_one_new_file(make, tmp_path, monkeypatch):
     assert "mine" in load_readers()
     assert len(list_dataset("mine", make.mvtec(tmp_path / "data")).table) == 8
     sys.modules.pop("datamodules.readers.my_own_reader")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace(",", ";"), r"line 1: no column object, split, .*separated by commas"),
+        (
+            lambda text: text.replace("candle,train", "candle,Train", 1),
+            r"line 2: split 'Train'; split is one of train, val",
+        ),
+        (lambda text: text.replace(",normal,", ",good,", 1), r"line 2: label 'good'; label is one of normal, anomaly"),
+        (lambda text: text + "candle,test\n", r"line 6: only 2 cells, .*'candle', 'test'.*label is one of"),
+        (lambda text: text + "candle,test,normal\n", r"line 6: 3 cells.*names its object, split, label and image"),
+        (lambda text: text + ",test,normal,a.png,\n", r"line 6: 5 cells.*names its object"),
+        (lambda text: "", r"line 1: no column object"),
+    ],
+)
+def test_a_wrong_row_of_visas_csv_is_named_with_its_line(make, tmp_path, change, message):
+    file = make.visa_raw(tmp_path) / "split_csv" / "1cls.csv"
+    file.write_text(change(file.read_text().replace("\r\n", "\n")))
+    with pytest.raises(DataError, match=rf"1cls\.csv, {message}"):
+        list_dataset("visa", tmp_path)
+
+
+def test_visas_csv_may_have_a_byte_order_mark_blank_lines_and_any_name_of_an_object(make, tmp_path):
+    file = make.visa_raw(tmp_path) / "split_csv" / "1cls.csv"
+    text = file.read_text().replace("candle,", "null,") + "\n\n,,,,\n"
+    file.write_text(text, encoding="utf-8-sig")
+    listing = list_dataset("visa", tmp_path)
+    assert listing.available == ("null",)
+    assert set(listing.table["category"]) == {"null"}
+    file.write_bytes(b"\xff\xfe" + text.encode("utf-16-le"))
+    with pytest.raises(DataError, match="not a CSV file in UTF-8"):
+        list_dataset("visa", tmp_path)
+
+
+@pytest.mark.parametrize("category", ["01", "NA", "null", "1e3"])
+def test_categories_that_look_like_numbers_or_nothing_stay_text(make, tmp_path, category):
+    make.mvtec(tmp_path, category)
+    for asked in (None, category, (category,)):
+        config = DatasetConfig("folder", str(tmp_path), asked)
+        table = list_dataset(config.name, config.root, config.categories).table
+        assert set(table["category"]) == {category}

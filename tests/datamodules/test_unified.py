@@ -220,9 +220,9 @@ def test_odd_image_modes_warn_once_per_dataset(make, root):
         data = module(DatasetConfig("mvtec_ad", str(root)))
     texts = [str(w.message) for w in caught if "mvtec_ad" in str(w.message)]
     assert len(texts) == 1
-    assert "3 images are 16-bit" in texts[0]
+    assert "3 images of mode 16-bit" in texts[0]
     assert "read as 12 bits (inferred" in texts[0]
-    assert "1 images are RGB with alpha" in texts[0]
+    assert "1 image of mode RGB with alpha" in texts[0]
     brightest = max(
         b["image"][i, 0].max()
         for b in data.train_dataloader()

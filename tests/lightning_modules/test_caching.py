@@ -63,12 +63,12 @@ def test_float32_features_are_those_of_the_backbone_bit_for_bit(model, data_root
     data = served(model, data_module(data_root), tmp_path)
     (batch,) = data.all_images(0, 32)  # the batch that the cache was built with
     (computed,) = model.prepare(model.extractor(batch["image"]))
-    assert np.array_equal(data._cache.levels[0], computed.numpy())
+    assert np.array_equal(data._served.cache.levels[0], computed.numpy())
 
 
 def test_float16_features_are_off_by_the_rounding_of_halves_only(model, data_root, tmp_path):
-    exact = served(model, data_module(data_root), tmp_path)._cache.levels[0]
-    half = served(model, data_module(data_root), tmp_path, mode="float16")._cache.levels[0]
+    exact = served(model, data_module(data_root), tmp_path)._served.cache.levels[0]
+    half = served(model, data_module(data_root), tmp_path, mode="float16")._served.cache.levels[0]
     np.testing.assert_allclose(half.astype(np.float32), exact, rtol=2**-11, atol=2**-24)
 
 
@@ -85,12 +85,12 @@ def test_the_order_of_categories_does_not_mix_their_features(model, data_root, t
 
 def test_a_retouched_image_of_equal_size_is_not_served_from_the_old_features(model, tmp_path, write_data):
     root = write_data(tmp_path / "data", train=2)
-    before = np.array(served(model, data_module(root), tmp_path)._cache.levels[0])
+    before = np.array(served(model, data_module(root), tmp_path)._served.cache.levels[0])
     victim = next((root / "bolt" / "train" / "good").iterdir())
     content = bytearray(victim.read_bytes())
     donor = next((root / "disc" / "train" / "good").iterdir()).read_bytes()
     victim.write_bytes(donor)
-    after = served(model, data_module(root), tmp_path)._cache.levels[0]
+    after = served(model, data_module(root), tmp_path)._served.cache.levels[0]
     assert not np.array_equal(before, after)
     assert bytes(content) != donor
 
@@ -110,10 +110,10 @@ def test_features_of_flipped_and_turned_images_are_cached_too(model, flipped, tm
     plain.setup("fit")
     normal = sum(len(list((flipped / category / "train" / "good").iterdir())) for category in ("bottle", "disc"))
     turned = 7 * len(list((flipped / "bottle" / "train" / "good").iterdir()))
-    assert len(data._cache.levels[0]) == len(plain.table) + turned
+    assert len(data._served.cache.levels[0]) == len(plain.table) + turned
     if resident:
-        needed = (normal + turned) * data._cache.levels[0][0].nbytes
-        data.serve_from(data._cache, CPU, needed, data.symmetric_rows())
+        needed = (normal + turned) * data._served.cache.levels[0][0].nbytes
+        data.serve_from(data._served.cache, CPU, needed, data.symmetric_rows())
     seen = 0
     loader, expected_loader = data.train_dataloader(), plain.train_dataloader()
     assert (loader.dataset.resident is not None) == resident
@@ -162,11 +162,11 @@ def test_images_whose_colours_change_are_decoded_once_but_augmented_each_time(mo
 
 def test_features_beyond_the_budget_leave_at_least_decoded_images(model, data_root, tmp_path):
     data = served(model, data_module(data_root), tmp_path, budget_gb=0.0005)  # images take 0.29 MB, features 0.18 MB
-    assert data._cache is not None
+    assert data._served is not None
     large = BackboneConfig("test_efficientnet.r160_in1k", (1, 2, 3, 4), "random", seed=1)
     model = UniAD(large, image_size=64, grid=(16, 16), d_model=16, heads=2, neighbor_size=3)
     data = served(model, data_module(data_root), tmp_path / "other", budget_gb=0.0005)
-    assert data._cache is None
+    assert data._served is None
     assert [entry.title.split()[0] for entry in entries(tmp_path / "other" / "cache")] == ["images"]
     assert "image" in next(iter(data.train_dataloader()))
 
@@ -187,7 +187,7 @@ def test_scoring_a_checkpoint_uses_an_entry_but_builds_none(trained, tmp_path):
 
 def test_the_feature_caches_key_is_readable(model, data_root, tmp_path):
     data = served(model, data_module(data_root), tmp_path)
-    meta = json.loads((data._cache.folder / "meta.json").read_text())
+    meta = json.loads((data._served.cache.folder / "meta.json").read_text())
     assert meta["spec"]["backbone"]["levels"] == [1, 2, 3, 4]
     assert "concatenated" in meta["spec"]["preparation"]
 
@@ -195,8 +195,10 @@ def test_the_feature_caches_key_is_readable(model, data_root, tmp_path):
 def test_features_that_live_on_the_device_are_those_on_disk(model, data_root, tmp_path):
     """What fits is copied once per split, and an epoch is then a choice of rows without workers."""
     disk, resident = (served(model, data_module(data_root), tmp_path) for _ in range(2))
-    needed = 12 * disk._cache.levels[0][0].nbytes
-    resident.serve_from(resident._cache, CPU, needed)  # room for the training images, not for the test images too
+    needed = 12 * disk._served.cache.levels[0][0].nbytes
+    resident.serve_from(
+        resident._served.cache, CPU, needed
+    )  # room for the training images, not for the test images too
     for name, is_resident in (("train_dataloader", True), ("test_dataloader", False)):
         loader = getattr(resident, name)()
         assert (loader.dataset.resident is not None) == is_resident

@@ -95,11 +95,6 @@ def test_training_without_anomalies_is_refused_with_the_options_to_set(make):
         make(anomalies=None).run()
 
 
-def test_no_full_batch_is_refused_instead_of_an_endless_training(make):
-    with pytest.raises(SystemExit, match="drop_last"):
-        make().run("--data.init_args.batch_size=100", "--data.init_args.drop_last=true")
-
-
 def test_a_training_of_a_number_of_steps_ends_there_and_knows_its_epochs(make):
     project = make()
     project.run("--trainer.max_epochs=100", "--trainer.max_steps=7")

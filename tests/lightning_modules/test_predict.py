@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import os
+import shutil
 
 import cv2
 import numpy as np
@@ -74,6 +76,44 @@ def test_an_earlier_prediction_leaves_no_file_behind_and_masks_are_no_images(tmp
         project.run(f"--data.init_args.predict_root={images}", command="predict")
         assert len(pd.read_csv(folder / "scores.csv")) == count
         assert sorted(path.suffix for path in folder.iterdir()) == [".csv", *[".jpg"] * count, *[".npy"] * count]
+
+
+def test_one_bad_image_costs_only_its_own_score_and_the_exit_code_says_so(trained, data_root, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(2):
+        shutil.copy(data_root / "bolt" / "test" / "good" / "000.png", images / f"{number}.png")
+    (images / "broken.png").write_bytes((images / "0.png").read_bytes()[:300])
+    name = os.fsencode(images) + b"/caf\xe9" + 240 * b"x" + b".png"
+    shutil.copy(images / "0.png", name)
+    run = trained.results / "runs" / "single" / "first"
+    (trained.results / "runs" / "single" / "bad").symlink_to(run)
+    options = [f"--config={run / 'config.yaml'}", "--run.name=bad", f"--ckpt_path={trained.checkpoint()}"]
+    with pytest.raises(
+        SystemExit, match=r"1 image could not be read and has no score.*\n.*broken\.png: .*truncated"
+    ) as left:
+        main(["predict", *options, f"--data.init_args.predict_root={images}"])
+    assert left.value.code
+    folder = trained.results / "work" / "single" / "bad" / "predictions"
+    table = pd.read_csv(folder / "scores.csv", encoding_errors="surrogateescape").set_index("image")
+    assert len(table) == 4
+    assert "truncated" in table.reason[str(images / "broken.png")]
+    assert table.image_score.isna().to_list() == table.reason.notna().to_list()
+    assert table.image_score[os.fsdecode(name)] == pytest.approx(table.image_score[str(images / "0.png")])
+    assert len(list(folder.glob("*.npy"))) == len(list(folder.glob("*.jpg"))) == 3
+    (trained.results / "runs" / "single" / "bad").unlink()
+
+
+def test_an_earlier_prediction_stays_until_the_new_one_is_complete(predictions, trained, data_root, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    before = {path.name: path.read_bytes() for path in predictions.iterdir()}
+    monkeypatch.setattr("lightning_modules.callbacks.predictions.Predictions._replace", stop)
+    run = trained.results / "runs" / "single" / "first"
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        main(["predict", f"--config={run / 'config.yaml'}", f"--data.init_args.predict_root={data_root / 'disc'}"])
+    assert {path.name: path.read_bytes() for path in predictions.iterdir()} == before
 
 
 def test_an_unreadable_image_is_named(trained, tmp_path):

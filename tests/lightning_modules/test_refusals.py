@@ -29,7 +29,7 @@ def test_an_unknown_option_is_answered_with_the_nearest_one(project, option, nea
     text = _refusal(project, option)
     assert option.split("=")[0].split(".")[-1] in text
     if nearest != "weights":
-        assert f"Did you mean {nearest}" in text
+        assert f"Did you mean '{nearest}" in text
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -221,5 +222,5 @@ def test_a_file_system_without_locks_is_no_obstacle(project, monkeypatch):
     def refuse(file, how):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(resuming.fcntl, "flock", refuse)
-    project.run("--trainer.max_epochs=1", "--cache.mode=off")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    project.run("--trainer.max_epochs=1")

@@ -5,7 +5,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from lightning_modules.ulsad import ULSAD, QuantileConfig, _from_all_processes
+from lightning_modules.metrics.sync import Group
+from lightning_modules.ulsad import ULSAD, QuantileConfig
 from models.backbones import BackboneConfig
 
 pytestmark = pytest.mark.program
@@ -36,7 +37,7 @@ def estimate(rank: int, world: int) -> tuple[list[float], list[torch.Tensor]]:
         statistics.update(features[own], ["set"] * len(own))
     moments = statistics.moments()
     statistics.reset()
-    for part in _from_all_processes(moments):
+    for part in Group().gather_objects(moments):
         statistics.merge(part)
     count, mean, squares = statistics.moments()["set"]
     return quantiles, [torch.tensor(float(count)), mean, squares]

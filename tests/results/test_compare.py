@@ -125,7 +125,7 @@ def test_cells_of_a_sweep_are_chosen_by_the_end_of_their_keys(runs):
     assert len(choose(records, "s/*seed0")) == 2
     with pytest.raises(ValueError, match=r"no run with levels=\[3\]; there are \[4, 3\], \[4\]"):
         choose(records, "s:levels=[3]")
-    with pytest.raises(ValueError, match="did you mean"):
+    with pytest.raises(ValueError, match="Did you mean"):
         choose(records, "s:level=[4]")
 
 

@@ -134,7 +134,7 @@ def test_rounding_is_not_called_a_disagreement():
 
 
 def test_a_mistyped_table_gets_the_nearest_name():
-    with pytest.raises(SpecError, match="did you mean 'unias_"):
+    with pytest.raises(SpecError, match="Did you mean 'unias_"):
         find_spec("unias4")
     assert spec_names().index("ulsad_2") < spec_names().index("ulsad_10")
 
@@ -142,9 +142,9 @@ def test_a_mistyped_table_gets_the_nearest_name():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("title: a\ncolums: [x]", "unknown key 'colums'; did you mean 'columns'"),
+        ("title: a\ncolums: [x]", "unknown key 'colums'. Did you mean 'columns'"),
         ("title: a\nrows: [x]", "has no columns"),
-        ("title: a\nrows: [{lable: x}]\ncolumns: [dsc]", "did you mean .*'label'"),
+        ("title: a\nrows: [{lable: x}]\ncolumns: [dsc]", "Did you mean .*'label'"),
         ("title: a\ncolumns: [dsc]", "without `sweep`, rows must be listed"),
         ("title: a\nrow_headers: [a, b]\nrows: [x]\ncolumns: [dsc]", "1 labels for 2 headers"),
         ("title: a\ncompare: up\nrows: [x]\ncolumns: [dsc]", "allowed: columns, rows, none"),

@@ -105,8 +105,8 @@ def test_overwriting_is_asked_for_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"protocol": "claen"}, "did you mean 'clean'"),
-        ({"setting": "both"}, "unified, per_category"),
+        ({"protocol": "claen"}, "Did you mean 'clean'"),
+        ({"setting": "both"}, "per_category, unified"),
         ({"run": "../evil"}, "run is '../evil'"),
         ({"image_size": 224}, "height, width"),
         ({"seed": 1.5}, "seed is 1.5"),
@@ -127,7 +127,7 @@ def test_a_record_that_breaks_the_schema_is_refused_with_key_and_allowed_values(
         ("value", 97.3, r"image_auroc of synthetic/tile is 97.3; scores are fractions"),
         ("value", np.inf, "infinite"),
         ("value", np.nan, "neither a value nor a reason"),
-        ("scope", "categry", "did you mean 'category'"),
+        ("scope", "categry", "Did you mean 'category'"),
         ("category", "", "needs a dataset and a category"),
         ("category", "bolt", "two rows for"),
     ],
@@ -191,7 +191,7 @@ def test_a_damaged_record_is_named_and_the_others_are_still_read(tmp_path, damag
 
 def test_a_mistyped_sweep_gets_the_nearest_name(tmp_path):
     write(tmp_path)
-    with pytest.raises(FileNotFoundError, match="did you mean 'demo'"):
+    with pytest.raises(FileNotFoundError, match="Did you mean 'demo'"):
         read_records(tmp_path, "dmeo")
 
 

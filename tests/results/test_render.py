@@ -147,4 +147,4 @@ def test_one_table_in_one_format_goes_to_the_standard_output_only(tmp_path, caps
     assert "\\textbf{65.12}" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
     assert main(["table", "unias_5"]) == 2
-    assert "did you mean" in capsys.readouterr().err
+    assert "Did you mean" in capsys.readouterr().err

@@ -387,7 +387,7 @@ def test_ties_at_the_printed_precision_share_the_mark(runs, sweep):
 
 def test_labels_for_a_parameter_that_the_sweep_does_not_have_are_an_error(runs, sweep):
     fill(runs)
-    with pytest.raises(SpecError, match="no parameter 'neighbour_size'; did you mean"):
+    with pytest.raises(SpecError, match=r"no parameter 'neighbour_size'\. Did you mean"):
         sweep_table(spec(parameters={"neighbour_size": {"label": "Size"}}), runs.read("mask"), sweep)
 
 
@@ -471,7 +471,7 @@ def test_the_command_line_prints_writes_and_names_damaged_records(runs, tmp_path
     assert main([*arguments, "--strict"]) == 1
     assert main([*arguments, "--profile", "paper"]) == 2
     assert main(["sweep", "msk", "--root", str(runs.root)]) == 2
-    assert "did you mean 'mask'" in capsys.readouterr().err.replace("\n", " ")
+    assert "Did you mean 'mask'" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_of_two_code_versions_the_refusal_names_both_and_the_newest_can_be_chosen(runs, tmp_path, capsys):

@@ -16,6 +16,7 @@ import yaml
 
 from results.aggregator.records import read_records
 
+pytestmark = pytest.mark.program
 REPOSITORY = Path(__file__).resolve().parents[2]
 SWEEP = "local/unirecon/sweep000"
 EPOCHS = 4
@@ -24,8 +25,6 @@ CALLBACK = """
 import os, signal
 from pathlib import Path
 import lightning as L
-
-pytestmark = pytest.mark.program
 
 class Preempt(L.Callback):
     def on_train_batch_end(self, trainer, *rest):

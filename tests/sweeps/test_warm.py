@@ -132,3 +132,11 @@ warm._serve(None)
         text=True,
     )
     assert outcome.returncode == 0, outcome.stderr
+
+
+def test_the_sweeps_command_is_recognised_with_what_env_does_to_its_variables():
+    words = ["/usr/bin/env", "-u", "RANK", "PROFILE=demo", sys.executable, "-m", "lightning_modules", "fit", "--a=b=c"]
+    arguments, variables = warm.WarmStarts.own(words, {"RANK": "3", "PROFILE": "paper", "HOME": "/"})
+    assert (arguments, variables) == (["fit", "--a=b=c"], {"PROFILE": "demo", "HOME": "/"})
+    for other in (["python", "-m", "lightning_modules"], [sys.executable, "program.py"], ["/usr/bin/env", "-u"], []):
+        assert warm.WarmStarts.own(other, {}) is None

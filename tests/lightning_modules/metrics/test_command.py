@@ -10,6 +10,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from datamodules import images
+from lightning_modules.metrics import folder as folder_reading
 from lightning_modules.metrics.__main__ import main as run
 
 SUFFIXES = [".npy", ".npz", ".tiff"]
@@ -124,3 +126,82 @@ def test_the_command_explains_itself():
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "ground_truth" in text
     assert "--csv" in text
+
+
+def _masks(truth, folder):
+    """The same mask in many kinds of file, each with traps of its own: name -> file."""
+    grey = Image.fromarray(truth.astype(np.uint8) * 255)
+    white_is_first = Image.fromarray(1 - truth.astype(np.uint8))
+    white_is_first.putpalette([255, 255, 255, 0, 0, 0])
+    opaque = Image.new("L", grey.size, 255)
+    ids = Image.fromarray(truth.astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    kinds = [
+        ("grey.png", grey, {}),
+        ("ids.png", ids, {}),
+        ("one.png", grey.convert("1"), {}),
+        ("palette.png", white_is_first, {}),
+        ("palette.gif", white_is_first.convert("RGB").quantize(2), {}),
+        ("alpha.png", Image.merge("LA", (grey, opaque)), {}),
+        ("rgba.png", Image.merge("RGBA", (grey, grey, grey, opaque)), {}),
+        ("deep.png", Image.fromarray(truth.astype(np.uint16)), {}),
+        ("int.tif", Image.fromarray(truth.astype(np.int32)), {}),
+        ("float.tif", Image.fromarray(truth.astype(np.float32)), {}),
+        ("lossy.jpg", grey, {"quality": 60}),
+        ("lossy.webp", grey, {"quality": 60}),
+        ("lossy.tif", grey, {"compression": "jpeg", "quality": 60}),
+        ("exact.webp", ids, {"lossless": True}),
+        ("turned.png", grey.rotate(180), {"exif": exif}),
+        ("UPPER.PNG", grey, {}),
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, image, options in kinds:
+        image.save(folder / name, **options)
+    return [folder / name for name, _, _ in kinds]
+
+
+def test_masks_are_read_by_the_rules_of_the_data_module(tmp_path):
+    """The package stands alone, so it has lines of its own for what `datamodules.images` does: they must agree."""
+    truth = np.zeros((40, 48), bool)
+    truth[8:24, 16:40] = True
+    for file in _masks(truth, tmp_path):
+        np.testing.assert_array_equal(folder_reading.read_mask(file, truth.shape), truth, err_msg=file.name)
+        np.testing.assert_array_equal(images.read_mask([file]), truth, err_msg=file.name)
+
+
+@pytest.mark.parametrize("normal", ["ok", "Good", "NORMAL"])
+def test_folders_of_normal_images_may_be_called_as_in_the_data_module(tmp_path, normal):
+    save_map(tmp_path / "c" / "test" / normal / "0.npy", np.zeros((4, 5), np.float32))
+    save_map(tmp_path / "c" / "test" / "hole" / "0.npy", np.ones((4, 5), np.float32))
+    assert [row.label for row in folder_reading.find_maps(tmp_path)] == [
+        int(name == "hole") for name in sorted((normal, "hole"))
+    ]
+
+
+def test_a_mask_may_be_a_folder_or_have_a_suffix_in_capitals(tmp_path):
+    for name in ("0", "1"):
+        save_map(tmp_path / "c" / "test" / "hole" / f"{name}.npy", np.ones((4, 5), np.float32))
+    masks = tmp_path / "c" / "ground_truth" / "hole"
+    part = np.zeros((4, 5), bool)
+    part[0] = True
+    save_mask(masks / "0_mask.PNG", part)
+    save_mask(masks / "1" / "000.png", part)
+    save_mask(masks / "1" / "001.png", part[::-1])
+    marked = [folder_reading.read_mask(row.mask, (4, 5)).sum() for row in folder_reading.find_maps(tmp_path)]
+    assert marked == [5, 10]
+
+
+def test_files_beyond_the_limit_and_damaged_ones_are_one_sentence(tmp_path, capsys):
+    save_map(tmp_path / "c" / "test" / "good" / "0.npy", np.zeros((4, 5), np.float32))
+    save_map(tmp_path / "c" / "test" / "hole" / "0.npy", np.ones((4, 5), np.float32))
+    mask = tmp_path / "c" / "ground_truth" / "hole" / "0_mask.png"
+    mask.parent.mkdir(parents=True)
+    Image.new("1", (20_000, 10_000)).save(mask)
+    assert run([str(tmp_path)]) == 2
+    assert "20000 x 10000 pixels are more than 179 megapixels" in capsys.readouterr().err
+    assert run([str(tmp_path), "--max-megapixels", "300"]) == 0
+    for damaged in (mask.read_bytes()[:60], b"no image"):
+        mask.write_bytes(damaged)
+        assert run([str(tmp_path)]) == 2
+        assert capsys.readouterr().err.startswith("error: ")

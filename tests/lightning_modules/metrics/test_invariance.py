@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_modules.metrics import METRICS, AnomalyMetrics, MetricResult, RegionCache, evaluation
+from lightning_modules.metrics import METRICS, AnomalyMetrics, MetricResult, RegionCache, pixels
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
 seeds, levels = st.integers(0, 10_000), st.sampled_from([0, 2, 9])
@@ -45,13 +45,12 @@ def test_order_and_batches_change_nothing(problem, seed, levels, batch):
 
 @few
 @given(seed=seeds, levels=levels)
-def test_small_windows_and_chunks_change_nothing(problem, seed, levels):
+def test_small_stretches_and_threads_change_nothing(problem, seed, levels):
     p = problem(seed, images=8, levels=levels, categories=2)
     before = p.compute(threads=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "WINDOW", (1, 1))  # one page of keys at a time
-        patch.setattr(evaluation, "STRETCH_KEYS", 40)
-        patch.setattr(evaluation, "CHUNK_PIXELS", 1)
+        patch.setattr(pixels, "STRETCH", 40)
+        patch.setattr(pixels, "SAMPLES", 20)
         same(before, p.compute(threads=3), tolerance=1e-14)
 
 
@@ -64,17 +63,35 @@ def test_maps_in_files_give_the_same_bits(problem, seed, levels, tmp_path_factor
 
 @few
 @given(seed=seeds, levels=levels)
-def test_the_accelerator_path_gives_the_same_numbers(problem, seed, levels):
+def test_tensors_give_the_bits_of_arrays(problem, seed, levels):
     p = problem(seed, levels=levels, categories=2)
     before = p.compute()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(AnomalyMetrics, "_stays_on_device", staticmethod(lambda maps: True))
-        patch.setattr(evaluation, "DEVICE_WINDOW", (50, 1 << 12))
-        p.maps, scores = torch.from_numpy(p.maps), p.scores
-        metrics = AnomalyMetrics()
-        metrics.update(p.maps, torch.from_numpy(p.masks), scores, p.labels, p.categories, range(6))
-        assert all(type(c.maps).__name__ == "DeviceMaps" for c in metrics._categories.values())
-        same(before, metrics.compute(), tolerance=1e-14)
+    metrics = AnomalyMetrics()
+    tensors = [torch.from_numpy(array) for array in (p.maps[:, None], p.masks[:, None], p.scores, p.labels)]
+    tensors[0].requires_grad_()
+    metrics.update(*tensors, p.categories, torch.arange(6))
+    same(before, metrics.compute())
+
+
+def test_maps_of_an_accelerator_are_copied_from_it(problem):
+    """On the accelerator that is there, or on a stand-in whose tensors numpy cannot read either."""
+    p = problem(22)
+    before = p.compute()
+    maps = torch.from_numpy(p.maps)
+    maps = maps.cuda() if torch.cuda.is_available() else maps.as_subclass(OnAccelerator)
+    metrics = AnomalyMetrics()
+    metrics.update(maps, p.masks, p.scores, p.labels, p.categories, range(6))
+    same(before, metrics.compute())
+
+
+class OnAccelerator(torch.Tensor):
+    """A tensor that has to be brought to the CPU before numpy can read it."""
+
+    def cpu(self) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+    def numpy(self, *, force: bool = False) -> np.ndarray:
+        raise TypeError("can't convert this device's tensor to numpy")
 
 
 def test_one_metric_alone_has_the_value_it_has_among_all(problem):

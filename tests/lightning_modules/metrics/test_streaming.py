@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lightning_modules.metrics import AnomalyMetrics, evaluation
+from lightning_modules.metrics import AnomalyMetrics, pixels
 
 SIZE = (96, 96)
 
@@ -31,9 +31,7 @@ def peak_memory(images: int, directory) -> int:
 
 
 def test_memory_stays_within_a_few_kilobytes_per_image(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "STRETCH_KEYS", 1 << 14)
-    monkeypatch.setattr(evaluation, "WINDOW", (1 << 13, 64))
-    monkeypatch.setattr(evaluation, "CHUNK_PIXELS", 1 << 16)
+    monkeypatch.setattr(pixels, "STRETCH", 1 << 15)
     few, many = 60, 240
     peak_memory(2, tmp_path)  # what is imported on first use counts as memory, too
     growth = (peak_memory(many, tmp_path) - peak_memory(few, tmp_path)) / (many - few)
@@ -62,7 +60,7 @@ def test_complete_categories_are_evaluated_at_once_with_the_same_numbers(problem
     given = problem(3, images=14, categories=3, levels=5)
     counts = Counter(given.categories)
     early, late = fed(given, expected=counts), fed(given)
-    assert all(not category.maps.highest and not category.regions for category in early._categories.values())
+    assert all(len(category.maps) == 0 for category in early._categories.values())
     pd.testing.assert_frame_equal(early.compute().table, late.compute().table, check_exact=True)
     pd.testing.assert_frame_equal(early.compute().table, late.compute().table, check_exact=True)  # asked again
     early.reset()
@@ -73,8 +71,8 @@ def test_complete_categories_are_evaluated_at_once_with_the_same_numbers(problem
 def test_only_the_maps_of_categories_that_are_not_complete_are_kept(problem):
     given = problem(4, images=12, categories=2)
     metrics = fed(given, expected={"c0": 6, "c1": 7})
-    assert not metrics._categories["c0"].maps.highest
-    assert len(metrics._categories["c1"].maps.highest) == 6
+    assert len(metrics._categories["c0"].maps) == 0
+    assert len(metrics._categories["c1"].maps) == 6
     pd.testing.assert_frame_equal(metrics.compute().table, fed(given).compute().table, check_exact=True)
 
 

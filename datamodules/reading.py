@@ -1,0 +1,126 @@
+"""The datasets that a run names -> one table of their images and the rules by which each is read; nothing is decoded."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datamodules.errors import DataError
+from datamodules.images import MAX_MEGAPIXELS, REMARKABLE, infer_bit_depth, odd_mode, read_image
+from datamodules.problems import WARNING, describe, number_of
+from datamodules.readers import list_dataset, raise_on_errors
+from datamodules.sample_table import SampleTable, concatenate, fingerprint
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """A dataset of the run.
+
+    Args:
+        name: reader: mvtec_ad, mvtec_loco, btad, mpdd, visa, folder, photos or synthetic.
+        root: its folder; "" for photos, which come with the project.
+        categories: the subset to use, None for all; also a text "bottle,cable".
+        label: its name in tables, default `name`; needed when one reader is used twice.
+    """
+
+    name: str
+    root: str = ""
+    categories: tuple[str, ...] | str | None = None
+    label: str | None = None
+
+    def __post_init__(self) -> None:
+        categories = self.categories
+        if isinstance(categories, str):
+            categories = tuple(part.strip() for part in categories.split(",") if part.strip())
+        object.__setattr__(self, "categories", tuple(categories) if categories else None)
+        object.__setattr__(self, "root", str(self.root or ""))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Datasets as found on disk.
+
+    Attributes:
+        table: SampleTable of all splits.
+        roots: dataset -> its folder.
+        fingerprints: dataset -> sha256 of its data; `fingerprint`: of all of it.
+        bit_depths: dataset -> significant bits of its 16-bit images, if it has any.
+        thresholds: dataset -> value above which a mask pixel is defective.
+    """
+
+    table: SampleTable
+    roots: dict[str, Path]
+    fingerprints: dict[str, str]
+    fingerprint: str
+    bit_depths: dict[str, int]
+    thresholds: dict[str, int]
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        """How a file becomes pixels, as arguments of `ImageSource`."""
+        return {"bit_depths": self.bit_depths, "thresholds": self.thresholds}
+
+
+def read_datasets(
+    configs: Sequence[DatasetConfig], bit_depth: int | None = None, max_megapixels: float = MAX_MEGAPIXELS
+) -> Reading:
+    """Read the datasets' names and headers, with one warning per dataset about whatever is odd in it.
+
+    Args:
+        configs: the datasets.
+        bit_depth: significant bits of 16-bit images; None infers them per dataset from its training images.
+        max_megapixels: as in `decode`.
+
+    Raises:
+        DataError: no dataset, an unknown name, or data with errors.
+    """
+    if not configs:
+        raise DataError("No dataset is named: give `datasets` at least one entry with a name and a root.")
+    listings = {
+        config.label or config.name: list_dataset(config.name, config.root, config.categories, config.label)
+        for config in configs
+    }
+    bit_depths: dict[str, int] = {}
+    for label, listing in listings.items():
+        raise_on_errors(listing)
+        found = [problem for problem in listing.problems if problem.severity == WARNING]
+        if found:
+            warnings.warn(f"{label}: {len(found)} remarks on the data:\n{describe(found, limit=5)}", stacklevel=3)
+        _settle_modes(label, listing.table, bit_depth, max_megapixels, bit_depths)
+    table = concatenate(listing.table for listing in listings.values())
+    roots = {label: listing.root for label, listing in listings.items()}
+    fingerprints = {label: fingerprint(listing.table, roots) for label, listing in listings.items()}
+    single = len(listings) == 1  # what every run does before it starts is kept short
+    whole = next(iter(fingerprints.values())) if single else fingerprint(table, roots)
+    thresholds = {label: listing.reader.mask_threshold for label, listing in listings.items()}
+    return Reading(table, roots, fingerprints, whole, bit_depths, thresholds)
+
+
+def _settle_modes(
+    label: str, table: SampleTable, bit_depth: int | None, max_megapixels: float, bit_depths: dict[str, int]
+) -> None:
+    """One warning per dataset about odd image modes, and the bit depth of 16-bit images."""
+    files: dict[str, list[str]] = {}
+    for path in table["image_path"]:
+        mode = odd_mode(path)
+        if mode is not None:
+            files.setdefault(mode, []).append(path)
+    for mode in set(files) - set(REMARKABLE):
+        read_image(files[mode][0], bit_depth, max_megapixels)  # refuses pixels of this type with the whole sentence
+    notes = [
+        f"{number_of(len(paths), 'image')} of mode {mode} (e.g. {paths[0]}): {REMARKABLE[mode]}"
+        for mode, paths in files.items()
+        if mode in REMARKABLE
+    ]
+    deep = files.get("16-bit")
+    if deep:
+        train = set(table.loc[table["split"] == "train", "image_path"])
+        bits = bit_depth or infer_bit_depth([p for p in deep if p in train] or deep, max_megapixels=max_megapixels)
+        bit_depths[label] = bits
+        how = "as declared" if bit_depth else "inferred from the brightest values; declare bit_depth to fix it"
+        notes.append(f"16-bit images are read as {bits} bits ({how})")
+    if notes:
+        warnings.warn(f"{label}: " + "; ".join(notes), stacklevel=4)

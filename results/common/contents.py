@@ -1,0 +1,151 @@
+"""The contents of files as hashes: the one identity of data, for records, cache entries and the names of cells.
+
+A file is read once. Its hash is remembered with its size, times and inode in a small file per data set below
+``results/work/contents``, and holds as long as these stay; the change time (ctime) is among them, so that a file replaced
+or edited with its time kept is read again. What is remembered can be deleted at any moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import xxhash
+
+from results.common.files import write_text
+
+MEMORY = Path("results/work/contents")
+KEPT = 64
+"""Data sets whose hashes are remembered, the last used."""
+RECENT = 2_000_000_000
+"""Nanoseconds: a file changed so lately could change again without another time, so its hash is not remembered."""
+CLUTTER = ("thumbs.db", "desktop.ini")
+PACKED = (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2", ".7z", ".rar")
+"""Endings of what data sets are downloaded as, which no reader opens."""
+_BLOCK = 1 << 20
+_THREADS = 8
+
+
+def content_hashes(paths: Iterable[str | Path], root: str | Path) -> list[str]:
+    """The hash (xxh3, 128 bits) of each file's bytes.
+
+    Args:
+        paths: The files.
+        root: The folder of their data set, by which their hashes are remembered.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    paths = [os.fspath(path) for path in paths]
+    memory = MEMORY / f"{xxhash.xxh3_64_hexdigest(os.fsencode(os.path.abspath(root)))}.json"
+    known = _read(memory)
+    places = [os.path.abspath(path) for path in paths]
+    states = [_state(os.stat(path)) for path in paths]
+    new = {
+        place: path
+        for place, path, state in zip(places, paths, states, strict=True)
+        if known.get(place, ("", ""))[0] != state
+    }
+    if new:
+        now = time.time_ns()
+        with ThreadPoolExecutor(_THREADS) as pool:
+            chunks = [list(new.items())[first::_THREADS] for first in range(_THREADS)]
+            found = {place: entry for part in pool.map(_hash_all, chunks) for place, entry in part}
+        known |= found
+        _write(memory, {place: entry for place, entry in known.items() if now - int(entry[0].split()[-1]) > RECENT})
+    return [known[place][1] for place in places]
+
+
+def files_below(root: str | Path) -> Iterator[str]:
+    """Every file of data below a folder, sorted within each folder; links are followed, but never around in a circle.
+
+    Hidden files, those of file managers (:data:`CLUTTER`) and archives (:data:`PACKED`) are no data.
+    """
+    yield from _walk(os.fspath(root), ())
+
+
+def data_hash(root: str | Path, categories: Sequence[str] | None = None) -> str:
+    """Hash of the data below a folder: relative paths and contents, masks and lists included.
+
+    Args:
+        root: The data set's folder. Where it lies does not matter.
+        categories: If each is a folder in ``root``, the files of others do not count.
+    """
+    root = os.fspath(root)
+    if categories and all(os.path.isdir(os.path.join(root, category)) for category in categories):
+        beside = [entry.path for entry in sorted(_entries(root), key=lambda e: e.name) if entry.is_file()]
+        folders = [os.path.join(root, name) for name in (*sorted(categories), "split_csv")]
+        files = [*beside, *(file for folder in folders for file in files_below(folder))]
+    else:
+        files = list(files_below(root))
+    digest = xxhash.xxh3_128()
+    for file, content in zip(files, content_hashes(files, root), strict=True):
+        digest.update(os.fsencode(f"{os.path.relpath(file, root)}\0{content}\n"))
+    return digest.hexdigest()
+
+
+def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    try:
+        place = os.stat(folder)
+    except OSError:
+        return
+    if (place.st_dev, place.st_ino) in above:
+        return
+    entries = sorted(_entries(folder), key=lambda entry: entry.name)
+    yield from (entry.path for entry in entries if entry.is_file())
+    for entry in entries:
+        if entry.is_dir():
+            yield from _walk(entry.path, (*above, (place.st_dev, place.st_ino)))
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        return [
+            entry
+            for entry in entries
+            if not entry.name.startswith(".")
+            and entry.name.casefold() not in CLUTTER
+            and not entry.name.casefold().endswith(PACKED)
+        ]
+    return []
+
+
+def _state(status: os.stat_result) -> str:
+    return f"{status.st_size} {status.st_ino} {status.st_mtime_ns} {status.st_ctime_ns}"
+
+
+def _hash_all(files: Iterable[tuple[str, str]]) -> list[tuple[str, tuple[str, str]]]:
+    return [(place, _hash(path)) for place, path in files]
+
+
+def _hash(path: str) -> tuple[str, str]:
+    digest = xxhash.xxh3_128()
+    with open(path, "rb", buffering=0) as file:
+        state = _state(os.fstat(file.fileno()))
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return state, digest.hexdigest()
+
+
+def _read(memory: Path) -> dict[str, tuple[str, str]]:
+    """What is remembered of a data set; {} if that is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        check, _, text = memory.read_bytes().partition(b"\n")
+        if check.decode() == xxhash.xxh3_128_hexdigest(text):
+            os.utime(memory)
+            return json.loads(text)
+    return {}
+
+
+def _write(memory: Path, entries: dict[str, tuple[str, str]]) -> None:
+    """Remember; a folder that cannot be written is no obstacle."""
+    text = json.dumps(entries)
+    with contextlib.suppress(OSError):
+        write_text(memory, f"{xxhash.xxh3_128_hexdigest(text.encode())}\n{text}")
+        for old in sorted(MEMORY.glob("*.json"), key=lambda file: -file.stat().st_mtime)[KEPT:]:
+            old.unlink(missing_ok=True)
