@@ -8,19 +8,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from lightning_modules.running import internals
 from models.backbones import BackboneConfig, FeatureExtractor
 from models.head import AnomalyHead, HeadConfig, ScoredMaps
-from models.reconstruction import Pair
+from models.reconstruction import Pair, ReconstructionNetwork
 
 ImageSize = int | tuple[int, int]
 """Side of a square image, or (height, width), in pixels."""
+Interval = Literal["epoch", "step"]
+"""After what a learning-rate schedule goes on."""
 
 
 @dataclass(frozen=True)
@@ -53,33 +57,6 @@ class Recipe:
     released_subset: str = "full"
 
 
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """Optimiser and step schedule over all trainable parameters.
-
-    Args:
-        name: ``adamw`` (decoupled weight decay) or ``adam`` (L2 form).
-        lr: Learning rate. It is not scaled with the number of processes.
-        betas: Adam's two decay rates.
-        weight_decay: Weight decay, applied to every trainable tensor.
-        lr_drops: Epoch indices (from 0) at whose start the learning rate is multiplied by ``lr_gamma``.
-        lr_gamma: Factor of each drop.
-    """
-
-    name: str = "adamw"
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    lr_drops: tuple[int, ...] = ()
-    lr_gamma: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.name not in ("adamw", "adam"):
-            raise ValueError(f"optimizer.name is {self.name!r}; allowed are 'adamw' and 'adam'.")
-        if self.lr <= 0:
-            raise ValueError(f"optimizer.lr is {self.lr}; it must be positive.")
-
-
 class NonFiniteLossError(RuntimeError):
     """The training loss became NaN or infinite."""
 
@@ -93,44 +70,50 @@ class ReconstructionModule(L.LightningModule):
     Args:
         backbone: The frozen feature extractor.
         head: Distance, fusion, smoothing and image score.
-        optimizer: Optimiser and schedule.
+        optimizer: Gives an optimiser of the trainable parameters. Learning rates are not scaled with the number of
+            processes. None for a method that is not trained by gradients: its ``training_step`` returns None.
         image_size: Size of the input images in pixels.
+        lr_scheduler: Gives the optimiser's schedule; None for a constant learning rate.
+        lr_interval: Whether the schedule goes on after every ``epoch`` or every ``step``.
+
+    Raises:
+        ValueError: the optimiser or the schedule refuses its own options.
     """
 
     method: ClassVar[str]
     recipe: ClassVar[Recipe]
     needs_images: ClassVar[bool] = False
     """Whether the network reads the images besides their features."""
-    preparation: str = "none"
-    """What :meth:`prepare` does, in words that change whenever it does; part of the feature cache's key."""
     uncached: str = ""
     """Why features cannot be cached, as half a sentence; empty where they can."""
     map_names: tuple[str, ...] = ()
     """Names of the level maps in pictures, in the order of :attr:`ScoredMaps.level_maps`; empty: they are numbered."""
-    network: nn.Module
+    network: ReconstructionNetwork
 
     def __init__(
-        self, backbone: BackboneConfig, head: HeadConfig, optimizer: OptimizerConfig, image_size: ImageSize
+        self,
+        backbone: BackboneConfig,
+        head: HeadConfig,
+        optimizer: OptimizerCallable | None,
+        image_size: ImageSize,
+        lr_scheduler: LRSchedulerCallable | None,
+        lr_interval: Interval,
     ) -> None:
+        # No defaults here: the command line would hand them on to subclasses, whose own would be lost.
         super().__init__()
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.extractor = FeatureExtractor(backbone)
         self.extractor.sizes(self.image_size)  # a size that the backbone does not take is refused here
         self.head = AnomalyHead(head)
-        self.optimizer_config = optimizer
+        self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
+        if optimizer is not None:  # impossible options are refused now, not after minutes of preparation
+            self._scheduled(optimizer([nn.Parameter(torch.zeros(1))]))
         self.trained_epochs = 0
         self.origin = ""
         self._unchecked_loss: tuple[Tensor, torch.cuda.Event | None, Mapping[str, Any], int] | None = None
         self._losses: dict[str, list[tuple[Tensor, int]]] = {}
 
     # ---- what a method may change ------------------------------------------------------------------------------------
-
-    def prepare(self, levels: list[Tensor]) -> list[Tensor]:
-        """Whatever precedes everything trainable and random: (B, C_l, H_l, W_l) levels in and out, no parameters.
-
-        Its results are cached with the features, so that it is paid once per image.
-        """
-        return levels
 
     def reconstruct(self, batch: Mapping[str, Any]) -> list[Pair]:
         """Pairs of (target, reconstruction), one per level the method reconstructs, lowest level first."""
@@ -181,7 +164,13 @@ class ReconstructionModule(L.LightningModule):
 
     def features(self, batch: Mapping[str, Any]) -> list[Tensor]:
         """The prepared levels, each (B, C_l, H_l, W_l) float32: from the batch if it carries them, else computed."""
-        return batch["features"] if "features" in batch else self.prepare(self.extractor(batch["image"]))
+        return batch["features"] if "features" in batch else self.extract(batch["image"])
+
+    @torch.no_grad()
+    def extract(self, images: Tensor) -> list[Tensor]:
+        """What the network gets of normalised images (B, 3, H, W), in full precision also under autocast."""
+        with torch.autocast(images.device.type, enabled=False):
+            return self.network.prepare(self.extractor(images))
 
     def forward(self, images: Tensor) -> ScoredMaps:
         """Anomaly maps and image scores of normalised images (B, 3, H, W)."""
@@ -251,20 +240,27 @@ class ReconstructionModule(L.LightningModule):
         return self.evaluate(batch)[""]
 
     def optimizer_of(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """The configured optimiser over some parameters, in one fused kernel where that can be."""
-        config = self.optimizer_config
-        kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-        # Lightning cannot clip the gradients of a fused optimiser in mixed precision.
-        fused = self._trainer is None or "mixed" not in str(self._trainer.precision)
-        return kind(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=fused)
+        """The method's optimiser over some parameters."""
+        optimizer = self.optimizer(parameters)
+        if self._trainer is not None and "mixed" in str(self._trainer.precision):
+            internals.allow_clipping(optimizer)
+        return optimizer
 
     def configure_optimizers(self) -> Any:
-        config = self.optimizer_config
-        optimizer = self.optimizer_of(p for p in self.parameters() if p.requires_grad)
-        if not config.lr_drops:
+        if self.optimizer is None:
+            return None
+        return self._scheduled(self.optimizer_of(p for p in self.parameters() if p.requires_grad))
+
+    def _scheduled(self, optimizer: torch.optim.Optimizer) -> Any:
+        """The optimiser with its schedule, as Lightning wants them."""
+        if self.lr_scheduler is None:
             return optimizer
-        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(config.lr_drops), gamma=config.lr_gamma)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
+        schedule = self.lr_scheduler(optimizer)
+        monitor = getattr(schedule, "monitor", None)  # of Lightning's ReduceLROnPlateau
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": self.lr_interval, "monitor": monitor},
+        }
 
     # ---- checkpoints: without the frozen backbone, bound to it by its hash --------------------------------------------
 

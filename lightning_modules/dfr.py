@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from lightning_modules.base import ImageSize, OptimizerConfig, Recipe, ReconstructionModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch.optim import Adam
+
+from lightning_modules.base import ImageSize, Interval, Recipe, ReconstructionModule
 from models.backbones import BackboneConfig
 from models.dfr import DFRNetwork, RegionalFeatures, StreamingCovariance, latent_dimension
 from models.head import HeadConfig
@@ -22,7 +25,9 @@ class DFR(ReconstructionModule):
         backbone: VGG19, levels 1 to 4. A VGG is padded by reflection (padding ``default`` means that here) and gives
             all its ReLU maps; another backbone gives one map per level.
         head: Mean square over channels, resized with aligned corners, no smoothing; image score = maximum.
-        optimizer: Adam, constant learning rate.
+        optimizer: Adam.
+        lr_scheduler: None: the learning rate is constant.
+        lr_interval: Whether the schedule goes on after every ``epoch`` or every ``step``.
         image_size: Input size in pixels, a multiple of 4.
         latent: Channels of the latent layer; None finds them by PCA when training starts.
         explained: Share of the features' variance that the latent channels must exceed in the PCA.
@@ -36,7 +41,9 @@ class DFR(ReconstructionModule):
         self,
         backbone: BackboneConfig = BackboneConfig("vgg19.tv_in1k", (1, 2, 3, 4), padding="reflect"),
         head: HeadConfig = HeadConfig(distance="squared_mean", fusion="sum", align_corners=True, image_score="max"),
-        optimizer: OptimizerConfig = OptimizerConfig(name="adam"),
+        optimizer: OptimizerCallable = lambda parameters: Adam(parameters, lr=1e-4, fused=True),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Interval = "epoch",
         image_size: ImageSize = 256,
         latent: int | None = None,
         explained: float = 0.9,
@@ -46,28 +53,22 @@ class DFR(ReconstructionModule):
             raise ValueError(f"pca_images is {pca_images}; the PCA needs at least one image.")
         if not 0 < explained < 1:
             raise ValueError(f"explained is {explained}; it is a share between 0 and 1.")
-        if backbone.name.startswith("vgg") and backbone.padding == "default":
-            backbone = replace(backbone, padding="reflect")
-        super().__init__(backbone, head, optimizer, image_size)
-        self.extractor = RegionalFeatures(self.extractor)
-        self.extractor.sizes(self.image_size)
-        maps = len(self.extractor.map_channels)
-        self.preparation = f"{maps} maps at image size, means over 4x4 pixels, concatenated"
+        if backbone.name.startswith("vgg") and "_bn" not in backbone.name:
+            padding = "reflect" if backbone.padding == "default" else backbone.padding
+            backbone = replace(backbone, padding=padding, maps="relu")
+        super().__init__(backbone, head, optimizer, image_size, lr_scheduler, lr_interval)
         self.latent, self.explained, self.pca_images = latent, explained, pca_images
-        if latent is not None:
-            self._build(latent)
-
-    def _build(self, latent: int) -> None:
-        self.network = DFRNetwork(self.extractor.channels[0], latent)
+        regional = RegionalFeatures(self.extractor.channels, self.extractor.strides, self.image_size)
+        self.network = DFRNetwork(regional, latent)
 
     def setup(self, stage: str) -> None:
         """Finds the latent size before the optimiser is made; a checkpoint that is loaded then brings its own."""
         super().setup(stage)
-        if stage == "fit" and "network" not in self._modules:
-            self._build(self.find_latent(self.trainer.datamodule))
+        if stage == "fit" and self.network.latent is None:
+            self.network.build(self.find_latent(self.trainer.datamodule))
 
     def reconstruct(self, batch: Mapping[str, Any]) -> list[Pair]:
-        if "network" not in self._modules:
+        if self.network.latent is None:
             raise ValueError(
                 "The latent size of DFR is found in training: give a checkpoint (--ckpt_path), or "
                 "--model.init_args.latent."
@@ -76,14 +77,14 @@ class DFR(ReconstructionModule):
 
     def find_latent(self, data: Any) -> int:
         """Number of principal components of regional features that explain more than ``explained`` of the variance."""
-        covariance = StreamingCovariance(self.extractor.channels[0])
+        covariance = StreamingCovariance(self.network.regional.channels)
         train = data.table[data.table.split == "train"].sort_values("image_path")
         device = self.trainer.strategy.root_device if self._trainer is not None else self.device
         self.extractor.to(device)
         for _, rows in train.groupby(["dataset", "category"], sort=False):
             for number in rows.id.tolist()[: self.pca_images]:
                 images = data.image_batch([number])["image"].to(device)
-                features = self.extractor(images)[0]
+                (features,) = self.extract(images)
                 covariance.update(features.permute(0, 2, 3, 1).flatten(0, 2))
         self.extractor.to(self.device)
         return latent_dimension(covariance.eigenvalues(), self.explained)
@@ -96,8 +97,8 @@ class DFR(ReconstructionModule):
                 f"The checkpoint has {latent} latent channels, this model {self.latent}: leave latent out, or set "
                 f"--model.init_args.latent={latent}."
             )
-        if "network" not in self._modules or self.network.latent != latent:
-            self._build(latent)
+        if self.network.latent != latent:
+            self.network.build(latent)
 
     def record_notes(self) -> list[str]:
         return [f"latent size {self.network.latent}"]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch.optim import AdamW
 
-from torch import Tensor
-
-from lightning_modules.base import ImageSize, OptimizerConfig, Recipe, ReconstructionModule
-from lightning_modules.uniad import concatenation
-from models import shortcut, uniad
+from lightning_modules.base import ImageSize, Interval, Recipe
+from lightning_modules.running.schedules import Drops
+from lightning_modules.uniad import UniAD
 from models.backbones import BackboneConfig
 from models.head import HeadConfig
-from models.layers.neck import resize_concatenate
+from models.layers.neck import ConcatenatedLevels
+from models.shortcut import Shortcut, shortcut_network
 
 
-class IdenticalShortcut(ReconstructionModule):
+class IdenticalShortcut(UniAD):
     """One network of the study on UniAD's features, with UniAD's optimiser, schedule, head and score.
 
     The paper shows curves but publishes neither the networks' widths nor numbers; the widths are ours, matched to
@@ -25,6 +25,8 @@ class IdenticalShortcut(ReconstructionModule):
         backbone: As in UniAD.
         head: As in UniAD.
         optimizer: As in UniAD.
+        lr_scheduler: As in UniAD.
+        lr_interval: As in UniAD.
         image_size: Input size in pixels.
         grid: Token grid (height, width); by default the highest level's size.
         hidden: Width of the hidden layers (mlp 1792, cnn 512) or of the transformers' feed-forward part (1024).
@@ -38,10 +40,12 @@ class IdenticalShortcut(ReconstructionModule):
 
     def __init__(
         self,
-        network: Literal["mlp", "cnn", "transformer_no_query", "transformer_one_query", "uniad"] = "mlp",
+        network: Shortcut = "mlp",
         backbone: BackboneConfig = BackboneConfig("tf_efficientnet_b4.aa_in1k", (1, 2, 3, 4), padding="released"),
         head: HeadConfig = HeadConfig(),
-        optimizer: OptimizerConfig = OptimizerConfig(weight_decay=1e-4, lr_drops=(801,)),
+        optimizer: OptimizerCallable = lambda parameters: AdamW(parameters, lr=1e-4, weight_decay=1e-4, fused=True),
+        lr_scheduler: LRSchedulerCallable = lambda optimizer: Drops(optimizer, first=801),
+        lr_interval: Interval = "epoch",
         image_size: ImageSize = 224,
         grid: tuple[int, int] | None = None,
         hidden: int | None = None,
@@ -49,28 +53,23 @@ class IdenticalShortcut(ReconstructionModule):
         dropout: float | None = None,
         jitter_scale: float | None = None,
     ) -> None:
-        super().__init__(backbone, head, optimizer, image_size)
-        self.grid = grid or self.extractor.sizes(self.image_size)[-1]
-        self.preparation = concatenation(self.grid)
-        shape = [sum(self.extractor.channels)], [self.grid]
-        if network == "uniad":
-            self.network = uniad.UniAD(
-                *shape,
-                d_model=d_model,
-                feedforward=hidden or 1024,
-                dropout=0.1 if dropout is None else dropout,
-                jitter_scale=20.0 if jitter_scale is None else jitter_scale,
-            )
-        else:
-            self.network = shortcut.shortcut_network(
-                network,
-                *shape,
-                hidden=hidden,
-                d_model=d_model,
-                dropout=dropout,
-                jitter_scale=jitter_scale or 0.0,
-            )
+        super().__init__(
+            backbone,
+            head,
+            optimizer,
+            lr_scheduler,
+            lr_interval,
+            image_size,
+            kind=network,
+            grid=grid,
+            hidden=hidden,
+            d_model=d_model,
+            dropout=dropout,
+            jitter_scale=jitter_scale,
+        )
 
-    def prepare(self, levels: list[Tensor]) -> list[Tensor]:
-        """UniAD's neck."""
-        return [resize_concatenate(levels, self.grid, align_corners=True)]
+    def build_network(self, **network) -> ConcatenatedLevels:
+        """The chosen network on the backbone's levels."""
+        return shortcut_network(
+            channels=self.extractor.channels, sizes=self.extractor.sizes(self.image_size), **network
+        )

@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn, stack
+from torch.optim import Adam
 
-from lightning_modules.base import ImageSize, OptimizerConfig, Recipe, ReconstructionModule
+from lightning_modules.base import ImageSize, Interval, Recipe, ReconstructionModule
 from models.backbones import BackboneConfig
 from models.head import HeadConfig
 from models.reconstruction import Pair
@@ -25,7 +27,9 @@ class RLR(ReconstructionModule):
         backbone: EfficientNet-B6, levels 3 and 4 (strides 8 and 16).
         head: Per token MSE + (1 - cosine), mean over the levels resized with aligned corners; pixel metrics read this
             map, the image score is the maximum after smoothing with sigma 4.
-        optimizer: Adam, constant learning rate.
+        optimizer: Adam.
+        lr_scheduler: None: the learning rate is constant.
+        lr_interval: Whether the schedule goes on after every ``epoch`` or every ``step``.
         image_size: Input size in pixels.
         widths: Token width of each level; None for the released rule, 32 times the level's stride.
         update: How a batch moves the levels, which share no parameter. ``joint``: one optimiser, one step on the summed
@@ -52,7 +56,9 @@ class RLR(ReconstructionModule):
             smoothing_target="image_score",
             image_score="max",
         ),
-        optimizer: OptimizerConfig = OptimizerConfig(name="adam"),
+        optimizer: OptimizerCallable = lambda parameters: Adam(parameters, lr=1e-4, fused=True),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Interval = "epoch",
         image_size: ImageSize = 256,
         widths: Sequence[int] | None = None,
         update: Literal["joint", "per_level", "released"] = "joint",
@@ -60,11 +66,11 @@ class RLR(ReconstructionModule):
         diversity_normaliser: Literal["released", "pairs"] = "released",
         **network,
     ) -> None:
-        super().__init__(backbone, head, optimizer, image_size)
+        super().__init__(backbone, head, optimizer, image_size, lr_scheduler, lr_interval)
         if update not in ("joint", "per_level", "released"):
             raise ValueError(f"update is {update!r}; choose joint, per_level or released.")
-        if update != "joint" and optimizer.lr_drops:
-            raise ValueError(f"optimizer.lr_drops {optimizer.lr_drops} needs update=joint; update is {update}.")
+        if update != "joint" and lr_scheduler is not None:
+            raise ValueError(f"lr_scheduler needs update=joint; update is {update}.")
         if diversity_weight < 0:
             raise ValueError(f"diversity_weight is {diversity_weight}; a negative one would make references alike.")
         widths = widths or [released_width(stride) for stride in self.extractor.strides]

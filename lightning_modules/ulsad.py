@@ -9,10 +9,12 @@ from itertools import product
 from typing import Any
 
 import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.optim import Adam
 
 from datamodules.errors import DataError
-from lightning_modules.base import ImageSize, OptimizerConfig, Recipe, ReconstructionModule
+from lightning_modules.base import ImageSize, Interval, Recipe, ReconstructionModule
 from lightning_modules.metrics.sync import Group
 from models.backbones import BackboneConfig
 from models.head import HeadConfig, ScoredMaps
@@ -83,7 +85,9 @@ class ULSAD(ReconstructionModule):
         backbone: WideResNet50-2, levels 3 and 4 (strides 8 and 16).
         head: Mean of the two maps, resized without aligned corners, smoothed with sigma 4; image score = maximum. Its
             cosine_weight follows lambda_l and lambda_g.
-        optimizer: Adam, constant learning rate.
+        optimizer: Adam.
+        lr_scheduler: None: the learning rate is constant.
+        lr_interval: Whether the schedule goes on after every ``epoch`` or every ``step``.
         image_size: Input size in pixels, a multiple of 64.
         quantiles: The common scale of the two maps.
         score_branches: Also score the local and the global map alone, as variants ``map=local`` and ``map=global``.
@@ -114,7 +118,9 @@ class ULSAD(ReconstructionModule):
             smoothing_kernel=33,
             image_score="max",
         ),
-        optimizer: OptimizerConfig = OptimizerConfig(name="adam", lr=2e-4, weight_decay=2e-5),
+        optimizer: OptimizerCallable = lambda parameters: Adam(parameters, lr=2e-4, weight_decay=2e-5, fused=True),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Interval = "epoch",
         image_size: ImageSize = 256,
         quantiles: QuantileConfig = QuantileConfig(),
         score_branches: bool = False,
@@ -125,7 +131,7 @@ class ULSAD(ReconstructionModule):
                 f'ULSAD compares by mean square + lambda (1 - cosine), head.distance "mse_cosine", found '
                 f'"{head.distance}". Set lambda_l and lambda_g to 0 to leave the cosine out.'
             )
-        super().__init__(backbone, head, optimizer, image_size)
+        super().__init__(backbone, head, optimizer, image_size, lr_scheduler, lr_interval)
         self.quantiles = quantiles
         self.score_branches = score_branches
         self.network = ULSADNetwork(
@@ -136,10 +142,6 @@ class ULSAD(ReconstructionModule):
                 f"head.cosine_weight is {head.cosine_weight}, but ULSAD has one weight per branch: set lambda_l and "
                 "lambda_g instead."
             )
-        channels = self.network.aggregator.channels
-        self.preparation = (
-            f"two levels at the finer grid without aligned corners, concatenated, channels pooled to {channels}"
-        )
         self.map_names = tuple(f"{branch} map" for branch in self.network.branches)
         if score_branches and len(self.map_names) == 1:
             raise ValueError("score_branches: this model has one branch only, which is scored anyway.")
@@ -147,10 +149,6 @@ class ULSAD(ReconstructionModule):
         self._selection = "last"
 
     # ---- features and loss -------------------------------------------------------------------------------------------
-
-    def prepare(self, levels: list[Tensor]) -> list[Tensor]:
-        """Two levels to one map of pooled channels, not yet standardised: the statistics come with the training."""
-        return [self.network.aggregator(levels)]
 
     def reconstruct(self, batch: Mapping[str, Any]) -> list[Pair]:
         return self.network.pairs(self._encode(batch))

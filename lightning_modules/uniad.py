@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch.optim import AdamW
 
-from lightning_modules.base import ImageSize, OptimizerConfig, Recipe, ReconstructionModule
+from lightning_modules.base import ImageSize, Interval, Recipe, ReconstructionModule
+from lightning_modules.running.schedules import Drops
 from models import uniad
 from models.backbones import BackboneConfig
 from models.head import HeadConfig
-from models.layers.neck import resize_concatenate
-
-
-def concatenation(grid: tuple[int, int]) -> str:
-    """Name of UniAD's neck on a grid, for the key of the feature cache."""
-    return f"levels resized to {grid[0]}x{grid[1]} with aligned corners, concatenated"
+from models.layers.neck import ConcatenatedLevels
 
 
 class UniAD(ReconstructionModule):
@@ -25,9 +22,11 @@ class UniAD(ReconstructionModule):
         backbone: EfficientNet-B4, levels 1 to 4, with the released code's padding.
         head: L2 norm of the residual, resized with aligned corners; image score = maximum of the 16x16-averaged map.
         optimizer: AdamW with weight decay 1e-4 on every trainable tensor.
+        lr_scheduler: A tenth from epoch index 801.
+        lr_interval: Whether the schedule goes on after every ``epoch`` or every ``step``.
         image_size: Input size in pixels; each side a multiple of the highest level's stride.
-        grid: Token grid (height, width); the paper's is the image size divided by 16, the highest level's size.
-        network: Arguments of :class:`models.uniad.UniAD`.
+        network: Arguments of :class:`models.uniad.UniAD`. Its grid is by default the highest level's size, which is the
+            paper's, the image size divided by 16.
     """
 
     method = "uniad"
@@ -43,16 +42,15 @@ class UniAD(ReconstructionModule):
         self,
         backbone: BackboneConfig = BackboneConfig("tf_efficientnet_b4.aa_in1k", (1, 2, 3, 4), padding="released"),
         head: HeadConfig = HeadConfig(),
-        optimizer: OptimizerConfig = OptimizerConfig(weight_decay=1e-4, lr_drops=(801,)),
+        optimizer: OptimizerCallable = lambda parameters: AdamW(parameters, lr=1e-4, weight_decay=1e-4, fused=True),
+        lr_scheduler: LRSchedulerCallable = lambda optimizer: Drops(optimizer, first=801),
+        lr_interval: Interval = "epoch",
         image_size: ImageSize = 224,
-        grid: tuple[int, int] | None = None,
         **network,
     ) -> None:
-        super().__init__(backbone, head, optimizer, image_size)
-        self.grid = grid or self.extractor.sizes(self.image_size)[-1]
-        self.preparation = concatenation(self.grid)
-        self.network = uniad.UniAD([sum(self.extractor.channels)], [self.grid], **network)
+        super().__init__(backbone, head, optimizer, image_size, lr_scheduler, lr_interval)
+        self.network = self.build_network(**network)
 
-    def prepare(self, levels: list[Tensor]) -> list[Tensor]:
-        """The neck: all levels resized to the highest level's grid and concatenated over channels."""
-        return [resize_concatenate(levels, self.grid, align_corners=True)]
+    def build_network(self, **network) -> ConcatenatedLevels:
+        """The network on the backbone's levels."""
+        return uniad.UniAD(self.extractor.channels, self.extractor.sizes(self.image_size), **network)

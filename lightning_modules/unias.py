@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
+from torch.optim import AdamW
 
-from lightning_modules.base import ImageSize, OptimizerConfig, Recipe, ReconstructionModule
+from lightning_modules.base import ImageSize, Interval, Recipe, ReconstructionModule
+from lightning_modules.running.schedules import Drops
 from models import unias
 from models.backbones import BackboneConfig
 from models.head import HeadConfig, ScoredMaps
@@ -28,6 +31,8 @@ class UniAS(ReconstructionModule):
             the finest level to the coarsest, and multiplied; image score = maximum. The released evaluator also reports
             ``std``. Blurs are given for all levels of the backbone; those of ``levels`` are used.
         optimizer: AdamW with weight decay 1e-4 on every trainable tensor.
+        lr_scheduler: A tenth from epoch index 401 and again from 801.
+        lr_interval: Whether the schedule goes on after every ``epoch`` or every ``step``.
         image_size: Input size in pixels; each side a multiple of the coarsest level's stride.
         loss_weight: Of the whole loss (released: 10 on MVTec AD, 1 on VisA).
         cosine_term: ``distance`` (1 - cos, the paper's figure) or ``as_released`` (its opposite sign).
@@ -58,7 +63,9 @@ class UniAS(ReconstructionModule):
             level_kernels=(9, 7, 5, 3),
             image_score="max",
         ),
-        optimizer: OptimizerConfig = OptimizerConfig(weight_decay=1e-4, lr_drops=(401, 801)),
+        optimizer: OptimizerCallable = lambda parameters: AdamW(parameters, lr=1e-4, weight_decay=1e-4, fused=True),
+        lr_scheduler: LRSchedulerCallable = lambda optimizer: Drops(optimizer, first=401, second=801),
+        lr_interval: Interval = "epoch",
         image_size: ImageSize = 224,
         loss_weight: float = 10.0,
         cosine_term: unias.CosineTerm = "distance",
@@ -66,7 +73,8 @@ class UniAS(ReconstructionModule):
         **network,
     ) -> None:
         levels = sorted(network.get("levels") or range(1, len(backbone.levels) + 1))
-        super().__init__(backbone, _of_levels(head, levels, len(backbone.levels)), optimizer, image_size)
+        head = _of_levels(head, levels, len(backbone.levels))
+        super().__init__(backbone, head, optimizer, image_size, lr_scheduler, lr_interval)
         self.network = unias.UniAS(self.extractor.channels, self.extractor.sizes(self.image_size), **network)
         self.map_names = tuple(f"level {level}" for level in reversed(levels))
         self.loss_weight, self.cosine_term = loss_weight, cosine_term

@@ -25,7 +25,7 @@ from typing import Literal, get_args
 import timm
 import torch
 from timm.models import eva, vision_transformer
-from timm.models._features import FeatureGetterNet
+from timm.models._features import FeatureGetterNet, FeatureInfo
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from models.pretrained import AUTO_TIMEOUT, PACKAGES, cached_file, hub_answers, 
 from models.weight_files import check_finite, check_fit, few, file_sha256, read_state_dict, state_sha256
 
 Padding = Literal["default", "same", "released", "reflect"]
+Maps = Literal["levels", "relu"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -56,6 +57,7 @@ class BackboneConfig:
     seed: of the weights `random`.
     final_norm: of a vision transformer: every level goes through the norm that follows its last block, as DINOv2's own
         `get_intermediate_layers` does; otherwise levels are the blocks' raw outputs.
+    maps: `levels` (one map per level) or `relu` (a VGG's, DFR: all ReLU outputs up to the highest level).
     """
 
     name: str
@@ -64,6 +66,7 @@ class BackboneConfig:
     padding: Padding = "default"
     seed: int = 0
     final_norm: bool = False
+    maps: Maps = "levels"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))
@@ -76,6 +79,8 @@ class BackboneConfig:
             raise ValueError(f"backbone.levels are numbered from 1, the lowest; found {list(self.levels)}.")
         if self.padding not in get_args(Padding):
             raise ValueError(f'backbone.padding is "{self.padding}"; choose one of {", ".join(get_args(Padding))}.')
+        if self.maps not in get_args(Maps):
+            raise ValueError(f'backbone.maps is "{self.maps}"; choose one of {", ".join(get_args(Maps))}.')
 
 
 class FeatureExtractor(nn.Module):
@@ -95,6 +100,8 @@ class FeatureExtractor(nn.Module):
         self.net, self.provenance = _build(config, weights)
         self.net.requires_grad_(False).eval()
         self.mean, self.std = _normalisation(self.net, config, weights)
+        if config.maps == "relu":
+            self.net = ReLUMaps(self.net, config.name)
         self.channels: list[int] = list(self.net.feature_info.channels())
         self.strides: list[int] = [int(stride) for stride in self.net.feature_info.reduction()]
         self._channels_last = str(getattr(self.net, "output_fmt", "NCHW")).upper().endswith("NHWC")
@@ -312,6 +319,31 @@ def _has_final_norm(architecture: str) -> bool:
     with torch.device("meta"):
         net = timm.create_model(architecture)
     return _follows_size(net) and not isinstance(getattr(net, "norm", nn.Identity()), nn.Identity)
+
+
+class ReLUMaps(nn.Module):
+    """All ReLU outputs of a VGG's feature layers, lowest first, in place of one per level."""
+
+    def __init__(self, net: nn.Module, name: str) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*net.children())
+        if not all(isinstance(layer, nn.Conv2d | nn.ReLU | nn.MaxPool2d) for layer in self.layers):
+            raise ValueError(f'backbone.maps="relu" needs a VGG without batch norm, found {name}. Use maps `levels`.')
+        info, stride = [], 1
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, nn.Conv2d):
+                info.append({"num_chs": layer.out_channels, "reduction": stride, "module": str(index + 1)})
+            stride *= layer.stride if isinstance(layer, nn.MaxPool2d) else 1
+        self.feature_info = FeatureInfo(info, range(len(info)))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """images: (B, 3, H, W) -> (B, C_i, H_i, W_i) after each ReLU."""
+        maps, x = [], images
+        for layer in self.layers:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                maps.append(x)
+        return maps
 
 
 def _prune(net: nn.Module) -> None:

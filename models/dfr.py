@@ -9,89 +9,54 @@ https://arxiv.org/abs/2012.07122. Details follow the authors' code.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.backbones import FeatureExtractor
-from models.reconstruction import Pair
+from models.reconstruction import Pair, ReconstructionNetwork
 
 REGION = 4  # pixels: side of the windows that regional features are averaged over
 
 
-class RegionalFeatures(nn.Module):
-    """Frozen regional features: all chosen maps on one grid of 4x4-pixel regions.
+class RegionalFeatures:
+    """Regional features: all maps of a backbone on one grid of 4x4-pixel regions.
 
-    On a VGG (timm `vgg19.tv_in1k`, levels 1-4, padding "reflect") the maps are all ReLU outputs up to the highest
-    level: relu1_1 .. relu4_4, 64 x 2 + 128 x 2 + 256 x 4 + 512 x 4 = 3456 channels. As in the released code, every map
-    but a block's last is taken after the next convolution's reflection padding, so it is 2 pixels wider: 258, 256,
-    130, 128, 66, 66, 66, 64, 34, 34, 34, 32 for a 256-pixel image. Any other backbone contributes one map per level.
+    The maps of a VGG (timm `vgg19.tv_in1k`, levels 1-4, padding "reflect", maps "relu") are all ReLU outputs up to the
+    highest level: relu1_1 .. relu4_4, 64 x 2 + 128 x 2 + 256 x 4 + 512 x 4 = 3456 channels. As in the released code,
+    every map but a block's last is taken after the next convolution's reflection padding, so it is 2 pixels wider: 258,
+    256, 130, 128, 66, 66, 66, 64, 34, 34, 34, 32 for a 256-pixel image. Any other backbone has one map per level, which
+    is a block of its own.
 
     Each map is resized bilinearly (align_corners True) to the image's size and averaged over 4x4 windows. Both are
     linear and separable, so they are done as one small matrix per axis; the image-sized maps are never built.
 
-    It stands in for its extractor: config, provenance, mean, std, channels, strides, sizes and a forward that gives one level.
+    channels, strides: of each map, as the feature extractor gives them. image_size: (height, width) in pixels.
+    Raises ValueError for an image size that is not divisible by 4.
     """
 
-    def __init__(self, extractor: FeatureExtractor) -> None:
-        super().__init__()
-        self.extractor = extractor
-        config = self.config = extractor.config
-        self.provenance = extractor.provenance
-        self.mean, self.std = extractor.mean, extractor.std
-        layers = list(self.extractor.net.children())
-        self.dense = all(isinstance(layer, nn.Conv2d | nn.ReLU | nn.MaxPool2d) for layer in layers)
-        if self.dense and config.padding != "reflect":
-            raise ValueError(
-                f'DFR pads {config.name} by reflection, found backbone.padding="{config.padding}". '
-                'Set backbone.padding to "reflect".'
-            )
-        if self.dense:
-            widths = [layer.out_channels for layer in layers if isinstance(layer, nn.Conv2d)]
-        else:
-            widths = self.extractor.channels
-        self.map_channels: list[int] = widths
-        self.channels = [sum(widths)]
-        self.strides = [REGION]
-        self._matrices: dict[tuple[int, int, str], Tensor] = {}
-
-    def train(self, mode: bool = True) -> RegionalFeatures:
-        """Stays in eval mode: the features are frozen."""
-        return super().train(False)
-
-    def sizes(self, image_size: int | tuple[int, int]) -> list[tuple[int, int]]:
-        """[(rows, columns)] of regions for images of `image_size`, whose sides must be divisible by 4."""
-        image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    def __init__(self, channels: Sequence[int], strides: Sequence[int], image_size: tuple[int, int]) -> None:
         if any(side % REGION for side in image_size):
             raise ValueError(
                 f"regional features are means over {REGION}x{REGION} pixels: the image size must be divisible by "
                 f"{REGION}, found {image_size[0]}x{image_size[1]}"
             )
-        return [(image_size[0] // REGION, image_size[1] // REGION)]
+        self.channels = sum(channels)
+        self.image_size = tuple(image_size)
+        self.padded = [stride == after for stride, after in pairwise([*strides, 0])]  # all but the last of a block
+        self._matrices: dict[tuple[int, int, str], Tensor] = {}
 
-    @torch.no_grad()
-    def maps(self, images: Tensor) -> list[Tensor]:
-        """Normalised images (B, 3, H, W) -> the chosen maps, lowest first, before any resizing."""
-        if not self.dense:
-            return self.extractor(images)
-        layers, x, maps = list(self.extractor.net.children()), images, []
-        for index, layer in enumerate(layers):
-            x = layer(x)
-            if isinstance(layer, nn.ReLU):
-                ends_block = index + 1 == len(layers) or isinstance(layers[index + 1], nn.MaxPool2d)
-                maps.append(x if ends_block else F.pad(x, (1, 1, 1, 1), mode="reflect"))
-        return maps
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Normalised images (B, 3, H, W) -> [regional features (B, C, H/4, W/4)]."""
-        H, W = images.shape[-2:]
-        self.sizes((H, W))
+    def __call__(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps (B, C_i, H_i, W_i), lowest first -> regional features (B, C, H/4, W/4) float32."""
+        H, W = self.image_size
         out = []
-        for x in self.maps(images):
+        for x, padded in zip(maps, self.padded, strict=True):
+            x = F.pad(x, (1, 1, 1, 1), mode="reflect") if padded else x
             rows, columns = self._matrix(H, x.shape[-2], x), self._matrix(W, x.shape[-1], x)
             out.append(rows @ x.float() @ columns.T)
-        return [torch.cat(out, dim=1)]
+        return torch.cat(out, dim=1)
 
     def _matrix(self, side: int, source: int, like: Tensor) -> Tensor:
         key = (side, source, str(like.device))
@@ -107,20 +72,29 @@ def region_matrix(side: int, source: int) -> Tensor:
     return F.avg_pool1d(resized, REGION).T.contiguous().float()
 
 
-class DFRNetwork(nn.Module):
-    """The convolutional autoencoder of DFR: 1x1 convolutions, C -> (C + 2d) // 2 -> 2d -> d and back.
+class DFRNetwork(ReconstructionNetwork):
+    """Regional features and the convolutional autoencoder of DFR: 1x1 convolutions, C -> (C + 2d) // 2 -> 2d -> d and back.
 
-    channels: C. latent: d, from `latent_dimension`. Batch norm and ReLU follow every convolution but the latent and
-    the last one. With C = 3456 and d = 100 it has 13.42 M parameters.
+    regional: gives the features with their C channels. latent: d, from `latent_dimension`; None until `build` is called
+    with it. Batch norm and ReLU follow every convolution but the latent and the last one. With C = 3456 and d = 100 it
+    has 13.42 M parameters.
     """
 
-    def __init__(self, channels: int, latent: int) -> None:
+    def __init__(self, regional: RegionalFeatures, latent: int | None = None) -> None:
         super().__init__()
+        self.regional = regional
+        self.latent: int | None = None
+        if latent is not None:
+            self.build(latent)
+
+    def build(self, latent: int) -> None:
+        """New layers for `latent` channels, 1 to C."""
+        channels = self.regional.channels
         if not 0 < latent <= channels:
             raise ValueError(
                 f"the latent size must be 1 to {channels} (the number of feature channels), found {latent}"
             )
-        self.channels, self.latent = channels, latent
+        self.latent = latent
         wide, narrow = (channels + 2 * latent) // 2, 2 * latent
 
         def block(inputs: int, outputs: int) -> list[nn.Module]:
@@ -128,6 +102,14 @@ class DFRNetwork(nn.Module):
 
         self.encoder = nn.Sequential(*block(channels, wide), *block(wide, narrow), nn.Conv2d(narrow, latent, 1))
         self.decoder = nn.Sequential(*block(latent, narrow), *block(narrow, wide), nn.Conv2d(wide, channels, 1))
+
+    @property
+    def preparation(self) -> str:
+        return f"{len(self.regional.padded)} maps at image size, means over 4x4 pixels, concatenated"
+
+    def prepare(self, levels: list[Tensor]) -> list[Tensor]:
+        """Maps of the backbone -> [regional features (B, C, h, w)]."""
+        return [self.regional(levels)]
 
     def forward(self, features: list[Tensor]) -> list[Pair]:
         """[Regional features (B, C, h, w)] -> one pair; the loss is its mean squared difference."""

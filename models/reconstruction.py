@@ -1,10 +1,10 @@
-"""What a reconstruction network hands to the loss and to the head."""
+"""What a reconstruction network is, and what it hands to the loss and to the head."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Pair(NamedTuple):
@@ -16,3 +16,22 @@ class Pair(NamedTuple):
 
     target: Tensor
     reconstruction: Tensor
+
+
+class ReconstructionNetwork(nn.Module):
+    """Prepared levels in, pairs of target and reconstruction out.
+
+    What precedes everything trainable and random is :meth:`prepare`. It runs once per image, because its results are
+    kept with the backbone's features; ``forward`` gets what it returned.
+    """
+
+    preparation: str = "none"
+    """What :meth:`prepare` does, in words that change whenever it does; part of the feature cache's key."""
+
+    def prepare(self, levels: list[Tensor]) -> list[Tensor]:
+        """Levels of the backbone (B, C_l, H_l, W_l), lowest first -> what ``forward`` gets. No parameters, no gradient."""
+        return levels
+
+    def forward(self, features: list[Tensor]) -> list[Pair]:
+        """One pair per level that is reconstructed, lowest first."""
+        raise NotImplementedError

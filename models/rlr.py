@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from models.layers.attention import MultiHeadAttention
 from models.layers.positions import integer_sine_position
-from models.reconstruction import Pair
+from models.reconstruction import Pair, ReconstructionNetwork
 
 BLOCKS = ("lca", "ca", "msa", "mlka", "sa")  # the order of the fusion weights' columns, as released
 CROSS_BLOCKS = ("lca", "ca")  # what alpha multiplies
@@ -32,7 +32,7 @@ DENSE_TOKENS = 1024  # grids up to this many tokens attend in one call; larger o
 BLOCK_TOKENS = 512
 
 
-class RLRNetwork(nn.Module):
+class RLRNetwork(ReconstructionNetwork):
     """Reconstructs each feature level by its own `LevelNetwork`; levels share nothing.
 
     Args:

@@ -14,14 +14,14 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 
 from models.layers.jitter import FeatureJitter
-from models.layers.neck import resize_concatenate
+from models.layers.neck import ConcatenatedLevels
 from models.reconstruction import Pair
 from models.uniad import UniAD
 
-Shortcut = Literal["mlp", "cnn", "transformer_one_query", "transformer_no_query"]
+Shortcut = Literal["mlp", "cnn", "transformer_no_query", "transformer_one_query", "uniad"]
 
 
-class ConvolutionalShortcut(nn.Module):
+class ConvolutionalShortcut(ConcatenatedLevels):
     """Three hidden layers with ReLU on the concatenated levels; no norm, no skip, no dropout, PyTorch's initialisation.
 
     kernel: 1 = the MLP, one token at a time; 3 = the CNN. hidden: width of the hidden layers, at least the number of
@@ -58,7 +58,7 @@ class ConvolutionalShortcut(nn.Module):
 
     def forward(self, features: list[Tensor]) -> list[Pair]:
         """features: (B, C_l, H_l, W_l) per level. Returns one pair of (B, sum C_l, *grid)."""
-        target = resize_concatenate(features, self.grid, align_corners=True)
+        (target,) = self.prepare(features)
         return [Pair(target, self.layers(self.jitter(target)))]
 
 
@@ -71,28 +71,33 @@ def shortcut_network(
     hidden: int | None = None,
     d_model: int = 256,
     dropout: float | None = None,
-    jitter_scale: float = 0.0,
+    jitter_scale: float | None = None,
     jitter_probability: float = 1.0,
-) -> nn.Module:
+) -> ConcatenatedLevels:
     """One network of the study, as a reconstruction network.
 
     kind: `mlp`, `cnn`, or UniAD's transformer without mask and with an ordinary decoder: `transformer_one_query`,
-        `transformer_no_query`.
+        `transformer_no_query`. `uniad` is UniAD itself, to compare with.
     hidden: width of the hidden layers (mlp: 1792, cnn: 512) or of the transformers' feed-forward part (1024).
     d_model: transformers only, width of their tokens.
     dropout: transformers only, 0.1; with 0 it is the control that shows what dropout itself prevents.
-    jitter_scale, jitter_probability: 0 = off; an MLP with scale 20 is the control that separates denoising from
-        architecture.
+    jitter_scale, jitter_probability: 0 = off, the default except for `uniad` (20); an MLP with scale 20 is the control
+        that separates denoising from architecture.
     Raises ValueError for an unknown kind, or dropout for a network that has none.
     """
     if kind not in get_args(Shortcut):
         raise ValueError(f'There is no shortcut network "{kind}"; choose from {", ".join(get_args(Shortcut))}.')
+    if jitter_scale is None:
+        jitter_scale = 20.0 if kind == "uniad" else 0.0
     jitter = {"jitter_scale": jitter_scale, "jitter_probability": jitter_probability}
     if kind in ("mlp", "cnn"):
         if dropout:
             raise ValueError(f"The {kind} has no dropout; found dropout={dropout}. Only the transformers have.")
         kernel, width = (1, 1792) if kind == "mlp" else (3, 512)
         return ConvolutionalShortcut(channels, sizes, kernel=kernel, hidden=hidden or width, grid=grid, **jitter)
+    study = {} if kind == "uniad" else {"query": "first", "neighbor_size": None, "mask_places": ()}
+    if kind == "transformer_no_query":
+        study["query"] = "none"
     return UniAD(
         channels,
         sizes,
@@ -100,8 +105,6 @@ def shortcut_network(
         d_model=d_model,
         feedforward=hidden or 1024,
         dropout=0.1 if dropout is None else dropout,
-        query="first" if kind == "transformer_one_query" else "none",
-        neighbor_size=None,
-        mask_places=(),
+        **study,
         **jitter,
     )

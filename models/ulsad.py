@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from models.head import distance_map
 from models.layers.neck import resize_concatenate
-from models.reconstruction import Pair
+from models.reconstruction import Pair, ReconstructionNetwork
 
 LOSS_TERMS = ("pl", "pg", "pg_d", "lg")
 GLOBAL_MAPS = ("auto", "bridge", "direct", "attention", "none")
@@ -443,7 +443,7 @@ class ULSADFeatures(NamedTuple):
     autoencoded: Tensor | None
 
 
-class ULSADNetwork(nn.Module):
+class ULSADNetwork(ReconstructionNetwork):
     """The whole method behind the frozen backbone.
 
     channels, sizes: of the two backbone levels, finer first. image_size: (height, width), divisible by 64.
@@ -511,6 +511,15 @@ class ULSADNetwork(nn.Module):
         """lambda of each branch's map."""
         return tuple({"local": self.lambda_l, "global": self.lambda_g}[branch] for branch in self.branches)
 
+    @property
+    def preparation(self) -> str:
+        channels = self.aggregator.channels
+        return f"two levels at the finer grid without aligned corners, concatenated, channels pooled to {channels}"
+
+    def prepare(self, levels: list[Tensor]) -> list[Tensor]:
+        """Two levels to one map of pooled channels, not yet standardised: the statistics come with the training."""
+        return [self.aggregator(levels)]
+
     def encode(self, pooled: Tensor, images: Tensor, groups: Sequence[str] | None = None) -> ULSADFeatures:
         """Pooled raw features (B, c*, h, w), normalised images (B, 3, H, W), dataset names -> everything compared."""
         with torch.no_grad():
@@ -562,8 +571,8 @@ class ULSADNetwork(nn.Module):
         return torch.stack([ulsad_distance(p, d) for p, d in zip(pairs, self.directions, strict=True)], dim=1)
 
     def forward(self, features: Sequence[Tensor], images: Tensor, groups: Sequence[str] | None = None) -> list[Pair]:
-        """Backbone levels [(B, C1, h, w), (B, C2, h', w')], images (B, 3, H, W) -> pairs, one per branch."""
-        return self.pairs(self.encode(self.aggregator(features), images, groups))
+        """Prepared features [(B, c*, h, w)], images (B, 3, H, W), dataset names -> pairs, one per branch."""
+        return self.pairs(self.encode(features[0], images, groups))
 
 
 def _check_terms(terms: Sequence[str]) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from models.layers.attention import MultiHeadAttention
 from models.layers.dropout import Dropout
 from models.layers.jitter import FeatureJitter
 from models.layers.masks import neighbor_mask
-from models.layers.neck import resize_concatenate
+from models.layers.neck import ConcatenatedLevels
 from models.layers.positions import LearnedPosition2d, SinePosition2d
 from models.reconstruction import Pair
 
@@ -32,7 +32,7 @@ Position = Literal["learned", "sine"]
 MaskPlace = Literal["encoder", "decoder1", "decoder2"]
 
 
-class UniAD(nn.Module):
+class UniAD(ConcatenatedLevels):
     """Levels in, one pair out: all levels resized to one grid and concatenated, and their reconstruction.
 
     channels, sizes: channels and (height, width) of each level, as the feature extractor gives them.
@@ -110,7 +110,7 @@ class UniAD(nn.Module):
 
     def forward(self, features: list[Tensor]) -> list[Pair]:
         """features: (B, C_l, H_l, W_l) per level. Returns one pair of (B, sum C_l, *grid)."""
-        target = resize_concatenate(features, self.grid, align_corners=True)
+        (target,) = self.prepare(features)
         tokens = target.flatten(2).transpose(1, 2)  # (B, L, C)
         x = self.input_projection(self.jitter(tokens))
         position = self.position()

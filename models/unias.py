@@ -27,7 +27,7 @@ from models.layers.jitter import FeatureJitter
 from models.layers.linear_head import UpsampleConvolutions
 from models.layers.masks import neighbor_mask
 from models.layers.positions import normalized_sine_position
-from models.reconstruction import Pair
+from models.reconstruction import Pair, ReconstructionNetwork
 
 FeatureFilter = Literal["none", "average", "gaussian", "gaussian_residual"]
 SampleAwareReweighting = Literal["none", "supplement", "released", "capacity_control"]
@@ -36,7 +36,7 @@ Hybrid = Literal["none", "conv3", "mg_cnn", "mgg_cnn"]
 CosineTerm = Literal["distance", "as_released"]
 
 
-class UniAS(nn.Module):
+class UniAS(ReconstructionNetwork):
     """Reconstructs the filtered features of several levels from coarse to fine.
 
     Args:

@@ -52,7 +52,7 @@ class CacheSpec:
         image_size: (height, width) in pixels.
         resize: Resize rule of the data module.
         backbone: Name, sha256 of the weights, padding and levels of the frozen backbone; None: no features, only images.
-        preparation: What is done to the levels before anything trainable, in words (see ``ReconstructionModule.prepare``).
+        preparation: What is done to the levels before anything trainable, in words (see ``ReconstructionNetwork.preparation``).
         mean: Normalisation of the input images, per channel.
         std: Likewise.
         dtype: ``float32`` (bit-exact) or ``float16``.

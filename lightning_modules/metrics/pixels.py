@@ -21,7 +21,7 @@ from .ranking import Ranking
 from .store import Category, pack, unpack
 from .sync import Group
 
-STRETCH = 3 << 20  # pixels; more where there would be more than STRETCHES of them
+STRETCH = 1 << 21  # pixels; more where there would be more than STRETCHES of them
 STRETCHES = 64
 BELOW, NORMAL, ABOVE = 0, 1, 2  # what is sorted in a stretch: places just below and above a score, and normal pixels
 SPAN = 1 << 30  # keys of a stretch at most, as two bits are for the kind

@@ -7,12 +7,18 @@ import re
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+import yaml
+from jsonargparse import ArgumentParser, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_modules.running.earlier import translated
 from results.common.nearest import did_you_mean
 
 _NOISE = ("Given value", "- Expected a <class 'NoneType'>", "Subtypes:", "Errors:", "Does not validate against any of")
+
+
+_load_yaml = get_loader("yaml")
+set_loader("yaml", lambda text: translated(_load_yaml(text)), (yaml.YAMLError,))
 
 
 class PlainParser(LightningArgumentParser):

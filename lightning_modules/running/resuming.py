@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_modules.running import preemption
 from lightning_modules.running.settings import RunConfig
-from results.common.files import write_json
+from results.common.deciding import EXTENDS, deciding
+from results.common.files import read_json, write_json
 from results.common.lock import Lock
 
 BEGAN_AS = "began_as.json"
 PATIENCE = 20.0
 """Seconds that a pre-empted process may take to leave the run to its successor."""
 _claimed: dict[Path, Lock] = {}
-# The options that decide what is trained. Those of the backbone's weights are compared by their hash, data by its content.
-_DECIDES = re.compile(
-    r"(model|data\.init_args|seed_everything|run\.(protocol|selection)|"
-    r"trainer\.(precision|gradient_clip_\w+|accumulate_grad_batches|limit_train_batches))(\.|$)"
-)
-_FREE = re.compile(
-    r"model\.init_args\.backbone\.weights|"
-    r"data\.init_args\.(num_workers|eval_batch_size|cache_mb|predict_root|datasets\.\d+\.(root|categories.*))$"
-)
 
 
 def claim(run: RunConfig) -> None:
@@ -69,11 +60,11 @@ def check(run: RunConfig, configuration: Mapping[str, Any], fingerprint: str, le
     Raises:
         SystemExit: the run began as something else; the message names what differs.
     """
-    now = {key: value for key, value in _flat("", configuration) if _DECIDES.match(key) and not _FREE.match(key)}
-    now = json.loads(json.dumps({**now, "fingerprint of the data": fingerprint[:12]}, default=str))
+    now = {**deciding(configuration, beside=EXTENDS), "fingerprint of the data": fingerprint[:12]}
+    now = json.loads(json.dumps(now, default=str))
     file = run.work / BEGAN_AS
     if left.exists() and file.is_file():
-        then = json.loads(file.read_text())
+        then = read_json(file)
         keys = sorted(key for key in then | now if then.get(key) != now.get(key))
         if keys and not run.overwrite:
             lines = [f"  {key}: {then.get(key)} then, {now.get(key)} now" for key in keys[:6]]
@@ -85,15 +76,3 @@ def check(run: RunConfig, configuration: Mapping[str, Any], fingerprint: str, le
         if keys:
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     rank_zero_only(write_json)(file, now)
-
-
-def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of nested mappings and of lists of mappings."""
-    if isinstance(value, Mapping) and value:
-        for key, part in value.items():
-            yield from _flat(f"{prefix}.{key}" if prefix else str(key), part)
-    elif isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
-        for number, part in enumerate(value):
-            yield from _flat(f"{prefix}.{number}", part)
-    else:
-        yield prefix, value

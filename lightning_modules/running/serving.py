@@ -68,8 +68,8 @@ def attach(
     features = CacheSpec(
         **source,
         backbone={k: provenance[k] for k in ("name", "sha256", "padding")}
-        | {"levels": list(backbone.levels), "final_norm": backbone.final_norm},
-        preparation=model.preparation,
+        | {"levels": list(backbone.levels), "final_norm": backbone.final_norm, "maps": backbone.maps},
+        preparation=model.network.preparation,
         mean=tuple(data.mean),
         std=tuple(data.std),
         dtype=config.mode,
@@ -124,7 +124,7 @@ def _open(
         model.extractor.to(device)
         loader = data.all_images(first, BATCH, symmetric)
         for batch in track(loader, "Cache", disable=not sys.stdout.isatty(), transient=True):
-            levels = [] if spec.backbone is None else model.prepare(model.extractor(batch["image"].to(device)))
+            levels = [] if spec.backbone is None else model.extract(batch["image"].to(device))
             yield levels, batch["mask"], batch["pixels"] if spec.images else None
         model.extractor.to(home)
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.reconstruction import ReconstructionNetwork
+
 
 def resize(features: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
     """Bilinear resize of (B, C, H, W) to (B, C, *size) without antialiasing; the same tensor if it already fits."""
@@ -26,3 +28,20 @@ def resize_concatenate(features: Sequence[Tensor], size: tuple[int, int], align_
     if not features:
         raise ValueError("resize_concatenate got no feature level; it needs at least one tensor (B, C, H, W).")
     return torch.cat([resize(level, size, align_corners) for level in features], dim=1)
+
+
+class ConcatenatedLevels(ReconstructionNetwork):
+    """A network behind UniAD's neck: all levels resized to one grid and concatenated.
+
+    grid: (height, width), set by the subclass.
+    """
+
+    grid: tuple[int, int]
+
+    @property
+    def preparation(self) -> str:
+        return f"levels resized to {self.grid[0]}x{self.grid[1]} with aligned corners, concatenated"
+
+    def prepare(self, levels: list[Tensor]) -> list[Tensor]:
+        """(B, C_l, H_l, W_l) per level -> [(B, sum C_l, *grid)]; what is prepared already stays as it is."""
+        return [resize_concatenate(levels, self.grid, align_corners=True)]

@@ -19,18 +19,13 @@ from results.aggregator.names import COSTS, DATASET_CATEGORIES, PARTIAL_MEANS, i
 from results.aggregator.records import StoredRecord
 from results.aggregator.sweep_file import SEED_KEYS, canonical, describe_cell
 from results.aggregator.table import Value
+from results.common.deciding import SEEDS, deciding
 
 #: What must agree in a whole table, and what must agree among the records of one method (its recipe).
 TABLE_AXES = ("protocol", "profile", "metric version", "random weights", "data")
 METHOD_AXES = ("backbone", "weights", "image size", "resize", "setting")
 AXES = (*TABLE_AXES, *METHOD_AXES)
 
-# Configuration that does not decide what a number means.
-_FREE_CONFIG = re.compile(
-    r"^(seed_everything|config|run\.|ckpt_path|trainer\.(logger|callbacks|default_root_dir|enable_\w+|log_every_n_steps|"
-    r"accelerator|profiler|num_sanity_val_steps)|data\.init_args\.(seed|num_workers|pin_memory|eval_batch_size|"
-    r"datasets\.\d+\.root|datasets\.\d+\.init_args\.root|root)\b|model\.init_args\.seed$)"
-)
 _SEED_LINE = re.compile(r"^\s*(seed_everything|seed):")
 
 
@@ -365,11 +360,8 @@ def _config_conflicts(records: Sequence[StoredRecord]) -> list[tuple[str, dict[s
     if len({_bare_text(stored) for stored in records}) == 1:
         return []
     configs = [_config(stored.path, stored.path.stat().st_mtime_ns) for stored in records]
-    per_category = any(stored.record.setting == "per_category" for stored in records)
     conflicts = []
     for key in sorted(set().union(*configs)):
-        if per_category and key.endswith(".categories"):
-            continue
         values = [repr(config.get(key, "not set")) for config in configs]
         if len(set(values)) > 1:
             conflicts.append((f"configuration {key}", _grouped(values, records)))
@@ -387,17 +379,4 @@ def _bare_text(stored: StoredRecord) -> str:
 def _config(path: Path, _modified: int) -> dict[str, Any]:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     content = yaml.load((path / "config.yaml").read_text(encoding="utf-8"), Loader=loader)
-    flat: dict[str, Any] = {}
-    _flatten("", content, flat)
-    return {key: canonical(value) for key, value in flat.items() if not _FREE_CONFIG.match(key)}
-
-
-def _flatten(prefix: str, value: Any, into: dict[str, Any]) -> None:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            _flatten(f"{prefix}.{key}" if prefix else str(key), item, into)
-    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-        for index, item in enumerate(value):
-            _flatten(f"{prefix}.{index}", item, into)
-    elif prefix:
-        into[prefix] = value
+    return {key: canonical(value) for key, value in deciding(content, beside=SEEDS).items()}

@@ -1,8 +1,9 @@
 """The name of a cell: a hash of everything that determines its result and is known before it runs.
 
-These are the sweep's parameters with the seed, the words of the command, the contents of its configuration files, the
-source code that the program reaches, the listing of the data, and the overrides DATASET, CATEGORIES, BACKBONE and
-WEIGHTS. Paths of the machine are left out, so that the same cell has the same name elsewhere.
+These are the sweep's parameters with the seed, the words of the command, its configuration files, the source code that the
+program reaches, the contents of the data, and the overrides DATASET, CATEGORIES, BACKBONE and WEIGHTS. What changes no
+number (:mod:`results.common.deciding`), places on the machine among it, is left out, so that the same cell has the same
+name elsewhere.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import ast
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -20,15 +20,14 @@ from typing import Any
 
 import yaml
 
+from results.common.contents import content_hashes, data_hash
+from results.common.deciding import FREE, deciding, shows_only
 from results.common.nearest import did_you_mean
 from sweeps.runner import command
 from sweeps.runner.errors import SweepError
 from sweeps.runner.sweep_file import ARGS, Cell, SweepFile
 
 OVERRIDES = ("DATASET", "DATA_ROOT", "CATEGORIES", "BACKBONE", "WEIGHTS")
-_DATA_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".csv", ".json", ".npy", ".npz", ".txt"}
-# Packages whose code reads or shows results but does not make them.
-_NOT_DETERMINING = {"results", "sweeps", "tests"}
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,11 @@ class Identifier:
     def __init__(self, sweep: SweepFile, environment: Mapping[str, str], datasets: list[Dataset]) -> None:
         self._shared = {
             "command": _words_that_matter(sweep, environment),
-            "configs": [read_config(path) for path in command.configs(sweep.command, environment)],
+            "configs": [deciding(read_config(path)) for path in command.configs(sweep.command, environment)],
             "code": code_hash(code_roots(sweep, environment), Path(".")),
-            "data": [[data.name, data_hash(data)] for data in datasets],
+            "data": [
+                [data.name, sorted(data.categories or ()), data_hash(data.root, data.categories)] for data in datasets
+            ],
         }
         self._environment = environment
 
@@ -58,7 +59,8 @@ class Identifier:
             key: self._environment[key] for key in ("DATASET", "CATEGORIES", "BACKBONE") if self._environment.get(key)
         }
         if weights:
-            overrides["WEIGHTS"] = _file_hash(weights) if Path(weights).is_file() else weights
+            file = Path(weights).expanduser()
+            overrides["WEIGHTS"] = content_hashes([file], file.parent)[0] if file.is_file() else weights
         return {**self._shared, "parameters": cell.parameters, "environment": overrides}
 
     def name(self, cell: Cell, weights: str | None) -> str:
@@ -93,36 +95,11 @@ def lookup(config: Mapping[str, Any], dotted: str) -> Any:
     return value
 
 
-def data_hash(dataset: Dataset) -> str:
-    """Hash of the relative paths and sizes of the data set's files (of the named categories only).
-
-    Contents are not read: that would take minutes for large data. The run record holds the fingerprint of the contents.
-    """
-    roots = [dataset.root]
-    if dataset.categories and all((dataset.root / category).is_dir() for category in dataset.categories):
-        roots = [*(dataset.root / category for category in sorted(dataset.categories)), dataset.root / "split_csv"]
-    digest = hashlib.sha256()
-    for root in roots:
-        for path, size in _files(root):
-            digest.update(f"{os.path.relpath(path, dataset.root)}\0{size}\n".encode())
-    return digest.hexdigest()
-
-
-def _files(root: Path) -> Iterator[tuple[str, int]]:
-    """Paths and sizes of the data files below root, sorted."""
-    for folder, folders, files in os.walk(root):
-        folders.sort()
-        for name in sorted(files):
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in _DATA_SUFFIXES:
-                path = os.path.join(folder, name)
-                yield path, os.stat(path).st_size
-
-
 def code_hash(modules: Iterable[str], root: Path) -> str:
     """Hash of the source files below root that the named modules reach by imports.
 
-    Comments, docstrings and layout do not count, and neither do the files of other methods: a sweep that took days is
-    not started again because of them.
+    Comments, docstrings, layout and the words of errors do not count, and neither do the files of other methods and those
+    that only show (:data:`results.common.deciding.SHOWING`): a sweep that took days is not started again for them.
     """
     digest = hashlib.sha256()
     for path in sorted(reached_files(modules, root)):
@@ -133,8 +110,9 @@ def code_hash(modules: Iterable[str], root: Path) -> str:
 def reached_files(modules: Iterable[str], root: Path) -> set[Path]:
     """Source files below root that the modules import, directly or not; parents' ``__init__.py`` included.
 
-    A package that looks its modules up by name counts as a whole, except a program's own (one with ``__main__``): which of
-    its classes a run uses is named in the run's configuration, and that is where the search starts.
+    Files that only show (:data:`results.common.deciding.SHOWING`) are not among them. A package that looks its modules up
+    by name counts as a whole, except a program's own (one with ``__main__``): which of its classes a run uses is named in
+    the run's configuration, and that is where the search starts.
     """
     modules = list(modules)
     programs = {module.split(".")[0] for module in modules if module.endswith(".__main__")}
@@ -142,7 +120,7 @@ def reached_files(modules: Iterable[str], root: Path) -> set[Path]:
     waiting = [file for module in modules for file in _module_files(module, root)]
     while waiting:
         path = waiting.pop()
-        if path in found:
+        if path in found or shows_only(path.relative_to(root)):
             continue
         found.add(path)
         for module in _imports(path, root):
@@ -164,8 +142,6 @@ def _looks_modules_up(path: Path) -> bool:
 def _module_files(dotted: str, root: Path) -> list[Path]:
     """Files of the longest part of a dotted name that is a module, with its parents; [] if it is not below root."""
     parts = dotted.split(".")
-    if parts[0] in _NOT_DETERMINING:
-        return []
     files = []
     for length in range(1, len(parts) + 1):
         base = root.joinpath(*parts[:length])
@@ -199,13 +175,15 @@ def _tree(path: Path, _modified: int) -> ast.Module:
 
 @cache
 def _normalised(path: Path, modified: int) -> str:
-    """The code of a file without comments, docstrings and layout."""
+    """The code of a file without comments, docstrings, layout and the words of its errors."""
     tree = ast.parse(ast.unparse(_tree(path, modified)))
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(
             node
         ):
             node.body = node.body[1:] or [ast.Pass()]
+        elif isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            node.exc.args, node.exc.keywords = [], []
     return ast.unparse(tree)
 
 
@@ -217,8 +195,8 @@ def _words_that_matter(sweep: SweepFile, environment: Mapping[str, str]) -> list
         word
         for word in words
         if word not in files
-        and not word.startswith(("--run.", "--config="))
-        and word not in ("${env}", "${interpreter}", "--config", "-u", ARGS)
+        and not (word.startswith("--") and FREE.match(word[2:].partition("=")[0]))
+        and word not in ("${env}", "${interpreter}", "-u", ARGS)
         and not word.startswith(("SLURM_", "PROFILE="))
     ]
 
@@ -245,12 +223,3 @@ def _class_paths(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for inner in value:
             yield from _class_paths(inner)
-
-
-@cache
-def _file_hash(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

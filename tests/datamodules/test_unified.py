@@ -60,6 +60,30 @@ def test_pixels_are_resized_and_normalised_like_the_paper_says(root):
     np.testing.assert_allclose(batch["image"][2].permute(1, 2, 0), expected, atol=1e-6)
 
 
+def test_a_normalisation_for_the_backbone_holds_unless_one_was_given(root):
+    given = {"mean": (0.4, 0.5, 0.6), "std": (0.1, 0.2, 0.3)}
+    for options, expected in (({}, ((0.5,) * 3, (0.25,) * 3)), (given, tuple(given.values()))):
+        data = module(DatasetConfig("mvtec_ad", str(root)), **options)
+        data.normalise((0.5,) * 3, (0.25,) * 3)
+        batch = next(iter(data.test_dataloader()))
+        image = Image.open(batch["path"][0]).convert("RGB").resize((16, 16), Image.BILINEAR)
+        pixels = (np.asarray(image, np.float64) / 255 - expected[0]) / expected[1]
+        np.testing.assert_allclose(batch["image"][0].permute(1, 2, 0), pixels, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mean": (0.5, 0.5, 0.5)}, "give both or neither"),
+        ({"std": (0.5, 0.5, 0.5)}, "give both or neither"),
+        ({"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.0, 0.5)}, "std positive"),
+    ],
+)
+def test_half_a_normalisation_is_refused(root, options, message):
+    with pytest.raises(DataError, match=message):
+        module(DatasetConfig("mvtec_ad", str(root)), **options)
+
+
 def test_an_anomalous_image_without_a_mask_is_marked_and_stays(make, tmp_path):
     make.mvtec(tmp_path, "nut")
     (tmp_path / "nut/ground_truth/broken/001_mask.png").unlink()

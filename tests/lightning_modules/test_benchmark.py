@@ -47,7 +47,12 @@ def test_macs_are_those_of_the_matrix_products():
     model = UniAD(
         backbone, image_size=32, d_model=8, heads=2, feedforward=16, encoder_layers=1, decoder_layers=1, neighbor_size=1
     )
-    tokens, channels, width, hidden = model.grid[0] * model.grid[1], sum(model.extractor.channels), 8, 16
+    tokens, channels, width, hidden = (
+        model.network.grid[0] * model.network.grid[1],
+        sum(model.extractor.channels),
+        8,
+        16,
+    )
     attention = 4 * tokens * width**2 + 2 * tokens**2 * width
     feedforward = 2 * tokens * width * hidden
     expected = 2 * tokens * channels * width + 3 * attention + 2 * feedforward

@@ -62,7 +62,7 @@ def test_a_served_batch_is_the_batch_of_a_plain_run_with_its_features(model, dat
 def test_float32_features_are_those_of_the_backbone_bit_for_bit(model, data_root, tmp_path):
     data = served(model, data_module(data_root), tmp_path)
     (batch,) = data.all_images(0, 32)  # the batch that the cache was built with
-    (computed,) = model.prepare(model.extractor(batch["image"]))
+    (computed,) = model.extract(batch["image"])
     assert np.array_equal(data._served.cache.levels[0], computed.numpy())
 
 

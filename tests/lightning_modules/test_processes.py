@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import time
@@ -62,6 +63,29 @@ def test_two_processes_find_the_numbers_of_one(programs, trained):
     np.testing.assert_allclose(one.metrics.value, two.metrics.value, rtol=0, atol=1e-6)
     scores = [pd.read_csv(trained.results / "runs" / "single" / name / "image_scores.csv") for name in ("first", "two")]
     pd.testing.assert_frame_equal(*scores, rtol=1e-5)
+
+
+def test_more_processes_than_test_and_held_out_images_leave_a_whole_record(
+    programs, tmp_path, write_data, make_project
+):
+    root = write_data(tmp_path / "data")
+    shutil.rmtree(root / "disc")
+    for path in (*(root / "bolt" / "test").rglob("*.png"), *(root / "bolt" / "ground_truth").rglob("*.png")):
+        if not path.name.startswith("000"):
+            path.unlink()
+    project = make_project(tmp_path, root)
+    more = ["--trainer.devices=3", "--trainer.strategy=ddp", "--data.init_args.holdout=0.1", "--trainer.max_epochs=1"]
+    programs.run(project.arguments(*more, name="three"))
+    record = project.results / "runs" / "single" / "three"
+    assert pd.read_csv(record / "image_scores.csv").id.is_unique
+    assert len(pd.read_csv(record / "image_scores.csv")) == 2
+    assert len(pd.read_csv(record / "normal_scores.csv")) == 1
+    images = f"--data.init_args.predict_root={root / 'bolt' / 'test'}"
+    programs.run(
+        project.arguments("--trainer.devices=3", "--trainer.strategy=ddp", images, command="predict", name="three")
+    )
+    written = pd.read_csv(project.results / "work" / "single" / "three" / "predictions" / "scores.csv")
+    assert len(written) == 2
 
 
 def test_two_processes_train_and_leave_one_record_with_the_curve_of_one(programs, project):

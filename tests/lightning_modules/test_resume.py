@@ -43,14 +43,14 @@ EPOCHS = "--trainer.max_epochs=4"
 def uninterrupted(tmp_path_factory, data_root, make_project):
     project = make_project(tmp_path_factory.mktemp("whole"), data_root)
     torch.set_num_threads(1)
-    project.run(EPOCHS, "--model.init_args.optimizer.lr_drops=[2]", "--run.curve_every=2")
+    project.run(EPOCHS, "--model.init_args.lr_scheduler.first=2", "--run.curve_every=2")
     return project
 
 
 @pytest.mark.parametrize(
     ("option", "named"),
     [
-        ("--model.init_args.optimizer.lr=0.01", "optimizer.lr: 0.001 then, 0.01 now"),
+        ("--model.init_args.optimizer.lr=0.01", "optimizer.init_args.lr: 0.001 then, 0.01 now"),
         ("--seed_everything=1", "seed_everything: 0 then, 1 now"),
         (
             "--data.init_args.datasets=[{'name': 'folder', 'root': 'ROOT', 'categories': ['disc']}]",
@@ -89,7 +89,7 @@ def test_finished_categories_are_not_joined_with_those_of_other_options(project,
         _cut(patch, EpochSeed, "on_train_epoch_start", 1)
         with pytest.raises(Interruption):
             project.run(setting)
-    with pytest.raises(SystemExit, match=r"optimizer\.lr"):
+    with pytest.raises(SystemExit, match=r"optimizer\.init_args\.lr"):
         project.run(setting, "--model.init_args.optimizer.lr=0.01")
 
 
@@ -99,7 +99,7 @@ def test_finished_categories_are_not_joined_with_those_of_other_options(project,
     ids=["between two epochs", "before the last epoch's checkpoint"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(uninterrupted, project, monkeypatch, owner, hook, epoch):
-    more = (EPOCHS, "--model.init_args.optimizer.lr_drops=[2]", "--run.curve_every=2")
+    more = (EPOCHS, "--model.init_args.lr_scheduler.first=2", "--run.curve_every=2")
     with monkeypatch.context() as patch:
         _cut(patch, owner, hook, epoch)
         with pytest.raises(Interruption):

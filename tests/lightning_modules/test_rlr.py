@@ -1,6 +1,7 @@
 """RLR's module: the recipe, the ways to update level by level, and where its scores come from."""
 
 import copy
+from functools import partial
 
 import lightning as L
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 import scipy.ndimage
 import torch
 from torch.nn import functional as F
+from torch.optim import Adam
 
-from lightning_modules.base import OptimizerConfig
 from lightning_modules.rlr import RLR
+from lightning_modules.running.schedules import Drops
 from models.backbones import BackboneConfig
 from models.rlr import level_loss
 
@@ -38,7 +40,7 @@ def batches(count: int, images: int = 2) -> list[dict]:
 
 def trained(**options) -> RLR:
     """The module after two epochs of three batches without jitter, whose draws would depend on the order of work."""
-    net = module(corruption="none", optimizer=OptimizerConfig(name="adam", lr=1e-2), **options)
+    net = module(corruption="none", optimizer=partial(Adam, lr=1e-2, fused=True), **options)
     trainer = L.Trainer(
         max_epochs=2,
         accelerator="cpu",
@@ -123,7 +125,7 @@ def test_the_diversity_term_enters_the_loss_with_its_weight():
     ("options", "message"),
     [
         ({"update": "each"}, "joint, per_level or released"),
-        ({"update": "released", "optimizer": OptimizerConfig(lr_drops=(3,))}, "lr_drops"),
+        ({"update": "released", "lr_scheduler": partial(Drops, first=3)}, "lr_scheduler"),
         ({"diversity_weight": -1.0}, "negative"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import lightning as L
 import numpy as np
@@ -10,12 +11,12 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from torch.optim import Adam
 
 from datamodules import UnifiedDataModule
 from datamodules.sample_table import Sample, build_table
 from datamodules.subset import left_out
 from datamodules.unified import DatasetConfig
-from lightning_modules.base import OptimizerConfig
 from lightning_modules.callbacks.curve import EvaluationCurve
 from lightning_modules.callbacks.history import History
 from lightning_modules.callbacks.scoring import Evaluation
@@ -79,7 +80,7 @@ def trainer(tmp_path, epochs=1, callbacks=()) -> L.Trainer:
 
 def ulsad(**options) -> ULSAD:
     torch.manual_seed(0)
-    options = {"optimizer": OptimizerConfig("adam", lr=1e-3), "image_size": 64, "pooled_channels": 8, **options}
+    options = {"optimizer": partial(Adam, lr=1e-3), "image_size": 64, "pooled_channels": 8, **options}
     return ULSAD(BACKBONE, **options)
 
 
@@ -403,14 +404,14 @@ def test_switches_that_look_at_the_test_set_need_the_released_protocol(loco, tmp
 
 def test_dfr_finds_its_latent_size_in_the_first_training_images_and_learns(loco, tmp_path):
     torch.manual_seed(0)
-    module = DFR(BACKBONE, optimizer=OptimizerConfig("adam", lr=1e-3), image_size=64, pca_images=2)
+    module = DFR(BACKBONE, optimizer=partial(Adam, lr=1e-3), image_size=64, pca_images=2)
     source = data(loco, resize="pil_nearest")
     runner = trainer(tmp_path, epochs=2)
     runner.fit(module, datamodule=source)
     train = source.table[source.table.split == "train"]
     first = [i for c in ("anchor", "bolt") for i in train[train.category == c].sort_values("image_path").id[:2]]
     vectors = torch.cat(
-        [f.permute(0, 2, 3, 1).flatten(0, 2) for f in module.extractor(source.image_batch(first)["image"])]
+        [f.permute(0, 2, 3, 1).flatten(0, 2) for f in module.extract(source.image_batch(first)["image"])]
     )
     variance = torch.linalg.svdvals(vectors.double() - vectors.double().mean(0)).square()
     expected = int((variance.cumsum(0) / variance.sum() <= 0.9).sum()) + 1

@@ -7,29 +7,34 @@ from sklearn.decomposition import PCA
 from models.backbones import BackboneConfig, FeatureExtractor
 from models.dfr import DFRNetwork, RegionalFeatures, StreamingCovariance, latent_dimension, region_matrix
 
-VGG = BackboneConfig("vgg19.tv_in1k", (1, 2, 3, 4), weights="random", padding="reflect")
+VGG = BackboneConfig("vgg19.tv_in1k", (1, 2, 3, 4), weights="random", padding="reflect", maps="relu")
 
 
 @pytest.fixture(scope="module")
-def regional() -> RegionalFeatures:
+def vgg() -> FeatureExtractor:
     with pytest.warns(UserWarning, match="RANDOM"):
-        return RegionalFeatures(FeatureExtractor(VGG))
+        return FeatureExtractor(VGG)
 
 
-def test_vgg19_gives_3456_channels_on_a_64_by_64_grid_and_the_released_map_sizes(regional):
-    image = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
-    maps = regional.maps(image)
-    assert [m.shape[1] for m in maps] == [64] * 2 + [128] * 2 + [256] * 4 + [512] * 4
-    assert [m.shape[-1] for m in maps] == [258, 256, 130, 128, 66, 66, 66, 64, 34, 34, 34, 32]
-    del maps
-    (features,) = regional(image)
-    assert features.shape == (1, 3456, 64, 64)
-    assert (regional.channels, regional.sizes(256)) == ([3456], [(64, 64)])
+def regional(extractor: FeatureExtractor, image_size: tuple[int, int]) -> RegionalFeatures:
+    return RegionalFeatures(extractor.channels, extractor.strides, image_size)
 
 
-def test_regional_features_equal_convolving_padding_resizing_and_pooling_one_by_one(regional):
+def test_vgg19_gives_3456_channels_on_a_64_by_64_grid_and_the_released_map_sizes(vgg):
+    assert vgg.channels == [64] * 2 + [128] * 2 + [256] * 4 + [512] * 4
+    maps = vgg(torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0)))
+    assert [m.shape[1] for m in maps] == vgg.channels
+    assert [m.shape[-2:] for m in maps] == vgg.sizes(256)
+    features = regional(vgg, (256, 256))
+    sides = [m.shape[-1] + 2 * padded for m, padded in zip(maps, features.padded, strict=True)]
+    assert sides == [258, 256, 130, 128, 66, 66, 66, 64, 34, 34, 34, 32]
+    assert features(maps).shape == (1, 3456, 64, 64)
+    assert features.channels == 3456
+
+
+def test_regional_features_equal_convolving_padding_resizing_and_pooling_one_by_one(vgg):
     images = torch.randn(1, 3, 32, 48, generator=torch.Generator().manual_seed(1))
-    convolutions = [m for m in regional.modules() if isinstance(m, torch.nn.Conv2d)]
+    convolutions = [m for m in vgg.modules() if isinstance(m, torch.nn.Conv2d)]
     x, expected = images, []
     with torch.no_grad():
         for block in ((0, 1), (2, 3), (4, 5, 6, 7), (8, 9, 10, 11)):
@@ -42,7 +47,7 @@ def test_regional_features_equal_convolving_padding_resizing_and_pooling_one_by_
             x = F.max_pool2d(x, 2)
         expected = [F.interpolate(m, (32, 48), mode="bilinear", align_corners=True) for m in expected]
         expected = torch.cat([F.avg_pool2d(m, 4) for m in expected], 1)
-        (features,) = regional(images)
+        features = regional(vgg, (32, 48))(vgg(images))
     assert features.shape == (1, 3456, 8, 12)
     error = (features - expected).abs().max() / expected.abs().max()
     assert error < 1e-5
@@ -58,33 +63,32 @@ def test_region_matrix_is_resize_then_mean(side, source):
 
 def test_other_backbones_give_one_map_per_level():
     with pytest.warns(UserWarning, match="RANDOM"):
-        regional = RegionalFeatures(FeatureExtractor(BackboneConfig("resnet18.a1_in1k", (1, 2, 3), weights="random")))
-    assert regional.map_channels == [64, 64, 128]
-    assert regional(torch.randn(2, 3, 64, 64))[0].shape == (2, 256, 16, 16)
-    assert not any(p.requires_grad for p in regional.parameters())
-    assert not regional.train().extractor.net.training
+        resnet = FeatureExtractor(BackboneConfig("resnet18.a1_in1k", (1, 2, 3), weights="random"))
+    features = regional(resnet, (64, 64))
+    assert features.padded == [False] * 3
+    assert features(resnet(torch.randn(2, 3, 64, 64))).shape == (2, 256, 16, 16)
 
 
-def test_vgg_without_reflection_padding_and_odd_image_sizes_are_refused(regional):
-    with pytest.warns(UserWarning, match="RANDOM"):
-        plain = FeatureExtractor(BackboneConfig("vgg11.tv_in1k", (1, 2), weights="random"))
-    with pytest.raises(ValueError, match="reflect"):
-        RegionalFeatures(plain)
+def test_relu_maps_of_another_backbone_and_odd_image_sizes_are_refused(vgg):
+    with pytest.warns(UserWarning, match="RANDOM"), pytest.raises(ValueError, match="needs a VGG"):
+        FeatureExtractor(BackboneConfig("resnet18.a1_in1k", (1, 2), weights="random", maps="relu"))
+    with pytest.raises(ValueError, match="maps"):
+        BackboneConfig("vgg19.tv_in1k", (1, 2), maps="all")
     with pytest.raises(ValueError, match="divisible by 4"):
-        regional.sizes((30, 32))
+        regional(vgg, (30, 32))
 
 
 @pytest.mark.parametrize(("latent", "millions"), [(100, 13.42), (200, 15.05), (300, 16.83)])
 def test_autoencoder_has_the_released_number_of_parameters(latent, millions):
     with torch.device("meta"):
-        net = DFRNetwork(3456, latent)
+        net = DFRNetwork(RegionalFeatures([3456], [1], (256, 256)), latent)
         (pair,) = net([torch.empty(2, 3456, 64, 64)])
     assert round(sum(p.numel() for p in net.parameters()) / 1e6, 2) == millions
     assert pair.reconstruction.shape == (2, 3456, 64, 64)
 
 
 def test_autoencoder_layers_are_the_released_ones():
-    net = DFRNetwork(20, 3)
+    net = DFRNetwork(RegionalFeatures([20], [1], (8, 8)), 3)
     kinds = [type(m).__name__ for m in [*net.encoder, *net.decoder]]
     assert kinds == ["Conv2d", "BatchNorm2d", "ReLU"] * 2 + ["Conv2d"] + ["Conv2d", "BatchNorm2d", "ReLU"] * 2 + [
         "Conv2d"
@@ -92,7 +96,7 @@ def test_autoencoder_layers_are_the_released_ones():
     widths = [(m.in_channels, m.out_channels) for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
     assert widths == [(20, 13), (13, 6), (6, 3), (3, 6), (6, 13), (13, 20)]
     with pytest.raises(ValueError, match="latent"):
-        DFRNetwork(20, 0)
+        net.build(0)
 
 
 def test_latent_size_is_that_of_a_full_pca():

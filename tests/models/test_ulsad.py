@@ -322,7 +322,7 @@ def test_every_row_of_the_loss_ablation_builds_the_networks_and_maps_it_needs(te
     assert (net.global_network is not None) == (terms != ("pl",))
     features, images = batch()
     with torch.no_grad():
-        pairs = net(features, images)
+        pairs = net(net.prepare(features), images)
     assert len(pairs) == len(branches)
     assert net.branch_maps(pairs).shape == (4, len(branches), 8, 8)
     assert set(net.losses(net.encode(net.aggregator(features), images))) == set(terms)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from results.common import deciding
 from sweeps.runner import command, identity, prepare, sweep_file
 from sweeps.runner.errors import SweepError
-from sweeps.runner.identity import Dataset, Identifier, code_hash, data_hash, reached_files
+from sweeps.runner.identity import Dataset, Identifier, code_hash, reached_files
 from sweeps.runner.sweep_file import Cell
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -20,7 +27,8 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "train/__init__.py": "",
         "train/__main__.py": "from train import base",
         "train/base.py": "from .metrics import auroc\nimport results.aggregator.records",
-        "train/metrics.py": '"""Metrics."""\n\n\ndef auroc():\n    """Area."""\n    return 1  # one\n',
+        "train/metrics.py": '"""Metrics."""\n\n\ndef auroc():\n    """Area."""\n    return 1  # one\n\n\n'
+        'def f():\n    raise OSError("not there")\n',
         "train/uniad.py": "def f():\n    from nets.uniad import net",
         "train/rlr.py": "import nets.rlr",
         "nets/__init__.py": "",
@@ -29,8 +37,11 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "results/__init__.py": "",
         "results/aggregator/records.py": "x = 1",
         "data/a/good/1.png": "pixels",
+        "data/a/good/2.bmp": "pixels",
+        "data/a/truth/2.tiff": "mask",
         "data/b/good/1.png": "pixels",
-        "profiles/demo.yaml": "model: {class_path: train.uniad.UniAD}\n",
+        "profiles/demo.yaml": "model: {class_path: train.uniad.UniAD}\ncache: {root: results/cache}\nrun: {heatmaps: true}\n"
+        "data: {init_args: {num_workers: 1, predict_root: null}}\n",
         "sweeps/toy.yaml": yaml.safe_dump(
             {
                 "name": "toy",
@@ -51,9 +62,11 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def name(cell: int = 0, weights: str | None = None, seeds: list[int] | None = None, **variables: str) -> str:
+def name(
+    cell: int = 0, weights: str | None = None, seeds: list[int] | None = None, root: str = "data", **variables: str
+) -> str:
     sweep = sweep_file.load("toy")
-    dataset = Dataset("folder", Path("data"), ("a",))
+    dataset = Dataset("folder", Path(root), ("a",))
     return Identifier(sweep, {"PROFILE": "demo", **variables}, [dataset]).name(sweep.cells(seeds)[cell], weights)
 
 
@@ -64,14 +77,33 @@ def edit(path: Path, old: str, new: str) -> None:
 
 
 def test_name_is_the_same_in_another_process_folder_and_order(repository: Path) -> None:
-    assert name() == name()
-    assert len(name()) == 12
-    edit(repository / "profiles" / "demo.yaml", "model:", "# a comment\nmodel:")
-    moved = repository.parent / "moved"
     before = name()
-    repository.rename(moved)
-    moved.rename(repository)
-    assert name() == before
+    assert len(before) == 12
+    moved = repository.parent / f"{repository.name} moved"
+    shutil.copytree(repository, moved)
+    edit(moved / "profiles" / "demo.yaml", "model:", "# a comment\nseed_everything: 3\nmodel:")
+    edit(repository / "profiles" / "demo.yaml", "cache:", "seed_everything: 3\ncache:")
+    assert name() != before
+    program = """
+import os, sys
+sys.path.insert(0, os.environ["PYTHONPATH"])
+os.scandir = (lambda scan: lambda place: Reversed(scan(place)))(os.scandir)
+class Reversed:
+    def __init__(self, found): self.found = found
+    def __enter__(self): return self
+    def __exit__(self, *error): self.found.close()
+    def __iter__(self): return iter(list(self.found)[::-1])
+from pathlib import Path
+from sweeps.runner import sweep_file
+from sweeps.runner.identity import Dataset, Identifier
+sweep = sweep_file.load("toy")
+print(Identifier(sweep, {"PROFILE": "demo"}, [Dataset("folder", Path("data"), ("a",))]).name(sweep.cells()[0], None))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONHASHSEED": "7"}
+    printed = subprocess.run(
+        [sys.executable, "-c", program], cwd=moved, env=environment, capture_output=True, text=True
+    )
+    assert printed.stdout.strip() == name(), printed.stderr
 
 
 def test_everything_that_determines_the_result_changes_the_name(repository: Path) -> None:
@@ -94,6 +126,9 @@ def test_everything_that_determines_the_result_changes_the_name(repository: Path
         ("nets/uniad.py", "x = 1", "x = 2"),
         ("train/metrics.py", "return 1", "return 2"),
         ("data/a/good/1.png", "pixels", "more pixels"),
+        ("data/a/good/1.png", "more pixels", "less pixels"),
+        ("data/a/good/2.bmp", "pixels", "slexip"),
+        ("data/a/truth/2.tiff", "mask", "ksam"),
     ]:
         edit(repository / path, old, new)
         others.append(name())
@@ -108,7 +143,12 @@ def test_everything_that_determines_the_result_changes_the_name(repository: Path
         ("results/aggregator/records.py", "x = 1", "x = 2"),
         ("train/metrics.py", "  # one", "  # the whole"),
         ("train/metrics.py", "Area.", "Area under the curve."),
+        ("train/metrics.py", "not there", "missing"),
         ("data/b/good/1.png", "pixels", "more pixels"),
+        ("profiles/demo.yaml", "root: results/cache", "root: /scratch/cache"),
+        ("profiles/demo.yaml", "num_workers: 1", "num_workers: 4"),
+        ("profiles/demo.yaml", "heatmaps: true", "heatmaps: false"),
+        ("profiles/demo.yaml", "predict_root: null", "predict_root: photos"),
     ],
 )
 def test_finished_cells_survive_an_edit_that_cannot_change_them(
@@ -124,17 +164,29 @@ def test_place_of_weights_and_data_does_not_matter(repository: Path) -> None:
         (repository / folder).mkdir()
         (repository / folder / "weights.pth").write_bytes(b"the same")
     assert name(weights="one/weights.pth") == name(weights="two/weights.pth")
+    before = name()
     (repository / "data").rename(repository / "elsewhere")
-    moved = data_hash(Dataset("folder", Path("elsewhere"), ("a",)))
-    (repository / "elsewhere").rename(repository / "data")
-    assert moved == data_hash(Dataset("folder", Path("data"), ("a",)))
+    assert name(root="elsewhere") == before
 
 
 def test_code_of_this_repository_is_found_from_its_program() -> None:
-    root = Path(__file__).resolve().parents[2]
-    reached = {str(path.relative_to(root)) for path in reached_files(["sweeps.__main__"], root)}
-    assert reached == set(), "the runner itself determines no result"
-    assert code_hash(["datamodules"], root) != code_hash(["models"], root)
+    reached = {str(path.relative_to(REPOSITORY)) for path in reached_files(["lightning_modules.__main__"], REPOSITORY)}
+    assert {
+        "lightning_modules/base.py",
+        "models/head.py",
+        "datamodules/images.py",
+        "datamodules/cache/entry.py",
+    } <= reached
+    assert reached_files(["sweeps.__main__"], REPOSITORY) == set(), "the runner itself determines no result"
+    assert code_hash(["datamodules"], REPOSITORY) != code_hash(["models"], REPOSITORY)
+
+
+def test_what_only_shows_is_there_and_renames_no_cell() -> None:
+    for listed in deciding.SHOWING:
+        assert (REPOSITORY / listed).exists(), f"{listed} is listed, but is not there"
+    reached = {str(path.relative_to(REPOSITORY)) for path in reached_files(["lightning_modules.__main__"], REPOSITORY)}
+    assert not any(deciding.shows_only(path) for path in reached)
+    assert "lightning_modules/pictures/heatmaps.py" not in reached
 
 
 def test_modules_looked_up_by_name_count(repository: Path) -> None:
@@ -154,7 +206,7 @@ def test_modules_looked_up_by_name_count(repository: Path) -> None:
 def test_shipped_sweep_depends_on_its_own_method_the_data_and_the_metrics(
     ablation: str, needed: str, strange: str
 ) -> None:
-    root = Path(__file__).resolve().parents[2]
+    root = REPOSITORY
     roots = identity.code_roots(sweep_file.load(ablation), {"PROFILE": "demo"})
     reached = {str(path.relative_to(root)) for path in reached_files(roots, root)}
     assert {
@@ -172,8 +224,8 @@ def test_shipped_sweep_depends_on_its_own_method_the_data_and_the_metrics(
 def test_environment_names_the_data_before_the_profile_does(repository: Path) -> None:
     edit(
         repository / "profiles" / "demo.yaml",
-        "model:",
-        "data: {init_args: {datasets: [{name: mvtec, root: data/mvtec, categories: [cable]}]}}\nmodel:",
+        "predict_root: null",
+        "datasets: [{name: mvtec, root: data/mvtec, categories: [cable]}]",
     )
     sweep = sweep_file.load("toy")
 

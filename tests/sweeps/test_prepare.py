@@ -106,6 +106,13 @@ def test_weights_are_decided_once_per_sweep_and_random_ones_are_shouted(prepared
     assert (prepared.folder / "decided.txt").read_text() == "['mobilenet', '--weights', 'auto']\n"
 
 
+def test_automatic_weights_may_come_from_a_package(prepared: Any) -> None:
+    (prepared.folder / "answer.txt").write_text("packaged")
+    _, output = prepared.run(*RUN)
+    assert "mobilenet has ImageNet weights, those of a Python package" in output
+    assert weights(prepared) == ["packaged"] * 3
+
+
 def test_named_weights_are_passed_on_and_make_other_cells(prepared: Any) -> None:
     prepared.run(*RUN, WEIGHTS="imagenet")
     prepared.run(*RUN, WEIGHTS="random")

@@ -1,0 +1,74 @@
+"""What decides a result: the one rule for names of cells, for going on with an interrupted run, and for tables.
+
+Everything decides except what is listed here, so that an option or a file that is new counts until somebody knows better.
+Data counts by its contents (:mod:`results.common.contents`), weights by their hash, both beside this rule. Versions of
+libraries are recorded and shown, and tables say when they differ, but no cell is run again for them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import PurePath
+from typing import Any
+
+FREE = re.compile(
+    r"(config|ckpt_path"
+    r"|run\.(name|sweep|results|heatmaps|overwrite|cuda_graphs)"
+    r"|cache\.(root|budget_gb|resident_gb)"
+    r"|trainer\.(logger|default_root_dir|enable_\w+|log_every_n_steps|accelerator|profiler|num_sanity_val_steps)"
+    r"|data\.init_args\.(num_workers|pin_memory|eval_batch_size|cache_mb|predict_root|root"
+    r"|datasets\.\d+(\.init_args)?\.(root|categories))"
+    r"|model\.init_args\.backbone\.weights)(\.|$)"
+)
+"""Options that change no number: names, places, speed, what is shown; data and weights count by what is in them."""
+
+SEEDS = re.compile(r"(seed_everything|(data|model)\.init_args\.seed)$")
+"""Options that decide a result, and in which the runs of one cell differ on purpose."""
+
+EXTENDS = re.compile(r"trainer\.(max_\w+|min_\w+|devices|num_nodes|strategy)(\.|$)")
+"""Options that decide a result, and that an interrupted run may go on with otherwise: longer, or on another machine."""
+
+SHOWING = (
+    "results", "sweeps", "tests", "datamodules/__main__.py", "datamodules/check.py", "datamodules/errors.py",
+    "datamodules/problems.py", "lightning_modules/benchmarks", "lightning_modules/pictures",
+    "lightning_modules/callbacks/predictions.py", "lightning_modules/callbacks/progress.py",
+    "lightning_modules/running/checkpoints.py", "lightning_modules/running/parser.py",
+    "lightning_modules/running/preemption.py", "lightning_modules/running/printing.py",
+    "lightning_modules/running/quiet.py", "lightning_modules/running/resuming.py",
+    "lightning_modules/running/tracking.py",
+)  # fmt: skip
+"""Source files and folders that only start, draw, track, print or word: an edit of theirs makes no result anew."""
+
+
+def deciding(configuration: Mapping[str, Any], beside: re.Pattern[str] | None = None) -> dict[str, Any]:
+    """The options of a configuration that decide its result, by dotted key.
+
+    Args:
+        configuration: As the command line writes it; nested mappings.
+        beside: Keys that are left out, too (:data:`SEEDS` or :data:`EXTENDS`).
+    """
+    flat = {k: v for k, v in flatten(configuration) if not FREE.match(k) and not (beside and beside.match(k))}
+    if flat.get("run.protocol", "clean") == "clean":
+        flat.pop("run.curve_every", None)  # watched only; as_released may choose an epoch by it
+    if flat.get("cache.mode") in ("off", "float32"):
+        del flat["cache.mode"]  # bit-exact
+    return flat
+
+
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested mappings and of lists of mappings."""
+    if isinstance(value, Mapping) and (value or not prefix):
+        for key, part in value.items():
+            yield from flatten(part, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
+        for number, part in enumerate(value):
+            yield from flatten(part, f"{prefix}.{number}")
+    else:
+        yield prefix, value
+
+
+def shows_only(file: str | PurePath) -> bool:
+    """Whether a source file, relative to the repository, is one of :data:`SHOWING`."""
+    path = PurePath(file)
+    return any(path == PurePath(known) or PurePath(known) in path.parents for known in SHOWING)
