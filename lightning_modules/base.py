@@ -256,6 +256,8 @@ class ReconstructionModule(L.LightningModule):
         if self.lr_scheduler is None:
             return optimizer
         schedule = self.lr_scheduler(optimizer)
+        if self._trainer is not None and getattr(schedule, "total_steps", 0) is None:
+            schedule.total_steps = self.trainer.estimated_stepping_batches
         monitor = getattr(schedule, "monitor", None)  # of Lightning's ReduceLROnPlateau
         return {
             "optimizer": optimizer,

@@ -31,9 +31,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models.pretrained import AUTO_TIMEOUT, PACKAGES, cached_file, hub_answers, package_of, resolve_auto
+from models.vit_tokens import PrefixGetterNet, use_released_position
 from models.weight_files import check_finite, check_fit, few, file_sha256, read_state_dict, state_sha256
 
 Padding = Literal["default", "same", "released", "reflect"]
+Position = Literal["timm", "released"]
 Maps = Literal["levels", "relu"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -57,6 +59,10 @@ class BackboneConfig:
     seed: of the weights `random`.
     final_norm: of a vision transformer: every level goes through the norm that follows its last block, as DINOv2's own
         `get_intermediate_layers` does; otherwise levels are the blocks' raw outputs.
+    prefix_tokens: of a vision transformer: its class and register tokens, left out otherwise, follow the levels, one
+        (B, C, 1, P) per level, the class token first (Dinomaly).
+    position: of a vision transformer with learned position codes at another image size than its own: `timm`
+        (antialiased), or `released` (Dinomaly and INP-Former, see `models.vit_tokens`).
     maps: `levels` (one map per level) or `relu` (a VGG's, DFR: all ReLU outputs up to the highest level).
     """
 
@@ -66,6 +72,8 @@ class BackboneConfig:
     padding: Padding = "default"
     seed: int = 0
     final_norm: bool = False
+    prefix_tokens: bool = False
+    position: Position = "timm"
     maps: Maps = "levels"
 
     def __post_init__(self) -> None:
@@ -79,6 +87,8 @@ class BackboneConfig:
             raise ValueError(f"backbone.levels are numbered from 1, the lowest; found {list(self.levels)}.")
         if self.padding not in get_args(Padding):
             raise ValueError(f'backbone.padding is "{self.padding}"; choose one of {", ".join(get_args(Padding))}.')
+        if self.position not in get_args(Position):
+            raise ValueError(f'backbone.position is "{self.position}"; choose one of {", ".join(get_args(Position))}.')
         if self.maps not in get_args(Maps):
             raise ValueError(f'backbone.maps is "{self.maps}"; choose one of {", ".join(get_args(Maps))}.')
 
@@ -86,7 +96,8 @@ class BackboneConfig:
 class FeatureExtractor(nn.Module):
     """Images in, levels out: frozen, without gradient, and in eval mode whatever `train()` says.
 
-    Attributes: channels and strides, one int per level; mean and std, three floats each: the normalisation, for pixels
+    Attributes: channels and strides, one int per level; prefix_tokens, how many class and register tokens come with each
+    level (0 unless the configuration asks for them); mean and std, three floats each: the normalisation, for pixels
     in [0, 1], that the weights were trained with (ImageNet's for random ones); provenance: name, weights (`imagenet`,
     `packaged`, `random` or `file`), source, sha256, padding and note, all strings, for the run record.
     """
@@ -104,6 +115,7 @@ class FeatureExtractor(nn.Module):
             self.net = ReLUMaps(self.net, config.name)
         self.channels: list[int] = list(self.net.feature_info.channels())
         self.strides: list[int] = [int(stride) for stride in self.net.feature_info.reduction()]
+        self.prefix_tokens: int = self.net.model.num_prefix_tokens if config.prefix_tokens else 0
         self._channels_last = str(getattr(self.net, "output_fmt", "NCHW")).upper().endswith("NHWC")
         # Patches of a transformer whose position codes follow the image's size.
         inner = getattr(self.net, "model", None)
@@ -116,7 +128,8 @@ class FeatureExtractor(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
-        """images: (B, 3, H, W), normalised by mean and std. Returns (B, C_l, H_l, W_l), lowest level first.
+        """images: (B, 3, H, W), normalised by mean and std. Returns (B, C_l, H_l, W_l), lowest level first; with
+        `prefix_tokens`, those of each level follow, (B, C_l, 1, prefix_tokens).
 
         Features are computed in the images' own dtype, also under autocast: what a method sees does not depend on
         whether its features were cached.
@@ -147,6 +160,7 @@ class FeatureExtractor(nn.Module):
                     f"{own[1]}x{own[2]}."
                 ) from error
             axes = (1, 2) if self._channels_last else (2, 3)
+            levels = levels[: len(self.channels)]
             self._sizes[size] = [(level.shape[axes[0]], level.shape[axes[1]]) for level in levels]
         return self._sizes[size]
 
@@ -264,6 +278,11 @@ def _create(config: BackboneConfig, pretrained: bool = False) -> nn.Module:
             f"backbone.final_norm is the norm after the last block of a vision transformer; {config.name} has none. "
             "Leave it out."
         )
+    if config.prefix_tokens and not getattr(getattr(blueprint, "model", None), "num_prefix_tokens", 0):
+        raise ValueError(
+            f"backbone.prefix_tokens asks for class and register tokens of a vision transformer; {config.name} has none. "
+            "Leave it out."
+        )
     if pretrained:
         if file := cached_file(config.name):
             options["pretrained_cfg_overlay"] = {"file": file}  # by file: a name would be asked for at the hub
@@ -271,9 +290,10 @@ def _create(config: BackboneConfig, pretrained: bool = False) -> nn.Module:
             raise RuntimeError(_not_delivered(config.name, "they are not in its cache, and the hub does not answer"))
     out_indices = tuple(level - 1 for level in config.levels)
     try:
-        if config.final_norm:
+        if config.final_norm or config.prefix_tokens:
             net = timm.create_model(config.name, pretrained=pretrained, num_classes=0, **options)
-            cfg, net = net.pretrained_cfg, FeatureGetterNet(net, out_indices=out_indices, norm=True)
+            getter = PrefixGetterNet if config.prefix_tokens else FeatureGetterNet
+            cfg, net = net.pretrained_cfg, getter(net, out_indices=out_indices, norm=config.final_norm)
             net.pretrained_cfg = cfg
         else:
             net = timm.create_model(
@@ -290,6 +310,8 @@ def _create(config: BackboneConfig, pretrained: bool = False) -> nn.Module:
         if isinstance(error, ValueError) or not pretrained:
             raise
         raise RuntimeError(_not_delivered(config.name, f"{type(error).__name__}: {error}")) from error
+    if config.position == "released":
+        use_released_position(getattr(net, "model", net), config.name)
     _pad(net, config)
     _prune(net)
     return net

@@ -1,7 +1,7 @@
 """From (target, reconstruction) pairs to an anomaly map and an image score.
 
     pairs -> distance per level -> [affine] -> resize -> blur per level -> fusion -> resize to the image
-          -> smoothing -> image score
+          -> [resize to the map size] -> smoothing -> image score
 
 Every step is a named option; a method's defaults are its paper's choices. Everything is computed in float32, also
 under autocast: a map in half precision has so few distinct values that ranking metrics would tie.
@@ -40,12 +40,16 @@ class HeadConfig:
     fused_align_corners: of the bilinear resize of the fused map to the image size (only acts for fusion_stride > 1).
     level_sigmas, level_kernels: Gaussian blur of each level's resized map, in pixels of the fusion size, one value per
         level, lowest level first, reflect border; empty = none. Without kernels each is cut at 4 sigma.
-    smoothing_sigma: Gaussian blur of the map at image size, in pixels; 0 = none (RLR, ULSAD: 4).
+    map_size: side, or (height, width), of the map that is smoothed, scored and given out, resized from the map at image
+        size without aligned corners; None = the image size (Dinomaly, INP-Former: 256 from 392).
+    smoothing_sigma: Gaussian blur of the map at image or map size, in pixels; 0 = none (RLR, ULSAD: 4).
     smoothing_kernel: its number of taps (odd); None = cut at 4 sigma, which is 33 taps for sigma 4.
-    smoothing_border: `reflect` (kornia, ULSAD) or `symmetric` (SciPy's default, RLR); see models/layers/blur.py.
+    smoothing_border: `reflect` (kornia, ULSAD), `symmetric` (SciPy's default, RLR) or `zeros` (Dinomaly, INP-Former); see
+        models/layers/blur.py.
     smoothing_target: `both` map and image score, or only `image_score` (RLR's pixel metrics read the unsmoothed map).
-    image_score: of the map: `max`, `mean`, `std` (population), `top_k` = mean of the largest top_k_fraction of pixels,
-        `pooled_max` = max after average pooling with a pool_window x pool_window window, stride 1, no padding.
+    image_score: of the map: `max`, `mean`, `std` (population), `top_k` = mean of the largest top_k_fraction of pixels
+        (their number rounded down, at least 1: Dinomaly, INP-Former), `pooled_max` = max after average pooling with a
+        pool_window x pool_window window, stride 1, no padding.
     """
 
     distance: Distance = "l2"
@@ -54,6 +58,7 @@ class HeadConfig:
     fusion_stride: int = 1
     align_corners: bool = True
     fused_align_corners: bool = True
+    map_size: int | tuple[int, int] | None = None
     level_sigmas: tuple[float, ...] = ()
     level_kernels: tuple[int, ...] = ()
     smoothing_sigma: float = 0.0
@@ -92,6 +97,11 @@ class HeadConfig:
                 f"head.level_kernels has {len(self.level_kernels)} values and head.level_sigmas has "
                 f"{len(self.level_sigmas)}; give one of each per level, or no kernels."
             )
+        if self.map_size is not None:
+            size = (self.map_size,) * 2 if isinstance(self.map_size, int) else tuple(self.map_size)
+            if len(size) != 2 or min(size) < 1:
+                raise ValueError(f"head.map_size is a positive side or (height, width), found {self.map_size}.")
+            object.__setattr__(self, "map_size", size)
         if self.pool_window < 1:
             raise ValueError(f"head.pool_window must be at least 1, found {self.pool_window}.")
         if not 0 < self.top_k_fraction <= 1:
@@ -99,7 +109,8 @@ class HeadConfig:
 
 
 class ScoredMaps(NamedTuple):
-    """maps: float32 (B, H, W); image_scores: float32 (B,); level_maps: raw distances, float32 (B, H_l, W_l) each."""
+    """maps: float32 (B, H, W), of the image's size or the head's map_size; image_scores: float32 (B,); level_maps: raw
+    distances, float32 (B, H_l, W_l) each."""
 
     maps: Tensor
     image_scores: Tensor
@@ -143,7 +154,7 @@ def image_scores(maps: Tensor, kind: ImageScore, *, pool_window: int = 16, top_k
     if kind == "std":
         return flat.std(dim=1, correction=0)
     if kind == "top_k":
-        return flat.topk(max(1, round(top_k_fraction * flat.shape[1])), dim=1).values.mean(dim=1)
+        return flat.topk(max(1, int(top_k_fraction * flat.shape[1])), dim=1).values.mean(dim=1)
     if pool_window > min(maps.shape[-2:]):
         raise ValueError(
             f"head.pool_window is {pool_window} but the anomaly map is only {maps.shape[-2]}x{maps.shape[-1]} pixels; "
@@ -224,6 +235,8 @@ class AnomalyHead(nn.Module):
                 prepared.append(blurs[index](level_map)[:, 0])
             fused = fuse(prepared, self.config.fusion)
             maps = resize(fused[:, None], (height, width), self.config.fused_align_corners)[:, 0]
+            if self.config.map_size is not None:
+                maps = resize(maps[:, None], self.config.map_size, align_corners=False)[:, 0]
             smoothed = self.smoothing(maps)
             scores = image_scores(
                 smoothed,

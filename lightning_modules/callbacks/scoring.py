@@ -9,7 +9,9 @@ from typing import Any
 import lightning as L
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from datamodules.sample_table import category_keys
 from lightning_modules.base import ReconstructionModule
@@ -24,10 +26,13 @@ MAPS_IN_MEMORY = 2**30
 
 
 def update_metrics(metrics: AnomalyMetrics, batch: Mapping[str, Any], scored: ScoredMaps) -> None:
-    """Adds one batch's maps and scores to the metrics."""
+    """Adds one batch's maps and scores to the metrics. Masks follow maps of another size by the nearest pixel."""
+    masks, size = batch["mask"], scored.maps.shape[-2:]
+    if masks.shape[-2:] != size:
+        masks = F.interpolate(masks.to(torch.uint8), tuple(size), mode="nearest-exact").bool()
     metrics.update(
         scored.maps,
-        batch["mask"][:, 0],
+        masks[:, 0],
         scored.image_scores,
         batch["label"],
         batch["category"],

@@ -68,7 +68,7 @@ def attach(
     features = CacheSpec(
         **source,
         backbone={k: provenance[k] for k in ("name", "sha256", "padding")}
-        | {"levels": list(backbone.levels), "final_norm": backbone.final_norm, "maps": backbone.maps},
+        | {name: getattr(backbone, name) for name in ("levels", "final_norm", "prefix_tokens", "position", "maps")},
         preparation=model.network.preparation,
         mean=tuple(data.mean),
         std=tuple(data.std),

@@ -1,21 +1,24 @@
-"""Separable Gaussian blur with the two border rules that the papers' code uses.
+"""Separable Gaussian blur with the three border rules that the papers' code uses.
 
 * "reflect": the mirror stands on the edge pixel, which is not repeated: d c b | a b c d | c b a. This is torch's and
   kornia's "reflect" and SciPy's "mirror". UniAS (feature filter, level maps) and ULSAD (maps) need it.
 * "symmetric": the mirror stands on the pixel's outer edge, which is repeated: c b a | a b c d | d c b. This is SciPy's
   default, which SciPy calls "reflect". RLR needs it.
+* "zeros": outside the image everything is 0, as in a padded convolution, so that the border is darkened. Dinomaly and
+  INP-Former need it.
 """
 
 from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-Border = Literal["reflect", "symmetric"]
+Border = Literal["reflect", "symmetric", "zeros"]
 
 
 def gaussian_taps(sigma: float, kernel: int | None = None, truncate: float = 4.0) -> Tensor:
@@ -36,7 +39,10 @@ def gaussian_taps(sigma: float, kernel: int | None = None, truncate: float = 4.0
 
 
 def border_index(length: int, pad: int, border: Border) -> Tensor:
-    """Source indices, int64 (length + 2 * pad,), that extend an axis by `pad` on both sides, however short it is."""
+    """Source indices, int64 (length + 2 * pad,), that extend an axis by `pad` on both sides, however short it is.
+
+    border: `reflect` or `symmetric`; zeros have no source.
+    """
     positions = torch.arange(-pad, length + pad)
     if border == "symmetric":
         folded = positions.remainder(2 * length)
@@ -67,8 +73,8 @@ class GaussianBlur(nn.Module):
         self, sigma: float, kernel: int | None = None, truncate: float = 4.0, border: Border = "reflect"
     ) -> None:
         super().__init__()
-        if border not in ("reflect", "symmetric"):
-            raise ValueError(f'Unknown border rule "{border}"; choose "reflect" or "symmetric".')
+        if border not in get_args(Border):
+            raise ValueError(f'Unknown border rule "{border}"; choose one of {", ".join(get_args(Border))}.')
         self.sigma = sigma
         self.border = border
         self.register_buffer("taps", gaussian_taps(sigma, kernel, truncate).float(), persistent=False)
@@ -80,7 +86,10 @@ class GaussianBlur(nn.Module):
         taps = self.taps.to(images.dtype)
         for axis in (-2, -1):  # shifted sums: five to ten times faster on a CPU than a convolution of single channels
             length = images.shape[axis]
-            padded = images.index_select(axis, _border_index_on(length, pad, self.border, images.device))
+            if self.border == "zeros":
+                padded = F.pad(images, (pad, pad) if axis == -1 else (0, 0, pad, pad))
+            else:
+                padded = images.index_select(axis, _border_index_on(length, pad, self.border, images.device))
             images = padded.narrow(axis, 0, length) * taps[0]
             for shift in range(1, taps.numel()):
                 images = torch.addcmul(images, padded.narrow(axis, shift, length), taps[shift])

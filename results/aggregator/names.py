@@ -33,6 +33,7 @@ METHODS = {
     "mambaad": "MambaAD", "rdpp": "RD++", "recontrast": "ReContrast", "omiad": "OmiAD", "dinomaly_b": "Dinomaly-B",
     "dinomaly_l_dinov3": "Dinomaly-L (DINOv3)", "dinomaly_costfilter": "Dinomaly + CostFilter",
     "inp_former": "INP-Former", "rad_training_free_dinov3": "RAD (training-free, DINOv3)", "dinomaly2": "Dinomaly2",
+    "dinomaly": "Dinomaly", "noisy_bottleneck": "Noisy bottleneck",
     "dataset": "",
 }  # fmt: skip
 CATEGORIES = {

@@ -37,6 +37,10 @@ class ParityCase:
     hparams: dict
     arrays: dict
 
+    @staticmethod
+    def fill(name: str, shape: list[int]) -> torch.Tensor:
+        return fill(name, shape)
+
     def input_tensor(self) -> torch.Tensor:
         return fill(self.input["name"], self.input["shape"])
 
@@ -49,6 +53,11 @@ class ParityCase:
         names = {self.key_prefix + name: shape for name, shape in shapes.items()}
         return {name: rule(name, fill(name, shape)) for name, shape in names.items()}
 
+    def names(self) -> list[str]:
+        """Of the recorded arrays."""
+        with np.load(self.folder / self.file) as arrays:
+            return [name.removeprefix(f"{self.tag}.") for name in arrays if name.startswith(f"{self.tag}.")]
+
     def array(self, name: str = "") -> np.ndarray:
         with np.load(self.folder / self.file) as arrays:
             return arrays[f"{self.tag}.{name}" if name else self.tag]
@@ -57,7 +66,7 @@ class ParityCase:
 def assert_parity(found: torch.Tensor, recorded: np.ndarray, tolerance: float = 1e-4) -> None:
     """Largest error relative to the largest recorded value."""
     assert tuple(found.shape) == recorded.shape
-    error = np.abs(found.numpy() - recorded).max() / np.abs(recorded).max()
+    error = np.abs(found.detach().numpy() - recorded).max() / np.abs(recorded).max()
     assert error <= tolerance, f"relative error {error:.2e}"
 
 

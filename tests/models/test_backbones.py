@@ -80,6 +80,31 @@ def test_channels_last_and_transformer_backbones_give_channels_first():
     assert [tuple(level.shape[1:]) for level in net(torch.zeros(1, 3, 160, 160))] == [(64, 10, 10), (64, 10, 10)]
 
 
+def test_prefix_tokens_follow_the_levels_at_any_image_size_and_leave_them_as_they_are():
+    plain, both = extractor("test_vit", (1, 2)), extractor("test_vit", (1, 2), prefix_tokens=True)
+    both.net.load_state_dict(plain.net.state_dict())
+    assert both.prefix_tokens == 1
+    assert plain.prefix_tokens == 0
+    batch = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    levels = both(batch)
+    assert [tuple(level.shape) for level in levels] == [(2, 64, 4, 6)] * 2 + [(2, 64, 1, 1)] * 2
+    assert both.sizes((64, 96)) == [(4, 6)] * 2
+    for one, other in zip(plain(batch), levels, strict=False):
+        assert torch.equal(one, other)
+    with pytest.raises(ValueError, match="class and register tokens"):
+        extractor("test_efficientnet", (1, 2), prefix_tokens=True)
+
+
+def test_released_position_codes_differ_from_timms_away_from_the_native_size_only():
+    timms, released = (extractor("test_vit", (1, 2), position=position) for position in ("timm", "released"))
+    for size, same in ((160, True), (96, False)):
+        batch = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+        one, other = timms(batch)[1], released(batch)[1]
+        assert torch.allclose(one, other, atol=1e-6) == same
+    with pytest.raises(ValueError, match="Use position `timm`"):
+        extractor("test_efficientnet", (1, 2), position="released")
+
+
 def test_the_backbone_stays_frozen_when_the_model_around_it_trains():
     net = extractor()
     model = nn.ModuleDict({"extractor": net}).train()

@@ -1,0 +1,158 @@
+"""StableAdamW and the warm cosine, the optimiser and the schedule of Dinomaly and INP-Former.
+
+Wortsman et al., "Stable and low-precision training for large-scale vision-language models", NeurIPS 2023,
+https://arxiv.org/abs/2304.13013, in the form of Dinomaly's released code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+
+class StableAdamW(Optimizer):
+    """AdamW whose step is shortened, tensor by tensor, when the second moment has fallen behind the gradient.
+
+    With u = g / denominator and r = max(1, RMS(u) / clip_threshold) a tensor moves by lr / r times AdamW's direction.
+    The released code compares the raw gradient g, not the momentum, and the clipping acts from the first step on.
+
+    lr: >= 0 (a warm-up starts from 0). betas, weight_decay: as in AdamW; the decay acts before the update, on every
+    tensor. amsgrad: the denominator is the largest second moment so far (Dinomaly and INP-Former; Dinomaly2 without).
+    clip_threshold: RMS of u from which steps are shortened. skip_nonfinite: leave out steps with a NaN or infinity in
+    any gradient (Dinomaly2), instead of spoiling the weights; it costs a wait for the device in every step.
+
+    Raises ValueError for values out of range, and RuntimeError for sparse gradients.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-10,
+        weight_decay: float = 1e-4,
+        amsgrad: bool = True,
+        clip_threshold: float = 1.0,
+        skip_nonfinite: bool = False,
+    ) -> None:
+        if lr < 0 or eps < 0 or weight_decay < 0 or clip_threshold <= 0 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(
+                "StableAdamW needs lr, eps and weight_decay >= 0, betas in [0, 1) and clip_threshold > 0, found "
+                f"lr={lr}, eps={eps}, weight_decay={weight_decay}, betas={tuple(betas)}, clip_threshold={clip_threshold}."
+            )
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "clip_threshold": clip_threshold,
+        }
+        self.skip_nonfinite = skip_nonfinite
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update. closure: computes the loss again and returns it, as for any optimiser of torch."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.skip_nonfinite and not self._all_finite():
+            return loss
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if parameters:
+                self._update(parameters, group)
+        return loss
+
+    def _all_finite(self) -> bool:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return not gradients or bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all())
+
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """All tensors of a group at once: a GPU gets a dozen launches instead of a dozen per tensor."""
+        gradients = [parameter.grad for parameter in parameters]
+        if any(gradient.is_sparse for gradient in gradients):
+            raise RuntimeError("StableAdamW has no rule for sparse gradients.")
+        for parameter in parameters:
+            if not self.state[parameter]:
+                state = self.state[parameter]
+                state["step"] = 0
+                state["first"] = torch.zeros_like(parameter)
+                state["second"] = torch.zeros_like(parameter)
+                if group["amsgrad"]:
+                    state["largest"] = torch.zeros_like(parameter)
+        states = [self.state[parameter] for parameter in parameters]
+        for state in states:
+            state["step"] += 1
+        first, second = [state["first"] for state in states], [state["second"] for state in states]
+        beta1, beta2 = group["betas"]
+        lr = group["lr"]
+
+        if group["weight_decay"]:
+            torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+        torch._foreach_mul_(first, beta1)
+        torch._foreach_add_(first, gradients, alpha=1 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
+        moments = second
+        if group["amsgrad"]:
+            moments = [state["largest"] for state in states]
+            torch._foreach_maximum_(moments, second)
+        denominators = torch._foreach_sqrt(moments)
+        torch._foreach_div_(denominators, [math.sqrt(1 - beta2 ** state["step"]) for state in states])
+        torch._foreach_add_(denominators, group["eps"])
+
+        norms = torch._foreach_norm(torch._foreach_div(gradients, denominators))
+        sizes = [group["clip_threshold"] * math.sqrt(parameter.numel()) for parameter in parameters]
+        shortenings = torch._foreach_div(norms, sizes)
+        torch._foreach_clamp_min_(shortenings, 1.0)  # r, one number per tensor, still on the device
+        steps = torch._foreach_div(first, denominators)
+        torch._foreach_div_(steps, shortenings)
+        torch._foreach_mul_(steps, [-lr / (1 - beta1 ** state["step"]) for state in states])
+        torch._foreach_add_(parameters, steps)
+
+
+class WarmCosine(LRScheduler):
+    """Learning rate per step: linear warm-up from 0, then half a cosine down to a share of the rate. Step it per step.
+
+    The first of `warmup_steps` has rate 0 and the last of them the full rate, as numpy's linspace gives them; step
+    warmup_steps + i has final_ratio + (1 - final_ratio) (1 + cos(pi i / (total_steps - warmup_steps))) / 2 of it, and
+    from total_steps on it stays there. total_steps: None = the training's length, which whoever trains fills in.
+    final_ratio: 0.1 in Dinomaly and INP-Former; 1 (Dinomaly2) is a constant rate after the warm-up.
+
+    A training shorter than its warm-up never leaves it. Raises ValueError for that where total_steps is given, and for
+    negative numbers.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, total_steps: int | None = None, warmup_steps: int = 100, final_ratio: float = 0.1
+    ) -> None:
+        if warmup_steps < 0 or final_ratio < 0 or (total_steps is not None and warmup_steps > total_steps):
+            raise ValueError(
+                f"The warm-up must fit into the training, found warmup_steps={warmup_steps} of total_steps={total_steps}, "
+                f"and final_ratio must not be negative, found {final_ratio}. Lower warmup_steps or train longer."
+            )
+        self.total_steps, self.warmup_steps, self.final_ratio = total_steps, warmup_steps, final_ratio
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        """The learning rate of each parameter group in the present step."""
+        return [rate * self.factor(self.last_epoch) for rate in self.base_lrs]
+
+    def factor(self, step: int) -> float:
+        """What the learning rate is multiplied by in step 0, 1, 2, ..."""
+        if step < self.warmup_steps:
+            return step / max(1, self.warmup_steps - 1)
+        if self.total_steps is None:
+            raise ValueError("total_steps of WarmCosine is None: set it to the number of steps of the training.")
+        length = self.total_steps - self.warmup_steps
+        progress = min(1.0, (step - self.warmup_steps) / length) if length > 0 else 1.0
+        return self.final_ratio + (1 - self.final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
