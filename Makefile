@@ -37,6 +37,10 @@ train: setup  ## Train and evaluate once: METHOD= PROFILE= DATASET= DATA_ROOT= [
 	$(PY) -m sweeps data sweeps/profiles/$(PROFILE)/$(METHOD).yaml
 	$(PY) -m lightning_modules fit --config sweeps/profiles/$(PROFILE)/$(METHOD).yaml $(if $(RUN),--run.name="$(RUN)") $(ARGS)
 
+import: export PROFILE := $(if $(filter file,$(origin PROFILE)),paper,$(PROFILE))
+import: setup  ## A run record from an authors' checkpoint: CHECKPOINT= METHOD= DATASET= DATA_ROOT= [CATEGORIES= RUN= ARGS=].
+	$(PY) -m lightning_modules import --method "$(METHOD)" --checkpoint "$(CHECKPOINT)" $(if $(RUN),--run.name="$(RUN)") $(ARGS)
+
 predict: setup  ## Heat maps of any images with a trained run: RUN=<record folder> IMAGES=<folder>.
 	$(PY) -m lightning_modules predict --config "$(RUN)/config.yaml" --data.init_args.predict_root="$(IMAGES)" $(ARGS)
 
@@ -92,5 +96,5 @@ cache: setup  ## List the feature cache's entries, or delete some: [CLEAR=key or
 bench-metrics: setup  ## Time our metrics against other libraries.
 	$(PY) -m lightning_modules.benchmarks.metrics
 
-.PHONY: help setup test test-all lint train predict check-data synthetic sweep sweeps wandb-sweep agents pull table tables \
+.PHONY: help setup test test-all lint train import predict check-data synthetic sweep sweeps wandb-sweep agents pull table tables \
 	audit figures compare report reconstructions bench bench-metrics cache

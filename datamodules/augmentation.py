@@ -34,6 +34,11 @@ _VISA_VFLIP = frozenset(["macaroni2", "capsules", "chewinggum", "fryum", "pipe_f
 _VISA_ROTATE = frozenset(["macaroni2", "capsules", "fryum"])
 
 
+# DeSTSeg (CVPR 2023), released code: fully turned, or by up to 5 degrees; the other categories of MVTec AD stay as they are.
+_DESTSEG_ROTATE = frozenset(["bottle", "grid", "hazelnut", "leather", "tile", "carpet", "screw"])
+_DESTSEG_SLIGHT = frozenset(["wood", "zipper", "cable"])
+
+
 def _library():
     """albumentations, imported late: it takes a second, and by default asks the network for a newer version."""
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -71,11 +76,21 @@ def _unias_visa(category: str) -> list[albumentations.BasicTransform]:
     return _flips_and_rotations(category, _VISA_HFLIP, _VISA_VFLIP, _VISA_ROTATE)
 
 
+def _destseg_mvtec(category: str) -> list[albumentations.BasicTransform]:
+    """DeSTSeg on MVTec AD: {0, 90, 180, 270} plus or minus 5 degrees, or only the latter; corners become grey 114."""
+    library = _library()
+    transforms = [library.RandomRotate90(p=1.0)] if category in _DESTSEG_ROTATE else []
+    if category in _DESTSEG_ROTATE | _DESTSEG_SLIGHT:
+        transforms.append(library.Rotate((-5, 5), border_mode=0, fill=(114, 114, 114), fill_mask=0, p=1.0))
+    return transforms
+
+
 AUGMENTATIONS: dict[str, Policy] = {
     "none": lambda category: [],
     "unias_mvtec": _unias_mvtec,
     "unias_mvtec_released": _unias_mvtec_released,
     "unias_visa": _unias_visa,
+    "destseg_mvtec": _destseg_mvtec,
 }
 
 

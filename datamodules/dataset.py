@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from datamodules.anomalies.sources import Anomalies
 from datamodules.augmentation import Augmentation, apply_symmetry
 from datamodules.errors import DataError
 from datamodules.images import MAX_MEGAPIXELS, read_mask, read_pair, resize_image, resize_mask
@@ -120,6 +121,7 @@ class TableDataset(Dataset):
         source: where pixels come from; anything with `load(row)` as ImageSource has it.
         mean, std: of the normalisation, for pixels in [0, 1].
         augmentation: applied to draws only.
+        anomalies: put into draws only; their samples also carry `clean`, the image without, and `mask` is the anomaly's.
         pixels: samples also carry `pixels`, the resized image as uint8 (3, H, W).
     """
 
@@ -130,9 +132,12 @@ class TableDataset(Dataset):
         mean: Sequence[float],
         std: Sequence[float],
         augmentation: Augmentation | None = None,
+        anomalies: Anomalies | None = None,
         pixels: bool = False,
     ) -> None:
         self.rows, self.source, self.augmentation, self.pixels = list(rows), source, augmentation, pixels
+        self.anomalies = anomalies
+        self.mean, self.std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
         levels = torch.arange(256, dtype=torch.float32)[:, None] / 255
         table = (levels - torch.tensor(mean)) / torch.tensor(std)
         self.normalised = np.ascontiguousarray(table.numpy().T)  # (3, 256): one look-up per pixel is exact and fast
@@ -157,11 +162,8 @@ class TableDataset(Dataset):
         image, mask = (apply_symmetry(array, row.symmetry) for array in loaded)
         if self.augmentation is not None and isinstance(index, Draw):
             image, mask = self.augmentation(image, mask, row.category, index.seed)
-        pixels = np.empty((3, *image.shape[:2]), np.float32)
-        for channel, values in enumerate(self.normalised):
-            np.take(values, image[..., channel], out=pixels[channel], mode="clip")
         sample = {
-            "image": torch.from_numpy(pixels),
+            "image": self._normalise(image),
             "mask": torch.from_numpy(np.array(mask)[None]),
             "has_mask": row.label == 0 or bool(row.mask_paths),
             "label": row.label,
@@ -171,11 +173,23 @@ class TableDataset(Dataset):
             "id": row.id,
             "path": row.image_path,
         }
+        if self.anomalies is not None and isinstance(index, Draw):
+            corrupted, blobs = self.anomalies(image, row.category, index.seed)
+            sample["clean"], sample["mask"] = sample["image"], torch.from_numpy(blobs[None])
+            values = (corrupted / np.float32(255) - self.mean) / self.std
+            sample["image"] = torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
         if row.label == UNKNOWN:
             sample["error"] = error
         if self.pixels:
             sample["pixels"] = torch.from_numpy(image.transpose(2, 0, 1).copy())
         return sample
+
+    def _normalise(self, image: np.ndarray) -> torch.Tensor:
+        """uint8 (H, W, 3) to float32 (3, H, W)."""
+        pixels = np.empty((3, *image.shape[:2]), np.float32)
+        for channel, values in enumerate(self.normalised):
+            np.take(values, image[..., channel], out=pixels[channel], mode="clip")
+        return torch.from_numpy(pixels)
 
 
 class Batch(dict):

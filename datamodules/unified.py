@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from datamodules import augmentation as policies
+from datamodules.anomalies.sources import Anomalies, AnomalyConfig
 from datamodules.augmentation import Augmentation
 from datamodules.cache.entry import FeatureCache
 from datamodules.cache.loaders import CachedImages, CachedSplits, cached_loader, symmetric_rows
@@ -67,6 +68,8 @@ class UnifiedDataModule(L.LightningDataModule):
         holdout: fraction of each category's normal training images that becomes split val, chosen by file name. A
             dataset with a validation folder of its own (MVTec LOCO) keeps that instead.
         augmentation: entry of `datamodules.augmentation.AUGMENTATIONS`.
+        anomalies: puts synthetic anomalies into training images, after the augmentation. Training batches then carry
+            `clean` (B, 3, H, W), the image without, and `mask` says where the anomaly is; the label stays 0.
         mean, std: normalisation of pixels in [0, 1]. None stands for what the backbone's weights were trained with,
             which the command line fills in, and Lightning's trainer before the first batch; ImageNet's where there is no
             model.
@@ -102,6 +105,7 @@ class UnifiedDataModule(L.LightningDataModule):
         sampling: str = "natural",
         holdout: float = 0.0,
         augmentation: str = "none",
+        anomalies: AnomalyConfig | None = None,
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
         seed: int = 0,
@@ -152,6 +156,7 @@ class UnifiedDataModule(L.LightningDataModule):
         self.sampling = sampling
         self.holdout = holdout
         self.augmentation = augmentation
+        self.anomalies = anomalies
         self._normalisation_given = mean is not None
         self.mean, self.std = tuple(mean or IMAGENET_MEAN), tuple(std or IMAGENET_STD)
         self.seed = seed
@@ -270,7 +275,7 @@ class UnifiedDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Training images in the order of the own seeded sampler."""
         rows = self._rows("train")
-        dataset = self._dataset(rows, self._augmentation())
+        dataset = self._dataset(rows, self._augmentation(), self._anomalies())
         sampler = TrainSampler(
             dataset,
             [row.dataset for row in rows],
@@ -338,11 +343,13 @@ class UnifiedDataModule(L.LightningDataModule):
     # -- cached features -------------------------------------------------------------------------------------------
 
     def symmetric_rows(self) -> list[Row] | None:
-        """Training images as the augmentation flips and turns them; None if it makes more of them than symmetries.
+        """Training images as the augmentation flips and turns them; None if they are changed in more ways than that.
 
         Raises:
             DataError: images would be turned by 90 degrees that are not square.
         """
+        if self.anomalies is not None:
+            return None
         # Those of held-out images too: an entry then serves any holdout.
         return symmetric_rows(self._rows("train", "val"), self._augmentation(), self.image_size)
 
@@ -390,8 +397,19 @@ class UnifiedDataModule(L.LightningDataModule):
     def _augmentation(self) -> Augmentation | None:
         return None if self.augmentation == "none" else Augmentation(self.augmentation, self.categories)
 
-    def _dataset(self, rows: Sequence[Row], augmentation: Augmentation | None = None) -> TableDataset:
-        return TableDataset(rows, self._source, self.mean, self.std, augmentation)
+    def _anomalies(self) -> Anomalies | None:
+        if self.anomalies is None:
+            return None
+        return Anomalies(self.anomalies, self._rows("train"), self._source.load)
+
+    def describe_anomalies(self) -> str:
+        """What anomalies training images get, in words for the run's record."""
+        return self._anomalies().describe() if self.anomalies is not None else ""
+
+    def _dataset(
+        self, rows: Sequence[Row], augmentation: Augmentation | None = None, anomalies: Anomalies | None = None
+    ) -> TableDataset:
+        return TableDataset(rows, self._source, self.mean, self.std, augmentation, anomalies)
 
     def _eval_loader(self, rows: Sequence[Row], repeat: bool = False) -> DataLoader:
         dataset = self._dataset(rows)

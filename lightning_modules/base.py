@@ -6,7 +6,7 @@ A method is a subclass that names its paper's recipe and builds its network; see
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -90,6 +90,8 @@ class ReconstructionModule(L.LightningModule):
     """Whether the method standardises its features by itself, so that ``backbone.standardised`` is refused."""
     reconstructs: ClassVar[bool] = True
     """Whether :meth:`reconstruct` has an answer; methods that only measure distances have none to picture."""
+    uncached: str = ""
+    """Why features cannot be cached, as half a sentence; empty where they can."""
     map_names: tuple[str, ...] = ()
     """Names of the level maps in pictures, in the order of :attr:`ScoredMaps.level_maps`; empty: they are numbered."""
     network: FeatureNetwork
@@ -117,6 +119,7 @@ class ReconstructionModule(L.LightningModule):
         if optimizer is not None:  # impossible options are refused now, not after minutes of preparation
             self._scheduled(optimizer([nn.Parameter(torch.zeros(1))]))
         self.trained_epochs = 0
+        self.origin = ""
         self._unchecked_loss: tuple[Tensor, torch.cuda.Event | None, Mapping[str, Any], int] | None = None
         self._losses: dict[str, list[tuple[Tensor, int]]] = {}
 
@@ -154,6 +157,9 @@ class ReconstructionModule(L.LightningModule):
     def record_notes(self) -> list[str]:
         """What a reader of the run's numbers must know besides the configuration."""
         return []
+
+    def prepare_import(self, state: Mapping[str, Tensor], categories: Sequence[str]) -> None:
+        """Called before an authors' checkpoint is imported, for what its tensors and the data's categories decide."""
 
     def before_scoring(self, last_epoch: bool) -> None:
         """Called in eval mode before the test set is scored during training, for what must be estimated first."""
@@ -285,6 +291,7 @@ class ReconstructionModule(L.LightningModule):
             del checkpoint["state_dict"][name]
         checkpoint["backbone"] = self.extractor.provenance
         checkpoint["trained_epochs"] = self.trained_epochs
+        checkpoint["origin"] = self.origin
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained_on, now = checkpoint["backbone"], self.extractor.provenance
@@ -295,5 +302,6 @@ class ReconstructionModule(L.LightningModule):
                 f"{now['weights']} (sha256 {now['sha256'][:12]}). Give the same backbone and weights."
             )
         self.trained_epochs = checkpoint["trained_epochs"]
+        self.origin = checkpoint.get("origin", "")
         own = self.extractor.state_dict(prefix="extractor.")
         checkpoint["state_dict"] = {**checkpoint["state_dict"], **own}

@@ -196,6 +196,8 @@ def _check_choice(option: str, value: str, allowed: object) -> None:
         raise ValueError(f'{option} names "{value}"; choose from {", ".join(get_args(allowed))}.')
 
 
+RELEASED_BACKBONE = "backbone."
+"""Of the backbone's tensors in the authors' checkpoints."""
 # The authors' names, first match wins. Their decoder's `self_attn` is in truth the attention to the encoder's memory.
 _RELEASED = (
     (r"pos_embed\.", "position."),

@@ -373,6 +373,7 @@ class UniReconCLI(LightningCLI):
             scores = self.evaluation.image_scores
             attachments |= heatmaps.draw(self.model, self.datamodule, heatmaps.choose(scores), scores)
         config = self.config[self.subcommand]
+        config.pop("verbose", None)  # an option of `test` that `predict` does not have
         config.run.overwrite = False  # whoever starts from the record's configuration shall not replace the record
         depths = set(self.datamodule.bit_depths.values())
         if len(depths) == 1:  # as inferred from the training images, for those of `predict`
@@ -402,7 +403,8 @@ class UniReconCLI(LightningCLI):
         model, data, trainer = self.model, self.datamodule, self.trainer
         backbone = model.extractor.provenance
         notes = [f"{key}: {note}" for key, note in (("backbone", backbone.get("note")),) if note]
-        notes += normalisation.notes(model, data) + model.record_notes() + data.remarks()
+        notes += normalisation.notes(model, data) + ([model.origin] if model.origin else []) + model.record_notes()
+        notes += data.remarks()
         if model.standardisation is not None:
             notes.append("feature channels standardised over the training images")
         if not data.has_test_images:
@@ -477,7 +479,12 @@ def main(arguments: list[str] | None = None) -> None:
     import_methods()
     try:
         with preemption.reported():
-            _run(with_environment(arguments, os.environ))
+            if arguments[:1] == ["import"]:
+                from lightning_modules.running.importing import main as import_checkpoint
+
+                import_checkpoint(arguments[1:])
+            else:
+                _run(with_environment(arguments, os.environ))
     except (DataError, NonFiniteFeaturesError, NonFiniteLossError) as error:
         raise SystemExit(f"error: {error}") from error
 

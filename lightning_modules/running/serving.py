@@ -76,7 +76,7 @@ def attach(
         images=images or model.needs_images,
     )
     symmetric = data.symmetric_rows()
-    if symmetric is not None:
+    if symmetric is not None and not model.uncached:
         further = json.dumps([(row.id, row.symmetry) for row in symmetric]) if symmetric else ""
         features = replace(features, symmetries=further and hashlib.sha256(further.encode()).hexdigest())
         try:
@@ -87,7 +87,8 @@ def attach(
         except CacheTooLargeError as error:
             why = f"it {error}"
     else:
-        why = f"images are augmented ({data.augmentation}), so their features differ each time"
+        changed = "get synthetic anomalies" if data.anomalies else f"are augmented ({data.augmentation})"
+        why = model.uncached or f"images {changed}, so their features differ each time"
     rank_zero_info(f"No feature cache: {why}. The backbone runs in every step; decoded images are cached.")
     try:
         cache = _open(CacheSpec(**source, images=True), model, data, config, device, build)

@@ -21,6 +21,7 @@ from results.aggregator.table import Table
 matplotlib.use("Agg")
 
 BLUE, RED, GREEN, GREY, ORANGE = "#2b6cb0", "#c0392b", "#2e8b57", "#8a8f98", "#d98218"
+SHARES = (ORANGE, GREY)
 STYLE = {
     "font.size": 9, "font.family": "DejaVu Sans", "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": "#e3e6ea", "grid.linewidth": 0.8, "axes.axisbelow": True, "axes.titlesize": 9,
@@ -53,8 +54,9 @@ def _metadata(suffix: str) -> dict[str, None]:
 def curves_figure(spec: Spec, records: Sequence[StoredRecord], sweep: SweepFile | None = None) -> Figure:
     """One panel per cell: training loss (blue, log axis), localisation (red) and detection (green) AUROC over epochs.
 
-    Thin lines are the seeds, the thick one their mean.
+    Thin lines are the seeds, the thick one their mean. The spec's `shares` are drawn on the axis of the AUROCs.
     """
+    shares = dict(zip(spec.shares, SHARES, strict=False))
     cells = [(label, mine) for label, mine in cell_curves(spec, records, sweep) if mine]
     columns = min(3, max(1, len(cells)))
     lines = max(1, -(-len(cells) // columns))
@@ -69,6 +71,7 @@ def curves_figure(spec: Spec, records: Sequence[StoredRecord], sweep: SweepFile 
             right.grid(False)
             for target, name, colour, scale in (
                 (axis, LOSS, BLUE, 1.0), (right, LOCALISATION, RED, 100.0), (right, DETECTION, GREEN, 100.0),
+                *((right, name, colour, 100.0) for name, colour in shares.items()),
             ):  # fmt: skip
                 found = [curve for curve in (read_curve(stored, name) for stored in mine) if curve is not None]
                 _draw_curve(target, found, colour, scale, log=name == LOSS)
@@ -76,14 +79,14 @@ def curves_figure(spec: Spec, records: Sequence[StoredRecord], sweep: SweepFile 
             axis.set_title(label)
             axis.set_xlabel("epoch")
             axis.tick_params(axis="y", colors=BLUE)
-            right.set_ylim(min(45.0, right.dataLim.y0 - 2), 101)
+            right.set_ylim(-2 if shares else min(45.0, right.dataLim.y0 - 2), 101)
             if number % columns == 0:
                 axis.set_ylabel("training loss", color=BLUE)
             if number % columns == columns - 1 or number == len(cells) - 1:
-                right.set_ylabel("test AUROC [%]")
-        handles = [matplotlib.lines.Line2D([], [], color=c, lw=2) for c in (BLUE, RED, GREEN)]
-        texts = ["training loss", "localisation (pixel AUROC)", "detection (image AUROC)"]
-        figure.legend(handles, texts, loc="outside lower center", ncols=3)
+                right.set_ylabel("; ".join(["test AUROC [%]", *(f"{text} [%]" for text in spec.shares.values())]))
+        handles = [matplotlib.lines.Line2D([], [], color=c, lw=2) for c in (BLUE, RED, GREEN, *shares.values())]
+        texts = ["training loss", "localisation (pixel AUROC)", "detection (image AUROC)", *spec.shares.values()]
+        figure.legend(handles, texts, loc="outside lower center", ncols=len(texts))
     return figure
 
 

@@ -40,6 +40,8 @@ from results.common.files import sync_folder
 from results.common.nearest import did_you_mean
 
 SCHEMA = 1
+#: A run's note that begins like this is shouted above every table: its method is told the class of each test image.
+LABELS_AT_TEST = "CLASS LABELS AT TEST TIME"
 PROTOCOLS = ("clean", "as_released")
 SETTINGS = ("unified", "per_category")
 SCOPES = ("category", "mean", "pooled")

@@ -18,6 +18,7 @@
       neighbor_size: {label: Size, values: {1: 1x1, 7: 7x7}}
     default: {neighbor_size: 7}              # rows: sweep only; the cell that gaps refer to
     notes: [what a reader must know]
+    shares: {train/codes_in_use: codes in use}  # kind: curves only; recorded shares drawn beside the AUROCs, in percent
 
 A row or column is a metric's name or a mapping. Its selectors (source, table, dataset, category, method, variant,
 metric, setting) say what stands there; a list of values makes one row or column each, and two lists every combination,
@@ -43,7 +44,7 @@ SELECTORS = ("source", "table", "dataset", "category", "method", "variant", "met
 _RUNS = ("variant", "cell", "sweep", "method", "setting", "dataset")
 _TOP = (
     "title", "paper", "kind", "sweep", "setting", "where", "row_headers", "rows", "columns", "compare", "digits",
-    "parameters", "default", "notes",
+    "parameters", "default", "notes", "shares",
 )  # fmt: skip
 _ROW = ("label", "labels", "group", "rule", "default", "runs", *SELECTORS)
 _COLUMN = ("label", "group", "digits", "runs", *SELECTORS)
@@ -87,6 +88,7 @@ class Spec:
     parameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     default: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    shares: Mapping[str, str] = field(default_factory=dict)
 
 
 def spec_names(folder: str | Path = FOLDER) -> list[str]:
@@ -166,6 +168,7 @@ def read_spec(path: str | Path) -> Spec:
         parameters=content.get("parameters") or {},
         default=content.get("default") or {},
         notes=tuple(content.get("notes", ())),
+        shares=content.get("shares") or {},
     )
 
 

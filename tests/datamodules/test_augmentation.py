@@ -111,3 +111,22 @@ def test_wrong_name_empty_policy_and_oblong_images_are_errors():
     oblong = Augmentation("unias_mvtec", ["screw"])
     with pytest.raises(DataError, match="square"):
         [oblong(IMAGE[:4], MASK[:4], "screw", seed) for seed in range(20)]
+
+
+def test_destseg_turns_what_has_no_upright_and_fills_the_corners_grey():
+    image = np.full((32, 32, 3), 200, np.uint8)
+    image[:4] = 20
+    mask = np.zeros((32, 32), bool)
+    augmentation = Augmentation("destseg_mvtec", ["screw", "wood", "pill"])
+    assert augmentation.symmetries("screw") is None  # so that no feature of such images is cached
+    sides, grey = set(), False
+    for seed in range(40):
+        turned, _ = augmentation(image, mask, "screw", seed)
+        slight, _ = augmentation(image, mask, "wood", seed)
+        edges = {"top": turned[1], "bottom": turned[-2], "left": turned[:, 1], "right": turned[:, -2]}
+        sides.add(min(edges, key=lambda side: np.median(edges[side])))
+        grey |= bool((turned[0, 0] == 114).all() or (turned[-1, -1] == 114).all())
+        assert np.median(slight[1]) < 100  # its dark edge stays on top
+        np.testing.assert_array_equal(augmentation(image, mask, "pill", seed)[0], image)
+    assert sides == {"top", "bottom", "left", "right"}
+    assert grey

@@ -1,0 +1,1 @@
+"""Synthetic anomalies that are put into training images."""

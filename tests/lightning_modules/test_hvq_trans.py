@@ -1,0 +1,136 @@
+"""HVQ-Trans from photographs to a record: classes, codebooks, the backbone that moves, resuming."""
+
+import pytest
+import torch
+import yaml
+
+from lightning_modules.callbacks.epoch_seed import EpochSeed
+from lightning_modules.running.command_line import main
+from results.aggregator.build import shouts
+from results.aggregator.records import LABELS_AT_TEST
+
+ARGUMENTS = {
+    "backbone": {"name": "test_efficientnet.r160_in1k", "levels": [2, 3, 4], "weights": "random", "padding": "default"},
+    "image_size": 64,
+    "d_model": 16,
+    "heads": 2,
+    "feedforward": 24,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "codes": 12,
+    "optimizer": {"lr": 0.001},
+}
+
+
+class Interruption(RuntimeError):
+    """Stands for a power cut."""
+
+
+@pytest.fixture
+def make(tmp_path, data_root, make_project):
+    """A project of HVQ-Trans with further arguments of its model."""
+
+    def made(**options):
+        project = make_project(tmp_path, data_root)
+        config = yaml.safe_load(project.config.read_text())
+        config["model"] = {"class_path": "lightning_modules.hvq_trans.HVQTrans", "init_args": ARGUMENTS | options}
+        project.config.write_text(yaml.safe_dump(config))
+        return project
+
+    return made
+
+
+def scores(record) -> dict:
+    metrics = record.metrics
+    return {tuple(row[:5]): row[5] for row in metrics.itertuples(index=False) if row[5] == row[5]}
+
+
+def test_a_record_says_before_every_number_that_class_labels_were_given(make):
+    record = make().fit("--data.init_args.batch_size=4")
+    assert any(note.startswith(LABELS_AT_TEST) for note in record.record.notes)
+    assert any(LABELS_AT_TEST in shout for shout in shouts([record]))
+    history = record.history
+    in_use = history[history.metric == "train/codes_in_use"].value
+    assert len(in_use) == 2
+    assert in_use.between(0, 1).all()
+    assert {"train/loss_features", "train/loss_commitment"} <= set(history.metric)
+
+
+@pytest.mark.parametrize("selector", ["classifier", "none"])
+def test_other_selectors_need_no_label_and_are_not_shouted(make, selector, data_root):
+    project = make(selector=selector)
+    record = project.fit()
+    assert not any(LABELS_AT_TEST in shout for shout in shouts([record]))
+    if selector == "classifier":
+        assert any("right on" in note and "of 10 test images" in note for note in record.record.notes)
+    project.run(f"--data.init_args.predict_root={data_root / 'bolt' / 'test'}", command="predict")
+    assert (project.results / "work" / "single" / "first" / "predictions" / "scores.csv").is_file()
+
+
+def test_an_image_without_a_class_is_refused_unless_one_is_named(make, data_root):
+    project = make()
+    project.fit()
+    images = f"--data.init_args.predict_root={data_root / 'bolt' / 'test'}"
+    with pytest.raises(SystemExit, match="it knows bolt, disc"):
+        project.run(images, command="predict")
+    project.run(images, "--model.init_args.predicted_class=bolt", command="predict")
+    with pytest.raises(SystemExit, match="not trained on images of bolts"):
+        project.run(images, "--model.init_args.predicted_class=bolts", command="predict")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"backbone_mode": "train"}, {"codebook_start": "data", "selector": "classifier"}]
+)
+def test_a_resumed_training_is_the_uninterrupted_one(make, monkeypatch, options):
+    project = make(**options)
+    epochs = "--trainer.max_epochs=3"
+    project.fit(epochs, name="whole")
+    original = EpochSeed.on_train_epoch_start
+
+    def cut(self, trainer, *args):
+        if trainer.current_epoch == 2:
+            raise Interruption
+        return original(self, trainer, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EpochSeed, "on_train_epoch_start", cut)
+        with pytest.raises(Interruption):
+            project.run(epochs, name="cut")
+    project.run(epochs, name="cut")
+    whole, resumed = project.weights("whole"), project.weights("cut")
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    assert scores(project.record("whole")) == scores(project.record("cut"))
+
+
+def test_a_moving_backbone_has_no_feature_cache_and_its_statistics_are_kept(make):
+    project = make(backbone_mode="train")
+    record = project.fit()
+    statistics = torch.load(project.checkpoint(), weights_only=False)["backbone_statistics"]
+    assert all("running_" in name for name in statistics)
+    assert any("backbone mode: train" in note for note in record.record.notes)
+    entries = [yaml.safe_load(path.read_text()) for path in (project.folder / "cache").glob("*/meta.json")]
+    assert all(not entry["spec"]["backbone"] for entry in entries if "spec" in entry)
+    before = scores(record)
+    main(["test", f"--config={record.path / 'config.yaml'}", "--trainer.logger=false", "--run.overwrite=true"])
+    assert scores(project.record()) == before
+
+
+def test_one_training_scores_every_transport_weight(make):
+    record = make(score_transport=[20.0]).fit()
+    assert {"transport=off", "transport=lowest,weight=20", "transport=all,weight=20"} <= set(record.metrics.variant)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"codebook_start": "kmeans"}, "released or data"),
+        ({"backbone_mode": "frozen"}, "eval or train"),
+        ({"selector": "labels"}, "selector"),
+        ({"hierarchy": 4}, "hierarchy is 4"),
+    ],
+)
+def test_wrong_options_are_refused_before_any_image_is_read(make, options, message):
+    project = make(**options)
+    with pytest.raises(SystemExit) as refusal:
+        project.run()
+    assert message.split()[0] in str(refusal.value)
