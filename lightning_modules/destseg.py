@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.optim import SGD
 
 from datamodules.errors import DataError
-from lightning_modules.base import ImageSize, OptimizerConfig, Recipe, ReconstructionModule
+from lightning_modules.base import ImageSize, Interval, Recipe, ReconstructionModule
 from models import destseg
 from models.backbones import BackboneConfig
 from models.head import HeadConfig, ScoredMaps
@@ -32,12 +34,14 @@ class DeSTSeg(ReconstructionModule):
             values.
         head: Of both maps: at a quarter of the image's size, then resized without aligned corners; image score = mean
             of the highest 100 of 65,536 pixels (``top_k_fraction``).
+        optimizer: SGD; its learning rate is the student's. The student's loss is a sum over the images of a batch, and the
+            rate belongs to 32.
+        lr_scheduler: None: the learning rates are constant.
+        lr_interval: Whether the schedule goes on after every ``epoch`` or every ``step``.
         image_size: Input size in pixels, a multiple of 32.
         denoising: Whether the student learns from corrupted images (the paper's); else from clean ones.
         student_share: Share of the training's steps that the student gets, the first ones.
-        student_lr, blocks_lr, head_lr: Learning rates of the student, of the segmentation network's residual blocks and
-            of its head, all constant. The student's loss is a sum over the images of a batch, and its rate belongs to 32.
-        momentum, weight_decay: Of SGD, for all of them.
+        blocks_lr, head_lr: Learning rates of the segmentation network's residual blocks and of its head.
         gamma: Exponent of the focal loss.
         segmentation_loss: ``focal+l1`` or ``focal``.
         score_distances: Also score the product of the three cosine distances, without the segmentation network, as variant
@@ -48,7 +52,6 @@ class DeSTSeg(ReconstructionModule):
     method = "destseg"
     recipe = Recipe(resize="pil_bilinear", batch_size=32, max_epochs=5000, max_steps=5000, drop_last=True)
     needs_images = True
-    preparation = "without negative values"
     network: destseg.DeSTSeg
 
     def __init__(
@@ -63,14 +66,14 @@ class DeSTSeg(ReconstructionModule):
             image_score="top_k",
             top_k_fraction=100 / 65536,
         ),
+        optimizer: OptimizerCallable = lambda parameters: SGD(parameters, lr=0.4, momentum=0.9, weight_decay=1e-4),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Interval = "epoch",
         image_size: ImageSize = 256,
         denoising: bool = True,
         student_share: float = 0.2,
-        student_lr: float = 0.4,
         blocks_lr: float = 0.1,
         head_lr: float = 0.01,
-        momentum: float = 0.9,
-        weight_decay: float = 1e-4,
         gamma: float = 4.0,
         segmentation_loss: Literal["focal+l1", "focal"] = "focal+l1",
         score_distances: bool = False,
@@ -81,7 +84,7 @@ class DeSTSeg(ReconstructionModule):
         segmentation_width: int = 256,
         dilations: Sequence[int] = (6, 12, 18),
     ) -> None:
-        super().__init__(backbone, head, OptimizerConfig(), image_size)
+        super().__init__(backbone, head, optimizer, image_size, lr_scheduler, lr_interval)
         if not 0 < student_share < 1:
             raise ValueError(
                 f"student_share is {student_share}; both phases need steps, so give a share between 0 and 1."
@@ -102,8 +105,7 @@ class DeSTSeg(ReconstructionModule):
         self.map_names = ("segmentation", "level 1", "level 2", "level 3")
         self.denoising, self.student_share, self.gamma = denoising, student_share, gamma
         self.segmentation_loss, self.score_distances = segmentation_loss, score_distances
-        self.rates = (student_lr, blocks_lr, head_lr)
-        self.momentum, self.weight_decay = momentum, weight_decay
+        self.blocks_lr, self.head_lr = blocks_lr, head_lr
         self.student_steps = 0
         self.anomalies = ""
 
@@ -164,20 +166,21 @@ class DeSTSeg(ReconstructionModule):
             self.keep({f"loss_{name}": loss.detach()}, batch)
 
     def _pairs(self, of_teacher: Tensor, of_student: Tensor) -> list[Pair]:
-        return self.network(self.prepare(self.extractor(of_teacher)), of_student)
+        return self.network(self.extract(of_teacher), of_student)
 
     def configure_optimizers(self) -> Any:
-        parts = (self.network.student, self.network.segmentation.blocks, self.network.segmentation.head)
-        groups = [{"params": part.parameters(), "lr": rate} for part, rate in zip(parts, self.rates, strict=True)]
-        return torch.optim.SGD(groups, momentum=self.momentum, weight_decay=self.weight_decay)
+        segmentation = self.network.segmentation
+        groups = [
+            {"params": self.network.student.parameters()},
+            {"params": segmentation.blocks.parameters(), "lr": self.blocks_lr},
+            {"params": segmentation.head.parameters(), "lr": self.head_lr},
+        ]
+        return self._scheduled(self.optimizer_of(groups))
 
     def compiled_parts(self) -> list[nn.Module]:
         return [self.network.student, self.network.segmentation]
 
     # ---- scoring -----------------------------------------------------------------------------------------------------
-
-    def prepare(self, levels: list[Tensor]) -> list[Tensor]:
-        return self.network.prepare(levels)
 
     def reconstruct(self, batch: Mapping[str, Any]) -> list[Pair]:
         return self.network(self.features(batch), batch["image"])

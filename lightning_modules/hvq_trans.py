@@ -8,13 +8,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim import AdamW
 
 from datamodules.errors import DataError
 from datamodules.sample_table import category_keys
-from lightning_modules.base import ImageSize, OptimizerConfig, Recipe, ReconstructionModule
+from lightning_modules.base import ImageSize, Interval, Recipe, ReconstructionModule
 from lightning_modules.metrics.sync import Group
+from lightning_modules.running.schedules import Drops
 from models import hvq_trans
 from models.backbones import BackboneConfig
 from models.head import HeadConfig, ScoredMaps
@@ -37,6 +40,8 @@ class HVQTrans(ReconstructionModule):
         head: Resize with aligned corners; image score = maximum of the 16x16-averaged map. The distance is the network's
             own: the residual's L2 norm plus the transport score.
         optimizer: AdamW with weight decay 1e-4 on every trainable tensor.
+        lr_scheduler: A tenth from epoch index 801.
+        lr_interval: Whether the schedule goes on after every ``epoch`` or every ``step``.
         image_size: Input size in pixels; each side a multiple of the highest level's stride.
         grid: Token grid (height, width); None = the size of the highest level.
         commitment: Weight of the commitment terms, which are summed over the levels.
@@ -65,7 +70,9 @@ class HVQTrans(ReconstructionModule):
         self,
         backbone: BackboneConfig = BackboneConfig("tf_efficientnet_b4.aa_in1k", (1, 2, 3, 4), padding="released"),
         head: HeadConfig = HeadConfig(),
-        optimizer: OptimizerConfig = OptimizerConfig(weight_decay=1e-4, lr_drops=(801,)),
+        optimizer: OptimizerCallable = lambda parameters: AdamW(parameters, lr=1e-4, weight_decay=1e-4, fused=True),
+        lr_scheduler: LRSchedulerCallable = lambda optimizer: Drops(optimizer, first=801),
+        lr_interval: Interval = "epoch",
         image_size: ImageSize = 224,
         grid: tuple[int, int] | None = None,
         commitment: float = 0.25,
@@ -88,7 +95,7 @@ class HVQTrans(ReconstructionModule):
         transport_weight: float = 80.0,
         transport_divisor: float | None = None,
     ) -> None:
-        super().__init__(backbone, head, optimizer, image_size)
+        super().__init__(backbone, head, optimizer, image_size, lr_scheduler, lr_interval)
         if commitment < 0:
             raise ValueError(f"commitment is {commitment}; a negative weight would push tokens off their codes.")
         for option, value, allowed in (
@@ -121,7 +128,6 @@ class HVQTrans(ReconstructionModule):
             "transport_divisor": transport_divisor,
         }
         self.network = self._new_network(1)  # until the classes are known; wrong options are refused at once
-        self.preparation = self.network.preparation
         self.class_names: list[str] = []
         self._guesses = [0, 0]
 
@@ -138,6 +144,7 @@ class HVQTrans(ReconstructionModule):
             self.network = self._new_network(len(self.class_names))
 
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         if stage == "fit" and not self.class_names:
             self.build(self.trainer.datamodule.categories, self.trainer.datamodule.seed)
 
@@ -166,9 +173,6 @@ class HVQTrans(ReconstructionModule):
         return batch["features"][0] if "features" in batch else batch["image"]
 
     # ---- training ----------------------------------------------------------------------------------------------------
-
-    def prepare(self, levels: list[Tensor]) -> list[Tensor]:
-        return self.network.prepare(levels)
 
     def train(self, mode: bool = True) -> HVQTrans:
         """As always, but a backbone that moves takes part in it."""
@@ -247,7 +251,7 @@ class HVQTrans(ReconstructionModule):
         was_training = self.training
         self.eval()
         features = [
-            self.prepare(self.extractor(data.image_batch(ids[first : first + 32])["image"].to(self.device)))[0]
+            self.extract(data.image_batch(ids[first : first + 32])["image"].to(self.device))[0]
             for first in range(0, len(ids), 32)
         ]
         numbers = [self.class_names.index(name) for name in names]

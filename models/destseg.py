@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.layers.neck import resize
-from models.reconstruction import Pair
+from models.reconstruction import Pair, ReconstructionNetwork
 
 SegmentationInput = Literal["products", "concatenated", "cosine"]
 
 
-class DeSTSeg(nn.Module):
+class DeSTSeg(ReconstructionNetwork):
     """Everything that is trained: the student, and the segmentation network. The teacher's features come from outside.
 
     channels: of the teacher's three levels, finest first (ResNet18: layers 1 to 3 at strides 4, 8 and 16).
@@ -38,6 +38,8 @@ class DeSTSeg(nn.Module):
 
     Raises ValueError for another number of levels, an unknown option, or widths that do not fit.
     """
+
+    preparation = "without negative values"
 
     def __init__(
         self,
@@ -71,11 +73,7 @@ class DeSTSeg(nn.Module):
         inputs = {"products": sum(channels), "concatenated": 2 * sum(channels), "cosine": 3}[segmentation_input]
         self.segmentation = Segmentation(inputs, segmentation_width, dilations)
 
-    preparation = "without negative values"
-    """What `prepare` does, in words that change whenever it does."""
-
-    @staticmethod
-    def prepare(levels: Sequence[Tensor]) -> list[Tensor]:
+    def prepare(self, levels: list[Tensor]) -> list[Tensor]:
         """The teacher's levels without negative values, which the student's ReLUs could not follow.
 
         This changes nothing for a ResNet, whose levels end in a ReLU.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.layers.classifier import PooledClassifier
-from models.layers.neck import resize_concatenate
+from models.layers.neck import ConcatenatedLevels
 from models.layers.positions import LearnedPosition2d
 from models.reconstruction import Pair
 from models.uniad import DecoderLayer, EncoderLayer
@@ -62,7 +62,7 @@ class Restored(NamedTuple):
         return sum((level.commitment for level in self.levels.values()), self.pair.target.new_zeros(()))
 
 
-class HVQTrans(nn.Module):
+class HVQTrans(ConcatenatedLevels):
     """Levels in, one pair out: all levels resized to one grid and concatenated, and their reconstruction from codes.
 
     channels, sizes: channels and (height, width) of each backbone level, as the feature extractor gives them.
@@ -159,15 +159,6 @@ class HVQTrans(nn.Module):
             }
         )
         self.classifier = PooledClassifier(width_in, classes) if selector == "classifier" else None
-
-    @property
-    def preparation(self) -> str:
-        """What `prepare` does, in words that change whenever it does."""
-        return f"levels resized to {self.grid[0]}x{self.grid[1]} with aligned corners, concatenated"
-
-    def prepare(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """UniAD's neck: all levels resized to the grid with aligned corners and concatenated, one (B, sum C_l, *grid)."""
-        return [resize_concatenate(features, self.grid, align_corners=True)]
 
     def forward(self, features: Sequence[Tensor], classes: Sequence[int] | None = None) -> Restored:
         """features: (B, C_l, H_l, W_l) per level; classes: the class of each image, 0 to classes - 1.

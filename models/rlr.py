@@ -424,10 +424,14 @@ _RELEASED_NAMES = (
 
 
 def released_name(name: str) -> str | None:
-    """The authors' name of a parameter of one level -> its name in `LevelNetwork`.
+    """The authors' name of a parameter of one level -> its name in `LevelNetwork`; behind "<level>.", in `RLRNetwork`.
 
-    Each level is a network of its own: import it with `load_released(network.levels[i], state_of_that_level)`.
+    The authors save a list with one state dict per level, lowest first.
     """
+    level, _, rest = name.partition(".")
+    if level.isdigit():
+        own = released_name(rest)
+        return own and f"levels.{level}.{own}"
     for pattern, ours in _RELEASED_NAMES:
         if match := re.fullmatch(pattern, name):
             return match.expand(ours)

@@ -26,7 +26,7 @@ _NUMPY_SCALARS = [
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The named tensors of a `.safetensors` file, or of any other as torch saved it, on the CPU.
 
-    Looks through the usual nesting ("state_dict", "model", ...). Raises FileNotFoundError for a missing file and
+    Looks through the usual nesting ("state_dict", "model", ...); a list of state dicts gives names "0.<name>", "1.<name>". Raises FileNotFoundError for a missing file and
     ValueError for one that cannot be read or holds no named tensors.
     """
     path = Path(path)
@@ -46,10 +46,12 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             "file, or a .pth file that holds a state dict rather than a pickled module."
         ) from error
     while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
-        inner = next((content[name] for name in _NESTS if isinstance(content.get(name), Mapping)), None)
+        inner = next((content[name] for name in _NESTS if isinstance(content.get(name), (Mapping, list))), None)
         if inner is None:
             break
         content = inner
+    if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
+        content = {f"{number}.{name}": value for number, part in enumerate(content) for name, value in part.items()}
     tensors = {}
     if isinstance(content, Mapping):
         tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}

@@ -14,7 +14,7 @@ ARGUMENTS = {
     "image_size": 64,
     "stem": 8,
     "segmentation_width": 8,
-    "student_lr": 0.01,
+    "optimizer": {"lr": 0.01},
     "student_share": 0.4,
 }
 
@@ -126,4 +126,4 @@ def test_the_defaults_are_the_released_setting():
 def test_wrong_options_are_named(options, message):
     backbone = BackboneConfig(**(BACKBONE | {"levels": (2, 3, 4)}))
     with pytest.raises(ValueError, match=message), pytest.warns(UserWarning, match="RANDOM"):
-        DeSTSeg(**(ARGUMENTS | {"backbone": backbone} | options))
+        DeSTSeg(**({k: v for k, v in ARGUMENTS.items() if k != "optimizer"} | {"backbone": backbone} | options))

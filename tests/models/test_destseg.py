@@ -20,7 +20,7 @@ def small(**options) -> DeSTSeg:
 def teacher(batch: int = 2, side: int = 64) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     strides = zip(CHANNELS, (4, 8, 16), strict=True)
-    return DeSTSeg.prepare([torch.randn(batch, c, side // s, side // s, generator=generator) for c, s in strides])
+    return DeSTSeg.prepare(None, [torch.randn(batch, c, side // s, side // s, generator=generator) for c, s in strides])
 
 
 def images(batch: int = 2, side: int = 64) -> torch.Tensor:
@@ -116,8 +116,8 @@ def test_every_parameter_is_trained_in_its_phase():
 
 def test_the_teacher_is_rectified_which_leaves_a_resnet_alone():
     levels = teacher()
-    assert all(torch.equal(a, b) for a, b in zip(levels, DeSTSeg.prepare(levels), strict=True))
-    assert float(DeSTSeg.prepare([torch.tensor([[[[-1.0]]]])])[0]) == 0.0
+    assert all(torch.equal(a, b) for a, b in zip(levels, DeSTSeg.prepare(None, levels), strict=True))
+    assert float(DeSTSeg.prepare(None, [torch.tensor([[[[-1.0]]]])])[0]) == 0.0
 
 
 @pytest.mark.parametrize(
