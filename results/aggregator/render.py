@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2.environment import TemplateModule
 from markupsafe import Markup
 from rich.console import Console
 from rich.markup import escape
@@ -60,10 +61,10 @@ def signed(value: float, digits: int) -> str:
 
 def cell_text(cell: Cell, table: Table, column: Column, decorate: Callable[[str, str], str]) -> str:
     """A cell's text; `decorate(text, mark)` puts best and second best in the output's own way."""
-    return " | ".join(decorate(text, mark) + after for text, mark, after in _shown_numbers(cell, table, column))
+    return " | ".join(decorate(text, mark) + after for text, mark, after in shown_numbers(cell, table, column))
 
 
-def _shown_numbers(cell: Cell, table: Table, column: Column) -> list[tuple[str, str, str]]:
+def shown_numbers(cell: Cell, table: Table, column: Column) -> list[tuple[str, str, str]]:
     """What stands in a cell: a number, its mark, and after it the difference to the paper's; two where both stand."""
     show_n = bool(cell.runs) and cell.runs.n is not None and cell.runs.n < max(table.seeds, default=0)
     ours = number_text(cell.main, column, show_n), cell.main.mark
@@ -101,7 +102,7 @@ def print_table(table: Table, console: Console) -> None:
     console.print(f"[dim]{escape(table.caption)}[/]", highlight=False)
     for note in table.notes:
         console.print(f"[dim]{escape(note)}[/]", highlight=False)
-    for text in _missing_lines(table):
+    for text in missing_lines(table):
         console.print(f"[yellow]{escape(text)}[/]", highlight=False)
 
 
@@ -116,7 +117,7 @@ def _grid(table: Table, block: Sequence[int], show_groups: bool) -> RichTable:
         grid.add_column(escape("\n".join(filter(None, heads))), justify="right", no_wrap=True)
     styles = {"best": "[bold]{}[/]", "second": "[underline]{}[/]", "": "{}"}
     for row, line in zip(table.rows, table.cells, strict=True):
-        if _starts_group(table, row):
+        if starts_group(table, row):
             grid.add_section()
             if row.group:
                 grid.add_row(f"[italic]{escape(row.group)}[/]")
@@ -126,7 +127,7 @@ def _grid(table: Table, block: Sequence[int], show_groups: bool) -> RichTable:
             cell_text(line[n], table, column, lambda text, mark: styles[mark].format(escape(text)))
             for n, column in zip(block, columns, strict=True)
         ]
-        grid.add_row(*map(escape, _labels(row)), *texts)
+        grid.add_row(*map(escape, labels(row)), *texts)
     return grid
 
 
@@ -157,17 +158,17 @@ def markdown(table: Table) -> str:
     lines.append("| " + " | ".join(map(_md, heads)) + " |")
     lines.append("|" + "---|" * len(table.row_headers) + "---:|" * len(table.columns))
     for row, line in zip(table.rows, table.cells, strict=True):
-        if _starts_group(table, row) and row.group:
+        if starts_group(table, row) and row.group:
             lines.append(f"| *{_md(row.group)}* |" + " |" * (len(heads) - 1))
         texts = [
             cell_text(cell, table, column, lambda text, mark: marks[mark].format(text)).replace("|", "\\|")
             for column, cell in zip(table.columns, line, strict=True)
         ]
-        lines.append("| " + " | ".join([*map(_md, _labels(row)), *texts]) + " |")
+        lines.append("| " + " | ".join([*map(_md, labels(row)), *texts]) + " |")
     lines += ["", table.caption] if table.caption else []
     for note in table.notes:
         lines += ["", note]
-    missing = _missing_lines(table)
+    missing = missing_lines(table)
     if missing:
         lines += ["", missing[0], "", *(f"- {text.strip()}" for text in missing[1:])]
     return "\n".join(lines) + "\n"
@@ -217,7 +218,7 @@ def latex(table: Table, standalone: bool = False) -> str:
     lines += ["\\resizebox{\\linewidth}{!}{%"] * wide
     lines.append(f"\\begin{{tabular}}{{{'l' * len(table.row_headers)}{'r' * len(table.columns)}}}")
     lines.append("\\toprule")
-    groups = _group_spans(table)
+    groups = group_spans(table)
     if groups:
         first, rules, position = [""] * len(table.row_headers), [], len(table.row_headers) + 1
         for group, span in groups:
@@ -231,7 +232,7 @@ def latex(table: Table, standalone: bool = False) -> str:
     lines.append("\\midrule")
     marks = {"best": "\\textbf{{{}}}", "second": "\\underline{{{}}}", "": "{}"}
     for number, (row, line) in enumerate(zip(table.rows, table.cells, strict=True)):
-        starts = _starts_group(table, row)
+        starts = starts_group(table, row)
         if number and (starts or row.rule):
             lines.append("\\midrule")
         if starts and row.group:
@@ -241,10 +242,10 @@ def latex(table: Table, standalone: bool = False) -> str:
             for column, cell in zip(table.columns, line, strict=True)
         ]
         texts = [text.replace(" | ", " $|$ ") for text in texts]
-        lines.append(" & ".join([*map(tex, _labels(row)), *(_tex_signs(text) for text in texts)]) + " \\\\")
+        lines.append(" & ".join([*map(tex, labels(row)), *(_tex_signs(text) for text in texts)]) + " \\\\")
     lines.append("\\bottomrule")
     lines.append("\\end{tabular}" + "}" * wide)
-    missing = _missing_lines(table)
+    missing = missing_lines(table)
     if missing:
         lines += ["", "\\smallskip", f"\\parbox{{\\linewidth}}{{\\footnotesize {tex(_shortened(missing))}}}"]
     lines.append("\\end{table}")
@@ -259,27 +260,16 @@ def latex_document(names: Sequence[str]) -> str:
 
 
 @functools.cache
-def template():
+def template() -> TemplateModule:
     """The macros `table` and `page` of report.html.j2, as functions that return HTML."""
     here = Path(__file__).parent
+    loader = FileSystemLoader(here)
     environment = Environment(
-        loader=FileSystemLoader(here),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    environment.globals.update(
-        anchor=_id,
-        file=lambda name: Markup((here / name).read_text(encoding="utf-8")),
-        group_spans=_group_spans,
-        labels=_labels,
-        missing_lines=_missing_lines,
-        origin=_origin,
-        record_id=record_id,
-        shown_numbers=_shown_numbers,
-        starts_group=_starts_group,
-    )
+    helpers = (anchor, group_spans, labels, missing_lines, origin, record_id, shown_numbers, starts_group)
+    environment.globals.update({helper.__name__: helper for helper in helpers})
+    environment.globals["file"] = lambda name: Markup((here / name).read_text(encoding="utf-8"))
     return environment.get_template("report.html.j2").module
 
 
@@ -288,7 +278,7 @@ def html_text(table: Table) -> str:
     return str(template().table(table))
 
 
-def _origin(cell: Cell, row: Row, column: Column) -> str:
+def origin(cell: Cell, row: Row, column: Column) -> str:
     """What a number is and where it comes from, a line each."""
     lines = [f"{' / '.join(row.labels)} · {f'{column.group} {column.label}'.strip()}"]
     if cell.published is not None:
@@ -301,30 +291,33 @@ def _origin(cell: Cell, row: Row, column: Column) -> str:
 
 def record_id(name: str) -> str:
     """Anchor of a record's block in the report; report.js makes the same."""
-    return f"record-{_id(name)}"
+    return f"record-{anchor(name)}"
 
 
-def _id(name: str) -> str:
+def anchor(name: str) -> str:
+    """The name as the end of an element's id."""
     return name.replace("/", "--").replace("=", "-").replace(",", "-")
 
 
-def _labels(row: Row) -> list[str]:
+def labels(row: Row) -> list[str]:
     """The row's labels, the first one with a star if it is the default."""
     return [f"{row.labels[0]} ★", *row.labels[1:]] if row.default else list(row.labels)
 
 
-def _group_spans(table: Table) -> list[tuple[str, int]]:
+def group_spans(table: Table) -> list[tuple[str, int]]:
     """The groups of columns from left to right and how many columns each spans; empty if none has a name."""
     groups = itertools.groupby(column.group for column in table.columns)
     return [(group, len(list(members))) for group, members in groups] if any(c.group for c in table.columns) else []
 
 
-def _starts_group(table: Table, row: Row) -> bool:
+def starts_group(table: Table, row: Row) -> bool:
+    """Whether the row's group is another than that of the row above."""
     index = next(i for i, other in enumerate(table.rows) if other is row)
     return row.group != (table.rows[index - 1].group if index else "")
 
 
-def _missing_lines(table: Table) -> list[str]:
+def missing_lines(table: Table) -> list[str]:
+    """A heading and a line for each value that a dash stands for; empty if there is none."""
     if not table.missing:
         return []
     return [
@@ -348,8 +341,7 @@ def natural_width(table: Table) -> int:
 def _widths(table: Table) -> tuple[int, list[int]]:
     """Characters that the names of the rows, with the frame, and each column need on a terminal."""
     groups = [row.group for row in table.rows if row.group]
-    labels = [[*_labels(row)] for row in table.rows]
-    names = [max(map(len, texts)) for texts in zip(table.row_headers, *labels, strict=True)]
+    names = [max(map(len, texts)) for texts in zip(table.row_headers, *map(labels, table.rows), strict=True)]
     names[:1] = [max(names[0], *map(len, groups))] if names and groups else names[:1]
     cells = zip(*table.cells, strict=True) if table.cells else [()] * len(table.columns)
     widths = [
