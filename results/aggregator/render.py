@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import csv
-import html
+import functools
 import io
 import itertools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2.environment import TemplateModule
+from markupsafe import Markup
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
@@ -57,18 +61,17 @@ def signed(value: float, digits: int) -> str:
 
 def cell_text(cell: Cell, table: Table, column: Column, decorate: Callable[[str, str], str]) -> str:
     """A cell's text; `decorate(text, mark)` puts best and second best in the output's own way."""
+    return " | ".join(decorate(text, mark) + after for text, mark, after in shown_numbers(cell, table, column))
+
+
+def shown_numbers(cell: Cell, table: Table, column: Column) -> list[tuple[str, str, str]]:
+    """What stands in a cell: a number, its mark, and after it the difference to the paper's; two where both stand."""
     show_n = bool(cell.runs) and cell.runs.n is not None and cell.runs.n < max(table.seeds, default=0)
-    shown = []
-    if table.source == "both" and cell.published is not None and cell.runs is not None:
-        shown.append(decorate(number_text(cell.published, column), cell.published.mark))
-        ours = decorate(number_text(cell.runs, column, show_n), cell.runs.mark)
-        if cell.difference is not None:
-            ours += f" ({signed(cell.difference, column.digits)})"
-        shown.append(ours)
-    else:
-        value = cell.main
-        shown.append(decorate(number_text(value, column, show_n), value.mark))
-    return " | ".join(shown)
+    ours = number_text(cell.main, column, show_n), cell.main.mark
+    if table.source != "both" or cell.published is None or cell.runs is None:
+        return [(*ours, "")]
+    difference = "" if cell.difference is None else f" ({signed(cell.difference, column.digits)})"
+    return [(number_text(cell.published, column), cell.published.mark, ""), (*ours, difference)]
 
 
 def render(table: Table, form: str) -> str:
@@ -99,7 +102,7 @@ def print_table(table: Table, console: Console) -> None:
     console.print(f"[dim]{escape(table.caption)}[/]", highlight=False)
     for note in table.notes:
         console.print(f"[dim]{escape(note)}[/]", highlight=False)
-    for text in _missing_lines(table):
+    for text in missing_lines(table):
         console.print(f"[yellow]{escape(text)}[/]", highlight=False)
 
 
@@ -114,7 +117,7 @@ def _grid(table: Table, block: Sequence[int], show_groups: bool) -> RichTable:
         grid.add_column(escape("\n".join(filter(None, heads))), justify="right", no_wrap=True)
     styles = {"best": "[bold]{}[/]", "second": "[underline]{}[/]", "": "{}"}
     for row, line in zip(table.rows, table.cells, strict=True):
-        if _starts_group(table, row):
+        if starts_group(table, row):
             grid.add_section()
             if row.group:
                 grid.add_row(f"[italic]{escape(row.group)}[/]")
@@ -124,7 +127,7 @@ def _grid(table: Table, block: Sequence[int], show_groups: bool) -> RichTable:
             cell_text(line[n], table, column, lambda text, mark: styles[mark].format(escape(text)))
             for n, column in zip(block, columns, strict=True)
         ]
-        grid.add_row(*map(escape, _labels(row)), *texts)
+        grid.add_row(*map(escape, labels(row)), *texts)
     return grid
 
 
@@ -155,17 +158,17 @@ def markdown(table: Table) -> str:
     lines.append("| " + " | ".join(map(_md, heads)) + " |")
     lines.append("|" + "---|" * len(table.row_headers) + "---:|" * len(table.columns))
     for row, line in zip(table.rows, table.cells, strict=True):
-        if _starts_group(table, row) and row.group:
+        if starts_group(table, row) and row.group:
             lines.append(f"| *{_md(row.group)}* |" + " |" * (len(heads) - 1))
         texts = [
             cell_text(cell, table, column, lambda text, mark: marks[mark].format(text)).replace("|", "\\|")
             for column, cell in zip(table.columns, line, strict=True)
         ]
-        lines.append("| " + " | ".join([*map(_md, _labels(row)), *texts]) + " |")
+        lines.append("| " + " | ".join([*map(_md, labels(row)), *texts]) + " |")
     lines += ["", table.caption] if table.caption else []
     for note in table.notes:
         lines += ["", note]
-    missing = _missing_lines(table)
+    missing = missing_lines(table)
     if missing:
         lines += ["", missing[0], "", *(f"- {text.strip()}" for text in missing[1:])]
     return "\n".join(lines) + "\n"
@@ -215,10 +218,10 @@ def latex(table: Table, standalone: bool = False) -> str:
     lines += ["\\resizebox{\\linewidth}{!}{%"] * wide
     lines.append(f"\\begin{{tabular}}{{{'l' * len(table.row_headers)}{'r' * len(table.columns)}}}")
     lines.append("\\toprule")
-    if any(column.group for column in table.columns):
+    groups = group_spans(table)
+    if groups:
         first, rules, position = [""] * len(table.row_headers), [], len(table.row_headers) + 1
-        for group, members in itertools.groupby(table.columns, key=lambda column: column.group):
-            span = len(list(members))
+        for group, span in groups:
             first.append(f"\\multicolumn{{{span}}}{{c}}{{{tex(group)}}}")
             if group:
                 rules.append(f"\\cmidrule(lr){{{position}-{position + span - 1}}}")
@@ -229,7 +232,7 @@ def latex(table: Table, standalone: bool = False) -> str:
     lines.append("\\midrule")
     marks = {"best": "\\textbf{{{}}}", "second": "\\underline{{{}}}", "": "{}"}
     for number, (row, line) in enumerate(zip(table.rows, table.cells, strict=True)):
-        starts = _starts_group(table, row)
+        starts = starts_group(table, row)
         if number and (starts or row.rule):
             lines.append("\\midrule")
         if starts and row.group:
@@ -239,10 +242,10 @@ def latex(table: Table, standalone: bool = False) -> str:
             for column, cell in zip(table.columns, line, strict=True)
         ]
         texts = [text.replace(" | ", " $|$ ") for text in texts]
-        lines.append(" & ".join([*map(tex, _labels(row)), *(_tex_signs(text) for text in texts)]) + " \\\\")
+        lines.append(" & ".join([*map(tex, labels(row)), *(_tex_signs(text) for text in texts)]) + " \\\\")
     lines.append("\\bottomrule")
     lines.append("\\end{tabular}" + "}" * wide)
-    missing = _missing_lines(table)
+    missing = missing_lines(table)
     if missing:
         lines += ["", "\\smallskip", f"\\parbox{{\\linewidth}}{{\\footnotesize {tex(_shortened(missing))}}}"]
     lines.append("\\end{table}")
@@ -256,77 +259,65 @@ def latex_document(names: Sequence[str]) -> str:
     return f"{_PREAMBLE}\\begin{{document}}\n{inputs}\\end{{document}}\n"
 
 
+@functools.cache
+def template() -> TemplateModule:
+    """The macros `table` and `page` of report.html.j2, as functions that return HTML."""
+    here = Path(__file__).parent
+    loader = FileSystemLoader(here)
+    environment = Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    helpers = (anchor, group_spans, labels, missing_lines, origin, record_id, shown_numbers, starts_group)
+    environment.globals.update({helper.__name__: helper for helper in helpers})
+    environment.globals["file"] = lambda name: Markup((here / name).read_text(encoding="utf-8"))
+    return environment.get_template("report.html.j2").module
+
+
 def html_text(table: Table) -> str:
     """An HTML table; every number carries where it comes from in its title and, for runs, links to their records."""
-    out = [f'<section class="table" id="table-{_id(table.name)}"><h3>{html.escape(table.title)}</h3>']
-    out += [f'<p class="shout">{html.escape(warning)}</p>' for warning in table.warnings]
-    out.append('<div class="scroll"><table class="sortable"><thead>')
-    if any(column.group for column in table.columns):
-        out.append("<tr>" + "<th></th>" * len(table.row_headers))
-        for group, members in itertools.groupby(table.columns, key=lambda column: column.group):
-            out.append(f'<th class="group" colspan="{len(list(members))}">{html.escape(group)}</th>')
-        out.append("</tr>")
-    out.append('<tr class="heads">' + "".join(f"<th>{html.escape(header)}</th>" for header in table.row_headers))
-    out += [f'<th class="number">{html.escape(column.label)}</th>' for column in table.columns]
-    out.append("</tr></thead><tbody>")
-    for row, line in zip(table.rows, table.cells, strict=True):
-        if _starts_group(table, row) and row.group:
-            span = len(table.row_headers) + len(table.columns)
-            out.append(f'<tr class="groupname"><td colspan="{span}">{html.escape(row.group)}</td></tr>')
-        classes = " ".join(["default"] * row.default + ["rule"] * row.rule)
-        out.append(f'<tr class="{classes}">' + "".join(f"<th>{html.escape(text)}</th>" for text in _labels(row)))
-        out += [_html_cell(cell, table, column, row) for column, cell in zip(table.columns, line, strict=True)]
-        out.append("</tr>")
-    out.append(f'</tbody></table></div><p class="caption">{html.escape(table.caption)}</p>')
-    out += [f'<p class="caption">{html.escape(note)}</p>' for note in table.notes]
-    missing = _missing_lines(table)
-    if missing:
-        items = "".join(f"<li>{html.escape(text.strip())}</li>" for text in missing[1:])
-        out.append(
-            f'<details class="missing" open><summary>{html.escape(missing[0])}</summary><ul>{items}</ul></details>'
-        )
-    out.append("</section>")
-    return "\n".join(out) + "\n"
+    return str(template().table(table))
 
 
-def _html_cell(cell: Cell, table: Table, column: Column, row: Row) -> str:
-    tags = {"best": "<strong>{}</strong>", "second": "<u>{}</u>", "": "{}"}
-    text = cell_text(cell, table, column, lambda text, mark: tags[mark].format(html.escape(text)))
-    value = cell.main
+def origin(cell: Cell, row: Row, column: Column) -> str:
+    """What a number is and where it comes from, a line each."""
     lines = [f"{' / '.join(row.labels)} · {f'{column.group} {column.label}'.strip()}"]
     if cell.published is not None:
         lines.append(f"paper: {cell.published.note or cell.published.reason}")
     if cell.runs is not None:
         lines.append(f"n = {cell.runs.n} seeds" if cell.runs.mean is not None else cell.runs.reason)
-        lines += list(cell.runs.records)
-    title = html.escape("\n".join(line for line in lines if line), quote=True)
-    sort = "" if value.mean is None else f"{value.mean:.10g}"
-    if cell.runs is not None and cell.runs.records:
-        records = html.escape(" ".join(cell.runs.records), quote=True)
-        text = f'<a href="#{record_id(cell.runs.records[0])}" data-records="{records}">{text}</a>'
-    return f'<td data-sort="{sort}" title="{title}">{text}</td>'
+        lines += cell.runs.records
+    return "\n".join(filter(None, lines))
 
 
 def record_id(name: str) -> str:
     """Anchor of a record's block in the report; report.js makes the same."""
-    return f"record-{_id(name)}"
+    return f"record-{anchor(name)}"
 
 
-def _id(name: str) -> str:
+def anchor(name: str) -> str:
+    """The name as the end of an element's id."""
     return name.replace("/", "--").replace("=", "-").replace(",", "-")
 
 
-def _labels(row: Row) -> list[str]:
+def labels(row: Row) -> list[str]:
     """The row's labels, the first one with a star if it is the default."""
     return [f"{row.labels[0]} ★", *row.labels[1:]] if row.default else list(row.labels)
 
 
-def _starts_group(table: Table, row: Row) -> bool:
+def group_spans(table: Table) -> list[tuple[str, int]]:
+    """The groups of columns from left to right and how many columns each spans; empty if none has a name."""
+    groups = itertools.groupby(column.group for column in table.columns)
+    return [(group, len(list(members))) for group, members in groups] if any(c.group for c in table.columns) else []
+
+
+def starts_group(table: Table, row: Row) -> bool:
+    """Whether the row's group is another than that of the row above."""
     index = next(i for i, other in enumerate(table.rows) if other is row)
     return row.group != (table.rows[index - 1].group if index else "")
 
 
-def _missing_lines(table: Table) -> list[str]:
+def missing_lines(table: Table) -> list[str]:
+    """A heading and a line for each value that a dash stands for; empty if there is none."""
     if not table.missing:
         return []
     return [
@@ -350,8 +341,7 @@ def natural_width(table: Table) -> int:
 def _widths(table: Table) -> tuple[int, list[int]]:
     """Characters that the names of the rows, with the frame, and each column need on a terminal."""
     groups = [row.group for row in table.rows if row.group]
-    labels = [[*_labels(row)] for row in table.rows]
-    names = [max(map(len, texts)) for texts in zip(table.row_headers, *labels, strict=True)]
+    names = [max(map(len, texts)) for texts in zip(table.row_headers, *map(labels, table.rows), strict=True)]
     names[:1] = [max(names[0], *map(len, groups))] if names and groups else names[:1]
     cells = zip(*table.cells, strict=True) if table.cells else [()] * len(table.columns)
     widths = [

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
-import html
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -13,33 +13,24 @@ from results.aggregator import audit, figures, names, render
 from results.aggregator.build import category_tables, paper_table, sweep_table
 from results.aggregator.curves import curve_table
 from results.aggregator.records import RecordSet, StoredRecord
-from results.aggregator.render import record_id
 from results.aggregator.scores import ConflictError, kinds
 from results.aggregator.spec import Spec, SpecError, find_spec, spec_for_sweep, spec_names
 from results.aggregator.sweep_file import SweepFile, describe_cell, read_sweep
 from results.aggregator.table import Table
 
-_HERE = Path(__file__).parent
 _CONFIGS = 300  # beyond so many records their configurations stay in the records
 _PICTURES = 12_000_000  # bytes of heat maps in one page
 
-_READING = """
-<p>Numbers are percent, the mean over categories and then over seeds; ± is the sample standard deviation over seeds of
-that mean. <strong>Bold</strong> is best, <u>underlined</u> second best, ★ the default row, brackets the distance to it.
-A dash is a number that does not exist: no table averages over fewer categories, and below it is listed what is missing.
-Point at a number to see what it is, click on it for the runs behind it. Click on the head of a column to sort.</p>
-<dl>
-<dt><strong>Protocol clean</strong></dt>
-<dd>The default: full test set, last epoch, thresholds only from held-out normal images, no flipped AUROC, exact
-metrics.</dd>
-<dt><strong>Protocol as_released</strong></dt>
-<dd>What a method's released code does, test-set model selection included, to compare with a printed number.</dd>
-<dt><strong>Unified, per category</strong></dt>
-<dd>One model for all categories of a data set, or one model each.</dd>
-</dl>
-<p>Runs of different protocols, profiles, backbones, image sizes, metric versions or data never stand in one table;
-where the records would make it so, the page shows the refusal instead.</p>
-"""
+
+@dataclass
+class _Block:
+    """A table with its pictures (data URI, caption), or why it was refused."""
+
+    table: Table | None = None
+    figures: Sequence[tuple[str, str]] = ()
+    per_category: Sequence[Table] | None = None
+    title: str = ""
+    refused: str = ""
 
 
 def write_report(path: str | Path, records: RecordSet | Sequence[StoredRecord], sweeps: str | Path = "sweeps") -> Path:
@@ -55,65 +46,48 @@ def page(records: RecordSet | Sequence[StoredRecord], sweeps: Path) -> str:
     shown: dict[str, StoredRecord] = {}
     ablations = _ablations(list(records), sweeps, shown)
     papers = _papers(list(records), shown)
-    audited = render.html_text(audit.audit_table(audit.audit()))
-    gallery = _gallery(list(records), shown)
-    damaged = getattr(records, "damaged", ())
+    gallery, skipped = _gallery(list(records), shown)
     newest = max((str(s.record.provenance.get("started") or "") for s in records), default="")
-    lead = f"{len(records)} run records" + (f", the newest started {newest}" if newest else "")
-    warnings = "".join(f'<p class="shout">Damaged record, left out: {html.escape(str(item))}</p>' for item in damaged)
-    sections = [
-        ("reading", "How to read this page", _READING),
-        (
-            "ablations",
-            "Ablations",
-            ablations or "<p>No sweep has left a record yet: run <code>make sweep ABLATION=...</code></p>",
-        ),
-        ("papers", "The papers' tables", papers),
-        ("audit", "Audit of the printed numbers", audited),
-        ("gallery", "Heat maps", gallery),
-        ("definitions", "Metric definitions", _definitions(shown)),
-        ("records", "Records", _records(shown)),
-    ]
-    links = "".join(f'<a href="#{anchor}">{html.escape(title)}</a>' for anchor, title, _ in sections)
-    body = "".join(f'<h2 id="{anchor}">{html.escape(title)}</h2>{content}' for anchor, title, content in sections)
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>UniRecon results</title><style>{(_HERE / "report.css").read_text(encoding="utf-8")}</style></head>
-<body><header><h1>UniRecon results</h1><p class="lead">{html.escape(lead)}</p>{warnings}<nav>{links}</nav></header>
-<main>{body}</main>
-<aside id="origin" hidden><button type="button">Close</button><strong></strong><p>From these runs:</p><ul></ul></aside>
-<footer>Written by <code>python -m results report</code> from results/runs and results/published.</footer>
-<script>{(_HERE / "report.js").read_text(encoding="utf-8")}</script></body></html>
-"""
+    text = render.template().page(
+        lead=f"{len(records)} run records" + (f", the newest started {newest}" if newest else ""),
+        damaged=getattr(records, "damaged", ()),
+        ablations=ablations,
+        papers=papers,
+        audit=audit.audit_table(audit.audit()),
+        gallery=gallery,
+        skipped=skipped,
+        definitions=_definitions(shown),
+        records=_records(shown),
+    )
+    return str(text)
 
 
-def _ablations(records: Sequence[StoredRecord], folder: Path, shown: dict[str, StoredRecord]) -> str:
-    parts = []
+def _ablations(records: Sequence[StoredRecord], folder: Path, shown: dict[str, StoredRecord]) -> list[_Block]:
+    blocks = []
     for name in sorted({stored.record.sweep for stored in records if stored.record.cell}):
         file = folder / f"{name}.yaml"
         sweep = read_sweep(file) if file.is_file() else None
         spec = spec_for_sweep(name)
         for kind, mine in kinds([stored for stored in records if stored.record.sweep == name]):
-            parts.append(_guarded(name, kind, lambda s=spec, m=mine, w=sweep, k=kind: _ablation(s, m, w, k, shown)))
-    return "".join(parts)
+            blocks.append(_guarded(name, kind, lambda s=spec, m=mine, w=sweep, k=kind: _ablation(s, m, w, k, shown)))
+    return [block for block in blocks if block]
 
 
-def _guarded(name: str, kind: str, make: Callable[[], str]) -> str:
-    """A section, or in its place why it was refused."""
+def _guarded(name: str, kind: str, make: Callable[[], _Block | None]) -> _Block | None:
+    """A block, or in its place why it was refused."""
     try:
         return make()
     except (ConflictError, SpecError, ValueError) as error:
-        title = f"{name} ({kind})" if kind else name
-        return f'<h3>{html.escape(title)}: refused</h3><div class="refused">{html.escape(str(error))}</div>'
+        return _Block(title=f"{name} ({kind})" if kind else name, refused=str(error))
 
 
 def _ablation(
     spec: Spec, records: Sequence[StoredRecord], sweep: SweepFile | None, kind: str, shown: dict[str, StoredRecord]
-) -> str:
+) -> _Block:
+    per_category = None
     if spec.kind == "curves":
         table = curve_table(spec, records, sweep)
         drawn = [(figures.curves_figure(spec, records, sweep), "Thin lines: seeds; thick: their mean.")]
-        details = ""
     else:
         table = sweep_table(spec, records, sweep)
         drawn = [(figures.ablation_bars(table, records), "Mean over categories; each dot is a seed.")]
@@ -122,19 +96,18 @@ def _ablation(
             figure = figures.cost_against_quality(table, records, metric, price)
             if figure is not None:
                 drawn.append((figure, "Cost against quality."))
-        each = "".join(render.html_text(_named(t, kind)) for t in category_tables(spec, records, sweep))
-        details = f"<details><summary>Per category, for each cell</summary>{each}</details>"
+        per_category = [_named(each, kind) for each in category_tables(spec, records, sweep)]
     _use(table, records, shown)
-    pictures = "".join(_figure(figure, text) for figure, text in drawn)
-    return render.html_text(_named(table, kind)) + pictures + details
+    return _Block(_named(table, kind), [(_source(figure), text) for figure, text in drawn], per_category)
 
 
-def _figure(figure: Figure, text: str) -> str:
+def _source(figure: Figure) -> str:
     """The figure as a picture of its own, so that the ids inside two of them cannot clash."""
-    source = base64.b64encode(figures.svg(figure).encode()).decode()
-    alt = html.escape(text, quote=True)
-    picture = f'<img class="figure" alt="{alt}" src="data:image/svg+xml;base64,{source}">'
-    return f"<figure>{picture}<figcaption>{html.escape(text)}</figcaption></figure>"
+    return _uri("svg+xml", figures.svg(figure).encode())
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _named(table: Table, kind: str) -> Table:
@@ -144,40 +117,34 @@ def _named(table: Table, kind: str) -> Table:
     return table
 
 
-def _papers(records: Sequence[StoredRecord], shown: dict[str, StoredRecord]) -> str:
-    parts, paper = [], None
+def _papers(
+    records: Sequence[StoredRecord], shown: dict[str, StoredRecord]
+) -> dict[str, list[tuple[str, bool, list[_Block]]]]:
+    """For each paper its tables: title, whether our runs stand in it, and the blocks."""
+    papers: dict[str, list] = {}
     for name in spec_names():
-        spec = find_spec(name)
-        if (
-            spec.rows is None
-            or "source" not in spec.where
-            or name != f"{name.rpartition('_')[0]}_{spec.where['table']}"
-        ):
+        spec, paper = find_spec(name), name.rpartition("_")[0]
+        if spec.rows is None or "source" not in spec.where or name != f"{paper}_{spec.where['table']}":
             continue
-        if name.rpartition("_")[0] != paper:
-            paper = name.rpartition("_")[0]
-            parts.append(f"<h3>{html.escape(names.method_label(paper))}</h3>")
-        beside = ""
-        for kind, mine in kinds(records) if records else []:
-            beside += _guarded(name, kind, lambda s=spec, m=mine, k=kind: _beside(s, m, k, shown))
-        content = beside or render.html_text(paper_table(spec, "published"))
-        opened = " open" if beside else ""
-        parts.append(f"<details{opened}><summary>{html.escape(spec.title)}</summary>{content}</details>")
-    return "".join(parts)
+        beside = [
+            _guarded(name, kind, lambda s=spec, m=mine, k=kind: _beside(s, m, k, shown))
+            for kind, mine in (kinds(records) if records else [])
+        ]
+        beside = [block for block in beside if block]
+        blocks = beside or [_Block(paper_table(spec, "published"))]
+        papers.setdefault(names.method_label(paper), []).append((spec.title, bool(beside), blocks))
+    return papers
 
 
-def _beside(spec: Spec, records: Sequence[StoredRecord], kind: str, shown: dict[str, StoredRecord]) -> str:
-    """The paper's table with our runs beside it, or nothing if no run fits any of its places."""
+def _beside(spec: Spec, records: Sequence[StoredRecord], kind: str, shown: dict[str, StoredRecord]) -> _Block | None:
+    """The paper's table with our runs beside it, or None if no run fits any of its places."""
     table = paper_table(spec, "both", records)
     if not table.has_runs:
-        return ""
+        return None
     _use(table, records, shown)
-    pictures = ""
-    for metric in dict.fromkeys(column.metric for column in table.columns if column.ranked):
-        figure = figures.against_published(table, metric)
-        if figure is not None:
-            pictures += _figure(figure, "Ours against the printed numbers.")
-    return render.html_text(_named(table, kind)) + pictures
+    metrics = dict.fromkeys(column.metric for column in table.columns if column.ranked)
+    drawn = [figure for metric in metrics if (figure := figures.against_published(table, metric)) is not None]
+    return _Block(_named(table, kind), [(_source(figure), "Ours against the printed numbers.") for figure in drawn])
 
 
 def _use(table: Table, records: Sequence[StoredRecord], shown: dict[str, StoredRecord]) -> None:
@@ -185,8 +152,13 @@ def _use(table: Table, records: Sequence[StoredRecord], shown: dict[str, StoredR
     shown.update({stored.name: stored for stored in records if stored.name in used})
 
 
-def _gallery(records: Sequence[StoredRecord], shown: dict[str, StoredRecord]) -> str:
-    """Worst, median and best image of every category, from one run per method, data set and kind: the newest."""
+def _gallery(
+    records: Sequence[StoredRecord], shown: dict[str, StoredRecord]
+) -> tuple[list[tuple[str, StoredRecord, list[tuple[str, str, str]]]], int]:
+    """Worst, median and best image of every category, from one run per method, data set and kind: the newest.
+
+    Each run has a title and its pictures (category, ranks, data URI); the number counts pictures left out.
+    """
     chosen: dict[tuple, StoredRecord] = {}
     for stored in sorted(records, key=lambda s: str(s.record.provenance.get("started") or "")):
         if len(stored.heatmaps):
@@ -195,14 +167,12 @@ def _gallery(records: Sequence[StoredRecord], shown: dict[str, StoredRecord]) ->
             key = (record.method, record.profile, record.protocol, tuple(d["name"] for d in record.datasets))
             if key not in chosen or single or chosen[key].record.cell:
                 chosen[key] = stored
-    parts, left, skipped = [], _PICTURES, 0
+    gallery, left, skipped = [], _PICTURES, 0
     for stored in chosen.values():
         shown[stored.name] = stored
         cell = f", {describe_cell(stored.record.cell)}" if stored.record.cell else ""
         title = f"{names.method_label(stored.record.method)}, {stored.record.profile} profile{cell}"
-        link = f'<a href="#{record_id(stored.name)}">{html.escape(stored.name)}</a>'
-        shout = '<p class="shout">RANDOM BACKBONE WEIGHTS</p>' if stored.record.random_weights else ""
-        parts.append(f"<h3>{html.escape(title)}</h3>{shout}<p class='caption'>Run {link}</p><div class='gallery'>")
+        pictures = []
         for file, rows in stored.heatmaps.groupby("path", sort=False):
             path = Path(file)
             data = path.read_bytes() if path.is_file() else b""
@@ -213,45 +183,26 @@ def _gallery(records: Sequence[StoredRecord], shown: dict[str, StoredRecord]) ->
             kind = "png" if path.suffix == ".png" else "jpeg"
             category = f"{names.dataset_label(rows['dataset'].iloc[0])} / {rows['category'].iloc[0]}"
             ranks = ", ".join(f"{row.rank}: {row.defect} ({float(row.image_score):.3g})" for row in rows.itertuples())
-            source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-            parts.append(
-                f'<figure><img loading="lazy" alt="{html.escape(category, quote=True)}" src="{source}">'
-                f"<figcaption><strong>{html.escape(category)}</strong> {html.escape(ranks)}</figcaption></figure>"
-            )
-        parts.append("</div>")
-    if not chosen:
-        return "<p>No record holds heat maps.</p>"
-    rule = (
-        "Chosen by rule among the anomalous test images of each category: lowest (worst), median and highest (best) "
-        "image score, which stands in brackets. One colour scale per category."
-    )
-    note = (
-        f"<p class='missing'>{skipped} pictures are left out to keep the page small; they are in the records.</p>"
-        if skipped
-        else ""
-    )
-    return f"<p>{rule}</p>{note}" + "".join(parts)
+            pictures.append((category, ranks, _uri(kind, data)))
+        gallery.append((title, stored, pictures))
+    return gallery, skipped
 
 
-def _definitions(shown: dict[str, StoredRecord]) -> str:
+def _definitions(shown: dict[str, StoredRecord]) -> list[tuple[str, list[tuple[str, str]]]]:
     """What each metric means, as the runs recorded it, per version of the metrics."""
     versions: dict[str, dict[str, str]] = {}
     for stored in shown.values():
         found = stored.record.metrics
         versions.setdefault(str(found["version"]), {}).update(found.get("definitions") or {})
-    parts = []
-    for version, definitions in sorted(versions.items()):
-        lines = "".join(
-            f"<dt><strong>{html.escape(names.metric_label(name))}</strong></dt><dd>{html.escape(str(text))}</dd>"
-            for name, text in definitions.items()
-        )
-        parts.append(f"<h3>Version {html.escape(version)}</h3><dl>{lines}</dl>")
-    return "".join(parts) or "<p>No record on this page states its metrics.</p>"
+    return [
+        (version, [(names.metric_label(name), text) for name, text in definitions.items()])
+        for version, definitions in sorted(versions.items())
+    ]
 
 
-def _records(shown: dict[str, StoredRecord]) -> str:
-    """The provenance of every run that the page shows, one folded block each."""
-    parts = [f"<p>Runs behind the numbers of this page: {len(shown)}.</p>"]
+def _records(shown: dict[str, StoredRecord]) -> list[tuple[str, dict[str, object], str | None]]:
+    """The provenance of every run that the page shows: its name, the facts and the configuration's text."""
+    records = []
     for name, stored in sorted(shown.items()):
         record, came = stored.record, stored.record.provenance
         datasets = "; ".join(
@@ -282,14 +233,5 @@ def _records(shown: dict[str, StoredRecord]) -> str:
             "Versions": versions,
             "Notes": "; ".join(record.notes),
         }
-        lines = "".join(
-            f"<dt>{key}</dt><dd>{html.escape(str(value))}</dd>"
-            for key, value in facts.items()
-            if value not in (None, "")
-        )
-        config = ""
-        if len(shown) <= _CONFIGS:
-            config = f"<details><summary>Configuration</summary><pre>{html.escape(stored.config_text)}</pre></details>"
-        summary = f"<summary>{html.escape(name)}</summary>"
-        parts.append(f'<details class="record" id="{record_id(name)}">{summary}<dl>{lines}</dl>{config}</details>')
-    return "".join(parts)
+        records.append((name, facts, stored.config_text if len(shown) <= _CONFIGS else None))
+    return records
