@@ -16,10 +16,11 @@ from results.common.files import read_json, write_json
 from results.common.lock import Lock
 from sweeps.runner import command
 from sweeps.runner.errors import SweepError
+from sweeps.runner.expansion import Cell
 from sweeps.runner.identity import OVERRIDES, Dataset, Identifier, lookup, read_config
 from sweeps.runner.local import Job
 from sweeps.runner.state import WORK
-from sweeps.runner.sweep_file import Cell, SweepFile
+from sweeps.runner.sweep_file import SweepFile
 
 SYNTHETIC_LOCO = Path("data/synthetic_loco")
 """Four categories of the benchmark in the layout of MVTec LOCO AD."""

@@ -14,8 +14,8 @@ import yaml
 from results.common import deciding
 from sweeps.runner import command, identity, prepare, sweep_file
 from sweeps.runner.errors import SweepError
+from sweeps.runner.expansion import Cell
 from sweeps.runner.identity import Dataset, Identifier, code_hash, reached_files
-from sweeps.runner.sweep_file import Cell
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
