@@ -1,8 +1,9 @@
-"""Command line: `python -m datamodules check --dataset NAME --data-root PATH`, `... synthetic OUT` and `... cache`."""
+"""Command line: `python -m datamodules check [--dataset NAME --data-root PATH]`, `... synthetic OUT` and `... cache`."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from rich.markup import escape
 
 from datamodules.errors import DataError
 from datamodules.problems import number_of
+from results.common.environment import NamedDataset, parse, parts
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -28,9 +30,13 @@ def _parser() -> argparse.ArgumentParser:
     synthetic.add_argument("--categories", help="names separated by commas, default all")
     synthetic.add_argument("--layout", choices=("mvtec", "mvtec_loco"), default="mvtec")
     synthetic.add_argument("--sheet", help="also write a contact sheet to this .jpg file")
-    check = commands.add_parser("check", help="count a dataset's images and list everything that is wrong with it")
-    check.add_argument("--dataset", required=True, help="mvtec_ad, mvtec_loco, btad, mpdd, visa, folder or synthetic")
-    check.add_argument("--data-root", required=True, help="folder of the dataset")
+    check = commands.add_parser(
+        "check",
+        help="count a dataset's images and list everything that is wrong with it",
+        epilog="Without --dataset the environment names the data: DATASET, DATA_ROOT and CATEGORIES.",
+    )
+    check.add_argument("--dataset", help="mvtec_ad, mvtec_loco, btad, mpdd, visa, folder, photos or synthetic")
+    check.add_argument("--data-root", help="folder of the dataset; not needed for photos")
     check.add_argument("--categories", help="names separated by commas, default all")
     check.add_argument("--image-size", type=int, help="side at which defects are looked for, default 64, 128 and 256")
     check.add_argument("--max-megapixels", type=float, default=179.0, help="larger image files are errors")
@@ -69,7 +75,7 @@ def _cache(options: argparse.Namespace, console: Console) -> int:
 def _synthetic(options: argparse.Namespace, console: Console) -> int:
     from datamodules.synthetic import Plan, contact_sheet, generate
 
-    names = _names(options.categories)
+    names = parts(options.categories) or None
     plan = Plan(options.seed, options.size, options.train, options.test, options.defects, names, options.layout)
     start = time.perf_counter()
     root = generate(options.out, plan)
@@ -81,16 +87,23 @@ def _synthetic(options: argparse.Namespace, console: Console) -> int:
 
 def _check(options: argparse.Namespace, console: Console) -> int:
     from datamodules.check import SIZES, check, show
+    from datamodules.readers import has_own_root
 
-    names, sizes = _names(options.categories), (options.image_size,) if options.image_size else SIZES
-    report = check(options.dataset, options.data_root, names, console, sizes, options.max_megapixels)
-    show(report, console)
-    return 1 if report.errors else 0
-
-
-def _names(text: str | None) -> tuple[str, ...] | None:
-    """Names of a list separated by commas; None for an empty one."""
-    return tuple(part.strip() for part in (text or "").split(",") if part.strip()) or None
+    if options.dataset:
+        chosen = [NamedDataset(options.dataset, options.data_root or "", parts(options.categories) or None)]
+    else:
+        try:
+            chosen = parse(os.environ, has_own_root).datasets
+        except ValueError as error:
+            raise DataError(str(error)) from error
+    if not chosen:
+        raise DataError("No dataset is named: set DATASET and DATA_ROOT, or --dataset and --data-root.")
+    sizes, errors = (options.image_size,) if options.image_size else SIZES, 0
+    for dataset in chosen:
+        report = check(dataset.name, dataset.root, dataset.categories, console, sizes, options.max_megapixels)
+        show(report, console)
+        errors += report.errors
+    return 1 if errors else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

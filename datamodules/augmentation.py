@@ -18,6 +18,7 @@ import numpy as np
 
 from datamodules.errors import DataError
 from results.common.nearest import did_you_mean
+from results.common.pair import category_of
 
 if TYPE_CHECKING:
     import albumentations
@@ -130,7 +131,7 @@ class Augmentation:
         if name not in AUGMENTATIONS:
             raise DataError(f"Unknown augmentation {name!r}. {did_you_mean(name, AUGMENTATIONS)}")
         policy = AUGMENTATIONS[name]
-        lists = {key: policy(key.rpartition("/")[2]) for key in categories}
+        lists = {key: policy(category_of(key)) for key in categories}
         self._pipelines = {key: _library().Compose(list(steps)) for key, steps in lists.items() if steps}
         if name != "none" and not self._pipelines:
             raise DataError(f"Augmentation {name!r} has nothing for any of the categories {', '.join(categories)}.")

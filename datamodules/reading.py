@@ -13,6 +13,7 @@ from datamodules.images import MAX_MEGAPIXELS, REMARKABLE, infer_bit_depth, odd_
 from datamodules.problems import WARNING, describe, number_of
 from datamodules.readers import list_dataset, raise_on_errors
 from datamodules.sample_table import SampleTable, concatenate, fingerprint
+from results.common.environment import parts
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,7 @@ class DatasetConfig:
     label: str | None = None
 
     def __post_init__(self) -> None:
-        categories = self.categories
-        if isinstance(categories, str):
-            categories = tuple(part.strip() for part in categories.split(",") if part.strip())
-        object.__setattr__(self, "categories", tuple(categories) if categories else None)
+        object.__setattr__(self, "categories", parts(self.categories) or None)
         object.__setattr__(self, "root", str(self.root or ""))
 
 

@@ -27,6 +27,7 @@ import pandas as pd
 
 from datamodules.errors import DataError
 from results.common.contents import content_hashes
+from results.common.pair import label
 
 SampleTable = pd.DataFrame
 
@@ -135,7 +136,7 @@ def category_keys(table: SampleTable) -> list[str]:
     categories = table["category"].tolist()
     if table["dataset"].nunique() <= 1:
         return categories
-    return [f"{dataset}/{category}" for dataset, category in zip(table["dataset"], categories, strict=True)]
+    return list(map(label, table["dataset"], categories))
 
 
 def fingerprint(table: SampleTable, roots: Mapping[str, str | Path]) -> str:

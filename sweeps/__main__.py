@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from sweeps.runner import cluster, command, listing, preflight, prepare, sweep_file
+from sweeps.runner import cluster, command, expansion, listing, preflight, prepare, sweep_file
 from sweeps.runner.display import Display
 from sweeps.runner.errors import SweepError
 from sweeps.runner.local import Job, Runner, check_writable
@@ -105,7 +105,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     sweep = sweep_file.load(options.ablation)
     variables = prepare.environment(options.profile)
     every_cell = sweep.cells(options.seeds, options.count, options.sampler_seed)
-    cells = sweep_file.select(every_cell, options.only, sweep.path)
+    cells = expansion.select(every_cell, options.only, sweep.path)
     check_writable(WORK)
     # The check takes seconds; on a sweep's first run it goes on beside the other preparations.
     check = preflight.Check(sweep, cells, variables) if not (WORK / sweep.name).exists() else None
@@ -124,7 +124,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     finally:
         if check is not None:
             check.stop()
-    varying = sweep_file.varying(cells) or sweep_file.varying(every_cell)
+    varying = expansion.varying(cells) or expansion.varying(every_cell)
     display = Display(
         console,
         f"{sweep.name} ({variables['PROFILE']})",

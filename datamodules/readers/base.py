@@ -81,6 +81,12 @@ def get_reader(name: str) -> DatasetReader:
     return readers[name]
 
 
+def has_own_root(name: str) -> bool:
+    """Whether a dataset comes with the project, so that nobody needs to name its root; False for an unknown one."""
+    reader = load_readers().get(name)
+    return reader is not None and reader.default_root is not None
+
+
 @dataclass(frozen=True)
 class Listing:
     """A dataset as found on disk, before any image is opened."""

@@ -20,6 +20,7 @@ from lightning_modules.metrics import AnomalyMetrics, MetricResult, RegionCache
 from lightning_modules.metrics.sync import Group
 from lightning_modules.running.printing import print_metrics
 from models.head import ScoredMaps
+from results.common.pair import plain
 
 MAPS_IN_MEMORY = 2**30
 """Bytes."""
@@ -110,8 +111,7 @@ class Evaluation(L.Callback):
             self.result.definitions = self.result.definitions | DEFINITIONS
         table = pd.concat(tables, ignore_index=True)
         # With several datasets a category's key is dataset/category; the table has a column for each.
-        keys = zip(table.dataset, table.category, strict=True)
-        table["category"] = [category.removeprefix(f"{dataset}/") for dataset, category in keys]
+        table["category"] = list(map(plain, table.dataset, table.category))
         self.result.table = table
         group = Group()
         # A process without images of its own repeats one: each id counts once.

@@ -70,7 +70,9 @@ def draw(
         score = rows.set_index("id").image_score
         for n, i in enumerate(ids):
             caption = f"{category}: {ranks[i]} by image score, {defects[n]}"
-            index.append((batch["dataset"][n], category.split("/")[-1], ranks[i], defects[n], score[i], name, caption))
+            index.append(
+                (batch["dataset"][n], data.table["category"][i], ranks[i], defects[n], score[i], name, caption)
+            )
     columns = ["dataset", "category", "rank", "defect", "image_score", "file", "caption"]
     files["heatmaps/index.csv"] = pd.DataFrame(index, columns=columns).to_csv(index=False)
     return files

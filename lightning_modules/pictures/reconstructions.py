@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from datamodules import UnifiedDataModule
+from datamodules.sample_table import category_keys
 from lightning_modules.base import ReconstructionModule
 from lightning_modules.callbacks.progress import PlainProgress
 from lightning_modules.pictures.heatmaps import overlay, to_rgb
@@ -34,6 +35,7 @@ from lightning_modules.running.quiet import quiet
 from lightning_modules.running.serving import CacheConfig, attach
 from models.visual_decoder import VisualDecoder
 from results.aggregator.records import read_record
+from results.common.environment import parts
 
 COLUMNS = ("normal", "anomaly", "its features", "reconstructed", "ground truth", "anomaly map")
 
@@ -200,7 +202,7 @@ def choose(image_scores: pd.DataFrame, table: pd.DataFrame) -> dict[str, tuple[i
         if not anomalous:
             continue
         if not normal:
-            same = table[(table.category == category.split("/")[-1]) & (table.split == "train")]
+            same = table[(pd.Series(category_keys(table), table.index) == category) & (table.split == "train")]
             normal = same.id.tolist()[:1]
         chosen[category] = (normal[len(normal) // 2], anomalous[len(anomalous) // 2])
     return chosen
@@ -258,7 +260,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = module.to(device)
     chosen = choose(pd.read_csv(options.run / "image_scores.csv"), data.table)
-    wanted = [name for name in options.categories.split(",") if name]
+    wanted = parts(options.categories)
     if unknown := [name for name in wanted if name not in chosen]:
         parser.error(f"no anomalous test image of {', '.join(unknown)}; there are: {', '.join(chosen)}.")
     chosen = {name: ids for name, ids in chosen.items() if not wanted or name in wanted}

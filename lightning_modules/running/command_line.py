@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ import lightning_modules
 from datamodules.cache.entry import NonFiniteFeaturesError
 from datamodules.errors import DataError
 from datamodules.problems import number_of
+from datamodules.readers import has_own_root
 from lightning_modules.base import NonFiniteLossError, ReconstructionModule
 from lightning_modules.callbacks import normal_scores
 from lightning_modules.callbacks.compile import Compile
@@ -51,6 +53,7 @@ from lightning_modules.running.quiet import quiet
 from lightning_modules.running.serving import CacheConfig, attach
 from lightning_modules.running.settings import RunConfig, provenance, sweep_parameters
 from results.aggregator.records import RunRecord, StoredRecord, read_record, write_record
+from results.common.environment import parse
 
 _NAME = "UNIRECON_RUN_NAME"
 """The variable that tells the further processes of a run its name."""
@@ -77,37 +80,24 @@ def import_methods() -> dict[str, type[ReconstructionModule]]:
 def environment_arguments(environment: Mapping[str, str]) -> list[str]:
     """Command-line arguments for what the environment names.
 
-    ``DATASET`` and ``DATA_ROOT`` may be comma lists of equal length for several datasets at once; ``CATEGORIES`` then
-    is not allowed, since it would not say whose they are. Datasets of one reader are called after their folders.
+    Datasets of one reader are called after their folders. See :func:`results.common.environment.parse` for the rest.
 
     Raises:
         SystemExit: the variables contradict each other.
     """
-    names = [name for name in environment.get("DATASET", "").split(",") if name]
-    roots = [root for root in environment.get("DATA_ROOT", "").split(",") if root]
-    categories = [category for category in environment.get("CATEGORIES", "").split(",") if category]
-    if len(names) != len(roots):
-        raise SystemExit(
-            f"DATASET names {len(names)} dataset(s) ({', '.join(names) or 'none'}) but DATA_ROOT {len(roots)} folder(s) "
-            f"({', '.join(roots) or 'none'}): give one folder per dataset, for example DATASET=mvtec_ad DATA_ROOT=/data/mvtec."
-        )
-    if categories and len(names) != 1:
-        raise SystemExit(f"CATEGORIES={','.join(categories)} needs exactly one DATASET; found {len(names)}.")
+    try:
+        named = parse(environment, has_own_root)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     arguments = []
-    if names:
+    if named.datasets:
         # Every key is written: what is left out would be taken over from the configuration files.
-        chosen = categories or None
-        labels = [None if names.count(name) == 1 else Path(root).name for name, root in zip(names, roots, strict=True)]
-        datasets = [
-            {"name": name, "root": root, "categories": chosen, "label": label}
-            for name, root, label in zip(names, roots, labels, strict=True)
-        ]
+        datasets = [asdict(dataset) for dataset in named.datasets]
         arguments.append(f"--data.init_args.datasets={json.dumps(datasets)}")
-    for variable, key in (("BACKBONE", "name"), ("WEIGHTS", "weights")):
-        if environment.get(variable):
-            arguments.append(f"--model.init_args.backbone.{key}={environment[variable]}")
-    backbone = environment.get("BACKBONE", "")
-    if backbone and not backbone.startswith("tf_efficientnet_b4."):
+    for value, key in ((named.backbone, "name"), (named.weights, "weights")):
+        if value:
+            arguments.append(f"--model.init_args.backbone.{key}={value}")
+    if named.backbone and not named.backbone.startswith("tf_efficientnet_b4."):
         arguments.append("--model.init_args.backbone.padding=default")  # a released padding belongs to its own backbone
     return arguments
 

@@ -38,6 +38,7 @@ import pandas as pd
 from results.aggregator.sweep_file import cell_key
 from results.common.files import sync_folder
 from results.common.nearest import did_you_mean
+from results.common.pair import plain
 
 SCHEMA = 1
 #: A run's note that begins like this is shouted above every table: its method is told the class of each test image.
@@ -136,7 +137,7 @@ class RunRecord:
     @property
     def category_keys(self) -> list[tuple[str, str]]:
         """The (dataset, category) pairs that a complete record has category rows for, in the record's order."""
-        return [(d["name"], plain_category(d["name"], c)) for d in self.datasets for c in d["categories"]]
+        return [(d["name"], plain(d["name"], c)) for d in self.datasets for c in d["categories"]]
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ class StoredRecord:
         columns = self.columns
         keys = zip(*(columns[name] for name in METRIC_COLUMNS[:5]), strict=True)
         pairs = zip(columns["value"], columns["reason"], strict=True)
-        return {(v, s, d, plain_category(d, c), m): pair for (v, s, d, c, m), pair in zip(keys, pairs, strict=True)}
+        return {(v, s, d, plain(d, c), m): pair for (v, s, d, c, m), pair in zip(keys, pairs, strict=True)}
 
     @cached_property
     def name(self) -> str:
@@ -220,11 +221,6 @@ class RecordSet(Sequence[StoredRecord]):
 
     def __getitem__(self, index: Any) -> Any:
         return self.records[index]
-
-
-def plain_category(dataset: str, category: str) -> str:
-    """The category's own name, also if it was recorded as ``dataset/category`` (data sets trained together)."""
-    return category.removeprefix(f"{dataset}/") if dataset else category
 
 
 def record_path(root: str | Path, sweep: str, run: str) -> Path:

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from results.common.sweep_file import axis, read
+
 SEED_KEYS = ("seed_everything", "seed")
 
 
@@ -52,22 +54,17 @@ class SweepFile:
 def read_sweep(path: str | Path) -> SweepFile:
     """Read a sweep file; raises ValueError naming the file and the key that cannot be understood."""
     path = Path(path)
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(content, Mapping) or not isinstance(content.get("parameters"), Mapping):
+    content = read(path)
+    if not isinstance(content.get("parameters"), Mapping):
         raise ValueError(f"{path}: a sweep file is a mapping with `parameters`")
     grid = content.get("method", "grid") == "grid"
     values: dict[str, list[Any] | None] = {}
     for key, entry in content["parameters"].items():
         if not isinstance(entry, Mapping):
             raise ValueError(f"{path}: parameter {key!r} is {entry!r}; write {{value: ...}} or {{values: [...]}}")
-        if "value" in entry:
-            values[key] = [entry["value"]]
-        elif "values" in entry and (grid or key in SEED_KEYS):
-            values[key] = _unique(entry["values"])
-        elif grid and isinstance(entry.get("min"), int) and isinstance(entry.get("max"), int):
-            values[key] = list(range(entry["min"], entry["max"] + 1))
-        else:
-            values[key] = None
+        known = grid or "value" in entry or (key in SEED_KEYS and "values" in entry)
+        found = axis(entry) if known else None
+        values[key] = None if found is None else _unique(found)
     return SweepFile(str(content.get("name", path.stem)), str(content.get("description") or ""), values)
 
 

@@ -25,10 +25,10 @@ from rich.console import Console
 from results.common.files import read_json, write_text
 from sweeps.runner import command, preflight, prepare, sweep_file
 from sweeps.runner.errors import SweepError
+from sweeps.runner.expansion import SEED, Cell, draw
 from sweeps.runner.local import check_writable
 from sweeps.runner.process import die_with_parent
 from sweeps.runner.state import RECORDS, WORK
-from sweeps.runner.sweep_file import SEED, Cell
 
 ARTIFACT = "run-record"
 _WITHOUT = "without a record"
@@ -81,7 +81,7 @@ def _examples(sweep: sweep_file.SweepFile, seeds: list[int] | None) -> list[Cell
     if sweep.method == "grid":
         return sweep.cells(seeds)
     entries = {name: entry for name, entry in sweep.parameters.items() if name != SEED or not seeds}
-    return sweep_file.draw(entries, 8, 0)
+    return draw(entries, 8, 0)
 
 
 def agents(options: argparse.Namespace, console: Console) -> int:

@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from sweeps.runner.expansion import SEED
 from sweeps.runner.state import DONE, FAILED, INTERRUPTED, RUNNING, WAITING
-from sweeps.runner.sweep_file import SEED
 
 if TYPE_CHECKING:
     from sweeps.runner.local import Job

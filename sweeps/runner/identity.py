@@ -25,7 +25,8 @@ from results.common.deciding import FREE, deciding, shows_only
 from results.common.nearest import did_you_mean
 from sweeps.runner import command
 from sweeps.runner.errors import SweepError
-from sweeps.runner.sweep_file import ARGS, Cell, SweepFile
+from sweeps.runner.expansion import Cell
+from sweeps.runner.sweep_file import ARGS, SweepFile
 
 OVERRIDES = ("DATASET", "DATA_ROOT", "CATEGORIES", "BACKBONE", "WEIGHTS")
 

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from results.common.files import read_json
-from sweeps.runner import prepare, sweep_file
+from sweeps.runner import expansion, prepare, sweep_file
 from sweeps.runner.display import duration, short
 from sweeps.runner.errors import SweepError
 from sweeps.runner.state import DONE, RECORDS, WORK
@@ -49,7 +49,7 @@ def _cost(sweep: str, profile: str, count: int) -> str:
 def _cells(sweep: sweep_file.SweepFile) -> Table:
     table = Table(title=sweep.name)
     names, cells = sweep.varying, sweep.cells()
-    varying = [name for name in sweep_file.varying(cells) if name != sweep_file.SEED]
+    varying = [name for name in expansion.varying(cells) if name != expansion.SEED]
     for title in (*map(short, varying), "runs"):
         table.add_column(title)
     states: dict[str, list[str]] = {}

@@ -28,9 +28,9 @@ from results.common.files import read_json, write_json, write_text
 from results.common.lock import Lock
 from sweeps.runner.display import Display
 from sweeps.runner.errors import SweepError
+from sweeps.runner.expansion import Cell
 from sweeps.runner.process import CellProcess
 from sweeps.runner.state import DONE, FAILED, INTERRUPTED, RECORDS, RUNNING, WAITING, WORK, last_lines
-from sweeps.runner.sweep_file import Cell
 from sweeps.runner.warm import AVAILABLE, WarmStarts
 
 _POLL = 0.2  # seconds between two looks at the running cells

@@ -16,7 +16,8 @@ from typing import Any
 from results.common.nearest import did_you_mean
 from sweeps.runner import command
 from sweeps.runner.errors import SweepError
-from sweeps.runner.sweep_file import Cell, SweepFile, unique
+from sweeps.runner.expansion import Cell, unique
+from sweeps.runner.sweep_file import SweepFile
 
 PROGRAM = "lightning_modules"
 # Parameters that decide which other keys exist.

@@ -7,17 +7,20 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from results.common.environment import parse, parts
 from results.common.files import read_json, write_json
 from results.common.lock import Lock
 from sweeps.runner import command
 from sweeps.runner.errors import SweepError
+from sweeps.runner.expansion import Cell
 from sweeps.runner.identity import OVERRIDES, Dataset, Identifier, lookup, read_config
 from sweeps.runner.local import Job
 from sweeps.runner.state import WORK
-from sweeps.runner.sweep_file import Cell, SweepFile
+from sweeps.runner.sweep_file import SweepFile
 
 SYNTHETIC_LOCO = Path("data/synthetic_loco")
 """Four categories of the benchmark in the layout of MVTec LOCO AD."""
@@ -43,28 +46,35 @@ def datasets(configs: Iterable[Path], variables: Mapping[str, str]) -> list[Data
     named: list[Mapping[str, Any]] = []
     for path in configs:
         named = lookup(read_config(path), "data.init_args.datasets") or named
-    names, roots, categories = (_parts(variables.get(key)) for key in ("DATASET", "DATA_ROOT", "CATEGORIES"))
-    if len(names) != len(roots):
-        raise SweepError(
-            f"DATASET names {len(names)} data sets and DATA_ROOT {len(roots)} folders; give one folder for each, like "
-            f"DATASET=mvtec_ad DATA_ROOT=/data/mvtec."
-        )
-    if categories and len(names) != 1:
-        raise SweepError(f"CATEGORIES={','.join(categories)} needs exactly one DATASET; found {len(names)}.")
-    if names:
-        named = [
-            {"name": name, "root": root, "categories": categories} for name, root in zip(names, roots, strict=True)
-        ]
-    return [Dataset(entry["name"], Path(entry["root"]), _parts(entry.get("categories")) or None) for entry in named]
+    try:
+        own = parse(variables, _has_own_root).datasets
+    except ValueError as error:
+        raise SweepError(str(error)) from error
+    if own:
+        named = [asdict(dataset) for dataset in own]
+    return [
+        Dataset(entry["name"], _root(entry["name"], entry.get("root")), parts(entry.get("categories")) or None)
+        for entry in named
+    ]
 
 
-def _parts(value: Any) -> tuple[str, ...]:
-    """The parts of a comma list or a list."""
-    return (
-        tuple(part.strip() for part in value.split(",") if part.strip())
-        if isinstance(value, str)
-        else tuple(value or ())
-    )
+def _has_own_root(name: str) -> bool:
+    from datamodules.readers import has_own_root  # late: a sweep of another program needs no readers
+
+    return has_own_root(name)
+
+
+def _root(name: str, root: str | None) -> Path:
+    """The folder that is named, else the one of a data set that comes with the project."""
+    if root:
+        return Path(root)
+    from datamodules.errors import DataError
+    from datamodules.readers import find_dataset
+
+    try:
+        return find_dataset(name, None)[1]
+    except DataError as error:
+        raise SweepError(str(error)) from error
 
 
 def data(sets: list[Dataset], profile: str, say: Callable[[str], None]) -> None:
@@ -203,9 +213,9 @@ def gpus(chosen: str | None) -> list[str]:
     ``none`` means the CPU. The list is empty if there is no GPU.
     """
     if chosen:
-        return [] if chosen == "none" else [number.strip() for number in chosen.split(",") if number.strip()]
+        return [] if chosen == "none" else list(parts(chosen))
     if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [number for number in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if number.strip() not in ("", "-1")]
+        return [number for number in parts(os.environ["CUDA_VISIBLE_DEVICES"]) if number != "-1"]
     if shutil.which("nvidia-smi") is None:
         return []
     listing = subprocess.run(

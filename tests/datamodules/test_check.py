@@ -237,3 +237,16 @@ def test_a_category_whose_train_folder_is_misspelt_is_explained(make, tmp_path, 
     (base / "train").rename(base / "Train")
     assert main(["check", "--dataset", "folder", "--data-root", str(tmp_path)]) == 2
     assert f"{base / 'Train'} has to be called train" in capsys.readouterr().err
+
+
+def test_environment_names_the_data_to_check(make, tmp_path, capsys, monkeypatch):
+    for name in ("spring", "autumn"):
+        make.mvtec(tmp_path / name, "nut")
+    monkeypatch.setenv("DATASET", "folder, folder")
+    monkeypatch.setenv("DATA_ROOT", f"{tmp_path / 'spring'},{tmp_path / 'autumn'}")
+    monkeypatch.delenv("CATEGORIES", raising=False)
+    assert main(["check", "--image-size", "32"]) == 0
+    assert capsys.readouterr().out.count("0 errors") == 2
+    monkeypatch.delenv("DATASET")
+    assert main(["check"]) == 2
+    assert "DATASET names 0 dataset" in capsys.readouterr().err

@@ -30,6 +30,16 @@ def test_one_dataset_with_categories_becomes_one_argument():
     ]
 
 
+def test_spaces_and_empty_parts_of_a_list_are_dropped():
+    (argument,) = environment_arguments({"DATASET": "mvtec_ad,", "DATA_ROOT": " /d", "CATEGORIES": "bottle, cable,"})
+    assert '"root": "/d", "categories": ["bottle", "cable"]' in argument
+
+
+def test_photographs_of_the_project_need_no_root():
+    (argument,) = environment_arguments({"DATASET": "photos", "DATA_ROOT": "", "CATEGORIES": "cookie"})
+    assert argument.endswith('[{"name": "photos", "root": "", "categories": ["cookie"], "label": null}]')
+
+
 def test_help_names_the_program_as_it_is_started(capsys):
     for words in (["--help"], ["fit", "--help"]):
         with pytest.raises(SystemExit):

@@ -128,8 +128,14 @@ def test_the_median_image_of_each_kind_is_shown():
         [(0, "a", 0, 0.1), (1, "a", 0, 0.9), (2, "a", 0, 0.2), (3, "a", 1, 0.7), (4, "b", 1, 0.3)],
         columns=["id", "category", "label", "image_score"],
     )
-    table = pd.DataFrame({"id": [7, 8], "category": ["a", "b"], "split": ["train", "train"]})
+    table = pd.DataFrame({"id": [7, 8], "dataset": "d", "category": ["a", "b"], "split": "train"})
     assert reconstructions.choose(scores, table) == {"a": (2, 3), "b": (8, 4)}
+
+
+def test_a_training_image_stands_in_for_its_own_data_set_only():
+    scores = pd.DataFrame([(4, "autumn/wood", 1, 0.3)], columns=["id", "category", "label", "image_score"])
+    table = pd.DataFrame({"id": [7, 8], "dataset": ["spring", "autumn"], "category": "wood", "split": "train"})
+    assert reconstructions.choose(scores, table) == {"autumn/wood": (8, 4)}
 
 
 def test_a_run_whose_images_changed_is_refused(run, tmp_path):

@@ -20,7 +20,7 @@ from urllib.parse import quote, unquote
 
 import yaml
 
-from sweeps.runner.sweep_file import _grid
+from sweeps.runner.expansion import grid
 
 ENTITY, PROJECT = "local", "unirecon"
 SILENCE = 30.0
@@ -136,7 +136,7 @@ class Server:
         config = yaml.safe_load(variables["config"])
         self.sweeps[sweep] = config
         self.queue[sweep] = []
-        for number, cell in enumerate(_grid(config["parameters"], Path("loopback"))):
+        for number, cell in enumerate(grid(config["parameters"], Path("loopback"))):
             run = f"{sweep}r{number:03d}"
             self.runs[run] = Run(run, {key: {"value": value} for key, value in cell.parameters.items()})
             self.queue[sweep].append(run)

@@ -14,8 +14,8 @@ import yaml
 from results.common import deciding
 from sweeps.runner import command, identity, prepare, sweep_file
 from sweeps.runner.errors import SweepError
+from sweeps.runner.expansion import Cell
 from sweeps.runner.identity import Dataset, Identifier, code_hash, reached_files
-from sweeps.runner.sweep_file import Cell
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -235,6 +235,8 @@ def test_environment_names_the_data_before_the_profile_does(repository: Path) ->
     assert named() == [Dataset("mvtec", Path("data/mvtec"), ("cable",))]
     assert named(DATASET="btad", DATA_ROOT="/b", CATEGORIES="01, 02") == [Dataset("btad", Path("/b"), ("01", "02"))]
     assert named(DATASET="a,b", DATA_ROOT="/a,/b") == [Dataset("a", Path("/a"), None), Dataset("b", Path("/b"), None)]
+    (photos,) = named(DATASET="photos")
+    assert (photos.root / "cookie").is_dir(), "they come with the project"
     for wrong in ({"DATASET": "btad"}, {"DATA_ROOT": "/b"}, {"CATEGORIES": "01"}):
         with pytest.raises(SweepError, match="DATASET"):
             named(**wrong)

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from sweeps.__main__ import main
-from sweeps.runner import sweep_file
+from sweeps.runner import expansion, sweep_file
 from sweeps.runner.errors import SweepError
-from sweeps.runner.sweep_file import Cell
+from sweeps.runner.expansion import Cell
 
 COMMAND = ["${env}", "${interpreter}", "program.py", "${args}"]
 
@@ -55,7 +55,7 @@ def test_rows_that_set_several_options_at_once_are_shown_option_by_option(tmp_pa
     rows = [{"levels": [4], "sar": "none", "width": 8}, {"levels": [4, 3], "sar": "none"}]
     cells = sweep_file.load(write(tmp_path, {"model": {"values": rows}, "b": {"value": 1}})).cells()
     assert cells[0].settings == {"b": 1, "model.levels": [4], "model.sar": "none", "model.width": 8}
-    assert sweep_file.varying(cells) == ("model.levels", "model.width")
+    assert expansion.varying(cells) == ("model.levels", "model.width")
 
 
 def test_random_search_repeats_itself_and_keeps_its_first_cells_when_it_grows(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ CELLS = [
     [([], 8), (["query=none"], 4), (["m.query=none", "size=7"], 2), (["size=0", "size=7"], 8), (["size=7.0"], 4)],
 )
 def test_only_keeps_the_cells_that_fulfil_it(only: list[str], count: int) -> None:
-    assert len(sweep_file.select(CELLS, only, Path("toy.yaml"))) == count
+    assert len(expansion.select(CELLS, only, Path("toy.yaml"))) == count
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_only_keeps_the_cells_that_fulfil_it(only: list[str], count: int) -> Non
 )
 def test_only_that_fits_nothing_is_an_error(only: str, message: str) -> None:
     with pytest.raises(SweepError, match=message):
-        sweep_file.select(CELLS, [only], Path("toy.yaml"))
+        expansion.select(CELLS, [only], Path("toy.yaml"))
 
 
 @pytest.mark.parametrize(("option", "words"), [("--seeds=a,b", "like 0,1,2"), ("--workers=two", "whole number")])

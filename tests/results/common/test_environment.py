@@ -1,0 +1,82 @@
+"""What a user names in the environment is read in one way by every command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from results.common.environment import NamedDataset, parse, parts
+
+
+def _parse(**variables):
+    return parse(variables, {"photos", "toys"}.__contains__).datasets
+
+
+def _roots(**variables):
+    return [(dataset.name, dataset.root) for dataset in _parse(**variables)]
+
+
+@pytest.mark.parametrize("text", ["a,b", "a, b", " a ,b ", ",a,,b,"])
+def test_white_space_and_empty_parts_are_dropped(text):
+    assert parts(text) == ("a", "b")
+    (dataset,) = _parse(DATASET="mvtec_ad", DATA_ROOT="/d", CATEGORIES=text)
+    assert dataset == NamedDataset("mvtec_ad", "/d", ("a", "b"))
+
+
+def test_values_are_not_interpreted():
+    assert _roots(DATASET="folder", DATA_ROOT="/x/$dollar 'it`s'\"") == [("folder", "/x/$dollar 'it`s'\"")]
+
+
+def test_home_is_expanded_in_every_root(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    # A shell expands the first at most.
+    assert _roots(DATASET="btad,visa", DATA_ROOT="~/b, ~/v") == [("btad", "/home/ann/b"), ("visa", "/home/ann/v")]
+
+
+@pytest.mark.parametrize("root", ["", ",", " ", "/mine"])
+def test_a_dataset_of_the_project_needs_no_root(root):
+    assert _roots(DATASET="photos", DATA_ROOT=root) == [("photos", root.strip(" ,"))]
+    assert _roots(DATASET="photos") == [("photos", "")]
+
+
+@pytest.mark.parametrize("root", [",/m", "/m", " , /m"])
+def test_a_dataset_of_the_project_leaves_the_root_to_its_neighbour(root):
+    assert _roots(DATASET="photos,mvtec_ad", DATA_ROOT=root) == [("photos", ""), ("mvtec_ad", "/m")]
+
+
+def test_places_in_the_list_count_where_they_fit():
+    assert _roots(DATASET="photos,toys", DATA_ROOT=",/t") == [("photos", ""), ("toys", "/t")]
+
+
+def test_datasets_of_one_reader_are_called_after_their_folders():
+    found = _parse(DATASET="folder,folder,visa", DATA_ROOT="/a/spring,/a/autumn/,/v")
+    assert [dataset.label for dataset in found] == ["spring", "autumn", None]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"DATASET": "mvtec_ad"}, r"DATASET names 1 dataset\(s\) \(mvtec_ad\) but DATA_ROOT 0 folder"),
+        ({"DATA_ROOT": "/a"}, r"DATASET names 0 dataset\(s\) \(none\) but DATA_ROOT 1 folder\(s\) \(/a\)"),
+        ({"DATASET": "photos,a,b", "DATA_ROOT": "/a"}, "DATASET names 3"),
+        ({"DATASET": "photos", "DATA_ROOT": "/a,/b"}, "DATA_ROOT 2 folder"),
+        ({"DATASET": "photos,toys", "CATEGORIES": "x"}, "needs exactly one DATASET; found 2"),
+        ({"CATEGORIES": "x"}, "needs exactly one DATASET; found 0"),
+    ],
+)
+def test_contradicting_variables_are_refused_with_what_was_found(variables, message):
+    with pytest.raises(ValueError, match=message):
+        _parse(**variables)
+
+
+def test_nothing_named_is_nothing_read():
+    assert parse({"DATASET": "", "WEIGHTS": " imagenet "}, lambda name: False).weights == "imagenet"
+    assert _parse(DATASET="", DATA_ROOT=" ", CATEGORIES=",") == ()
+
+
+def test_reading_the_environment_loads_no_torch():
+    code = "import sys, results.common.environment; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
