@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -29,9 +30,11 @@ def _parser() -> argparse.ArgumentParser:
     synthetic.add_argument("--layout", choices=("mvtec", "mvtec_loco"), default="mvtec")
     synthetic.add_argument("--sheet", help="also write a contact sheet to this .jpg file")
     check = commands.add_parser("check", help="count a dataset's images and list everything that is wrong with it")
-    check.add_argument("--dataset", required=True, help="mvtec_ad, mvtec_loco, btad, mpdd, visa, folder or synthetic")
-    check.add_argument("--data-root", required=True, help="folder of the dataset")
-    check.add_argument("--categories", help="names separated by commas, default all")
+    check.add_argument(
+        "--dataset", help="mvtec_ad, mvtec_loco, btad, mpdd, visa, folder or synthetic (default: $DATASET)"
+    )
+    check.add_argument("--data-root", help="folder of the dataset (default: $DATA_ROOT)")
+    check.add_argument("--categories", help="names separated by commas (default: $CATEGORIES, else all)")
     check.add_argument("--image-size", type=int, help="side at which defects are looked for, default 64, 128 and 256")
     check.add_argument("--max-megapixels", type=float, default=179.0, help="larger image files are errors")
     cache = commands.add_parser("cache", help="list the entries of the feature cache, or delete some")
@@ -81,16 +84,26 @@ def _synthetic(options: argparse.Namespace, console: Console) -> int:
 
 def _check(options: argparse.Namespace, console: Console) -> int:
     from datamodules.check import SIZES, check, show
+    from results.common.environment import data
 
-    names, sizes = _names(options.categories), (options.image_size,) if options.image_size else SIZES
-    report = check(options.dataset, options.data_root, names, console, sizes, options.max_megapixels)
+    given = {"DATASET": options.dataset, "DATA_ROOT": options.data_root, "CATEGORIES": options.categories}
+    sets, roots, chosen = data({key: os.environ.get(key, "") if text is None else text for key, text in given.items()})
+    if len(sets) != 1 or len(roots) != 1:
+        found = f"found {', '.join(sets) or 'no data set'} and {', '.join(roots) or 'no folder'}"
+        raise DataError(
+            f"check needs one data set and its folder, --dataset and --data-root (make: DATASET= DATA_ROOT=); {found}."
+        )
+    names, sizes = chosen or None, (options.image_size,) if options.image_size else SIZES
+    report = check(sets[0], roots[0], names, console, sizes, options.max_megapixels)
     show(report, console)
     return 1 if report.errors else 0
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:
     """Names of a list separated by commas; None for an empty one."""
-    return tuple(part.strip() for part in (text or "").split(",") if part.strip()) or None
+    from results.common.environment import names
+
+    return names(text) or None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -51,6 +51,7 @@ from lightning_modules.running.quiet import quiet
 from lightning_modules.running.serving import CacheConfig, attach
 from lightning_modules.running.settings import RunConfig, provenance, sweep_parameters
 from results.aggregator.records import RunRecord, StoredRecord, read_record, write_record
+from results.common.environment import data as read_environment
 
 _NAME = "UNIRECON_RUN_NAME"
 """The variable that tells the further processes of a run its name."""
@@ -83,9 +84,7 @@ def environment_arguments(environment: Mapping[str, str]) -> list[str]:
     Raises:
         SystemExit: the variables contradict each other.
     """
-    names = [name for name in environment.get("DATASET", "").split(",") if name]
-    roots = [root for root in environment.get("DATA_ROOT", "").split(",") if root]
-    categories = [category for category in environment.get("CATEGORIES", "").split(",") if category]
+    names, roots, categories = read_environment(environment)
     if len(names) != len(roots):
         raise SystemExit(
             f"DATASET names {len(names)} dataset(s) ({', '.join(names) or 'none'}) but DATA_ROOT {len(roots)} folder(s) "
@@ -96,7 +95,7 @@ def environment_arguments(environment: Mapping[str, str]) -> list[str]:
     arguments = []
     if names:
         # Every key is written: what is left out would be taken over from the configuration files.
-        chosen = categories or None
+        chosen = list(categories) or None
         labels = [None if names.count(name) == 1 else Path(root).name for name, root in zip(names, roots, strict=True)]
         datasets = [
             {"name": name, "root": root, "categories": chosen, "label": label}

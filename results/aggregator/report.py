@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from results.aggregator import audit, figures, names, render
 from results.aggregator.build import category_tables, paper_table, sweep_table
 from results.aggregator.curves import curve_table
-from results.aggregator.records import RecordSet, StoredRecord
+from results.aggregator.records import RecordError, RecordSet, StoredRecord
 from results.aggregator.render import record_id
 from results.aggregator.scores import ConflictError, kinds
 from results.aggregator.spec import Spec, SpecError, find_spec, spec_for_sweep, spec_names
@@ -203,14 +203,17 @@ def _gallery(records: Sequence[StoredRecord], shown: dict[str, StoredRecord]) ->
         link = f'<a href="#{record_id(stored.name)}">{html.escape(stored.name)}</a>'
         shout = '<p class="shout">RANDOM BACKBONE WEIGHTS</p>' if stored.record.random_weights else ""
         parts.append(f"<h3>{html.escape(title)}</h3>{shout}<p class='caption'>Run {link}</p><div class='gallery'>")
-        for file, rows in stored.heatmaps.groupby("path", sort=False):
-            path = Path(file)
-            data = path.read_bytes() if path.is_file() else b""
+        for file, rows in stored.heatmaps.groupby("file", sort=False):
+            try:
+                data = stored.picture(file)
+            except RecordError as error:
+                parts.append(f'<p class="shout">Left out: {html.escape(str(error))}</p>')
+                continue
             if not data or len(data) > left:
                 skipped += 1
                 continue
             left -= len(data)
-            kind = "png" if path.suffix == ".png" else "jpeg"
+            kind = "png" if file.endswith(".png") else "jpeg"
             category = f"{names.dataset_label(rows['dataset'].iloc[0])} / {rows['category'].iloc[0]}"
             ranks = ", ".join(f"{row.rank}: {row.defect} ({float(row.image_score):.3g})" for row in rows.itertuples())
             source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from results.common.environment import data as read_environment
 from results.common.files import read_json, write_json
 from results.common.lock import Lock
 from sweeps.runner import command
@@ -43,7 +44,7 @@ def datasets(configs: Iterable[Path], variables: Mapping[str, str]) -> list[Data
     named: list[Mapping[str, Any]] = []
     for path in configs:
         named = lookup(read_config(path), "data.init_args.datasets") or named
-    names, roots, categories = (_parts(variables.get(key)) for key in ("DATASET", "DATA_ROOT", "CATEGORIES"))
+    names, roots, categories = read_environment(variables)
     if len(names) != len(roots):
         raise SweepError(
             f"DATASET names {len(names)} data sets and DATA_ROOT {len(roots)} folders; give one folder for each, like "

@@ -44,6 +44,15 @@ _DISTRIBUTIONS = {
 }
 
 
+_NUMBER = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+")
+_OTHER_NAMES = {  # what W&B calls otherwise, or draws by exponents
+    "log_uniform": "log_uniform_values", "loguniform": "log_uniform_values", "inv_log_uniform": "log_uniform_values",
+    "inv_log_uniform_values": "log_uniform_values", "q_log_uniform": "q_log_uniform_values", "log": "log_uniform_values",
+    "log_normal": "log_uniform_values", "q_normal": "normal", "gaussian": "normal", "int": "int_uniform",
+    "integer": "int_uniform", "randint": "int_uniform", "float": "uniform", "choice": "categorical", "grid": "categorical",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Cell:
     """One combination of sweep parameters; ``parameters`` keeps W&B's order (names sorted)."""
@@ -155,7 +164,7 @@ def load(ablation: str) -> SweepFile:
         description=" ".join(str(content.get("description") or "").split()),
         method=method,
         metric=metric,
-        parameters=_check_parameters(content.get("parameters"), path),
+        parameters=_check_parameters(numbers(content.get("parameters")), path),
         command=_check_command(content.get("command"), name, path),
         run_cap=run_cap,
     )
@@ -179,7 +188,7 @@ def select(cells: list[Cell], only: list[str], path: Path) -> list[Cell]:
             found = f"fits several parameters: {', '.join(matches)}" if matches else "is no parameter of this sweep"
             hint = did_you_mean(key, [*known, *(name.rsplit(".", 1)[-1] for name in known)])
             raise SweepError(f"--only {condition!r}: {key!r} {found} ({path}). {hint}")
-        wanted.setdefault(matches[0], []).append(yaml.safe_load(text))
+        wanted.setdefault(matches[0], []).append(numbers(yaml.safe_load(text)))
     for name, values in wanted.items():
         occurring = unique([cell.parameters[name] for cell in cells])
         for value in values:
@@ -217,6 +226,17 @@ def unique(values: list[Any]) -> list[Any]:
     return result
 
 
+def numbers(value: Any) -> Any:
+    """The value with numbers as W&B's server reads them: ``1e-4``, in which Python's YAML sees a text, is one."""
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        return float(value)
+    if isinstance(value, list):
+        return [numbers(part) for part in value]
+    if isinstance(value, dict):
+        return {key: numbers(part) for key, part in value.items()}
+    return value
+
+
 def _distribution(entry: dict[str, Any]) -> str:
     """The distribution that W&B would infer for a parameter's entry."""
     if "distribution" in entry:
@@ -245,7 +265,9 @@ def _check_parameters(parameters: Any, path: Path) -> dict[str, dict[str, Any]]:
             raise SweepError(f"{where} is nested; write each key with its dots, as on the command line ({name}.key).")
         kind = _distribution(entry)
         if kind not in _DISTRIBUTIONS:
-            raise SweepError(f"{where}: distribution {kind!r} is unknown. {did_you_mean(str(kind), _DISTRIBUTIONS)}")
+            name = _OTHER_NAMES.get(str(kind).lower().replace("-", "_"))
+            hint = f"Did you mean {name!r}?" if name else did_you_mean(str(kind), _DISTRIBUTIONS)
+            raise SweepError(f"{where}: distribution {kind!r} is unknown. {hint}")
         allowed = ("distribution", *_DISTRIBUTIONS[kind])
         for key in entry:
             if key not in allowed:
@@ -257,6 +279,11 @@ def _check_parameters(parameters: Any, path: Path) -> dict[str, dict[str, Any]]:
             raise SweepError(f"{where}: {', '.join(missing)} missing for a {kind} parameter; found {entry!r}.")
         if kind == "categorical" and (not isinstance(entry["values"], list) or not entry["values"]):
             raise SweepError(f"{where}: values must be a list with at least one value; found {entry['values']!r}.")
+        for key in ("min", "max", "mu", "sigma", "q"):
+            if key in entry and (isinstance(entry[key], bool) or not isinstance(entry[key], (int, float))):
+                raise SweepError(f"{where}: {key} is {entry[key]!r}, which is no number.")
+        if "log_" in kind and entry["min"] <= 0:
+            raise SweepError(f"{where}: min {entry['min']} of a {kind} parameter must be above 0; uniform takes any.")
         if "max" in entry and not entry["min"] < entry["max"]:
             raise SweepError(f"{where}: min {entry['min']} is not below max {entry['max']}.")
         if any(value is None for value in (*entry.get("values", ()), entry.get("value", 0))):
