@@ -105,12 +105,12 @@ def test_every_file_of_a_record_has_a_checksum_and_a_picture_is_compared_when_sh
     )
     assert read_record(path).picture("bolt.jpg") == PICTURE
     (path / "heatmaps/bolt.jpg").write_bytes(PICTURE[::-1])
-    with pytest.raises(RecordError, match="bolt.jpg is not what the run wrote"):
+    with pytest.raises(RecordError, match=r"bolt\.jpg is not what the run wrote"):
         read_record(path).picture("bolt.jpg")
-    with pytest.raises(RecordError, match="bolt.jpg is not what the run wrote"):
+    with pytest.raises(RecordError, match=r"bolt\.jpg is not what the run wrote"):
         read_record(path, pictures=True)
     (path / "image_scores.csv").write_text("id\n2\n")
-    with pytest.raises(RecordError, match="image_scores.csv is not what the run wrote"):
+    with pytest.raises(RecordError, match=r"image_scores\.csv is not what the run wrote"):
         read_record(path)
 
 
@@ -152,13 +152,16 @@ def table(name):
 
 def test_names_in_markdown_make_no_html_and_no_links():
     text = markdown(table("<img src=x onerror=alert(1)> [a](javascript:x) |"))
-    assert "<img" not in text and "](" not in text
+    assert "<img" not in text
+    assert "](" not in text.replace("\\](", "")
     assert "&lt;img" in text
 
 
 def test_names_in_latex_are_letters_that_latex_has():
     text = latex(table("木目 \x1b[31m é"))
-    assert "é" in text and "u6728" in text and "x1b" in text
+    assert "é" in text
+    assert "u6728" in text
+    assert "x1b" in text
     assert all(character.isprintable() or character == "\n" for character in text)
     assert tex("Ω") == "\\texttt{u03a9}" or tex("Ω").isascii()
 

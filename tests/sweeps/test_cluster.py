@@ -201,7 +201,9 @@ def test_pull_brings_the_other_runs_when_some_are_broken_and_says_so(
     assert cluster.pull(SimpleNamespace(sweep="me/p/s"), Console(file=output, width=300)) == 1
     assert [path.name for path in Path("results/runs/toy").iterdir()] == ["good"]
     said = output.getvalue()
-    assert "1 new" in said and "3 broken" in said and "gone [/]" in said
+    assert "1 new" in said
+    assert "3 broken" in said
+    assert "gone [/]" in said
     for name in ("misnamed", "cut", "lost"):
         assert f"broken: {name}" in said
 
