@@ -402,6 +402,8 @@ class UniReconCLI(LightningCLI):
         backbone = model.extractor.provenance
         notes = [f"{key}: {note}" for key, note in (("backbone", backbone.get("note")),) if note]
         notes += normalisation.notes(model, data) + model.record_notes() + data.remarks()
+        if model.standardisation is not None:
+            notes.append("feature channels standardised over the training images")
         if not data.has_test_images:
             notes.append(NOTHING_TO_MEASURE)
         if data.left_out:
