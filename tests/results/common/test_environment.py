@@ -39,3 +39,16 @@ def test_folders_reach_python_through_make_letter_for_letter(tmp_path, root, giv
         words.append(f"DATA_ROOT={root}")
     outcome = subprocess.run(words, cwd=REPOSITORY, env=variables, capture_output=True, text=True)
     assert outcome.stdout.splitlines()[-1:] == [root], outcome.stderr
+
+
+def test_an_environment_that_was_cut_off_half_made_is_made_anew(tmp_path):
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").write_text("#!/bin/sh\necho No module named pip >&2; exit 1\n")
+    (venv / "bin" / "python").chmod(0o755)
+    python = tmp_path / "python3"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    python.chmod(0o755)
+    words = ["make", "-s", "setup", f"VENV={venv}", f"PYTHON={python}"]
+    subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True)
+    assert f"-m venv --clear {venv}" in (tmp_path / "calls").read_text()
