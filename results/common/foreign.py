@@ -45,8 +45,11 @@ def file_inside(folder: Path, name: str) -> Path:
         raise ForeignError(f"{name!r} is not a path inside the record")
     path = folder.joinpath(*parts)
     try:
-        status = os.stat(path)
-        inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+        status = os.lstat(path)
+        inside = len(parts) == 1 and not stat.S_ISLNK(status.st_mode)  # most files: no link to follow
+        if not inside:
+            status = os.stat(path)
+            inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
     except FileNotFoundError:
         raise ForeignError(f"no {name}") from None
     except (OSError, ValueError) as error:
