@@ -6,8 +6,11 @@ PY := $(VENV)/bin/python
 
 METHOD ?= uniad
 PROFILE ?= demo
-# Read by the command line itself, so that make, the sweep runner and `wandb agent` steer a run in the same way.
-export PROFILE DATASET DATA_ROOT CATEGORIES BACKBONE WEIGHTS WANDB
+# Values go through the environment, letter for letter: neither make nor the shell reads a `$`, a quote or a blank in them.
+# The first line is read by the command line itself, so that make, the sweep runner and `wandb agent` steer a run alike.
+VALUES := PROFILE DATASET DATA_ROOT CATEGORIES BACKBONE WEIGHTS WANDB \
+	METHOD RUN IMAGES ABLATION WORKERS GPUS SEEDS SWEEP TABLE SOURCE FORMAT A B CLEAR
+$(foreach v,$(VALUES),$(if $(filter undefined,$(origin $v)),,$(eval override $v := $$(value $v))$(eval export $v)))
 
 .DEFAULT_GOAL := help
 
@@ -17,7 +20,7 @@ help:  ## List every target with one line.
 # A copy of requirements.txt inside the environment marks it as complete; it is written last.
 $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "UniRecon needs Python 3.10 or newer, found %s. Set PYTHON=/path/to/python3.10" % sys.version.split()[0])'
-	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)  # also one that was cut off half-made
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --quiet -r requirements.txt
 	@cp requirements.txt $@
@@ -34,58 +37,58 @@ lint: setup  ## Check style with ruff.
 	$(PY) -m ruff check .
 
 train: setup  ## Train and evaluate once: METHOD= PROFILE= DATASET= DATA_ROOT= [CATEGORIES= BACKBONE= WEIGHTS= RUN= ARGS=].
-	$(PY) -m sweeps data sweeps/profiles/$(PROFILE)/$(METHOD).yaml
-	$(PY) -m lightning_modules fit --config sweeps/profiles/$(PROFILE)/$(METHOD).yaml $(if $(RUN),--run.name="$(RUN)") $(ARGS)
+	$(PY) -m sweeps data "sweeps/profiles/$$PROFILE/$$METHOD.yaml"
+	$(PY) -m lightning_modules fit --config "sweeps/profiles/$$PROFILE/$$METHOD.yaml" $(if $(RUN),--run.name="$$RUN") $(ARGS)
 
 import: export PROFILE := $(if $(filter file,$(origin PROFILE)),paper,$(PROFILE))
 import: setup  ## A run record from an authors' checkpoint: CHECKPOINT= METHOD= DATASET= DATA_ROOT= [CATEGORIES= RUN= ARGS=].
 	$(PY) -m lightning_modules import --method "$(METHOD)" --checkpoint "$(CHECKPOINT)" $(if $(RUN),--run.name="$(RUN)") $(ARGS)
 
 predict: setup  ## Heat maps of any images with a trained run: RUN=<record folder> IMAGES=<folder>.
-	$(PY) -m lightning_modules predict --config "$(RUN)/config.yaml" --data.init_args.predict_root="$(IMAGES)" $(ARGS)
+	$(PY) -m lightning_modules predict --config "$$RUN/config.yaml" --data.init_args.predict_root="$$IMAGES" $(ARGS)
 
 check-data: setup  ## Count a dataset's images and list every problem: DATASET= DATA_ROOT= [CATEGORIES=].
-	$(PY) -m datamodules check $(if $(DATASET),--dataset "$(DATASET)") $(if $(DATA_ROOT),--data-root "$(DATA_ROOT)") $(if $(CATEGORIES),--categories "$(CATEGORIES)")
+	$(PY) -m datamodules check
 
 synthetic: setup  ## Make the embedded benchmark in data/synthetic.
 	$(PY) -m datamodules synthetic data/synthetic
 
 sweep: setup  ## Run an ablation and rebuild its table: ABLATION= [PROFILE= WORKERS= GPUS= SEEDS= ONLY= RETRY_FAILED=1].
-	$(PY) -m sweeps run $(ABLATION) $(if $(WORKERS),--workers $(WORKERS)) $(if $(GPUS),--gpus $(GPUS)) \
-		$(if $(SEEDS),--seeds $(SEEDS)) $(foreach o,$(ONLY),--only $(o)) $(if $(RETRY_FAILED),--retry-failed)
+	$(PY) -m sweeps run "$$ABLATION" $(if $(WORKERS),--workers "$$WORKERS") $(if $(GPUS),--gpus "$$GPUS") \
+		$(if $(SEEDS),--seeds "$$SEEDS") $(foreach o,$(ONLY),--only $(o)) $(if $(RETRY_FAILED),--retry-failed)
 
 sweeps: setup  ## List all ablations.
 	$(PY) -m sweeps list
 
 wandb-sweep: setup  ## Register an ablation with W&B and print how to start agents: ABLATION= [PROFILE= SEEDS=].
-	$(PY) -m sweeps register $(ABLATION) $(if $(SEEDS),--seeds $(SEEDS))
+	$(PY) -m sweeps register "$$ABLATION" $(if $(SEEDS),--seeds "$$SEEDS")
 
 agents: setup  ## One W&B agent per GPU: SWEEP=entity/project/sweep [GPUS=0,1 WORKERS=].
-	$(PY) -m sweeps agents $(SWEEP) $(if $(GPUS),--gpus $(GPUS)) $(if $(WORKERS),--workers $(WORKERS))
+	$(PY) -m sweeps agents "$$SWEEP" $(if $(GPUS),--gpus "$$GPUS") $(if $(WORKERS),--workers "$$WORKERS")
 
 pull: setup  ## Fetch the run records of a W&B sweep: SWEEP=entity/project/sweep.
-	$(PY) -m sweeps pull $(SWEEP)
+	$(PY) -m sweeps pull "$$SWEEP"
 
 table: setup  ## One table of a paper: TABLE= [SOURCE=published|runs|both FORMAT=terminal|markdown|csv|latex|html ARGS=].
-	$(PY) -m results table $(TABLE) --source $(or $(SOURCE),both) --format $(or $(FORMAT),terminal) $(ARGS)
+	$(PY) -m results table "$$TABLE" --source "$${SOURCE:-both}" --format "$${FORMAT:-terminal}" $(ARGS)
 
 tables: setup  ## Rebuild every table under results/tables/: [ARGS=--newest].
 	$(PY) -m results tables $(ARGS)
 
 figures: setup  ## Figures of a sweep or of a paper's table: ABLATION= [ARGS=].
-	$(PY) -m results figures $(ABLATION) $(ARGS)
+	$(PY) -m results figures "$$ABLATION" $(ARGS)
 
 audit: setup  ## Check the papers' printed tables against themselves.
 	$(PY) -m results audit
 
 compare: setup  ## Paired tests between two methods, runs or cells: A= B= [ARGS=].
-	$(PY) -m results compare "$(A)" "$(B)" $(ARGS)
+	$(PY) -m results compare "$$A" "$$B" $(ARGS)
 
 report: setup  ## One self-contained HTML page of all tables, figures and heat maps: [ARGS=].
 	$(PY) -m results report $(ARGS)
 
 reconstructions: setup  ## Picture what a run reconstructs: RUN=<record folder>.
-	$(PY) -m lightning_modules.pictures.reconstructions "$(RUN)" $(ARGS)
+	$(PY) -m lightning_modules.pictures.reconstructions "$$RUN" $(ARGS)
 
 bench: setup  ## Time and memory of every method against a plain loop, about five minutes: [ARGS=].
 	$(PY) -m lightning_modules.benchmarks.training $(ARGS)

@@ -26,7 +26,8 @@ _NUMPY_SCALARS = [
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The named tensors of a `.safetensors` file, or of any other as torch saved it, on the CPU.
 
-    Looks through the usual nesting ("state_dict", "model", ...); a list of state dicts gives names "0.<name>", "1.<name>". Raises FileNotFoundError for a missing file and
+    Looks through the usual nesting ("state_dict", "model", ...); a list of state dicts gives names "0.<name>", "1.<name>".
+    Raises FileNotFoundError for a missing file and
     ValueError for one that cannot be read or holds no named tensors.
     """
     path = Path(path)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from results.aggregator import audit as auditing
 from results.aggregator import render
@@ -19,6 +20,7 @@ from results.aggregator.scores import ConflictError, kinds, newest, select
 from results.aggregator.spec import Spec, SpecError, find_spec, spec_for_sweep, spec_names
 from results.aggregator.sweep_file import SweepFile, read_sweep
 from results.aggregator.table import Table
+from results.common.shown import printable
 
 OUT = Path("results/tables")
 console = Console()
@@ -31,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.command(options)
     except (ConflictError, SpecError, RecordError, FileNotFoundError, ValueError) as error:
-        errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        _complain("error:", error)
         return 2
 
 
@@ -49,7 +51,7 @@ def _sweep(options: argparse.Namespace) -> int:
 
         if options.format is None:
             path = figures.save(figures.curves_figure(spec, records, sweep), options.out / f"{table.name}.png")
-            console.print(f"figure: {path}", highlight=False)
+            _say(f"figure: {path}")
     else:
         details = category_tables(spec, records, sweep, options.std == "rms")
         if options.categories:
@@ -61,7 +63,7 @@ def _sweep(options: argparse.Namespace) -> int:
             for form in ("csv", "latex"):
                 text = "\n".join(render.render(detail, form) for detail in details)
                 path.with_suffix("." + render.SUFFIXES[form]).write_text(text, encoding="utf-8")
-            console.print(f"per category: {path}", highlight=False)
+            _say(f"per category: {path}")
     return int(options.strict and bool(table.missing))
 
 
@@ -93,11 +95,9 @@ def _tables(options: argparse.Namespace) -> int:
     written += _write(auditing.audit_table(auditing.audit()), options.out, "")
     main_file = options.out / "tables.tex"
     main_file.write_text(render.latex_document([p.name for p in written if p.suffix == ".tex"]), encoding="utf-8")
-    console.print(
-        f"{len(written)} files in {options.out}; all LaTeX tables in one document: {main_file}", highlight=False
-    )
+    _say(f"{len(written)} files in {options.out}; all LaTeX tables in one document: {main_file}")
     for problem in refused:
-        errors.print(f"[bold red]refused:[/] {problem}", highlight=False, soft_wrap=True)
+        _complain("refused:", problem)
     return 2 if refused else 0
 
 
@@ -165,7 +165,7 @@ def _figures(options: argparse.Namespace) -> int:
     if not paths:
         raise ValueError(f"nothing to draw for {options.name}: no run stands beside a printed number")
     for path in paths:
-        console.print(f"figure: {path}", highlight=False)
+        _say(f"figure: {path}")
     return 0
 
 
@@ -177,7 +177,7 @@ def _report(options: argparse.Namespace) -> int:
     path = write_report(
         options.out if options.out.suffix == ".html" else options.out / "report.html", records, options.sweeps
     )
-    console.print(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB)", highlight=False)
+    _say(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB)")
     return 0
 
 
@@ -185,7 +185,7 @@ def _list(options: argparse.Namespace) -> int:
     """Names of the tables."""
     for name in spec_names():
         spec = find_spec(name)
-        console.print(f"{name:24} {spec.title}", highlight=False)
+        _say(f"{name:24} {spec.title}")
     return 0
 
 
@@ -207,9 +207,21 @@ def _records(options: argparse.Namespace, sweep: str | None = None) -> RecordSet
         warnings.simplefilter("ignore", DamagedRecordWarning)
         found = read_records(options.root, sweep)
     for damaged in found.damaged:
-        errors.print(f"[bold red]damaged record, left out:[/] {damaged}", highlight=False, soft_wrap=True)
+        _complain("damaged record, left out:", damaged)
+    if unchecked := [stored.name for stored in found if stored.unchecked]:
+        more = f" and {len(unchecked) - 3} more" if len(unchecked) > 3 else ""
+        _complain("note:", f"attachments without checksums (an older version's): {', '.join(unchecked[:3])}{more}")
     chosen = select(found, options.profile, options.protocol, options.runs or ())
     return RecordSet(tuple(newest(chosen) if options.newest else chosen), found.damaged)
+
+
+def _say(text: str) -> None:
+    """A line for the user; names in it are no markup."""
+    console.print(escape(printable(text)), highlight=False, soft_wrap=True)
+
+
+def _complain(label: str, what: object) -> None:
+    errors.print(f"[bold red]{label}[/] {escape(printable(str(what)))}", highlight=False, soft_wrap=True)
 
 
 def _filters(options: argparse.Namespace) -> str:
@@ -230,7 +242,7 @@ def _show(table: Table, options: argparse.Namespace, suffix: str = "") -> None:
     _print(table, options.format)
     if options.format is None:
         for path in _write(table, options.out, suffix):
-            console.print(f"written: {path}", highlight=False)
+            _say(f"written: {path}")
 
 
 def _write(table: Table, out: Path, suffix: str) -> list[Path]:

@@ -9,6 +9,7 @@ goes on where it stopped. Every row is compared with its checksum when the entry
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import mmap
@@ -24,7 +25,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from datamodules.cache.folder import entries, locked, make_room, remove
+from datamodules.cache.folder import CacheTooLargeError, entries, locked, make_room, remove
 from datamodules.problems import number_of
 from results.common.files import sync_folder, write_json
 
@@ -32,6 +33,7 @@ VERSION = 4
 """Of the layout and of the way features are computed; raising it makes all older entries stale."""
 
 DTYPES = ("float32", "float16")
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError)  # what reading a damaged entry may raise
 FLUSH_EVERY = 512  # rows
 RELEASE_EVERY = 32  # rows
 
@@ -188,14 +190,14 @@ def open_or_build(
         CacheTooLargeError: the entry alone would exceed the budget or the free disk space.
         NonFiniteFeaturesError: a feature is NaN or infinite.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    if (shared := _intact(root / spec.key)) is not None:
+        return shared  # without a lock: whoever may only read needs nothing more
+    root = _writable(root, announce)
     folder = root / spec.key
     with locked(root, spec.key, lambda: announce(f"Waiting for another process that writes {folder}")):
         if folder.exists():
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                cache = FeatureCache(folder)
-                if cache.is_intact():
-                    return cache
+            if (cache := _intact(folder)) is not None:
+                return cache
             announce(f"{folder} is damaged; it is built anew.")
             shutil.rmtree(folder)
         for old in entries(root):
@@ -204,6 +206,39 @@ def open_or_build(
                 remove(old)
         _build(root, spec, rows, compute, budget, announce)
         return FeatureCache(folder)
+
+
+def _intact(folder: Path) -> FeatureCache | None:
+    """The entry if it is there, complete and every row is as it was written."""
+    with contextlib.suppress(*_DAMAGE):
+        cache = FeatureCache(folder)
+        if cache.is_intact():
+            return cache
+    return None
+
+
+def _writable(root: Path, announce: Callable[[str], None]) -> Path:
+    """The folder of all entries, or one of this user's own if that cannot be written."""
+    with contextlib.suppress(PermissionError, OSError):
+        root.mkdir(parents=True, exist_ok=True)
+    if os.access(root, os.W_OK):
+        return root
+    own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unirecon"
+    announce(f"{root} cannot be written; this entry is built in {own} (cache.root names another place).")
+    own.mkdir(parents=True, exist_ok=True)
+    return own
+
+
+def _reserve(folder: Path, arrays: Iterable[str]) -> None:
+    """Takes the room of the arrays now: on a disk that fills up later, writing to mapped memory would kill the process."""
+    for name in arrays:
+        with open(folder / f"{name}.npy", "r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+            except (AttributeError, OSError) as error:  # not on every system and file system
+                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    shutil.rmtree(folder, ignore_errors=True)
+                    raise CacheTooLargeError(f"{folder.parent}: {os.strerror(error.errno)}") from error
 
 
 def _build(
@@ -242,6 +277,7 @@ def _build(
                 for name, values in batch.items()
             }
             checksums = np.lib.format.open_memmap(partial / "checksums.npy", "w+", np.uint64, (rows,))
+            _reserve(partial, [*arrays, "checksums"])
         end = done + len(masks)
         for name, values in batch.items():
             arrays[name][done:end] = values
@@ -271,7 +307,7 @@ def _flush(partial: Path, arrays: dict[str, np.ndarray], checksums: np.ndarray, 
 
 def _unfinished(partial: Path, rows: int) -> tuple[int, dict[str, np.ndarray], np.ndarray | None]:
     """(intact rows, arrays, checksums) of an interrupted build; (0, {}, None) if nothing of it can be used."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
+    with contextlib.suppress(*_DAMAGE):
         state = json.loads((partial / "state.json").read_text())
         arrays = {name: np.lib.format.open_memmap(partial / f"{name}.npy", "r+") for name in state["arrays"]}
         checksums = np.lib.format.open_memmap(partial / "checksums.npy", "r+")

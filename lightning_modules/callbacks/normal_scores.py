@@ -41,7 +41,10 @@ class NormalScores(L.Callback):
 
 def read(record: Path) -> pd.DataFrame | None:
     """The normal scores in a run's record; None in a record without them."""
-    return pd.read_csv(record / FILE) if (record / FILE).is_file() else None
+    if not (record / FILE).is_file():
+        return None
+    texts = {"category": str, "split": str, "path": str}
+    return pd.read_csv(record / FILE, dtype=texts, keep_default_na=False, na_values={"image_score": [""]})
 
 
 def p_values(scores: np.ndarray, normal: np.ndarray) -> np.ndarray:

@@ -239,6 +239,12 @@ def draw(
     return buffer.getvalue()
 
 
+def _image_scores(file: Path) -> pd.DataFrame:
+    """A record's image scores; names stay the texts that they are."""
+    texts = dict.fromkeys(("category", "dataset", "anomaly_type", "defect", "path"), str)
+    return pd.read_csv(file, dtype=texts, keep_default_na=False, na_values={"image_score": [""]})
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m lightning_modules.pictures.reconstructions", description=__doc__)
     parser.add_argument("run", type=Path, help="record of a finished run, results/runs/SWEEP/RUN")
@@ -259,7 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"error: {module.method} reconstructs nothing, so there is nothing to picture.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = module.to(device)
-    chosen = choose(pd.read_csv(options.run / "image_scores.csv"), data.table)
+    chosen = choose(_image_scores(options.run / "image_scores.csv"), data.table)
     wanted = parts(options.categories)
     if unknown := [name for name in wanted if name not in chosen]:
         parser.error(f"no anomalous test image of {', '.join(unknown)}; there are: {', '.join(chosen)}.")

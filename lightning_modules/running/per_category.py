@@ -148,8 +148,12 @@ def split(subcommand: str, config: Any) -> None:
 
 
 def run_names(names: list[str]) -> list[str]:
-    """The names as names of runs, all different: what these may not hold becomes ``_``."""
+    """The names as names of runs, all different: what these may not hold becomes ``_``.
+
+    A name that the command line would take for a number or for nothing (01, null) gets a word before it.
+    """
     plain = [re.sub(r"^[^A-Za-z0-9_]|[^A-Za-z0-9._=,+-]", "_", name) for name in names]
+    plain = [name if isinstance(yaml.safe_load(name), str) else f"category_{name}" for name in plain]
     return [name if plain.count(name) == 1 else f"{name}-{number}" for number, name in enumerate(plain)]
 
 
@@ -212,7 +216,7 @@ def join_attachments(folders: Iterable[tuple[str, Path]]) -> dict[str, bytes | s
             if relative in ("record.json", "metrics.csv", "history.csv", "config.yaml"):
                 continue
             if path.suffix == ".csv":
-                tables.setdefault(relative, []).append(pd.read_csv(path))
+                tables.setdefault(relative, []).append(pd.read_csv(path, dtype=str, keep_default_na=False))
             else:
                 files[f"{Path(relative).parent}/{name}-{path.name}" if relative in files else relative] = (
                     path.read_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lightning_modules.metrics import rendering
@@ -40,7 +41,9 @@ def print_metrics(table: pd.DataFrame) -> None:
         shown.add_column("category", no_wrap=True)
         of_categories = rows[rows.scope == "category"]
         defined = of_categories.groupby("metric").value.count()
-        everywhere = set(defined.index[defined == of_categories.category.nunique()])
+        keys = of_categories[["dataset", "category"]].drop_duplicates()
+        everywhere = set(defined.index[defined == len(keys)])
+        shared = set(keys.category[keys.category.duplicated()])  # the same name in two data sets
         columns = [c for c in SHOWN if c in (everywhere if c in OF_SOME_DATA else set(rows.metric))]
         for name in columns:
             shown.add_column(HEADINGS[name], justify="right")
@@ -48,11 +51,17 @@ def print_metrics(table: pd.DataFrame) -> None:
             if dataset and not category and rows.dataset[rows.scope == "category"].nunique() == 1:
                 continue  # the same as over all datasets
             values = group.set_index("metric").value
-            label = category or f"{scope}{f' of {dataset}' if dataset else ''}"
-            shown.add_row(label, *("-" if pd.isna(values.get(c)) else f"{100 * values[c]:.2f}" for c in columns))
+            label = (
+                f"{dataset}/{category}"
+                if category in shared
+                else category or f"{scope}{f' of {dataset}' if dataset else ''}"
+            )
+            shown.add_row(
+                escape(label), *("-" if pd.isna(values.get(c)) else f"{100 * values[c]:.2f}" for c in columns)
+            )
             reasons |= dict.fromkeys(
                 f"{label}: {r}" for r in group[group.metric.isin(columns)].reason.dropna().unique() if r
             )
         console.print(shown)
     for reason in reasons:
-        console.print(f"- {reason}", highlight=False)
+        console.print(f"- {escape(reason)}", highlight=False)

@@ -63,8 +63,8 @@ def check(run: RunConfig, configuration: Mapping[str, Any], fingerprint: str, le
     now = {**deciding(configuration, beside=EXTENDS), "fingerprint of the data": fingerprint[:12]}
     now = json.loads(json.dumps(now, default=str))
     file = run.work / BEGAN_AS
-    if left.exists() and file.is_file():
-        then = read_json(file)
+    then = read_json(file)  # empty after a lost power: then it is written anew
+    if left.exists() and then:
         keys = sorted(key for key in then | now if then.get(key) != now.get(key))
         if keys and not run.overwrite:
             lines = [f"  {key}: {then.get(key)} then, {now.get(key)} now" for key in keys[:6]]

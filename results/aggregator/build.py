@@ -100,7 +100,8 @@ def sweep_table(
             key = {**_merge(spec, row, column), "dataset": dataset}
             runs = {**row.runs, **column.runs}
             value = Value(reason="no run corresponds") if "absent" in runs else None
-            line.append(Cell(runs=value or pool.value(_query(spec, key, runs, keys, sweep=True)), key=key))
+            query = _query(spec, key, runs, keys, sweep=True)
+            line.append(Cell(runs=value or pool.value(query), key=key, variant=query.variant))
     if reference and "source" in spec.where:
         printed = read_published() if published is None else published
         paper = f"printed, {names.dataset_label(spec.where.get('dataset', ''))}".rstrip(", ")

@@ -10,7 +10,7 @@ import pandas as pd
 
 from results.aggregator.build import _known_keys as known_keys
 from results.aggregator.build import _sweep_rows, describe_runs, shouts
-from results.aggregator.records import StoredRecord
+from results.aggregator.records import RecordError, StoredRecord
 from results.aggregator.scores import Query, check_cell, check_table
 from results.aggregator.spec import Spec
 from results.aggregator.sweep_file import SweepFile, cell_key
@@ -49,6 +49,18 @@ def read_curve(stored: StoredRecord, name: str) -> Curve | None:
     return Curve(tuple(int(epoch) for epoch in means.index), tuple(float(value) for value in means))
 
 
+def with_history(records: Sequence[StoredRecord]) -> tuple[list[StoredRecord], list[str]]:
+    """The records whose history can be read, and why others cannot."""
+    good, problems = [], []
+    for stored in records:
+        try:
+            stored.history  # noqa: B018 - read on first use
+            good.append(stored)
+        except RecordError as error:
+            problems.append(f"Damaged record, left out: {error}")
+    return good, problems
+
+
 def cell_curves(
     spec: Spec, records: Sequence[StoredRecord], sweep: SweepFile | None
 ) -> list[tuple[str, list[StoredRecord]]]:
@@ -67,6 +79,7 @@ def curve_table(spec: Spec, records: Sequence[StoredRecord], sweep: SweepFile | 
     AUROCs in percent, drop in points, mean ± std over seeds. A cell without a curve is a dash and listed. Runs of
     different length are said so above the table, because a longer run has more time to fall.
     """
+    records, problems = with_history(records)
     entries, headers, _ = _sweep_rows(spec, records, sweep, known_keys(records, sweep))
     columns = [Column("first", "Loss", "loss", scientific=True), Column("final", "Loss", "loss", scientific=True)]
     for group in ("Image AUROC", "Pixel AUROC"):
@@ -95,7 +108,7 @@ def curve_table(spec: Spec, records: Sequence[StoredRecord], sweep: SweepFile | 
     check_table(used, where=f"the curves of sweep {spec.sweep}")
     table = Table(spec.name, spec.title, "runs", headers, rows, columns, cells, notes=list(spec.notes))
     table.missing = list(dict.fromkeys(missing))
-    table.warnings = shouts(records)
+    table.warnings = [*shouts(records), *problems]
     if len(last_epochs) > 1:
         table.warnings.append(f"Runs of different length in one table: last epochs {sorted(last_epochs)}.")
     table.caption = f"Peak: best epoch on the test set; drop: peak minus final, in points. {describe_runs(records)}"

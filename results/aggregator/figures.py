@@ -10,13 +10,22 @@ import matplotlib
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from results.aggregator.curves import DETECTION, LOCALISATION, LOSS, Curve, cell_curves, mean_curve, read_curve
+from results.aggregator.curves import (
+    DETECTION,
+    LOCALISATION,
+    LOSS,
+    Curve,
+    cell_curves,
+    mean_curve,
+    read_curve,
+    with_history,
+)
 from results.aggregator.names import COSTS, category_label, metric_label
 from results.aggregator.records import StoredRecord
 from results.aggregator.scores import cost, seed_means
 from results.aggregator.spec import Spec
 from results.aggregator.sweep_file import SweepFile
-from results.aggregator.table import Table
+from results.aggregator.table import Cell, Table
 
 matplotlib.use("Agg")
 
@@ -57,7 +66,7 @@ def curves_figure(spec: Spec, records: Sequence[StoredRecord], sweep: SweepFile 
     Thin lines are the seeds, the thick one their mean. The spec's `shares` are drawn on the axis of the AUROCs.
     """
     shares = dict(zip(spec.shares, SHARES, strict=False))
-    cells = [(label, mine) for label, mine in cell_curves(spec, records, sweep) if mine]
+    cells = [(label, mine) for label, mine in cell_curves(spec, with_history(records)[0], sweep) if mine]
     columns = min(3, max(1, len(cells)))
     lines = max(1, -(-len(cells) // columns))
     with rc_context(STYLE):
@@ -122,7 +131,7 @@ def ablation_bars(table: Table, records: Sequence[StoredRecord]) -> Figure:
                     continue
                 colour = BLUE if table.rows[i].default else "#9dbfe0"
                 axis.barh(i, value.mean, color=colour, height=0.62)
-                dots = _seed_dots([by_name[name] for name in value.records if name in by_name], row[j].key)
+                dots = _seed_dots([by_name[name] for name in value.records if name in by_name], row[j])
                 axis.plot(dots, [i] * len(dots), "o", ms=3.5, mfc="white", mec="#1d2733", mew=0.8)
                 everything += [value.mean, *dots]
             if everything:
@@ -137,13 +146,13 @@ def ablation_bars(table: Table, records: Sequence[StoredRecord]) -> Figure:
     return figure
 
 
-def _seed_dots(records: Sequence[StoredRecord], key: dict[str, str]) -> list[float]:
-    """The seeds' means over categories in percent."""
+def _seed_dots(records: Sequence[StoredRecord], cell: Cell) -> list[float]:
+    """The seeds' means over categories in percent, of the variant that the cell's number is of."""
     from results.aggregator.scores import Query  # local: figures are drawn without it elsewhere
 
     if not records:
         return []
-    query = Query(key["metric"], key["dataset"], variant="")
+    query = Query(cell.key["metric"], cell.key["dataset"], variant=cell.variant)
     return [100 * sum(values.values()) / len(values) for values in seed_means(records, query).values() if values]
 
 

@@ -9,12 +9,14 @@ A record is one folder ``<root>/<sweep>/<run>/`` with
 * optionally attachments, such as ``heatmaps/index.csv`` and the pictures that it lists (:data:`HEATMAP_COLUMNS`).
 
 A record is complete or absent: it is written to a hidden sibling folder, flushed, and renamed, which is atomic within
-one file system, local or shared. All scores are fractions in [0, 1]; tables print percent.
+one file system, local or shared. ``record.json`` lists the sha256 of every other file. All scores are fractions in
+[0, 1]; tables print percent. A record may come from anybody: what is wrong with it is found when it is read, by name.
 """
 
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -26,7 +28,7 @@ import socket
 import sys
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +38,8 @@ import numpy as np
 import pandas as pd
 
 from results.aggregator.sweep_file import cell_key
-from results.common.files import sync_folder
+from results.common import foreign
+from results.common.files import REPLACED, restore_replaced, sync_folder
 from results.common.nearest import did_you_mean
 from results.common.pair import plain
 
@@ -51,6 +54,8 @@ HISTORY_COLUMNS = ("epoch", "step", "metric", "value")
 #: Columns of an attached ``heatmaps/index.csv``; `rank` is worst, median or best, `file` is relative to ``heatmaps/``.
 HEATMAP_COLUMNS = ("dataset", "category", "rank", "defect", "image_score", "file", "caption")
 FILES = ("metrics.csv", "history.csv", "config.yaml")
+HEATMAPS = "heatmaps/index.csv"
+_NUMBERS = ("wall_seconds", "epochs", "seconds_per_epoch", "peak_memory_bytes")  # of the provenance, in tables
 # Families whose values are fractions; a 97.3 among them is a percentage by mistake.
 _FRACTION = re.compile(r"^(image|pixel|dsc|iou|pooled)(_|$)(?!.*threshold)")
 NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9._=,+\-]*$")
@@ -101,24 +106,30 @@ class RunRecord:
         for key in ("run", "sweep"):
             _check_name(key, getattr(self, key))
         for key in ("method", "profile", "resize"):
-            value = getattr(self, key)
-            if not isinstance(value, str) or not value:
-                raise RecordError(f"{key} is {value!r}; it must be a non-empty string")
+            _check_text(key, getattr(self, key))
         _check_choice("protocol", self.protocol, PROTOCOLS)
         _check_choice("setting", self.setting, SETTINGS)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, (int, np.integer)):
+        if not _is_whole(self.seed):
             raise RecordError(f"seed is {self.seed!r}; it must be an integer")
         size = self.image_size
         pair = isinstance(size, (tuple, list)) and len(size) == 2
-        if not pair or not all(isinstance(side, (int, np.integer)) and side > 0 for side in size):
+        if not pair or not all(_is_whole(side) and side > 0 for side in size):
             raise RecordError(f"image_size is {size!r}; it must be (height, width) in pixels")
         object.__setattr__(self, "image_size", (int(size[0]), int(size[1])))
         object.__setattr__(self, "seed", int(self.seed))
         for key in ("cell", "backbone", "metrics", "parameters", "provenance"):
             if not isinstance(getattr(self, key), dict):
                 raise RecordError(f"{key} is {type(getattr(self, key)).__name__}; it must be a mapping")
+        if not isinstance(self.notes, list) or not all(isinstance(note, str) for note in self.notes):
+            raise RecordError(f"notes is {str(self.notes)[:60]}; it must be a list of texts")
         _check_keys("backbone", self.backbone, ("name", "weights"))
+        _check_text("backbone name", self.backbone["name"])
         _check_keys("metrics", self.metrics, ("version",))
+        _check_text("metrics version", str(self.metrics["version"] or ""))
+        _check_kinds("metrics", self.metrics, dict, ("definitions",))
+        _check_kinds("parameters", self.parameters, (int, float, np.number), self.parameters)
+        _check_kinds("provenance", self.provenance, (int, float, np.number), _NUMBERS)
+        _check_kinds("provenance", self.provenance, dict, ("versions",))
         if not isinstance(self.datasets, list) or not self.datasets:
             raise RecordError(f"datasets is {self.datasets!r}; it must be a non-empty list")
         for position, dataset in enumerate(self.datasets):
@@ -126,8 +137,14 @@ class RunRecord:
             if not isinstance(dataset, dict):
                 raise RecordError(f"{where} is {dataset!r}; it must be a mapping")
             _check_keys(where, dataset, ("name", "fingerprint", "categories"))
+            for key in ("name", "fingerprint"):
+                _check_text(f"{where} {key}", dataset[key])
             if not dataset["categories"]:
                 raise RecordError(f"{where} ({dataset['name']}) lists no categories")
+            if not isinstance(dataset["categories"], (list, tuple)):
+                raise RecordError(f"{where} ({dataset['name']}): categories is no list but {dataset['categories']!r}")
+            for category in dataset["categories"]:
+                _check_text(f"{where} category", category)
 
     @property
     def random_weights(self) -> bool:
@@ -147,6 +164,8 @@ class StoredRecord:
     record: RunRecord
     path: Path
     columns: dict[str, list]  # the raw columns of metrics.csv; values are floats, NaN where undefined
+    files: dict[str, str] = field(default_factory=dict)  # sha256 of every file, as record.json lists them
+    unchecked: tuple[str, ...] = ()  # files beside them that an older version wrote without checksums
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
@@ -174,7 +193,15 @@ class StoredRecord:
     @cached_property
     def history(self) -> pd.DataFrame:
         """Long table with :data:`HISTORY_COLUMNS`, in the order it was logged."""
-        return pd.read_csv(self.path / "history.csv", dtype={"metric": str, "value": float})
+        kinds = {"metric": str, "value": float}
+        try:
+            table = pd.read_csv(
+                self.path / "history.csv", dtype=kinds, keep_default_na=False, na_values={"value": [""]}
+            )
+            table["epoch"] = pd.to_numeric(table["epoch"])
+        except (ValueError, KeyError, OverflowError) as error:
+            raise RecordError(f"{self.path / 'history.csv'} cannot be read: {error}") from None
+        return _checked_columns(table, HISTORY_COLUMNS, f"history of {self.name}")
 
     @cached_property
     def config_text(self) -> str:
@@ -184,15 +211,22 @@ class StoredRecord:
     @cached_property
     def heatmaps(self) -> pd.DataFrame:
         """The attached pictures (:data:`HEATMAP_COLUMNS` and `path`), empty if the run kept none."""
-        index = self.path / "heatmaps" / "index.csv"
-        if not index.is_file():
+        if not (self.path / HEATMAPS).exists():
             return pd.DataFrame(columns=[*HEATMAP_COLUMNS, "path"])
-        table = pd.read_csv(index, dtype=str, keep_default_na=False)
-        missing = [name for name in HEATMAP_COLUMNS if name not in table.columns]
-        if missing:
-            raise RecordError(f"{index} has no column {', '.join(missing)}; it needs {', '.join(HEATMAP_COLUMNS)}")
-        table["path"] = [str(index.parent / name) for name in table["file"]]
+        table = pd.DataFrame(_heatmap_index(self.path, self.files), columns=list(HEATMAP_COLUMNS))
+        table["path"] = [str(self.path / "heatmaps" / name) for name in table["file"]]
         return table
+
+    def picture(self, file: str) -> bytes:
+        """A picture that :attr:`heatmaps` lists under `file`; RecordError if it is not what the run wrote."""
+        name = f"heatmaps/{file}"
+        try:
+            content = foreign.file_inside(self.path, name).read_bytes()
+        except (foreign.ForeignError, OSError) as error:
+            raise RecordError(f"{self.name}: {error}") from None
+        if hashlib.sha256(content).hexdigest() != self.files.get(name, hashlib.sha256(content).hexdigest()):
+            raise RecordError(f"{self.name}: {name} is not what the run wrote (checksum differs)")
+        return content
 
 
 @dataclass(frozen=True)
@@ -203,7 +237,7 @@ class DamagedRecord:
     problem: str
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.problem}"
+        return f"{self.path}: {self.problem}".encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)
@@ -231,7 +265,8 @@ def record_path(root: str | Path, sweep: str, run: str) -> Path:
 
 
 def is_complete(root: str | Path, sweep: str, run: str) -> bool:
-    """Whether the run has left its record."""
+    """Whether the run has left its record; one that was being replaced when its process was killed comes back."""
+    restore_replaced(Path(root) / sweep)
     return (record_path(root, sweep, run) / "record.json").is_file()
 
 
@@ -260,6 +295,7 @@ def write_record(
         FileExistsError: the record exists and `overwrite` is False.
     """
     target = record_path(root, record.sweep, record.run)
+    restore_replaced(target.parent)
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} is already a record; remove it, choose another run name, or allow overwriting")
     label = f"{record.sweep}/{record.run}"
@@ -270,13 +306,13 @@ def write_record(
     }
     for name, content in (attachments or {}).items():
         relative = Path(name)
-        if relative.is_absolute() or ".." in relative.parts or name in (*FILES, "record.json"):
+        if relative.is_absolute() or "\\" in name or ".." in relative.parts or name in (*FILES, "record.json"):
             raise RecordError(f"attachment {name!r} must be a path inside the record and not one of its own files")
         if isinstance(content, Path):
             content = content.read_bytes()
-        contents[name] = content.encode() if isinstance(content, str) else content
+        contents[name] = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     description = asdict(record)
-    description["files"] = {name: hashlib.sha256(contents[name]).hexdigest() for name in FILES}
+    description["files"] = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     try:
         contents["record.json"] = (json.dumps(description, indent=1, allow_nan=False, default=_plain) + "\n").encode()
     except (TypeError, ValueError) as error:
@@ -300,18 +336,24 @@ def write_record(
     return target
 
 
-def read_record(path: str | Path) -> StoredRecord:
-    """Read one record folder; raises :class:`RecordError` naming the file and what is wrong with it."""
+def read_record(path: str | Path, pictures: bool = False) -> StoredRecord:
+    """Read one record folder; raises :class:`RecordError` naming the file and what is wrong with it.
+
+    Args:
+        path: The record's folder.
+        pictures: Compare the checksums of pictures too, which else happens when they are shown.
+    """
     path = Path(path)
     try:
-        raw = json.loads((path / "record.json").read_bytes())
-    except FileNotFoundError:
-        raise RecordError(f"{path} has no record.json") from None
-    except (ValueError, OSError) as error:
-        raise RecordError(f"{path / 'record.json'} is not readable JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise RecordError(f"{path / 'record.json'} holds {type(raw).__name__} instead of a mapping")
-    checksums = raw.pop("files", {})
+        return _read(path, pictures)
+    except foreign.ForeignError as error:
+        raise RecordError(f"{path}: {error}") from None
+
+
+def _read(path: Path, pictures: bool) -> StoredRecord:
+    raw = foreign.read_mapping(path, "record.json")
+    files = foreign.checksums(raw)
+    raw.pop("files", None)
     known = {item.name for item in fields(RunRecord)}
     unknown = sorted(set(raw) - known)
     if unknown:
@@ -321,14 +363,48 @@ def read_record(path: str | Path) -> StoredRecord:
     except (TypeError, RecordError) as error:
         raise RecordError(f"{path / 'record.json'}: {str(error).replace('RunRecord.__init__() ', '')}") from None
     for name in FILES:
-        if not (path / name).is_file():
-            raise RecordError(f"{path} has no {name}")
+        foreign.file_inside(path, name)
     content = (path / "metrics.csv").read_bytes()
-    for name, checksum in checksums.items():
-        data = content if name == "metrics.csv" else (path / name).read_bytes()
-        if hashlib.sha256(data).hexdigest() != checksum:
-            raise RecordError(f"{path / name} is not what the run wrote (checksum differs): cut off or edited by hand")
-    return StoredRecord(record, path, _parse_metrics(content, path / "metrics.csv"))
+    foreign.check_files(path, files, pictures)
+    columns = _parse_metrics(content, path / "metrics.csv")
+    _check_columns(columns, str(path / "metrics.csv"))
+    try:
+        foreign.check_yaml((path / "config.yaml").read_text(encoding="utf-8"), "config.yaml")
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{path / 'config.yaml'} is not UTF-8: {error}") from None
+    if (path / HEATMAPS).exists():
+        _heatmap_index(path, files)
+    unchecked = ()
+    if set(files) <= set(FILES):  # written before attachments had checksums, or there are none
+        unchecked = tuple(sorted({entry.name for entry in os.scandir(path)} - {*FILES, "record.json"}))
+    return StoredRecord(record, path, columns, files, unchecked)
+
+
+def _heatmap_index(path: Path, files: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """The rows of an attached ``heatmaps/index.csv``; RecordError if one names a file that is not the record's."""
+    index = path / HEATMAPS
+    try:
+        rows = list(csv.reader(io.StringIO(foreign.file_inside(path, HEATMAPS).read_text(encoding="utf-8"))))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise RecordError(f"{index} is not a CSV file: {error}") from None
+    head = rows[0] if rows else []
+    missing = [name for name in HEATMAP_COLUMNS if name not in head]
+    if missing:
+        raise RecordError(f"{index} has no column {', '.join(missing)}; it needs {', '.join(HEATMAP_COLUMNS)}")
+    found = []
+    for number, row in enumerate(rows[1:], start=2):
+        if len(row) != len(head):
+            raise RecordError(f"{index} line {number} has {len(row)} of {len(head)} fields")
+        line = dict(zip(head, row, strict=True))
+        try:
+            foreign.file_inside(path, f"heatmaps/{line['file']}")
+            float(line["image_score"])
+        except ValueError as error:
+            raise RecordError(f"{index} line {number}: {error}") from None
+        if set(files) - set(FILES) and f"heatmaps/{line['file']}" not in files:
+            raise RecordError(f"{index} line {number}: {line['file']!r} is none of the files that the run wrote")
+        found.append(tuple(line[name] for name in HEATMAP_COLUMNS))
+    return found
 
 
 def read_records(root: str | Path, sweep: str | None = None, warn: bool = True) -> RecordSet:
@@ -353,15 +429,22 @@ def read_records(root: str | Path, sweep: str | None = None, warn: bool = True) 
     records: list[StoredRecord] = []
     damaged: list[DamagedRecord] = []
     for folder in folders:
-        for run in _visible_folders(folder):
+        try:
+            restore_replaced(folder)
+            runs = _visible_folders(folder)
+        except OSError as error:
+            damaged.append(DamagedRecord(folder, f"cannot be read: {error.strerror}"))
+            continue
+        for run in runs:
             try:
                 stored = read_record(folder / run)
                 if (stored.record.sweep, stored.record.run) != (folder.name, run):
                     found = f"{stored.record.sweep}/{stored.record.run}"
                     raise RecordError(f"{folder / run} is a copy or was renamed: record.json says {found}")
                 records.append(stored)
-            except (RecordError, OSError) as error:
-                problem = str(error).removeprefix(f"{folder / run}").lstrip(":/ ")
+            except Exception as error:  # whatever one folder holds, the others are read
+                kind = "" if isinstance(error, (RecordError, OSError)) else f"{type(error).__name__}: "
+                problem = kind + str(error).removeprefix(f"{folder / run}").lstrip(":/ ")
                 damaged.append(DamagedRecord(folder / run, problem))
     if warn:
         for item in damaged:
@@ -395,6 +478,26 @@ def check_metrics(metrics: pd.DataFrame, where: str = "metrics") -> pd.DataFrame
     return table
 
 
+def _check_columns(columns: Mapping[str, Sequence[Any]], where: str) -> None:
+    """What :func:`check_metrics` checks, at the speed that thousands of records need; RecordError names the row."""
+    places = list(zip(*(columns[name] for name in ("scope", "dataset", "category", "metric")), strict=True))
+    for scope, dataset, category, metric in set(places):
+        _check_row(scope, dataset, category, metric, 0.0, "", where)
+    for position, value in enumerate(columns["value"]):
+        if not 0.0 <= value <= 1.0:  # also NaN
+            _check_row(*places[position], value, columns["reason"][position], where)
+    if min(columns["n"]) < 0:
+        raise RecordError(f"{where}: n is {min(columns['n'])}; it counts images or categories")
+    keys = list(zip(columns["variant"], places, strict=True))
+    if len(set(keys)) < len(keys):
+        seen: set[Any] = set()
+        variant, place = next(key for key in keys if key in seen or seen.add(key))
+        row = dict(zip(("scope", "dataset", "category", "metric"), place, strict=True))
+        raise RecordError(
+            f"{where}: two rows for variant={variant!r}, {', '.join(f'{k}={v!r}' for k, v in row.items())}"
+        )
+
+
 def _check_row(scope: str, dataset: str, category: str, metric: str, value: Any, reason: str, where: str) -> None:
     place = f"{where}: {metric} of {dataset or 'all datasets'}/{category or scope}"
     if scope not in SCOPES:
@@ -408,15 +511,15 @@ def _check_row(scope: str, dataset: str, category: str, metric: str, value: Any,
             raise RecordError(f"{place} has neither a value nor a reason for its absence")
     elif math.isinf(value):
         raise RecordError(f"{place} is infinite")
-    elif _FRACTION.match(metric) and not -1e-9 <= value <= 1 + 1e-9:
+    elif _is_fraction(metric) and not -1e-9 <= value <= 1 + 1e-9:
         raise RecordError(f"{place} is {value!r}; scores are fractions in [0, 1]")
 
 
 def _parse_metrics(content: bytes, file: Path) -> dict[str, list]:
     """Columns of metrics.csv. The csv module, not pandas: ten times faster on thousands of small files."""
     try:
-        rows = list(csv.reader(io.StringIO(content.decode())))
-    except (UnicodeDecodeError, csv.Error) as error:
+        rows = list(csv.reader(io.StringIO(content.decode("utf-8", "surrogateescape"))))
+    except csv.Error as error:
         raise RecordError(f"{file} is not a CSV file: {error}") from None
     if not rows or tuple(rows[0]) != METRIC_COLUMNS:
         raise RecordError(f"{file} has the columns {rows[0] if rows else 'none'}; it needs {', '.join(METRIC_COLUMNS)}")
@@ -440,10 +543,17 @@ def _parse_metrics(content: bytes, file: Path) -> dict[str, list]:
 
 def _rename(temporary: Path, target: Path, unique: str, overwrite: bool) -> None:
     """Put the finished folder in place; a rename onto a non-empty folder fails, so two writers cannot mix."""
-    if overwrite and target.exists():
-        old = target.parent / f".{target.name}.{unique}.old"
+    while overwrite and target.exists():
+        old = target.parent / f".{target.name}.{unique}{REPLACED}"
         os.rename(target, old)
-        os.rename(temporary, target)
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            if not target.exists():
+                os.rename(old, target)
+                raise
+            shutil.rmtree(old, ignore_errors=True)  # another process has filled the gap; its record is replaced in turn
+            continue
         shutil.rmtree(old, ignore_errors=True)
         return
     try:
@@ -464,7 +574,7 @@ def _checked_columns(table: pd.DataFrame, names: Sequence[str], where: str) -> p
 
 
 def _csv_bytes(table: pd.DataFrame) -> bytes:
-    return table.to_csv(index=False, lineterminator="\n").encode()
+    return table.to_csv(index=False, lineterminator="\n").encode("utf-8", "surrogateescape")
 
 
 def _plain(value: Any) -> Any:
@@ -476,6 +586,31 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"a {type(value).__name__} ({value!r})")
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_fraction(metric: str) -> bool:
+    return bool(_FRACTION.match(metric))
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _check_text(key: str, value: Any) -> None:
+    if not isinstance(value, str) or not value:
+        raise RecordError(f"{key} is {str(value)[:60]!r}; it must be a text that is not empty")
+
+
+def _check_kinds(where: str, mapping: Mapping[str, Any], kind: Any, keys: Iterable[str]) -> None:
+    """RecordError unless the values under the keys are of the kind, or None; booleans are no numbers."""
+    for key in keys:
+        value = mapping.get(key)
+        finite = not isinstance(value, float) or math.isfinite(value)
+        if value is None or (isinstance(value, kind) and not isinstance(value, bool) and finite):
+            continue
+        wanted = "a mapping" if kind is dict else "a finite number"
+        raise RecordError(f"{where}: {key} is {str(value)[:60]!r}; it must be {wanted}")
 
 
 def _check_name(key: str, name: Any) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import functools
+import html
 import io
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from results.aggregator.table import Cell, Column, Row, Table, Value
+from results.common.shown import printable, spelled
 
 FORMATS = ("terminal", "markdown", "csv", "latex", "html")
 SUFFIXES = {"markdown": "md", "csv": "csv", "latex": "tex", "html": "html"}
@@ -165,12 +168,12 @@ def markdown(table: Table) -> str:
             for column, cell in zip(table.columns, line, strict=True)
         ]
         lines.append("| " + " | ".join([*map(_md, labels(row)), *texts]) + " |")
-    lines += ["", table.caption] if table.caption else []
+    lines += ["", _md(table.caption)] if table.caption else []
     for note in table.notes:
-        lines += ["", note]
+        lines += ["", _md(note)]
     missing = missing_lines(table)
     if missing:
-        lines += ["", missing[0], "", *(f"- {text.strip()}" for text in missing[1:])]
+        lines += ["", _md(missing[0]), "", *(f"- {_md(text.strip())}" for text in missing[1:])]
     return "\n".join(lines) + "\n"
 
 
@@ -356,7 +359,12 @@ def _plain(value: float | None) -> str:
 
 
 def _md(text: str) -> str:
-    return text.replace("|", "\\|").replace("*", "\\*")
+    """Text for Markdown: no HTML, no link, no emphasis comes of it, and it stays in its line."""
+    plain = html.escape(" ".join(printable(text).split("\n")), quote=False).replace("&amp;", "&")
+    plain = re.sub(r"&(?=#?\w+;)", "&amp;", plain) if "&" in text else plain
+    for sign in ("|", "*", "`"):
+        plain = plain.replace(sign, f"\\{sign}")
+    return re.sub(r"\](?=[(\[:])", r"\]", plain)
 
 
 _TEX = {"\\": "\\textbackslash{}", "&": "\\&", "%": "\\%", "$": "\\$", "#": "\\#", "_": "\\_", "{": "\\{", "}": "\\}",
@@ -367,8 +375,19 @@ _TEX = {"\\": "\\textbackslash{}", "&": "\\&", "%": "\\%", "$": "\\$", "#": "\\#
 
 
 def tex(text: str) -> str:
-    """Text for LaTeX: special characters escaped, signs as mathematics."""
-    return "".join(_TEX.get(character, character) for character in text)
+    """Text for LaTeX: special characters escaped, signs as mathematics.
+
+    What a plain LaTeX has no letters for (Chinese, Greek outside of mathematics, control characters) stands as its code,
+    like ``u6728``.
+    """
+    return "".join(_TEX.get(character) or _tex_letter(character) for character in text)
+
+
+def _tex_letter(character: str) -> str:
+    if character == "\n":
+        return " "
+    known = character.isprintable() and (character in "–—‘’“”„…€" or ord(character) < 0x180)
+    return character if known else f"\\texttt{{{spelled(character).removeprefix(chr(92))}}}"
 
 
 def _tex_signs(text: str) -> str:

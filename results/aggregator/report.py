@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from results.aggregator import audit, figures, names, render
 from results.aggregator.build import category_tables, paper_table, sweep_table
 from results.aggregator.curves import curve_table
-from results.aggregator.records import RecordSet, StoredRecord
+from results.aggregator.records import RecordError, RecordSet, StoredRecord
 from results.aggregator.scores import ConflictError, kinds
 from results.aggregator.spec import Spec, SpecError, find_spec, spec_for_sweep, spec_names
 from results.aggregator.sweep_file import SweepFile, describe_cell, read_sweep
@@ -173,14 +173,17 @@ def _gallery(
         cell = f", {describe_cell(stored.record.cell)}" if stored.record.cell else ""
         title = f"{names.method_label(stored.record.method)}, {stored.record.profile} profile{cell}"
         pictures = []
-        for file, rows in stored.heatmaps.groupby("path", sort=False):
-            path = Path(file)
-            data = path.read_bytes() if path.is_file() else b""
+        for file, rows in stored.heatmaps.groupby("file", sort=False):
+            try:
+                data = stored.picture(file)
+            except RecordError as error:
+                pictures.append(("Left out", str(error), ""))
+                continue
             if not data or len(data) > left:
                 skipped += 1
                 continue
             left -= len(data)
-            kind = "png" if path.suffix == ".png" else "jpeg"
+            kind = "png" if file.endswith(".png") else "jpeg"
             category = f"{names.dataset_label(rows['dataset'].iloc[0])} / {rows['category'].iloc[0]}"
             ranks = ", ".join(f"{row.rank}: {row.defect} ({float(row.image_score):.3g})" for row in rows.itertuples())
             pictures.append((category, ranks, _uri(kind, data)))

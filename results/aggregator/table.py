@@ -33,6 +33,7 @@ class Cell:
     published: Value | None = None
     runs: Value | None = None
     key: dict[str, str] = field(default_factory=dict)
+    variant: str = ""  # of the runs, such as "selected at test"
 
     @property
     def main(self) -> Value:

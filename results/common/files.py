@@ -30,6 +30,10 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+REPLACED = ".old"
+"""Ending of a folder that is being replaced, see :func:`restore_replaced`."""
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file in one step."""
     with replacing(path) as part:
@@ -48,6 +52,24 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def restore_replaced(folder: Path) -> None:
+    """Bring back each record of a folder whose replacing was cut off between its two renames.
+
+    A record ``NAME`` is replaced by renaming it to ``.NAME.<who>.old`` (:data:`REPLACED`) and the new one to ``NAME``. A
+    process killed in between leaves no ``NAME``; the old one takes its place again.
+    """
+    if not folder.is_dir():
+        return
+    with os.scandir(folder) as entries:
+        left = [entry.name for entry in entries if entry.name.startswith(".") and entry.name.endswith(REPLACED)]
+    for name in left:
+        run = read_json(folder / name / "record.json").get("run")
+        target = folder / str(run)
+        if name.startswith(f".{run}.") and target.parent == folder and not target.exists():
+            with contextlib.suppress(OSError):  # not ours to write, or another process was faster
+                os.rename(folder / name, target)
 
 
 def sync_folder(folder: Path) -> None:

@@ -12,6 +12,13 @@ import yaml
 from results.common.nearest import did_you_mean
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
+_NUMBER = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+")
+_OTHER_NAMES = {  # what W&B calls otherwise, or draws by exponents
+    "log_uniform": "log_uniform_values", "loguniform": "log_uniform_values", "inv_log_uniform": "log_uniform_values",
+    "inv_log_uniform_values": "log_uniform_values", "q_log_uniform": "q_log_uniform_values", "log": "log_uniform_values",
+    "log_normal": "log_uniform_values", "q_normal": "normal", "gaussian": "normal", "int": "int_uniform",
+    "integer": "int_uniform", "randint": "int_uniform", "float": "uniform", "choice": "categorical", "grid": "categorical",
+}  # fmt: skip
 _DISTRIBUTIONS = {
     "constant": ("value",),
     "categorical": ("values", "probabilities"),
@@ -33,6 +40,17 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must be a mapping with name, method, parameters and command.")
     return content
+
+
+def numbers(value: Any) -> Any:
+    """The value with numbers as W&B's server reads them: ``1e-4``, in which Python's YAML sees a text, is one."""
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        return float(value)
+    if isinstance(value, list):
+        return [numbers(part) for part in value]
+    if isinstance(value, dict):
+        return {key: numbers(part) for key, part in value.items()}
+    return value
 
 
 def distribution(entry: Mapping[str, Any]) -> str:
@@ -64,6 +82,7 @@ def axis(entry: Mapping[str, Any]) -> list[Any] | None:
 
 def check_parameters(parameters: Any, path: Path) -> dict[str, dict[str, Any]]:
     """The parameters, if W&B and the command line understand them; ValueError names the key and what is allowed."""
+    parameters = numbers(parameters)
     if not isinstance(parameters, dict) or not parameters:
         raise ValueError(f"{path}: parameters must be a mapping of dotted command line keys to values.")
     for name, entry in parameters.items():
@@ -76,7 +95,9 @@ def check_parameters(parameters: Any, path: Path) -> dict[str, dict[str, Any]]:
             raise ValueError(f"{where} is nested; write each key with its dots, as on the command line ({name}.key).")
         kind = distribution(entry)
         if kind not in _DISTRIBUTIONS:
-            raise ValueError(f"{where}: distribution {kind!r} is unknown. {did_you_mean(str(kind), _DISTRIBUTIONS)}")
+            known = _OTHER_NAMES.get(str(kind).lower().replace("-", "_"))
+            hint = f"Did you mean {known!r}?" if known else did_you_mean(str(kind), _DISTRIBUTIONS)
+            raise ValueError(f"{where}: distribution {kind!r} is unknown. {hint}")
         allowed = ("distribution", *_DISTRIBUTIONS[kind])
         for key in entry:
             if key not in allowed:
@@ -88,6 +109,11 @@ def check_parameters(parameters: Any, path: Path) -> dict[str, dict[str, Any]]:
             raise ValueError(f"{where}: {', '.join(missing)} missing for a {kind} parameter; found {entry!r}.")
         if kind == "categorical" and (not isinstance(entry["values"], list) or not entry["values"]):
             raise ValueError(f"{where}: values must be a list with at least one value; found {entry['values']!r}.")
+        for key in ("min", "max", "mu", "sigma", "q"):
+            if key in entry and (isinstance(entry[key], bool) or not isinstance(entry[key], (int, float))):
+                raise ValueError(f"{where}: {key} is {entry[key]!r}, which is no number.")
+        if "log_" in kind and entry["min"] <= 0:
+            raise ValueError(f"{where}: min {entry['min']} of a {kind} parameter must be above 0; uniform takes any.")
         if "max" in entry and not entry["min"] < entry["max"]:
             raise ValueError(f"{where}: min {entry['min']} is not below max {entry['max']}.")
         if any(value is None for value in (*entry.get("values", ()), entry.get("value", 0))):

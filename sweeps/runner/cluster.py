@@ -21,8 +21,11 @@ from typing import Any
 
 import yaml
 from rich.console import Console
+from rich.markup import escape
 
-from results.common.files import read_json, write_text
+from results.common import foreign
+from results.common.files import write_text
+from results.common.shown import printable
 from sweeps.runner import command, preflight, prepare, sweep_file
 from sweeps.runner.errors import SweepError
 from sweeps.runner.expansion import SEED, Cell, draw
@@ -31,7 +34,8 @@ from sweeps.runner.process import die_with_parent
 from sweeps.runner.state import RECORDS, WORK
 
 ARTIFACT = "run-record"
-_WITHOUT = "without a record"
+_WITHOUT, _BROKEN = "without a record", "broken"
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=,+-]*")  # of a sweep or run, as records have them
 _SWEEP = re.compile(r"[^/\s]+/[^/\s]+/[^/\s]+")
 
 
@@ -148,17 +152,27 @@ def pull(options: argparse.Namespace, console: Console) -> int:
         runs = list(wandb.Api().sweep(options.sweep).runs)
     except (ValueError, wandb.errors.CommError) as error:
         raise SweepError(f"W&B has no sweep {options.sweep} for you: {error}") from error
-    outcomes = [_fetch(run) for run in runs]
-    counts = [f"{outcomes.count(what)} {what}" for what in ("new", "here already", _WITHOUT)]
-    console.print(f"{options.sweep}: runs: {len(runs)}, {', '.join(counts)}", highlight=False)
+    outcomes, broken = [], []
+    for run in runs:
+        try:
+            outcomes.append(_fetch(run))
+        except Exception as error:  # whatever one run holds, the others arrive
+            outcomes.append(_BROKEN)
+            broken.append(f"{run.name}: {error}" if isinstance(error, SweepError) else f"{run.name}: {error!r}")
+    counts = [
+        f"{outcomes.count(what)} {what}" for what in ("new", "here already", _WITHOUT, _BROKEN)[: 4 if broken else 3]
+    ]
+    console.print(escape(f"{options.sweep}: runs: {len(runs)}, {', '.join(counts)}"), highlight=False)
+    for text in broken:
+        console.print(f"[bold red]broken:[/] {escape(printable(text))}", highlight=False)
     missing = [f"{run.name} ({run.state})" for run, what in zip(runs, outcomes, strict=True) if what == _WITHOUT]
     if missing:
         console.print(
-            f"Without a record: {', '.join(missing)}. W&B hands out a failed or crashed cell of a grid again once its run "
-            "is deleted on the sweep's page and the sweep resumed.",
+            f"Without a record: {escape(printable(', '.join(missing)))}. W&B hands out a failed or crashed cell of a "
+            "grid again once its run is deleted on the sweep's page and the sweep resumed.",
             highlight=False,
         )
-    return int(bool(missing))
+    return int(bool(missing or broken))
 
 
 def _fetch(run: Any) -> str:
@@ -181,9 +195,13 @@ def _fetch(run: Any) -> str:
 
 def _place(folder: Path, name: str) -> Path:
     """Where a fetched record belongs: the sweep and run that it names itself; SweepError if it does not."""
-    record: Mapping[str, Any] = read_json(folder / "record.json")
+    try:
+        record: Mapping[str, Any] = foreign.read_mapping(folder, "record.json")
+        foreign.check_files(folder, foreign.checksums(record))
+    except foreign.ForeignError as error:
+        raise SweepError(f"The record of W&B run {name} is damaged: {error}.") from None
     parts = [record.get("sweep"), record.get("run")]
     for part in parts:
-        if not isinstance(part, str) or not part or Path(part).name != part or part.startswith("."):
+        if not isinstance(part, str) or not _NAME.fullmatch(part):
             raise SweepError(f"The record of W&B run {name} names the sweep and run {parts!r}; it cannot be filed.")
     return RECORDS.joinpath(*parts)

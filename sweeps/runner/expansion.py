@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from results.common.nearest import did_you_mean
-from results.common.sweep_file import axis, distribution
+from results.common.sweep_file import axis, distribution, numbers
 from sweeps.runner.errors import SweepError
 
 SEED = "seed_everything"
@@ -114,7 +114,7 @@ def select(cells: list[Cell], only: list[str], path: Path) -> list[Cell]:
             found = f"fits several parameters: {', '.join(matches)}" if matches else "is no parameter of this sweep"
             hint = did_you_mean(key, [*known, *(name.rsplit(".", 1)[-1] for name in known)])
             raise SweepError(f"--only {condition!r}: {key!r} {found} ({path}). {hint}")
-        wanted.setdefault(matches[0], []).append(yaml.safe_load(text))
+        wanted.setdefault(matches[0], []).append(numbers(yaml.safe_load(text)))
     for name, values in wanted.items():
         occurring = unique([cell.parameters[name] for cell in cells])
         for value in values:

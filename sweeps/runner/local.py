@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any
 
 import yaml
+from rich.markup import escape
 
 from results.common.files import read_json, write_json, write_text
 from results.common.lock import Lock
@@ -282,7 +283,7 @@ class Runner:
         if self._stop_reason:
             return
         self._stop_reason = reason
-        self._display.say(f"[bold red]{reason}[/] Finished cells are kept; nothing is lost.")
+        self._display.say(f"[bold red]{escape(reason)}[/] Finished cells are kept; nothing is lost.")
         for job in self._running():
             job.process.terminate()
 

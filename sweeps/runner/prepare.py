@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from results.common.environment import parse, parts
 from results.common.files import read_json, write_json
 from results.common.lock import Lock
@@ -101,7 +103,7 @@ def _make_synthetic(root: Path, options: tuple[str, ...], say: Callable[[str], N
     with Lock(WORK / "synthetic.lock"):
         if root.is_dir() and any(root.iterdir()):
             return
-        say(f"Making the embedded benchmark in {root}.")
+        say(f"Making the embedded benchmark in {escape(str(root))}.")
         # It appears complete or not at all.
         code = subprocess.run([sys.executable, "-m", "datamodules", "synthetic", str(root), *options]).returncode
         if code:

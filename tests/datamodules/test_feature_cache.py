@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import resource
@@ -288,3 +289,47 @@ def _growth(root: Path, rows: int) -> int:
         batches[list(range(start, start + 4))]
         peaks.append(resident())
     return max(peaks) - before
+
+
+def test_an_entry_of_another_user_is_read_without_writing_anything(tmp_path, monkeypatch):
+    open_or_build(tmp_path, spec(), ROWS, Backbone(), BUDGET)
+    for lock in tmp_path.glob("*.lock"):
+        lock.unlink()
+
+    def refuse(*_):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr("datamodules.cache.entry.locked", refuse)
+    monkeypatch.setattr(os, "utime", refuse)
+    backbone = Backbone()
+    assert open_or_build(tmp_path, spec(), ROWS, backbone, BUDGET).is_intact()
+    assert backbone.calls == []
+
+
+def test_an_entry_that_is_missing_in_another_users_folder_is_built_in_ones_own(tmp_path, monkeypatch):
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != shared)
+    said: list[str] = []
+    cache = open_or_build(shared, spec(), ROWS, Backbone(), BUDGET, said.append)
+    assert cache.folder.is_relative_to(tmp_path / "own")
+    assert list(shared.iterdir()) == []
+    assert f"{shared} cannot be written" in said[0]
+
+
+def test_a_disk_that_is_full_is_said_before_the_first_row_is_written(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(CacheTooLargeError, match="No space left"):
+        open_or_build(tmp_path, spec(), ROWS, Backbone(), BUDGET)
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.parametrize("file", ["meta.json", "level0.npy", "checksums.npy"])
+def test_an_entry_with_an_empty_file_after_a_lost_power_is_built_anew(tmp_path, file):
+    folder = open_or_build(tmp_path, spec(), ROWS, Backbone(), BUDGET).folder
+    (folder / file).write_bytes(b"")
+    assert open_or_build(tmp_path, spec(), ROWS, Backbone(), BUDGET).is_intact()

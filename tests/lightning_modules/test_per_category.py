@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import pytest
+import yaml
 
+from lightning_modules.running import per_category
 from lightning_modules.running.command_line import main
 from lightning_modules.running.per_category import run_names
+from lightning_modules.running.printing import print_metrics
 
 
 def test_names_of_runs_hold_plain_characters_and_stay_different():
@@ -37,3 +41,27 @@ def test_predict_on_several_models_names_the_record_of_one(project, data_root):
     folder = str(refusal.value).partition("RUN=")[2].rstrip(").")
     main(["predict", f"--config={folder}/config.yaml", images, "--trainer.logger=false"])
     assert (project.results / "work/single/first/work/categories/bolt/predictions/scores.csv").is_file()
+
+
+def test_categories_whose_names_look_like_numbers_or_nothing_stay_texts(tmp_path):
+    names = ["01", "02", "NA", "null", "1e3", "bolt"]
+    runs = per_category.run_names(names)
+    assert len(set(runs)) == len(names)
+    assert all(isinstance(yaml.safe_load(run), str) for run in runs), "the command line takes them for texts"
+    folders = []
+    for name, run in zip(names, runs, strict=True):
+        folder = tmp_path / run
+        folder.mkdir()
+        (folder / "image_scores.csv").write_text(f"id,category,image_score,defect\n0,{name},0.10,\n")
+        folders.append((run, folder))
+    lines = per_category.join_attachments(folders)["image_scores.csv"].splitlines()
+    assert lines[1:] == [f"0,{name},0.10," for name in names]
+
+
+def test_a_category_that_two_data_sets_share_is_shown_with_its_data_set(capsys):
+    rows = [("", "category", dataset, "wood", "image_auroc", 0.9, 4, "") for dataset in ("a", "b")]
+    columns = ["variant", "scope", "dataset", "category", "metric", "value", "n", "reason"]
+    print_metrics(pd.DataFrame(rows, columns=columns))
+    printed = capsys.readouterr().out
+    assert "a/wood" in printed
+    assert "b/wood" in printed

@@ -10,6 +10,7 @@ from results.aggregator.build import paper_table, sweep_table
 from results.aggregator.curves import Curve, curve_table, read_curve
 from results.aggregator.spec import Entry, Spec, find_spec
 from results.aggregator.sweep_file import read_sweep
+from results.aggregator.table import Cell
 
 KEY = "model.init_args.network"
 IMAGE = [0.70, 0.92, 0.85, 0.80]
@@ -146,3 +147,12 @@ def test_the_command_line_writes_the_curves_table_and_figure(runs, tmp_path, swe
     assert main(["figures", "uniad_1", *arguments]) == 2, "no run of MVTec AD: nothing to draw"
     assert main(["figures", "identical_shortcut", *arguments, "--suffix", "svg"]) == 0
     assert (tmp_path / "out" / "identical_shortcut.svg").read_text().startswith("<?xml")
+
+
+def test_the_dots_of_a_variants_row_are_the_variants_own(runs):
+    for seed in (0, 1):
+        keys = {("at test", c, "image_auroc"): 0.8 + seed / 100 for c in ("bolt", "gear", "tile")}
+        runs.add("mask", {"model.size": 1}, seed, value=0.5, variants=("", "at test"), values=keys)
+    records = runs.read("mask")
+    cell = Cell(key={"metric": "image_auroc", "dataset": "synthetic"}, variant="at test")
+    assert figures._seed_dots(records, cell) == pytest.approx([80.0, 81.0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import signal
@@ -165,6 +167,45 @@ def test_pull_files_a_record_under_the_names_it_bears_and_never_replaces_one(
     assert '"x": 1' in Path("results/runs/toy/a1/record.json").read_text()
     assert cluster._fetch(run_with(Artifact({}, "model"))) == "without a record"
     assert [path.name for path in Path("results/runs").iterdir()] == ["toy"], "nothing half-made stays"
+
+
+def test_pull_brings_the_other_runs_when_some_are_broken_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+
+    import wandb
+    from rich.console import Console
+
+    def lost() -> list[Artifact]:
+        raise OSError("gone [/]")
+
+    def record(name: str) -> str:
+        return json.dumps({"sweep": "toy", "run": name, "files": {"metrics.csv": hashlib.sha256(b"a").hexdigest()}})
+
+    runs = [
+        SimpleNamespace(
+            name="misnamed", logged_artifacts=lambda: [Artifact({"record.json": '{"sweep": "..", "run": "a"}'})]
+        ),
+        SimpleNamespace(
+            name="cut", logged_artifacts=lambda: [Artifact({"record.json": record("cut"), "metrics.csv": "b"})]
+        ),
+        SimpleNamespace(name="lost", logged_artifacts=lost),
+        SimpleNamespace(
+            name="good", logged_artifacts=lambda: [Artifact({"record.json": record("good"), "metrics.csv": "a"})]
+        ),
+    ]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(sweep=lambda name: SimpleNamespace(runs=runs)))
+    output = io.StringIO()
+    assert cluster.pull(SimpleNamespace(sweep="me/p/s"), Console(file=output, width=300)) == 1
+    assert [path.name for path in Path("results/runs/toy").iterdir()] == ["good"]
+    said = output.getvalue()
+    assert "1 new" in said
+    assert "3 broken" in said
+    assert "gone [/]" in said
+    for name in ("misnamed", "cut", "lost"):
+        assert f"broken: {name}" in said
 
 
 @pytest.mark.parametrize("record", ['{"sweep": "..", "run": "a"}', '{"sweep": "toy", "run": "a/b"}', "{}", "{"])

@@ -133,6 +133,42 @@ def test_continuous_range_in_a_grid_is_refused(tmp_path: Path) -> None:
         sweep_file.load(write(tmp_path, {"a": {"min": 0.0, "max": 1.0}})).cells()
 
 
+def text_file(folder: Path, parameters: str, method: str = "grid") -> str:
+    path = folder / "toy.yaml"
+    command = "[python, program.py, '${args}']"
+    path.write_text(f"name: toy\nmethod: {method}\nrun_cap: 5\nparameters: {parameters}\ncommand: {command}\n")
+    return str(path)
+
+
+def test_numbers_with_exponents_are_numbers_however_they_are_spelled(tmp_path: Path) -> None:
+    sweep = sweep_file.load(text_file(tmp_path, "{lr: {values: [1e-4, 0.0001, 1.0e-4]}, w: {values: [[1e-3, 2]]}}"))
+    cells = sweep.cells()
+    assert [cell.parameters for cell in cells] == [{"lr": 0.0001, "w": [0.001, 2]}], "equal values are one cell"
+    for text in ("lr=1e-4", "lr=1.0e-4", "lr=0.0001", "lr=.1e-3"):
+        assert sweep_file.select(cells, [text], Path("toy.yaml")) == cells
+
+
+@pytest.mark.parametrize("kind", ["", ", distribution: log_uniform_values"])
+def test_range_whose_ends_have_exponents_is_drawn_from(tmp_path: Path, kind: str) -> None:
+    sweep = sweep_file.load(text_file(tmp_path, f"{{lr: {{min: 1e-5, max: 1e-2{kind}}}}}", "random"))
+    assert all(1e-5 <= cell.parameters["lr"] <= 1e-2 for cell in sweep.cells())
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("{distribution: log_uniform, min: 1e-5, max: 1e-2}", "Did you mean 'log_uniform_values'"),
+        ("{distribution: q_log_uniform, min: 1, max: 9, q: 2}", "Did you mean 'q_log_uniform_values'"),
+        ("{distribution: choice, values: [1]}", "Did you mean 'categorical'"),
+        ("{distribution: log_uniform_values, min: 0, max: 1}", "must be above 0"),
+        ("{min: a, max: 1}", "min is 'a', which is no number"),
+    ],
+)
+def test_wrong_range_names_the_right_one(tmp_path: Path, entry: str, message: str) -> None:
+    with pytest.raises(SweepError, match=message):
+        sweep_file.load(text_file(tmp_path, f"{{lr: {entry}}}", "random"))
+
+
 def test_unknown_ablation_suggests_the_nearest_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sweeps").mkdir()
     (tmp_path / "sweeps" / "feature_jitter.yaml").write_text("")
