@@ -20,7 +20,7 @@ from lightning_modules.running.checkpoints import WholeCheckpoints
 from lightning_modules.running.command_line import main
 
 
-class Interruption(RuntimeError):
+class Interruption(BaseException):
     """Stands for a power cut."""
 
 
