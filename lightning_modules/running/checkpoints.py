@@ -42,7 +42,10 @@ class WholeCheckpoints(TorchCheckpointIO):
         content = io.BytesIO()
         torch.save(checkpoint, content)
         with replacing(path) as part:
-            part.write_bytes(content.getbuffer())
+            with part.open("wb") as file:
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())  # whole before the last one is moved
             if path.is_file() and path.name == "last.ckpt":
                 _keep(path)
 
@@ -70,10 +73,10 @@ def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
             return content
         what = f"it holds a {type(content).__name__}, not a training's state"
     except pickle.UnpicklingError as error:
-        if zipfile.is_zipfile(path) and "Unsupported" in str(error):
+        if "GLOBAL" in str(error) or "Unsupported" in str(error):
             what = "it asks for classes beyond tensors and plain values, which are not built"
         else:
-            what = "it is no file that torch has saved"
+            what = "it is damaged" if zipfile.is_zipfile(path) else "it is no file that torch has saved"
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError):
         what = "it is cut off or damaged"
     if path.stat().st_size == 0:

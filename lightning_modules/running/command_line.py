@@ -296,6 +296,9 @@ class UniReconCLI(LightningCLI):
     def _configuration(self) -> dict[str, Any]:
         return json.loads(self._parser(self.subcommand).dump(self.config[self.subcommand], format="json"))
 
+    def _parse_ckpt_path(self) -> None:
+        """A checkpoint gives weights; options that one may hold are not taken over."""
+
     # ---- running -----------------------------------------------------------------------------------------------------
 
     def _run_subcommand(self, subcommand: str) -> None:

@@ -102,7 +102,8 @@ def read(file: Path, methods: Iterable[type]) -> dict[str, Any]:
         kept["cache"] = {"mode": cache["mode"]}
     trainer = content.get("trainer")
     if isinstance(trainer, dict):
-        kept["trainer"] = {key: trainer[key] for key in TRAINER if _plain(trainer.get(key))}
+        words = {key: trainer[key] for key in TRAINER if _plain(trainer.get(key))}
+        kept["trainer"] = {key: word for key, word in words.items() if not (isinstance(word, str) and "." in word)}
         if trainer.get("logger") is False:
             kept["trainer"]["logger"] = False
     return kept
@@ -156,7 +157,9 @@ def _of_torch(path: str) -> bool:
 
 def _plain(value: Any) -> bool:
     """A number, or a word that cannot be the path of a class."""
-    return isinstance(value, (bool, int, float)) or (isinstance(value, str) and bool(re.fullmatch(r"[\w=,+-][\w.=,+-]*", value)))
+    return isinstance(value, (bool, int, float)) or (
+        isinstance(value, str) and bool(re.fullmatch(r"[\w=,+-][\w.=,+-]*", value))
+    )
 
 
 def _as_given(folder: Path) -> str:

@@ -37,7 +37,11 @@ def trainer(options: Mapping[str, Any]) -> None:
     """
     for name, whole in PARTS.items():
         value = options.get(name)
-        if value is not None and value != whole and not (name.startswith("limit") and value == 1.0 and isinstance(value, float)):
+        if (
+            value is not None
+            and value != whole
+            and not (name.startswith("limit") and value == 1.0 and isinstance(value, float))
+        ):
             raise SystemExit(
                 f"error: trainer.{name}={value} trains or scores a part only, and the record would not be of the whole "
                 "data. For a short run use fewer categories (CATEGORIES=), PROFILE=demo or fewer --trainer.max_epochs."
@@ -140,7 +144,9 @@ def notes(options: Mapping[str, Any], batches: int | None, epochs: int) -> list[
     """
     out = []
     if batches == 0 or (batches is None and epochs == 0):
-        out.append("NOTHING WAS TRAINED: the network is as it was initialised, and no number says anything of the method")
+        out.append(
+            "NOTHING WAS TRAINED: the network is as it was initialised, and no number says anything of the method"
+        )
     cuts = [f"{name}={options[name]}" for name in CUTS if options.get(name) not in (None, -1)]
     if cuts:
         out.append(f"the length of the training was set by {', '.join(cuts)}: {epochs} whole epochs")

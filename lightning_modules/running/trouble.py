@@ -19,8 +19,8 @@ def debugging(arguments: Sequence[str]) -> tuple[list[str], bool]:
 def sentence(error: Exception) -> str:
     """What the error says, with the place in the code if it is not one that we word ourselves."""
     text = str(error).strip() or "no reason given"
-    if isinstance(error, OSError) and error.filename is not None:
-        text = f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     own = isinstance(error, (ValueError, OSError)) or type(error).__name__ == "MisconfigurationException"
     if own or type(error).__module__.split(".")[0] in ("lightning_modules", "datamodules", "models", "results"):
         return f"error: {text}"

@@ -82,7 +82,9 @@ def test_a_damaged_checkpoint_without_another_is_refused_in_a_sentence(interrupt
     assert "\n" not in caught.value.code
 
 
-def test_sigterm_during_the_evaluation_leaves_at_once_and_the_run_is_only_scored_again(project, uninterrupted, monkeypatch):
+def test_sigterm_during_the_evaluation_leaves_at_once_and_the_run_is_only_scored_again(
+    project, uninterrupted, monkeypatch
+):
     batches = []
 
     def ask(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):

@@ -105,7 +105,9 @@ def test_places_that_a_foreign_record_names_are_not_used(record, data_root, tmp_
     assert not (tmp_path / "elsewhere").exists()
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "&a [*a]", "[" * 5000, "- !!python/object/apply:os.system ['true']"])
+@pytest.mark.parametrize(
+    "text", ["[1, 2]", "a: [", "&a [*a]", "[" * 5000, "- !!python/object/apply:os.system ['true']"]
+)
 def test_what_is_no_configuration_is_refused_in_a_sentence(record, data_root, text):
     (record / "config.yaml").write_text(text)
     with pytest.raises(SystemExit, match=r"^error: .*config\.yaml"):
@@ -141,9 +143,9 @@ def test_pickle_in_a_checkpoint_is_not_run(record, data_root, project, tmp_path,
         elif how == "reconstructions":
             load_run(record)
         elif how == "ckpt_path":
-            project.run(f"--ckpt_path={last}")
+            project.run(f"--ckpt_path={last}", name="other")
         else:
-            (project.checkpoint().parent).mkdir(parents=True)
-            shutil.copy(last, project.checkpoint())
-            project.run()
+            project.checkpoint("other").parent.mkdir(parents=True)
+            shutil.copy(last, project.checkpoint("other"))
+            project.run(name="other")
     assert not Path("ran").exists()

@@ -36,7 +36,7 @@ def _refusal(project, *more: str, command: str = "fit") -> str:
         ("--trainer.strategy=ddp_spawn", "use ddp"),
         ("--trainer.devices=0", "at least 1"),
         ("--seed_everything=-1", "from 0 to"),
-        ("--trainer.max_epoch=1", "--trainer.max_epochs"),
+        ("--trainer.max_epoch=1", "Did you mean 'trainer.max_epochs'"),
         ("--ckpt_path=http://example.org/a.ckpt", "not a file on this machine"),
         ("--ckpt_path=best", "not a file on this machine"),
     ],

@@ -35,7 +35,9 @@ def test_overwriting_begins_anew_whatever_time_the_checkpoint_bears(project):
     project.run()
     for shift in (3600, -3600):
         os.utime(project.checkpoint(), (time.time() + shift,) * 2)
-        record = project.fit("--run.overwrite=true", "--seed_everything=1", f"--trainer.max_epochs={1 if shift > 0 else 2}")
+        record = project.fit(
+            "--run.overwrite=true", "--seed_everything=1", f"--trainer.max_epochs={1 if shift > 0 else 2}"
+        )
         assert len(project.losses()) == (1 if shift > 0 else 2)
         assert record.record.seed == 1
 
@@ -50,7 +52,9 @@ def test_overwriting_begins_anew_beside_a_checkpoint_of_the_future_that_nothing_
     assert project.record().record.provenance["seconds_per_epoch"] > 0
 
 
-def test_an_image_that_changes_during_the_training_is_named_in_the_record(tmp_path, write_data, make_project, monkeypatch):
+def test_an_image_that_changes_during_the_training_is_named_in_the_record(
+    tmp_path, write_data, make_project, monkeypatch
+):
     project = make_project(tmp_path, write_data(tmp_path / "data"))
     victim = tmp_path / "data" / "disc" / "train" / "good" / "001.png"
     original = EpochSeed.on_train_epoch_start
