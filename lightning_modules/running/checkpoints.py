@@ -7,7 +7,6 @@ import io
 import os
 import pickle
 import shutil
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +75,13 @@ def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
         if "GLOBAL" in str(error) or "Unsupported" in str(error):
             what = "it asks for classes beyond tensors and plain values, which are not built"
         else:
-            what = "it is damaged" if zipfile.is_zipfile(path) else "it is no file that torch has saved"
+            what = "it is cut off or damaged"
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError):
         what = "it is cut off or damaged"
-    if path.stat().st_size == 0:
-        what = "it is empty"
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start != b"PK":  # what torch saves is a zip file
+        what = "it is no file that torch has saved" if start else "it is empty"
     raise CheckpointError(
         f"{path} cannot be read as a checkpoint: {what}. Delete it to begin anew, or give another one (--ckpt_path)."
     )

@@ -288,6 +288,7 @@ class UniReconCLI(LightningCLI):
 
         run = self.run_config
         run.work.mkdir(parents=True, exist_ok=True)
+        tracking.announce(run)
         logger = WandbLogger(**tracking.settings(run, self._configuration()), save_dir=str(run.work))
         # Lightning always passes this setting, and W&B warns of its end in every run.
         vars(logger).get("_wandb_init", {}).pop("anonymous", None)
@@ -421,7 +422,7 @@ class UniReconCLI(LightningCLI):
         if self.subcommand == "fit":
             checkpoints.note_recorded(self.run_config.work / "checkpoints" / "last.ckpt")
         if trainer.logger is not None:
-            tracking.log_record(path, self.evaluation.result.table)
+            tracking.log_record(path, self.evaluation.result.table, self.run_config.upload)
         rank_zero_info(f"Run record: {path}")
 
     def _scored_before(self) -> StoredRecord | None:

@@ -57,11 +57,12 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(interrupted, uninterrupted, capfd, damage):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(interrupted, uninterrupted, caplog, damage):
     spoil, what = DAMAGES[damage]
     spoil(interrupted.checkpoint())
-    interrupted.run("--trainer.max_epochs=4")
-    output = "".join(capfd.readouterr())
+    with caplog.at_level("INFO"):
+        interrupted.run("--trainer.max_epochs=4")
+    output = caplog.text
     assert what in output
     assert checkpoints.PREVIOUS in output
     pd.testing.assert_frame_equal(interrupted.record().metrics, uninterrupted.record().metrics)

@@ -137,15 +137,15 @@ def test_pickle_in_a_checkpoint_is_not_run(record, data_root, project, tmp_path,
     torch.save({**content, "more": _Trap()}, last)
     last.with_name(checkpoints.PREVIOUS).unlink(missing_ok=True)
     (record / "trap.py").unlink()
+    if how == "fit":
+        project.checkpoint("other").parent.mkdir(parents=True)
+        shutil.copy(last, project.checkpoint("other"))
+    started = {
+        "fit": lambda: project.run(name="other"),
+        "ckpt_path": lambda: project.run(f"--ckpt_path={last}", name="other"),
+        "predict": lambda: _predict(record, data_root),
+        "reconstructions": lambda: load_run(record),
+    }
     with pytest.raises((SystemExit, ValueError), match="classes beyond tensors"):
-        if how == "predict":
-            _predict(record, data_root)
-        elif how == "reconstructions":
-            load_run(record)
-        elif how == "ckpt_path":
-            project.run(f"--ckpt_path={last}", name="other")
-        else:
-            project.checkpoint("other").parent.mkdir(parents=True)
-            shutil.copy(last, project.checkpoint("other"))
-            project.run(name="other")
+        started[how]()
     assert not Path("ran").exists()

@@ -12,10 +12,13 @@ import torch
 from PIL import Image
 
 from lightning_modules.callbacks.epoch_seed import EpochSeed
+from lightning_modules.running import command_line
 
 
 @pytest.mark.parametrize("latent", ["null", "4"])
-def test_a_cold_and_a_warm_cache_give_equal_numbers_when_the_network_is_built_from_the_data(project, latent):
+def test_a_cold_and_a_warm_cache_give_equal_numbers_when_the_network_is_built_from_the_data(
+    project, latent, monkeypatch
+):
     more = [
         "--model=lightning_modules.dfr.DFR",
         "--model.init_args.backbone.name=test_efficientnet.r160_in1k",
@@ -26,6 +29,17 @@ def test_a_cold_and_a_warm_cache_give_equal_numbers_when_the_network_is_built_fr
     ]
     cold = project.fit(*more, name="cold")
     warm = project.fit(*more, name="warm")
+    original = command_line.attach
+    if latent == "null":  # built after the cache: nothing drawn before it may matter
+
+        def attach(*arguments):
+            torch.rand(1)
+            original(*arguments)
+
+        monkeypatch.setattr(command_line, "attach", attach)
+        drawn = project.fit(*more, name="drawn")
+        pd.testing.assert_frame_equal(cold.metrics, drawn.metrics)
+        pd.testing.assert_frame_equal(cold.history, drawn.history)
     pd.testing.assert_frame_equal(cold.metrics, warm.metrics)
     for name, value in project.weights("cold").items():
         assert torch.equal(project.weights("warm")[name], value), name
@@ -72,3 +86,33 @@ def test_an_image_that_changes_during_the_training_is_named_in_the_record(
     monkeypatch.setattr(EpochSeed, "on_train_epoch_start", original)
     victim.touch()  # another time, the same bytes
     assert not [note for note in project.fit(name="second").record.notes if "DATA CHANGED" in note]
+
+
+def test_wandb_is_sent_no_picture_and_no_path_if_the_user_says_so(tmp_path, monkeypatch, caplog):
+    from unittest.mock import MagicMock
+
+    from lightning_modules.running import tracking
+    from lightning_modules.running.settings import RunConfig
+
+    monkeypatch.delenv("WANDB_X_DISABLE_META", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    run, wandb = MagicMock(), MagicMock()
+    wandb.run = run
+    monkeypatch.setitem(__import__("sys").modules, "wandb", wandb)
+    (tmp_path / "heatmaps").mkdir()
+    (tmp_path / "heatmaps" / "a.jpg").write_bytes(b"")
+    columns = ["variant", "scope", "dataset", "category", "metric", "value"]
+    table = pd.DataFrame([("", "category", "d", "c", "image_auroc", 1.0)], columns=columns)
+    tracking.log_record(tmp_path, table, upload=False)
+    assert not run.log_artifact.called
+    assert not wandb.Image.called
+    tracking.log_record(tmp_path, table)
+    assert run.log_artifact.called
+    assert wandb.Image.called
+    secret = {"data": {"datasets": [{"root": "/home/me/secret/parts", "name": "folder"}]}, "run": {"name": "a"}}
+    sent = tracking.settings(RunConfig(name="a", upload=False), secret)["config"]["cli"]
+    assert sent == {"data": {"datasets": [{"root": "parts", "name": "folder"}]}, "run": {"name": "a"}}
+    assert tracking.settings(RunConfig(name="a"), secret)["config"]["cli"] == secret
+    with caplog.at_level("INFO"):
+        tracking.announce(RunConfig(name="a"))
+    assert "--run.upload=false" in caplog.text
