@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from lightning_modules.metrics.sync import Group
 from lightning_modules.running import internals
 from models.backbones import BackboneConfig, FeatureExtractor
 from models.head import AnomalyHead, HeadConfig, ScoredMaps
+from models.layers.statistics import Standardisation
 from models.reconstruction import Pair, ReconstructionNetwork
 
 ImageSize = int | tuple[int, int]
@@ -73,8 +75,8 @@ class ReconstructionModule(L.LightningModule):
         optimizer: Gives an optimiser of the trainable parameters. Learning rates are not scaled with the number of
             processes. None for a method that is not trained by gradients: its ``training_step`` returns None.
         image_size: Size of the input images in pixels.
-        lr_scheduler: Gives the optimiser's schedule; None for a constant learning rate.
-        lr_interval: Whether the schedule goes on after every ``epoch`` or every ``step``.
+        schedule: Gives the optimiser's schedule; None for a constant learning rate.
+        interval: Whether the schedule goes on after every ``epoch`` or every ``step``.
 
     Raises:
         ValueError: the optimiser or the schedule refuses its own options.
@@ -84,6 +86,8 @@ class ReconstructionModule(L.LightningModule):
     recipe: ClassVar[Recipe]
     needs_images: ClassVar[bool] = False
     """Whether the network reads the images besides their features."""
+    standardises: ClassVar[bool] = False
+    """Whether the method standardises its features by itself, so that ``backbone.standardised`` is refused."""
     map_names: tuple[str, ...] = ()
     """Names of the level maps in pictures, in the order of :attr:`ScoredMaps.level_maps`; empty: they are numbered."""
     network: ReconstructionNetwork
@@ -94,16 +98,20 @@ class ReconstructionModule(L.LightningModule):
         head: HeadConfig,
         optimizer: OptimizerCallable | None,
         image_size: ImageSize,
-        lr_scheduler: LRSchedulerCallable | None,
-        lr_interval: Interval,
+        schedule: LRSchedulerCallable | None = None,
+        interval: Interval = "epoch",
     ) -> None:
-        # No defaults here: the command line would hand them on to subclasses, whose own would be lost.
+        # Subclasses call these two lr_scheduler and lr_interval. Under one name, the command line would hand the base
+        # class's None on to a subclass, whose own schedule would be lost.
         super().__init__()
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.extractor = FeatureExtractor(backbone)
         self.extractor.sizes(self.image_size)  # a size that the backbone does not take is refused here
+        if backbone.standardised and self.standardises:
+            raise ValueError(f"backbone.standardised: {self.method} standardises its features already. Leave it out.")
+        self.standardisation = Standardisation() if backbone.standardised else None
         self.head = AnomalyHead(head)
-        self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
+        self.optimizer, self.schedule, self.interval = optimizer, schedule, interval
         if optimizer is not None:  # impossible options are refused now, not after minutes of preparation
             self._scheduled(optimizer([nn.Parameter(torch.zeros(1))]))
         self.trained_epochs = 0
@@ -158,7 +166,17 @@ class ReconstructionModule(L.LightningModule):
 
     def features(self, batch: Mapping[str, Any]) -> list[Tensor]:
         """The prepared levels, each (B, C_l, H_l, W_l) float32: from the batch if it carries them, else computed."""
-        return batch["features"] if "features" in batch else self.extract(batch["image"])
+        levels = batch["features"] if "features" in batch else self.extract(batch["image"])
+        return levels if self.standardisation is None else self.standardisation(levels)
+
+    @torch.no_grad()
+    def on_fit_start(self) -> None:
+        if self.standardisation is None or self.standardisation.is_fitted:
+            return  # resumed: the statistics came with the checkpoint
+        device = self.trainer.strategy.batch_to_device
+        batches = map(device, self.trainer.datamodule.train_images())
+        raw = (batch["features"] if "features" in batch else self.extract(batch["image"]) for batch in batches)
+        self.standardisation.merge(Group().gather_objects(self.standardisation.measured(raw)))
 
     @torch.no_grad()
     def extract(self, images: Tensor) -> list[Tensor]:
@@ -247,15 +265,15 @@ class ReconstructionModule(L.LightningModule):
 
     def _scheduled(self, optimizer: torch.optim.Optimizer) -> Any:
         """The optimiser with its schedule, as Lightning wants them."""
-        if self.lr_scheduler is None:
+        if self.schedule is None:
             return optimizer
-        schedule = self.lr_scheduler(optimizer)
+        schedule = self.schedule(optimizer)
         if self._trainer is not None and getattr(schedule, "total_steps", 0) is None:
             schedule.total_steps = self.trainer.estimated_stepping_batches
         monitor = getattr(schedule, "monitor", None)  # of Lightning's ReduceLROnPlateau
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": self.lr_interval, "monitor": monitor},
+            "lr_scheduler": {"scheduler": schedule, "interval": self.interval, "monitor": monitor},
         }
 
     # ---- checkpoints: without the frozen backbone, bound to it by its hash --------------------------------------------

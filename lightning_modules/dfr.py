@@ -51,6 +51,10 @@ class DFR(ReconstructionModule):
     ) -> None:
         if pca_images < 1:
             raise ValueError(f"pca_images is {pca_images}; the PCA needs at least one image.")
+        if backbone.standardised:
+            raise ValueError(
+                "backbone.standardised: DFR finds its latent size on the features as they are. Leave it out."
+            )
         if not 0 < explained < 1:
             raise ValueError(f"explained is {explained}; it is a share between 0 and 1.")
         if backbone.name.startswith("vgg") and "_bn" not in backbone.name:

@@ -67,7 +67,7 @@ class Dinomaly(ReconstructionModule):
             image_score="top_k",
         ),
         optimizer: OptimizerCallable = lambda parameters: StableAdamW(parameters, lr=2e-3),
-        lr_scheduler: LRSchedulerCallable = lambda optimizer: WarmCosine(optimizer),
+        lr_scheduler: LRSchedulerCallable | None = lambda optimizer: WarmCosine(optimizer),
         lr_interval: Interval = "step",
         image_size: ImageSize = 392,
         mining_share: float = 0.9,
@@ -133,7 +133,7 @@ class Dinomaly2(Dinomaly):
         optimizer: OptimizerCallable = lambda parameters: StableAdamW(
             parameters, lr=2e-3, amsgrad=False, skip_nonfinite=True
         ),
-        lr_scheduler: LRSchedulerCallable = lambda optimizer: WarmCosine(optimizer, final_ratio=1.0),
+        lr_scheduler: LRSchedulerCallable | None = lambda optimizer: WarmCosine(optimizer, final_ratio=1.0),
         narrow_lr_ratio: float = 0.1,
         narrow: int | None = 256,
         dropout: float = 0.4,

@@ -55,7 +55,7 @@ class INPFormer(ReconstructionModule):
             image_score="top_k",
         ),
         optimizer: OptimizerCallable = lambda parameters: StableAdamW(parameters, lr=1e-3),
-        lr_scheduler: LRSchedulerCallable = lambda optimizer: WarmCosine(optimizer),
+        lr_scheduler: LRSchedulerCallable | None = lambda optimizer: WarmCosine(optimizer),
         lr_interval: Interval = "step",
         image_size: ImageSize = 392,
         mining_gamma: float = 3.0,

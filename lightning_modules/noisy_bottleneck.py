@@ -29,6 +29,7 @@ class NoisyBottleneck(ReconstructionModule):
     """
 
     method = "noisy_bottleneck"
+    standardises = True
     recipe = Recipe(resize="pil_bilinear", batch_size=16, max_epochs=100_000, max_steps=1_200, gradient_clip_val=0.1)
     network: NoisyBottleneckNetwork
 
@@ -37,7 +38,9 @@ class NoisyBottleneck(ReconstructionModule):
         backbone: BackboneConfig = BackboneConfig("tf_efficientnet_lite0.in1k", (2, 3, 4), weights="packaged"),
         head: HeadConfig = HeadConfig(),
         optimizer: OptimizerCallable = lambda parameters: AdamW(parameters, lr=4e-3, weight_decay=1e-4, fused=True),
-        lr_scheduler: LRSchedulerCallable = lambda optimizer: WarmCosine(optimizer, warmup_steps=300, final_ratio=0.0),
+        lr_scheduler: LRSchedulerCallable | None = lambda optimizer: WarmCosine(
+            optimizer, warmup_steps=300, final_ratio=0.0
+        ),
         lr_interval: Interval = "step",
         image_size: ImageSize = 128,
         **network,

@@ -98,6 +98,7 @@ class RLR(ReconstructionModule):
         return super().compiled_parts() if self.update == "joint" else list(self.network.levels)
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         if self.update != "joint" and self.trainer.world_size > 1:
             raise ValueError(
                 f"update={self.update} steps between two backward passes, before {self.trainer.world_size} processes "

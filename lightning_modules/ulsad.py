@@ -95,6 +95,7 @@ class ULSAD(ReconstructionModule):
     """
 
     method = "ulsad"
+    standardises = True
     recipe = Recipe(
         resize="opencv_bilinear",
         batch_size=8,

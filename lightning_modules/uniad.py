@@ -43,7 +43,7 @@ class UniAD(ReconstructionModule):
         backbone: BackboneConfig = BackboneConfig("tf_efficientnet_b4.aa_in1k", (1, 2, 3, 4), padding="released"),
         head: HeadConfig = HeadConfig(),
         optimizer: OptimizerCallable = lambda parameters: AdamW(parameters, lr=1e-4, weight_decay=1e-4, fused=True),
-        lr_scheduler: LRSchedulerCallable = lambda optimizer: Drops(optimizer, first=801),
+        lr_scheduler: LRSchedulerCallable | None = lambda optimizer: Drops(optimizer, first=801),
         lr_interval: Interval = "epoch",
         image_size: ImageSize = 224,
         **network,

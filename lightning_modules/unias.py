@@ -64,7 +64,7 @@ class UniAS(ReconstructionModule):
             image_score="max",
         ),
         optimizer: OptimizerCallable = lambda parameters: AdamW(parameters, lr=1e-4, weight_decay=1e-4, fused=True),
-        lr_scheduler: LRSchedulerCallable = lambda optimizer: Drops(optimizer, first=401, second=801),
+        lr_scheduler: LRSchedulerCallable | None = lambda optimizer: Drops(optimizer, first=401, second=801),
         lr_interval: Interval = "epoch",
         image_size: ImageSize = 224,
         loss_weight: float = 10.0,

@@ -63,6 +63,8 @@ class BackboneConfig:
         (B, C, 1, P) per level, the class token first (Dinomaly).
     position: of a vision transformer with learned position codes at another image size than its own: `timm`
         (antialiased), or `released` (Dinomaly and INP-Former, see `models.vit_tokens`).
+    standardised: each channel of what the network gets has mean 0 and standard deviation 1 over the training images
+        (see `models.layers.statistics.Standardisation`). Off in every paper here but ULSAD, which does it by itself.
     maps: `levels` (one map per level) or `relu` (a VGG's, DFR: all ReLU outputs up to the highest level).
     """
 
@@ -74,6 +76,7 @@ class BackboneConfig:
     final_norm: bool = False
     prefix_tokens: bool = False
     position: Position = "timm"
+    standardised: bool = False
     maps: Maps = "levels"
 
     def __post_init__(self) -> None:

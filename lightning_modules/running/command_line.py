@@ -440,6 +440,8 @@ class UniReconCLI(LightningCLI):
             options = self.config[self.subcommand].trainer
             notes += refusals.notes(options, self.history.batches_seen, model.trained_epochs)
             notes += self.datamodule.changed_since(self.started.timestamp())
+        if model.standardisation is not None:
+            notes.append("feature channels standardised over the training images")
         if not data.has_test_images:
             notes.append(NOTHING_TO_MEASURE)
         if data.left_out:

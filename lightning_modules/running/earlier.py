@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 OPTIMIZERS = {"adam": "torch.optim.Adam", "adamw": "torch.optim.AdamW"}
-CONSTANT = {"class_path": "torch.optim.lr_scheduler.ConstantLR", "init_args": {"factor": 1.0}}
 SCHEDULE = "torch.optim.lr_scheduler.MultiStepLR"
 
 
@@ -29,5 +28,5 @@ def translated(configuration: Any) -> Any:
         arguments["optimizer"] = {"class_path": OPTIMIZERS.get(name, name), "init_args": init_args}
     if drops is not None:
         schedule = {"class_path": SCHEDULE, "init_args": {"milestones": drops, "gamma": gamma}}
-        arguments["lr_scheduler"] = schedule if drops else CONSTANT
+        arguments["lr_scheduler"] = schedule if drops else None
     return {**configuration, "model": {**configuration["model"], "init_args": arguments}}

@@ -14,7 +14,7 @@ import yaml
 
 OURS = ("datamodules.UnifiedDataModule", "datamodules.unified.UnifiedDataModule")
 SCHEDULES = ("lightning_modules.running.schedules", "lightning.pytorch.cli")
-CALLABLE = ("optimizer", "lr_scheduler")
+CALLABLE = ("optimizer", "lr_scheduler", "schedule")
 """Keys whose value may be the bare path of a class or a function."""
 RUN = ("name", "sweep", "protocol", "selection", "curve_every", "heatmaps", "upload", "compile", "cuda_graphs")
 TRAINER = (

@@ -73,7 +73,7 @@ class Warmed(ReconstructionModule):
         backbone: BackboneConfig = BACKBONE,
         head: HeadConfig = HeadConfig(),
         optimizer: OptimizerCallable = lambda parameters: Cautious(parameters, lr=0.02),
-        lr_scheduler: LRSchedulerCallable = lambda optimizer: WarmCosine(optimizer, warm=2, steps=6),
+        lr_scheduler: LRSchedulerCallable | None = lambda optimizer: WarmCosine(optimizer, warm=2, steps=6),
         lr_interval: Interval = "step",
         image_size: int = 64,
     ) -> None:
@@ -87,7 +87,7 @@ class Remembered(ReconstructionModule):
     recipe = Recipe(resize="pil_bilinear", batch_size=2, max_epochs=1)
 
     def __init__(self) -> None:
-        super().__init__(BACKBONE, HeadConfig(), None, 64, None, "epoch")
+        super().__init__(BACKBONE, HeadConfig(), None, 64)
         self.network = Linear(self.extractor.channels[0]).requires_grad_(False)
         self.seen, self.fitted = [], 0
 
@@ -228,5 +228,5 @@ def test_only_the_earlier_form_of_an_optimiser_is_rewritten():
     earlier = model(optimizer={"name": "adam", "lr": 0.1, "lr_drops": [], "lr_gamma": 0.1}, k=1)
     rewritten = translated(earlier)["model"]["init_args"]
     assert rewritten["optimizer"] == {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.1, "fused": True}}
-    assert (rewritten["lr_scheduler"]["class_path"], rewritten["k"]) == ("torch.optim.lr_scheduler.ConstantLR", 1)
+    assert (rewritten["lr_scheduler"], rewritten["k"]) == (None, 1)
     assert earlier["model"]["init_args"]["optimizer"]["name"] == "adam"

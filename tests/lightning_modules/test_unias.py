@@ -148,7 +148,7 @@ def cells_of(ablation: str) -> list[dict]:
 )
 def test_every_cell_of_the_papers_ablations_can_be_built_and_differs(ablation, rows):
     profile = yaml.safe_load((ROOT / "sweeps" / "profiles" / "demo" / "unias.yaml").read_text())["model"]["init_args"]
-    own = {"backbone", "optimizer", "lr_scheduler", "image_size", "select"}
+    own = {"backbone", "optimizer", "lr_scheduler", "lr_interval", "image_size", "select"}
     networks = []
     for cell in cells_of(ablation):
         assert set(cell.get("select", ())) <= set(TABLE_4)
