@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 import tempfile
@@ -13,7 +14,8 @@ import torch
 import yaml
 
 OURS = ("datamodules.UnifiedDataModule", "datamodules.unified.UnifiedDataModule")
-SCHEDULES = ("lightning_modules.running.schedules", "lightning.pytorch.cli")
+SCHEDULES = "lightning_modules.running.schedules"
+"""Functions that give schedules."""
 CALLABLE = ("optimizer", "lr_scheduler", "schedule")
 """Keys whose value may be the bare path of a class or a function."""
 RUN = ("name", "sweep", "protocol", "selection", "curve_every", "heatmaps", "upload", "compile", "cuda_graphs")
@@ -119,10 +121,10 @@ def check(section: Any, file: Path, methods: Iterable[type]) -> None:
         raise ForeignError(f"{file}: model and data are a class_path with init_args each, found {section!r}.")
     known = {*OURS, *(f"{method.__module__}.{method.__qualname__}" for method in methods)}
     for path in _paths(section, set()):
-        if path not in known and not _of_torch(path):
+        if path not in known and not _schedules(path):
             raise ForeignError(
                 f"{file} names the class {path!r}. A record may only name methods of lightning_modules, "
-                f"{OURS[0]}, and optimisers and schedules of torch.optim. Put a configuration of your own elsewhere, "
+                f"{OURS[0]}, and optimisers and schedules, torch's or the project's. Put a configuration of your own elsewhere, "
                 "without a record.json beside it, and train with it."
             )
 
@@ -144,12 +146,19 @@ def _paths(value: Any, seen: set[int]) -> Iterator[str]:
             yield from _paths(part, seen)
 
 
-def _of_torch(path: str) -> bool:
+def _schedules(path: str) -> bool:
+    """Whether it is an optimiser or a schedule, of torch or of the project."""
     module, _, name = path.rpartition(".")
-    if not (module in SCHEDULES or module == "torch.optim" or module.startswith("torch.optim.")):
+    if module.split(".")[0] in ("models", "lightning_modules"):
+        try:
+            found = getattr(importlib.import_module(module), name, None)
+        except ImportError:
+            return False
+    elif module in ("torch.optim", "lightning.pytorch.cli") or module.startswith("torch.optim."):
+        found = getattr(sys.modules.get(module), name, None)
+    else:
         return False
-    found = getattr(sys.modules.get(module), name, None)
-    if module == SCHEDULES[0]:
+    if module == SCHEDULES:
         return getattr(found, "__module__", "") == module
     kinds = torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler
     return isinstance(found, type) and issubclass(found, kinds)
