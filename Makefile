@@ -45,6 +45,7 @@ import: setup  ## A run record from an authors' checkpoint: CHECKPOINT= METHOD= 
 	$(PY) -m lightning_modules import --method "$(METHOD)" --checkpoint "$(CHECKPOINT)" $(if $(RUN),--run.name="$(RUN)") $(ARGS)
 
 predict: setup  ## Heat maps of any images with a trained run: RUN=<record folder> IMAGES=<folder>.
+	@test -n "$$RUN" -a -n "$$IMAGES" || { echo 'error: predict needs RUN=<record folder> and IMAGES=<folder or file>'; exit 2; }
 	$(PY) -m lightning_modules predict --config "$$RUN/config.yaml" --data.init_args.predict_root="$$IMAGES" $(ARGS)
 
 check-data: setup  ## Count a dataset's images and list every problem: DATASET= DATA_ROOT= [CATEGORIES=].
@@ -88,6 +89,7 @@ report: setup  ## One self-contained HTML page of all tables, figures and heat m
 	$(PY) -m results report $(ARGS)
 
 reconstructions: setup  ## Picture what a run reconstructs: RUN=<record folder>.
+	@test -n "$$RUN" || { echo 'error: reconstructions needs RUN=<record folder>'; exit 2; }
 	$(PY) -m lightning_modules.pictures.reconstructions "$$RUN" $(ARGS)
 
 bench: setup  ## Time and memory of every method against a plain loop, about five minutes: [ARGS=].

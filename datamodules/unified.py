@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -34,7 +35,7 @@ from datamodules.prediction import depth_of, unknown_rows
 from datamodules.problems import number_of
 from datamodules.reading import DatasetConfig, Reading, read_datasets
 from datamodules.remarks import tested_and_trained, vanishing_masks
-from datamodules.sample_table import SPLITS, SampleTable, category_keys, content_hash, hold_out
+from datamodules.sample_table import SPLITS, SampleTable, category_keys, content_hash, fingerprint, hold_out
 from datamodules.sampling import EvalSampler, TrainSampler, check_sampling
 from datamodules.subset import FULL, TEST_SUBSETS, left_out
 from results.common.nearest import did_you_mean
@@ -245,6 +246,26 @@ class UnifiedDataModule(L.LightningDataModule):
                     f"{count} make no full batch of {self.batch_size} per process: the short one is kept"
                 )
         return self._remarks
+
+    def changed_since(self, moment: float) -> list[str]:
+        """What to say of files that changed while they were in use, in one sentence; [] if all are as they were.
+
+        moment: seconds since the epoch, before the files were first read. Only files with another size or time than then
+        are read again.
+        """
+        try:
+            now = fingerprint(self.table, self._reading.roots)
+        except OSError as error:
+            return [f"DATA CHANGED DURING THE RUN: {error.filename} cannot be read any more ({error.strerror})"]
+        if now == self.fingerprint:
+            return []
+        files = dict.fromkeys(path for row in self._rows(*SPLITS) for path in (row.image_path, *row.mask_paths))
+        touched = [path for path in files if os.stat(path).st_ctime > moment]
+        named = f": {', '.join(touched[:3])}{' ...' if len(touched) > 3 else ''}" if touched else ""
+        return [
+            f"DATA CHANGED DURING THE RUN: the images and masks are not those that the training began with "
+            f"(fingerprint {self.fingerprint[:12]} then, {now[:12]} at its end){named}"
+        ]
 
     def _short_batch(self) -> bool:
         """Whether dropping the last batch would leave a process without any."""

@@ -2,39 +2,66 @@
 
 from __future__ import annotations
 
+import json
 import os
-import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+STRANGE = "/x y/$dollar $(shell date) `date` \"two\" 'one' #7"
+PROGRAM = """#!{python} -S
+import json, os, sys
+names = ("DATASET", "DATA_ROOT", "CATEGORIES")
+with open({log!r}, "a") as log:
+    print(json.dumps([sys.argv[1:], [os.environ.get(name, "") for name in names]]), file=log)
+"""
 
 
-def _words(target: str, *variables: str) -> list[list[str]]:
-    """The words of each command of a target, not run."""
+def _call(folder: Path, target: str, variables: dict[str, str], from_environment: bool) -> tuple[list[str], list[str]]:
+    """Words and environment (DATASET, DATA_ROOT, CATEGORIES) of the last program that a target starts."""
+    log, python = folder / "log", folder / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(PROGRAM.format(python=sys.executable, log=str(log)))
+    python.chmod(0o755)
+    (folder / "venv" / ".installed").touch()  # newer than requirements.txt: nothing is installed
+    # Those of `make test` itself, and what its user has set.
     plain = {
-        name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))
-    }  # of `make test`
-    words = ["make", "--dry-run", target, *variables]
-    commands = subprocess.run(words, cwd=ROOT, env=plain, capture_output=True, text=True, check=True)
-    return [shlex.split(line) for line in commands.stdout.splitlines()]
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("MAKE", "MFLAGS")) and name not in ("DATASET", "DATA_ROOT", "CATEGORIES", "RUN")
+    }
+    words = ["make", target, f"VENV={folder / 'venv'}"]
+    if from_environment:
+        plain |= variables
+    else:
+        words += [f"{name}={value}" for name, value in variables.items()]
+    subprocess.run(words, cwd=ROOT, env=plain, capture_output=True, check=True)
+    return tuple(json.loads(log.read_text().splitlines()[-1]))
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize("from_environment", [False, True])
 @pytest.mark.parametrize(
-    ("target", "variables", "words"),
+    ("target", "variables", "words", "named"),
     [
-        ("check-data", ("DATASET=folder", "DATA_ROOT=/my photos", "CATEGORIES=a b,c"), {"/my photos", "a b,c"}),
+        ("check-data", {"DATASET": "folder", "DATA_ROOT": STRANGE}, set(), ["folder", STRANGE, ""]),
+        ("train", {"DATASET": "folder", "DATA_ROOT": STRANGE, "CATEGORIES": "a b, c"}, {"fit"}, ["folder", STRANGE, "a b, c"]),
+        ("train", {"RUN": STRANGE}, {f"--run.name={STRANGE}"}, ["", "", ""]),
         (
             "predict",
-            ("RUN=my run", "IMAGES=/new photos"),
-            {"my run/config.yaml", "--data.init_args.predict_root=/new photos"},
+            {"RUN": STRANGE, "IMAGES": STRANGE},
+            {f"{STRANGE}/config.yaml", f"--data.init_args.predict_root={STRANGE}"},
+            ["", "", ""],
         ),
-        ("reconstructions", ("RUN=my run",), {"my run"}),
+        ("reconstructions", {"RUN": STRANGE}, {STRANGE}, ["", "", ""]),
+        ("compare", {"A": STRANGE, "B": "b c"}, {STRANGE, "b c"}, ["", "", ""]),
     ],
-)
-def test_a_path_with_a_space_stays_one_word(target, variables, words):
-    assert words <= set(_words(target, *variables)[-1])
+)  # fmt: skip
+def test_names_of_files_arrive_letter_for_letter(tmp_path, target, variables, words, named, from_environment):
+    found, environment = _call(tmp_path, target, variables, from_environment)
+    assert words <= set(found)
+    assert environment == named

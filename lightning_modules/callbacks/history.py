@@ -14,6 +14,11 @@ class History(L.Callback):
     def __init__(self) -> None:
         self.rows: list[tuple[int, int, str, float]] = []
         self.epochs_seen = 0
+        self.batches_seen: int | None = 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
+        if self.batches_seen is not None:
+            self.batches_seen += 1
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.epochs_seen += 1
@@ -29,7 +34,8 @@ class History(L.Callback):
         return pd.DataFrame(self.rows, columns=["epoch", "step", "metric", "value"])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows}
+        return {"rows": self.rows, "batches_seen": self.batches_seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rows = [tuple(row) for row in state["rows"]]
+        self.batches_seen = state.get("batches_seen")  # None: a checkpoint of earlier, which did not count them

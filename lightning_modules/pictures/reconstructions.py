@@ -30,7 +30,9 @@ from datamodules.sample_table import category_keys
 from lightning_modules.base import ReconstructionModule
 from lightning_modules.callbacks.progress import PlainProgress
 from lightning_modules.pictures.heatmaps import overlay, to_rgb
+from lightning_modules.running import checkpoints, foreign
 from lightning_modules.running.checkpoints import WholeCheckpoints
+from lightning_modules.running.command_line import import_methods
 from lightning_modules.running.quiet import quiet
 from lightning_modules.running.serving import CacheConfig, attach
 from models.visual_decoder import VisualDecoder
@@ -52,6 +54,8 @@ def load_run(folder: Path) -> tuple[ReconstructionModule, UnifiedDataModule]:
     """
     record = read_record(folder)
     config = yaml.safe_load(record.config_text)
+    for part in ("model", "data"):
+        foreign.check(config.get(part), folder / "config.yaml", import_methods().values())
     backbone = config["model"]["init_args"]["backbone"]
     if backbone["weights"] == "auto":
         backbone["weights"] = record.record.backbone["weights"]
@@ -66,7 +70,7 @@ def load_run(folder: Path) -> tuple[ReconstructionModule, UnifiedDataModule]:
     parser.add_subclass_arguments(UnifiedDataModule, "data")
     built = parser.instantiate(parser.parse_object({key: config[key] for key in ("model", "data")}))
     module, data = built.model, built.data
-    state = torch.load(checkpoint, map_location="cpu", weights_only=False)
+    state = checkpoints.read(checkpoint)
     module.on_load_checkpoint(state)
     module.load_state_dict(state["state_dict"])
     data.setup("fit")
@@ -159,7 +163,7 @@ def train_decoder(
     )
     if done != epochs:
         attach(module, data, cache, trainer.strategy.root_device, build=True, images=True)
-    trainer.fit(training, data.train_dataloader(), ckpt_path=None if done is None else str(file))
+    trainer.fit(training, data.train_dataloader(), ckpt_path=None if done is None else str(file), weights_only=True)
     if done != epochs:
         trainer.save_checkpoint(file)
         error = trainer.callback_metrics["train/loss"]
@@ -172,7 +176,7 @@ def _trained_epochs(file: Path, training: DecoderTraining) -> int | None:
     run = file.parents[1] / "checkpoints" / "last.ckpt"
     if not file.is_file() or file.stat().st_mtime < run.stat().st_mtime:
         return None
-    stored = torch.load(file, map_location="cpu", weights_only=False)
+    stored = checkpoints.read(file)
     shapes = {name: value.shape for name, value in stored["state_dict"].items()}
     return (
         stored["trained_epochs"]

@@ -8,6 +8,7 @@ sweep runner and ``wandb agent`` steer a run in the same way.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -31,11 +32,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 import datamodules
 import lightning_modules
-from datamodules.cache.entry import NonFiniteFeaturesError
 from datamodules.errors import DataError
 from datamodules.problems import number_of
 from datamodules.readers import has_own_root
-from lightning_modules.base import NonFiniteLossError, ReconstructionModule
+from lightning_modules.base import ReconstructionModule
 from lightning_modules.callbacks import normal_scores
 from lightning_modules.callbacks.compile import Compile
 from lightning_modules.callbacks.curve import EvaluationCurve
@@ -46,7 +46,17 @@ from lightning_modules.callbacks.predictions import Predictions
 from lightning_modules.callbacks.progress import PlainProgress, Progress
 from lightning_modules.callbacks.scoring import Evaluation
 from lightning_modules.pictures import heatmaps
-from lightning_modules.running import normalisation, per_category, preemption, resuming, tracking
+from lightning_modules.running import (
+    checkpoints,
+    foreign,
+    normalisation,
+    per_category,
+    preemption,
+    refusals,
+    resuming,
+    tracking,
+    trouble,
+)
 from lightning_modules.running.checkpoints import WholeCheckpoints
 from lightning_modules.running.parser import PlainParser
 from lightning_modules.running.quiet import quiet
@@ -148,6 +158,11 @@ class UniReconCLI(LightningCLI):
             raise SystemExit(
                 "seed_everything is false, but every run has a seed: give a number, or true for a random one."
             )
+        refusals.seed(config.seed_everything)
+        refusals.trainer(config.trainer)
+        refusals.ckpt_path(config.get("ckpt_path"))
+        if self.subcommand == "predict":
+            refusals.predict_root(config.data.init_args.predict_root)
         model = _class(config.model.class_path)
         recipe = model.recipe
         data, trainer = config.data.init_args, config.trainer
@@ -217,10 +232,16 @@ class UniReconCLI(LightningCLI):
         if given.get("plugins") is None:
             slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
             kwargs["plugins"] = [WholeCheckpoints(), *slurm]
+        if self.subcommand == "fit":
+            refusals.place(self.run_config, self._bytes_needed())
         trainer = super().instantiate_trainer(callbacks=callbacks, default_root_dir=str(self.run_config.work), **kwargs)
         if trainer.world_size > 1:
             preemption.stop_all_with_the_first(trainer)
         return trainer
+
+    def _bytes_needed(self) -> int:
+        """Bytes of three checkpoints, each of the trained parameters and two moments of each."""
+        return 3 * 3 * sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
 
     def _callbacks(self) -> list[L.Callback]:
         run, model = self.run_config, self.model
@@ -257,6 +278,7 @@ class UniReconCLI(LightningCLI):
 
         run = self.run_config
         run.work.mkdir(parents=True, exist_ok=True)
+        tracking.announce(run)
         logger = WandbLogger(**tracking.settings(run, self._configuration()), save_dir=str(run.work))
         # Lightning always passes this setting, and W&B warns of its end in every run.
         vars(logger).get("_wandb_init", {}).pop("anonymous", None)
@@ -265,15 +287,22 @@ class UniReconCLI(LightningCLI):
     def _configuration(self) -> dict[str, Any]:
         return json.loads(self._parser(self.subcommand).dump(self.config[self.subcommand], format="json"))
 
+    def _parse_ckpt_path(self) -> None:
+        """A checkpoint gives weights; options that one may hold are not taken over."""
+
     # ---- running -----------------------------------------------------------------------------------------------------
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with contextlib.nullcontext() if subcommand == "fit" else preemption.at_once():
+            super()._run_subcommand(subcommand)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if kwargs.get("ckpt_path") is None:
             last = self.run_config.work / "checkpoints" / "last.ckpt"
-            if last.is_file():
-                rank_zero_info(f"Going on from {last}" if subcommand == "fit" else f"Weights from {last}")
-                kwargs["ckpt_path"] = str(last)
+            if whole := checkpoints.newest_whole(last):
+                rank_zero_info(f"Going on from {whole}" if subcommand == "fit" else f"Weights from {whole}")
+                kwargs["ckpt_path"] = str(whole)
             elif subcommand != "fit":
                 raise SystemExit(
                     f"{subcommand} needs trained weights: give --ckpt_path, or the configuration of a trained run "
@@ -281,6 +310,7 @@ class UniReconCLI(LightningCLI):
                 )
         if subcommand == "predict":
             kwargs["return_predictions"] = False
+        kwargs["weights_only"] = True
         return kwargs
 
     def before_validate(self) -> None:
@@ -338,7 +368,8 @@ class UniReconCLI(LightningCLI):
     def after_fit(self) -> None:
         self.training_seconds = time.perf_counter() - self._training_started
         self.trainer.save_checkpoint(self.run_config.work / "checkpoints" / "last.ckpt")
-        self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+        with preemption.at_once():
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
         self.after_test()
 
     def after_predict(self) -> None:
@@ -379,8 +410,10 @@ class UniReconCLI(LightningCLI):
             attachments=attachments,
             overwrite=self.run_config.overwrite,
         )
+        if self.subcommand == "fit":
+            checkpoints.note_recorded(self.run_config.work / "checkpoints" / "last.ckpt")
         if trainer.logger is not None:
-            tracking.log_record(path, self.evaluation.result.table)
+            tracking.log_record(path, self.evaluation.result.table, self.run_config.upload)
         rank_zero_info(f"Run record: {path}")
 
     def _scored_before(self) -> StoredRecord | None:
@@ -395,6 +428,10 @@ class UniReconCLI(LightningCLI):
         notes = [f"{key}: {note}" for key, note in (("backbone", backbone.get("note")),) if note]
         notes += normalisation.notes(model, data) + ([model.origin] if model.origin else []) + model.record_notes()
         notes += data.remarks()
+        if before is None:
+            options = self.config[self.subcommand].trainer
+            notes += refusals.notes(options, self.history.batches_seen, model.trained_epochs)
+            notes += self.datamodule.changed_since(self.started.timestamp())
         if model.standardisation is not None:
             notes.append("feature channels standardised over the training images")
         if not data.has_test_images:
@@ -459,14 +496,14 @@ def _peak_memory(device: torch.device) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; leaves with 143 after SIGTERM, so that a pre-empted run is not taken for a finished one."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments, debug = trouble.debugging(sys.argv[1:] if arguments is None else arguments)
     quiet()
     online = os.environ.get("WANDB") == "online" or "WANDB_SWEEP_ID" in os.environ
     os.environ.setdefault("WANDB_MODE", "online" if online else "offline")
     if os.environ["WANDB_MODE"] == "offline":
         os.environ.setdefault("WANDB_SILENT", "true")
     torch.backends.cudnn.allow_tf32 = False  # features in full float32, as the papers' GPUs computed them
-    import_methods()
+    methods = import_methods().values()
     try:
         with preemption.reported():
             if arguments[:1] == ["import"]:
@@ -474,9 +511,13 @@ def main(arguments: list[str] | None = None) -> None:
 
                 import_checkpoint(arguments[1:])
             else:
-                _run(with_environment(arguments, os.environ))
-    except (DataError, NonFiniteFeaturesError, NonFiniteLossError) as error:
-        raise SystemExit(f"error: {error}") from error
+                _run(with_environment(foreign.as_data(arguments, methods), os.environ))
+    except Exception as error:
+        if debug:
+            raise
+        raise SystemExit(trouble.sentence(error)) from error
+    finally:
+        foreign.clean_up()
 
 
 def _run(arguments: list[str]) -> None:

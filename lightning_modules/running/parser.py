@@ -25,7 +25,7 @@ class PlainParser(LightningArgumentParser):
     """Ends with one short message, without the usage of two hundred options and without the search through types."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"prog": "python -m lightning_modules", **kwargs})
+        super().__init__(*args, **{"prog": "python -m lightning_modules", "allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises SystemExit with what was found, where, and the nearest name that would be accepted."""

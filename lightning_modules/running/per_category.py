@@ -50,6 +50,7 @@ class OneModelEach(Exception):
                 shutil.rmtree(work / folder, ignore_errors=True)
         resuming.check(run, self.configuration, "", work / "runs")
         if self.configuration["trainer"]["logger"] is not False:
+            tracking.announce(run)
             tracking.open_run(run, self.configuration)
         stored = []
         for number, part in enumerate(self.parts):
@@ -101,7 +102,7 @@ class OneModelEach(Exception):
             overwrite=run.overwrite,
         )
         print_metrics(metrics)
-        tracking.log_record(path, metrics)
+        tracking.log_record(path, metrics, run.upload)
         rank_zero_info(f"Run record: {path}")
         return path
 
@@ -115,7 +116,7 @@ def leave_finished(run: RunConfig, configuration: dict[str, Any]) -> NoReturn:
         raise SystemExit(f"{run.record} is already a finished run: choose another --run.name, or --run.overwrite=true.")
     rank_zero_info(f"{run.record} was finished before the run was handed out again.")
     tracking.open_run(run, configuration)
-    tracking.log_record(run.record, read_record(run.record).metrics)
+    tracking.log_record(run.record, read_record(run.record).metrics, run.upload)
     raise SystemExit(0)
 
 

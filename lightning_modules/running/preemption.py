@@ -39,6 +39,7 @@ class _Watch:
     first = True
     noted = False
     raises = False
+    at_once = False
 
 
 def watch() -> None:
@@ -95,8 +96,18 @@ def _on_sigterm(number: int, frame: FrameType | None) -> None:
         return
     _Watch.noted = True
     # While a trainer runs, its own handler is installed and calls this one; its loops stop in order after a batch.
-    if _Watch.raises and signal.getsignal(signal.SIGTERM) is _on_sigterm:
+    if _Watch.raises and (_Watch.at_once or signal.getsignal(signal.SIGTERM) is _on_sigterm):
         raise Preempted
+
+
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """Leave the block at once when SIGTERM comes, though a trainer runs: an evaluation's loop would run on to its end."""
+    _Watch.at_once = True
+    try:
+        yield
+    finally:
+        _Watch.at_once = False
 
 
 @contextlib.contextmanager

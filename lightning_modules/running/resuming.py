@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_modules.running import preemption
+from lightning_modules.running import checkpoints, preemption
 from lightning_modules.running.settings import RunConfig
 from results.common.deciding import EXTENDS, deciding
 from results.common.files import read_json, write_json
@@ -43,9 +44,15 @@ def claim(run: RunConfig) -> None:
         lock.sign()
         _claimed[run.work.resolve()] = lock
     checkpoint, record = run.work / "checkpoints" / "last.ckpt", run.record / "record.json"
-    # A newer one is of a training that was to replace the record and was interrupted.
-    if record.is_file() and checkpoint.is_file() and checkpoint.stat().st_mtime <= record.stat().st_mtime:
-        checkpoint.unlink()
+    if not (record.is_file() and checkpoint.is_file()):
+        return
+    # Another one than the record's is of a training that was to replace the record and was interrupted. Where nothing
+    # was noted, it is newer than the record; a time to come says nothing.
+    finished = checkpoints.is_recorded(checkpoint)
+    if finished is None:
+        finished = not record.stat().st_mtime < checkpoint.stat().st_mtime <= time.time()
+    if finished:
+        checkpoints.forget(checkpoint)
 
 
 def check(run: RunConfig, configuration: Mapping[str, Any], fingerprint: str, left: Path) -> None:
@@ -74,5 +81,5 @@ def check(run: RunConfig, configuration: Mapping[str, Any], fingerprint: str, le
                 + "\nGo on with what it began with, choose another --run.name, or begin anew with --run.overwrite=true."
             )
         if keys:
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+            shutil.rmtree(left) if left.is_dir() else checkpoints.forget(left)
     rank_zero_only(write_json)(file, now)

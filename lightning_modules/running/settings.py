@@ -35,6 +35,8 @@ class RunConfig:
             Under the protocol ``clean`` the curve is only watched: nothing is chosen by it.
         heatmaps: Draw heat maps of the worst, the median and the best image of each category.
         overwrite: Replace a finished run of the same name.
+        upload: With W&B online, send it the record and the heat maps, too. They hold pictures of the data and the paths
+            of its files. Without, W&B gets curves, numbers and options, and no path.
         compile: Compile the reconstruction network (``torch.compile``) for training and scoring. The first steps then
             take a minute; numbers agree with those of an uncompiled run up to rounding, but dropout draws differ.
         cuda_graphs: Launch the compiled network as one CUDA graph per batch shape instead of kernel by kernel
@@ -50,6 +52,7 @@ class RunConfig:
     curve_every: int = 0
     heatmaps: bool = True
     overwrite: bool = False
+    upload: bool = True
     compile: bool = False
     cuda_graphs: bool = False
 

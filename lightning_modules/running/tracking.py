@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from lightning_modules.running.settings import RunConfig
 
@@ -19,12 +19,38 @@ def settings(run: RunConfig, configuration: Mapping[str, Any]) -> dict[str, Any]
 
     The complete configuration has one key of its own, ``cli``, apart from the sweep's parameters.
     """
+    if not run.upload:
+        os.environ["WANDB_X_DISABLE_META"] = "true"  # the client's own notes: command line, working directory, host
+        configuration = without_paths(configuration)
     return {
         "project": os.environ.get("WANDB_PROJECT", "unirecon"),
         "name": run.name,
         "group": os.environ.get("WANDB_RUN_GROUP", run.sweep),
         "config": {"cli": dict(configuration)},
     }
+
+
+def without_paths(value: Any) -> Any:
+    """The same options with the last part only of every path in them."""
+    if isinstance(value, Mapping):
+        return {key: without_paths(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [without_paths(part) for part in value]
+    return Path(value).name if isinstance(value, str) and ("/" in value or os.sep in value) else value
+
+
+@rank_zero_only
+def announce(run: RunConfig) -> None:
+    """Says what W&B will be sent of the user's data, where it is online."""
+    if os.environ.get("WANDB_MODE") != "online":
+        return
+    if run.upload:
+        rank_zero_info(
+            "W&B is online: it is sent the run's record, with heat maps (pictures of the data) and the paths of its "
+            "files. --run.upload=false sends neither."
+        )
+    else:
+        rank_zero_info("W&B is online: it is sent curves, numbers and options; no picture, no path, no record.")
 
 
 def handed_out(run: RunConfig) -> bool:
@@ -57,7 +83,7 @@ def log_history(history: pd.DataFrame, prefix: str) -> None:
         run.log({**values, "epoch": int(epoch)})
 
 
-def log_record(folder: Path, table: pd.DataFrame) -> None:
+def log_record(folder: Path, table: pd.DataFrame, upload: bool = True) -> None:
     """Puts the means into the run's summary, the per-category table and the heat maps beside them, the record as artifact.
 
     The record is complete without W&B, so that its client's failures are a warning.
@@ -65,19 +91,20 @@ def log_record(folder: Path, table: pd.DataFrame) -> None:
     Args:
         folder: The finished run record; every file of it becomes part of an artifact of type ``run-record``.
         table: Its metrics in long form.
+        upload: Whether the record and its pictures are sent.
     """
     run = active_run()
     if run is None:
         return
     try:
-        _log_record(run, folder, table)
+        _log_record(run, folder, table, upload)
     except Exception as error:
         rank_zero_warn(
             f"W&B did not take the run record ({type(error).__name__}: {error}). It is complete in {folder}."
         )
 
 
-def _log_record(run: Any, folder: Path, table: pd.DataFrame) -> None:
+def _log_record(run: Any, folder: Path, table: pd.DataFrame, upload: bool) -> None:
     import wandb
 
     own = table[table.variant == ""]
@@ -86,9 +113,13 @@ def _log_record(run: Any, folder: Path, table: pd.DataFrame) -> None:
     categories = own[own.scope == "category"]
     wide = categories.pivot_table(index=["dataset", "category"], columns="metric", values="value", sort=False)
     pictures = {
-        f"heatmaps/{picture.stem}": wandb.Image(str(picture)) for picture in sorted((folder / "heatmaps").glob("*.jpg"))
+        f"heatmaps/{picture.stem}": wandb.Image(str(picture))
+        for picture in sorted((folder / "heatmaps").glob("*.jpg"))
+        if upload
     }
     run.log({"categories": wandb.Table(dataframe=wide.reset_index()), **pictures})
+    if not upload:
+        return
     artifact = wandb.Artifact(f"{folder.parent.name}-{folder.name}".replace("=", "-"), type="run-record")
     artifact.add_dir(str(folder))
     run.log_artifact(artifact)

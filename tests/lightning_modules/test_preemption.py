@@ -22,7 +22,9 @@ def reports(monkeypatch):
     told = []
     monkeypatch.setattr(tracking, "report_preemption", lambda: told.append("preempted"))
     monkeypatch.setattr(tracking, "open_run", lambda run, configuration: told.append(("open", run.name)))
-    monkeypatch.setattr(tracking, "log_record", lambda folder, table: told.append(("record", folder.name, len(table))))
+    monkeypatch.setattr(
+        tracking, "log_record", lambda folder, table, upload: told.append(("record", folder.name, len(table)))
+    )
     return told
 
 

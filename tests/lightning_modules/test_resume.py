@@ -20,7 +20,7 @@ from lightning_modules.running.checkpoints import WholeCheckpoints
 from lightning_modules.running.command_line import main
 
 
-class Interruption(RuntimeError):
+class Interruption(BaseException):
     """Stands for a power cut."""
 
 
@@ -151,7 +151,7 @@ def _full_disk(descriptor: int) -> None:
 
 def test_the_program_writes_its_checkpoints_whole(project, monkeypatch):
     monkeypatch.setattr(os, "fsync", _full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(SystemExit, match="No space left"):
         project.run()
     assert not project.checkpoint().exists()
     monkeypatch.undo()

@@ -145,7 +145,7 @@ def test_numbers_with_exponents_are_numbers_however_they_are_spelled(tmp_path: P
     cells = sweep.cells()
     assert [cell.parameters for cell in cells] == [{"lr": 0.0001, "w": [0.001, 2]}], "equal values are one cell"
     for text in ("lr=1e-4", "lr=1.0e-4", "lr=0.0001", "lr=.1e-3"):
-        assert sweep_file.select(cells, [text], Path("toy.yaml")) == cells
+        assert expansion.select(cells, [text], Path("toy.yaml")) == cells
 
 
 @pytest.mark.parametrize("kind", ["", ", distribution: log_uniform_values"])

@@ -1,0 +1,29 @@
+"""The first line of trouble: what a user can cause ends in one sentence; ``--debug`` brings the traceback back."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Sequence
+
+DEBUG = "UNIRECON_DEBUG"
+"""The variable that does what ``--debug`` does."""
+
+
+def debugging(arguments: Sequence[str]) -> tuple[list[str], bool]:
+    """The arguments without ``--debug``, and whether tracebacks are wanted."""
+    wanted = "--debug" in arguments or os.environ.get(DEBUG, "") not in ("", "0")
+    return [argument for argument in arguments if argument != "--debug"], wanted
+
+
+def sentence(error: Exception) -> str:
+    """What the error says, with the place in the code if it is not one that we word ourselves."""
+    text = str(error).strip() or "no reason given"
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    own = isinstance(error, (ValueError, OSError)) or type(error).__name__ == "MisconfigurationException"
+    if own or type(error).__module__.split(".")[0] in ("lightning_modules", "datamodules", "models", "results"):
+        return f"error: {text}"
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return f"error: {type(error).__name__}: {text}{place}\n`--debug` or {DEBUG}=1 shows the whole traceback."
