@@ -138,9 +138,7 @@ class TableDataset(Dataset):
         self.rows, self.source, self.augmentation, self.pixels = list(rows), source, augmentation, pixels
         self.anomalies = anomalies
         self.mean, self.std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-        levels = torch.arange(256, dtype=torch.float32)[:, None] / 255
-        table = (levels - torch.tensor(mean)) / torch.tensor(std)
-        self.normalised = np.ascontiguousarray(table.numpy().T)  # (3, 256): one look-up per pixel is exact and fast
+        self.normalised = normalised_levels(mean, std)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -163,7 +161,7 @@ class TableDataset(Dataset):
         if self.augmentation is not None and isinstance(index, Draw):
             image, mask = self.augmentation(image, mask, row.category, index.seed)
         sample = {
-            "image": self._normalise(image),
+            "image": normalise(image, self.normalised),
             "mask": torch.from_numpy(np.array(mask)[None]),
             "has_mask": row.label == 0 or bool(row.mask_paths),
             "label": row.label,
@@ -184,12 +182,19 @@ class TableDataset(Dataset):
             sample["pixels"] = torch.from_numpy(image.transpose(2, 0, 1).copy())
         return sample
 
-    def _normalise(self, image: np.ndarray) -> torch.Tensor:
-        """uint8 (H, W, 3) to float32 (3, H, W)."""
-        pixels = np.empty((3, *image.shape[:2]), np.float32)
-        for channel, values in enumerate(self.normalised):
-            np.take(values, image[..., channel], out=pixels[channel], mode="clip")
-        return torch.from_numpy(pixels)
+
+def normalised_levels(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """What each of the 256 levels of a channel becomes, float32 (3, 256): one look-up per pixel is exact and fast."""
+    levels = torch.arange(256, dtype=torch.float32)[:, None] / 255
+    return np.ascontiguousarray(((levels - torch.tensor(mean)) / torch.tensor(std)).numpy().T)
+
+
+def normalise(image: np.ndarray, levels: np.ndarray) -> torch.Tensor:
+    """uint8 (H, W, 3) to float32 (3, H, W) by :func:`normalised_levels`."""
+    pixels = np.empty((3, *image.shape[:2]), np.float32)
+    for channel, values in enumerate(levels):
+        np.take(values, image[..., channel], out=pixels[channel], mode="clip")
+    return torch.from_numpy(pixels)
 
 
 class Batch(dict):

@@ -33,7 +33,6 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
-from jsonargparse import ArgumentParser
 from lightning.fabric.utilities import move_data_to_device
 from rich.console import Console
 from rich.progress import track
@@ -47,6 +46,7 @@ from datamodules.synthetic import Plan, generate
 from lightning_modules.base import ReconstructionModule
 from lightning_modules.callbacks.epoch_seed import EpochSeed
 from lightning_modules.callbacks.scoring import Evaluation
+from lightning_modules.running.methods import build
 from lightning_modules.running.serving import CacheConfig, attach
 from lightning_modules.running.settings import code_version
 
@@ -103,7 +103,7 @@ class Options:
 # ---- what is measured ------------------------------------------------------------------------------------------------
 
 
-def build(
+def prepare(
     method: str, options: Options, root: Path
 ) -> tuple[ReconstructionModule, Callable[[], UnifiedDataModule], Any]:
     """The method, a maker of fresh data modules (not set up), and the recipe's gradient clipping."""
@@ -113,7 +113,7 @@ def build(
     if options.image_size is not None:
         model["init_args"]["image_size"] = options.image_size
         model["init_args"].pop("grid", None)
-    module = _instantiate(ReconstructionModule, model)
+    module = build(ReconstructionModule, model)
     module.set_protocol("clean", "last")
     recipe = module.recipe
     filled = {"image_size": module.image_size, "resize": recipe.resize, "batch_size": recipe.batch_size}
@@ -128,13 +128,7 @@ def build(
     }
     data = data | {"init_args": filled | data["init_args"] | own}
     clip = config["trainer"].get("gradient_clip_val") or recipe.gradient_clip_val
-    return module, lambda: _instantiate(UnifiedDataModule, data), clip
-
-
-def _instantiate(kind: type, config: Mapping[str, Any]) -> Any:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(kind, "made")
-    return parser.instantiate(parser.parse_object({"made": config})).made
+    return module, lambda: build(UnifiedDataModule, data), clip
 
 
 def _batches(data: UnifiedDataModule, steps: int) -> Iterator[dict[str, Any]]:
@@ -249,7 +243,7 @@ def measure(method: str, options: Options, root: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     now = time.perf_counter if options.clock == "wall" else time.process_time
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module, make, clip = build(method, options, root)
+    module, make, clip = prepare(method, options, root)
     module.to(device)
     plain = make()
     plain.setup("fit")
@@ -307,7 +301,7 @@ def measure_float16(method: str, options: Options, root: Path, epochs: int = 4) 
     with tempfile.TemporaryDirectory() as folder:
         for mode in ("float32", "float16"):
             torch.manual_seed(0)
-            module, make, clip = build(method, options, root)
+            module, make, clip = prepare(method, options, root)
             data, evaluation = make(), Evaluation()
             attach(module, data, CacheConfig(mode, folder), device, build=True)
             trainer = _trainer(folder, EpochSeed(0), evaluation, max_epochs=epochs, gradient_clip_val=clip)

@@ -9,10 +9,8 @@ sweep runner and ``wandb agent`` steer a run in the same way.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
-import pkgutil
 import shutil
 import sys
 import time
@@ -31,7 +29,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 import datamodules
-import lightning_modules
 from datamodules.errors import DataError
 from datamodules.problems import number_of
 from datamodules.readers import has_own_root
@@ -58,6 +55,7 @@ from lightning_modules.running import (
     trouble,
 )
 from lightning_modules.running.checkpoints import WholeCheckpoints
+from lightning_modules.running.methods import class_at, import_methods
 from lightning_modules.running.parser import PlainParser
 from lightning_modules.running.quiet import quiet
 from lightning_modules.running.serving import CacheConfig, attach
@@ -72,19 +70,6 @@ NOTHING_TO_MEASURE = (
 )
 COLOUR_SCALE = "colour_scale.json"
 """In a record: the ends of the colour scale of the run's heat maps, for ``predict``."""
-
-
-def import_methods() -> dict[str, type[ReconstructionModule]]:
-    """All methods by name: every subclass of :class:`ReconstructionModule` found in this package's files."""
-    found = {}
-    for info in pkgutil.iter_modules(lightning_modules.__path__):
-        if info.ispkg or info.name == "__main__":
-            continue
-        module = importlib.import_module(f"lightning_modules.{info.name}")
-        for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, ReconstructionModule) and "method" in vars(value):
-                found[value.method] = value
-    return found
 
 
 def environment_arguments(environment: Mapping[str, str]) -> list[str]:
@@ -163,7 +148,7 @@ class UniReconCLI(LightningCLI):
         refusals.ckpt_path(config.get("ckpt_path"))
         if self.subcommand == "predict":
             refusals.predict_root(config.data.init_args.predict_root)
-        model = _class(config.model.class_path)
+        model = class_at(config.model.class_path)
         recipe = model.recipe
         data, trainer = config.data.init_args, config.trainer
         size = config.model.init_args.image_size
@@ -472,11 +457,6 @@ class UniReconCLI(LightningCLI):
             provenance=started,
             notes=notes,
         )
-
-
-def _class(path: str) -> type:
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
 
 
 def _colour_scale(file: Path) -> tuple[float, float] | None:
