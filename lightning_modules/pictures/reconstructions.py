@@ -31,10 +31,11 @@ from lightning_modules.callbacks.progress import PlainProgress
 from lightning_modules.pictures.heatmaps import overlay, to_rgb
 from lightning_modules.running import checkpoints, foreign
 from lightning_modules.running.checkpoints import WholeCheckpoints
-from lightning_modules.running.loading import load_run, work_folder
+from lightning_modules.running.loading import load_run
 from lightning_modules.running.methods import build
 from lightning_modules.running.quiet import quiet
 from lightning_modules.running.serving import CacheConfig, attach
+from lightning_modules.running.settings import work_folder
 from models.visual_decoder import VisualDecoder
 from results.aggregator.records import read_record
 from results.common.environment import parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 import sys
@@ -12,6 +13,10 @@ from typing import Any
 
 import torch
 import yaml
+
+from lightning_modules.running.backbone import recorded_weights
+from lightning_modules.running.settings import work_folder
+from results.common.foreign import read_mapping
 
 OURS = ("datamodules.UnifiedDataModule", "datamodules.unified.UnifiedDataModule")
 SCHEDULES = "lightning_modules.running.schedules"
@@ -44,7 +49,8 @@ def as_data(arguments: Sequence[str], methods: Iterable[type]) -> list[str]:
         ForeignError: it names a class that is not the project's own, or is none at all.
     """
     out, given = [], list(arguments)
-    predicts = "predict" in given[:1]
+    command = "".join(given[:1])
+    predicts = command == "predict"
     while given:
         argument = given.pop(0)
         if argument in ("--config", "-c") and given:
@@ -60,7 +66,10 @@ def as_data(arguments: Sequence[str], methods: Iterable[type]) -> list[str]:
             folder = Path(tempfile.mkdtemp(prefix="unirecon-"))
             _left.append(folder)
             path = folder / "config.yaml"
-            path.write_text(yaml.safe_dump(read(Path(file), methods), sort_keys=False), encoding="utf-8")
+            content = read(Path(file), methods)
+            if command in ("validate", "test", "predict"):
+                _settle_backbone(content, Path(file).parent)
+            path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
         out.append(f"--config={path}")
     return out
 
@@ -109,6 +118,15 @@ def read(file: Path, methods: Iterable[type]) -> dict[str, Any]:
         if trainer.get("logger") is False:
             kept["trainer"]["logger"] = False
     return kept
+
+
+def _settle_backbone(content: dict[str, Any], folder: Path) -> None:
+    """The backbone has the weights that the record names, wherever their file lies now; ``auto`` could find others."""
+    # What is missing here is told later: by the parser, by the backbone, or by the checkpoint.
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, FileNotFoundError):
+        backbone = content["model"]["init_args"]["backbone"]
+        recorded = read_mapping(folder, "record.json")["backbone"]
+        backbone["weights"] = recorded_weights(backbone, recorded, (work_folder(folder), folder))
 
 
 def check(section: Any, file: Path, methods: Iterable[type]) -> None:

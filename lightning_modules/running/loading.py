@@ -20,7 +20,7 @@ from lightning_modules.running import checkpoints, foreign
 from lightning_modules.running.backbone import recorded_weights
 from lightning_modules.running.earlier import translated
 from lightning_modules.running.methods import build, import_methods
-from lightning_modules.running.settings import RunConfig
+from lightning_modules.running.settings import RunConfig, work_folder
 from models.head import ScoredMaps
 from results.aggregator.records import StoredRecord, read_record
 from results.common.pair import label
@@ -142,12 +142,6 @@ def load_run(
         category=label(dataset if several else "", name),
         dataset=dataset,
     )
-
-
-def work_folder(folder: Path) -> Path:
-    """``<results>/work/<sweep>/<run>`` of the record ``<results>/runs/<sweep>/<run>``."""
-    folder = folder.resolve()
-    return folder.parents[2] / "work" / folder.parent.name / folder.name
 
 
 def _module(

@@ -91,6 +91,12 @@ class RunConfig:
         return Path(self.results) / "work" / self.sweep / self.name
 
 
+def work_folder(folder: Path) -> Path:
+    """``<results>/work/<sweep>/<run>`` of the record ``<results>/runs/<sweep>/<run>``."""
+    folder = folder.resolve()
+    return folder.parents[2] / "work" / folder.parent.name / folder.name
+
+
 def sweep_parameters() -> dict[str, Any]:
     """The sweep's parameters of this run, as ``wandb agent`` and the local runner hand them over; empty outside a sweep."""
     path = os.environ.get("WANDB_SWEEP_PARAM_PATH")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 
+import pandas as pd
 import pytest
 import torch
 import yaml
 
+from lightning_modules import load_run
 from lightning_modules.destseg import DeSTSeg
 from lightning_modules.hvq_trans import HVQTrans
 from lightning_modules.running.command_line import main
@@ -149,7 +151,10 @@ def test_a_record_of_the_authors_weights_can_be_tested_and_predicted_with(prepar
     more = ["--model.init_args.predicted_class=bolt"] if method == "hvq_trans" else []
     images = f"--data.init_args.predict_root={data_root / 'bolt' / 'test'}"
     main(["predict", f"--config={folder / 'config.yaml'}", "--trainer.logger=false", images, *more])
-    assert (project.results / "work" / "imported" / "theirs" / "predictions" / "scores.csv").is_file()
+    table = pd.read_csv(project.results / "work" / "imported" / "theirs" / "predictions" / "scores.csv")
+    model = load_run(folder, category="bolt" if method == "hvq_trans" else None)
+    scored = model(table.image.tolist()).image_scores.tolist()
+    assert scored == pytest.approx(table.image_score.tolist(), rel=1e-5)
 
 
 def test_the_weights_and_the_backbone_are_those_of_the_file(prepared):

@@ -12,7 +12,7 @@ from PIL import Image
 from datamodules import DatasetConfig, UnifiedDataModule
 from lightning_modules.pictures import reconstructions
 from lightning_modules.rlr import RLR
-from lightning_modules.running.loading import work_folder
+from lightning_modules.running.settings import work_folder
 from models.backbones import BackboneConfig
 from results.aggregator.records import METRIC_COLUMNS, RunRecord, write_record
 
