@@ -9,7 +9,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_modules.running import command_line as cli
+from lightning_modules.running.command_line import UniReconCLI
+from lightning_modules.running.filling import with_environment
 
 
 class Refusal(Exception):
@@ -20,7 +21,7 @@ class _Built(Exception):
     """The parser is built; nothing of the program beyond it is wanted."""
 
 
-class Parser(cli.UniReconCLI):
+class Parser(UniReconCLI):
     """Parses many argument lists with the program's parser; no class is instantiated."""
 
     def __init__(self) -> None:
@@ -37,7 +38,7 @@ class Parser(cli.UniReconCLI):
         printed = io.StringIO()
         try:
             with contextlib.redirect_stderr(printed):
-                self.config = self.parser.parse_args(cli.with_environment(arguments, os.environ))
+                self.config = self.parser.parse_args(with_environment(arguments, os.environ))
                 self.subcommand = self.config["subcommand"]
                 parsed = self.config[self.subcommand]
                 configuration = parsed.as_dict()
