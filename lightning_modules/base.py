@@ -166,6 +166,14 @@ class ReconstructionModule(L.LightningModule):
 
     # ---- what no method changes --------------------------------------------------------------------------------------
 
+    @property
+    def attached(self) -> L.Trainer | None:
+        """The trainer; None for a module that is used without one."""
+        try:
+            return self.trainer
+        except RuntimeError:
+            return None
+
     def setup(self, stage: str) -> None:
         """Pixels are normalised as the backbone's weights expect, unless the data module was told otherwise."""
         data = getattr(self.trainer, "datamodule", None)
@@ -262,7 +270,7 @@ class ReconstructionModule(L.LightningModule):
     def optimizer_of(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """The method's optimiser over some parameters."""
         optimizer = self.optimizer(parameters)
-        if self._trainer is not None and "mixed" in str(self._trainer.precision):
+        if self.attached is not None and "mixed" in str(self.attached.precision):
             internals.allow_clipping(optimizer)
         return optimizer
 
@@ -276,7 +284,7 @@ class ReconstructionModule(L.LightningModule):
         if self.schedule is None:
             return optimizer
         schedule = self.schedule(optimizer)
-        if self._trainer is not None and getattr(schedule, "total_steps", 0) is None:
+        if self.attached is not None and getattr(schedule, "total_steps", 0) is None:
             schedule.total_steps = self.trainer.estimated_stepping_batches
         monitor = getattr(schedule, "monitor", None)  # of Lightning's ReduceLROnPlateau
         return {

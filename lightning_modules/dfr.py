@@ -83,7 +83,7 @@ class DFR(ReconstructionModule):
         """Number of principal components of regional features that explain more than ``explained`` of the variance."""
         covariance = StreamingCovariance(self.network.regional.channels)
         train = data.table[data.table.split == "train"].sort_values("image_path")
-        device = self.trainer.strategy.root_device if self._trainer is not None else self.device
+        device = self.trainer.strategy.root_device if self.attached is not None else self.device
         self.extractor.to(device)
         for _, rows in train.groupby(["dataset", "category"], sort=False):
             for number in rows.id.tolist()[: self.pca_images]:

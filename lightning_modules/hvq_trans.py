@@ -200,7 +200,7 @@ class HVQTrans(ReconstructionModule):
         return error + self.commitment * restored.commitment
 
     def _processes(self) -> int:
-        return self._trainer.world_size if self._trainer is not None else 1
+        return self.attached.world_size if self.attached is not None else 1
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """A head without an image in any process stays as it is, as with one process."""

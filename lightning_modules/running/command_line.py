@@ -18,7 +18,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -39,6 +38,7 @@ from lightning_modules.callbacks.scoring import Evaluation
 from lightning_modules.running import (
     checkpoints,
     foreign,
+    internals,
     normalisation,
     per_category,
     preemption,
@@ -57,7 +57,7 @@ from lightning_modules.running.serving import CacheConfig, attach
 from lightning_modules.running.settings import RunConfig
 
 
-class UniReconCLI(LightningCLI):
+class UniReconCLI(internals.OpenCLI):
     """LightningCLI in subclass mode for model and data, with recipes, run folders and records."""
 
     def __init__(self, args: list[str]) -> None:
@@ -102,7 +102,7 @@ class UniReconCLI(LightningCLI):
             raise SystemExit("\n".join(reasons) or str(error)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        self.run_config: RunConfig = self._get(self.config_init, "run")
+        self.run_config: RunConfig = self.made("run")
         normalisation.follow_weights(self.model, self.datamodule, self.config[self.subcommand].data.init_args)
         try:
             self.model.set_protocol(self.run_config.protocol, self.run_config.selects)
@@ -112,7 +112,7 @@ class UniReconCLI(LightningCLI):
             per_category.leave_finished(self.run_config, self._configuration())
         if self.subcommand == "fit":
             resuming.claim(self.run_config)
-        given = self._get(self.config_init, "trainer")
+        given = self.made("trainer")
         self.evaluation, self.normal_scores, self.history, self.curve = Evaluation(), NormalScores(), History(), None
         seed = EpochSeed(self.config[self.subcommand].seed_everything)
         own = [seed, self.normal_scores, self.evaluation, self.history, *self._callbacks()]
@@ -127,7 +127,7 @@ class UniReconCLI(LightningCLI):
             refusals.place(self.run_config, self._bytes_needed())
         trainer = super().instantiate_trainer(callbacks=callbacks, default_root_dir=str(self.run_config.work), **kwargs)
         if trainer.world_size > 1:
-            preemption.stop_all_with_the_first(trainer)
+            internals.stop_with_the_first(trainer)
         return trainer
 
     def _bytes_needed(self) -> int:
@@ -143,7 +143,7 @@ class UniReconCLI(LightningCLI):
             return [*callbacks, self.predictions]
         if self.subcommand != "fit":
             return callbacks
-        epochs = self._get(self.config_init, "trainer")["max_epochs"]
+        epochs = self.made("trainer")["max_epochs"]
         every, select = run.curve_every, None
         if run.protocol == "as_released" and model.recipe.best_on_test is None:
             raise SystemExit(
@@ -171,24 +171,20 @@ class UniReconCLI(LightningCLI):
         run.work.mkdir(parents=True, exist_ok=True)
         tracking.announce(run)
         logger = WandbLogger(**tracking.settings(run, self._configuration()), save_dir=str(run.work))
-        # Lightning always passes this setting, and W&B warns of its end in every run.
-        vars(logger).get("_wandb_init", {}).pop("anonymous", None)
+        internals.without_anonymous(logger)
         return logger
 
     def _configuration(self) -> dict[str, Any]:
-        return json.loads(self._parser(self.subcommand).dump(self.config[self.subcommand], format="json"))
-
-    def _parse_ckpt_path(self) -> None:
-        """A checkpoint gives weights; options that one may hold are not taken over."""
+        return json.loads(self.dump(self.config[self.subcommand], format="json"))
 
     # ---- running -----------------------------------------------------------------------------------------------------
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def run_subcommand(self, subcommand: str) -> None:
         with contextlib.nullcontext() if subcommand == "fit" else preemption.at_once():
-            super()._run_subcommand(subcommand)
+            super().run_subcommand(subcommand)
 
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+    def subcommand_options(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super().subcommand_options(subcommand)
         if kwargs.get("ckpt_path") is None:
             last = self.run_config.work / "checkpoints" / "last.ckpt"
             if whole := checkpoints.newest_whole(last):
@@ -249,7 +245,7 @@ class UniReconCLI(LightningCLI):
         self._training_started = time.perf_counter()
 
     def _serve_features(self, build: bool) -> None:
-        cache = self._get(self.config_init, "cache")
+        cache = self.made("cache")
         attach(self.model, self.datamodule, cache, self.trainer.strategy.root_device, build)
 
     def _validation_images(self) -> int:
@@ -279,7 +275,7 @@ class UniReconCLI(LightningCLI):
             self.evaluation, self.normal_scores, self.history, self.curve, self.started,
             getattr(self, "training_seconds", 0.0),
         )  # fmt: skip
-        recording.write(outcome, lambda config: self._parser(self.subcommand).dump(config, skip_none=False))
+        recording.write(outcome, lambda config: self.dump(config, skip_none=False))
 
 
 def main(arguments: list[str] | None = None) -> None:
