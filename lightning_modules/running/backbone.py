@@ -26,6 +26,8 @@ def recorded_weights(
         ValueError: the file at hand is another one.
     """
     kind, name = recorded["weights"], recorded["name"]
+    if kind not in ("imagenet", "packaged", "random", "file"):
+        raise ValueError(f"The record's backbone has weights {kind!r}; known are imagenet, packaged, random and file.")
     if kind == "imagenet" and cached_file(name) is None:
         raise FileNotFoundError(
             f"The run's backbone {name} has timm's ImageNet weights, which are not in timm's cache on this machine, and "

@@ -272,6 +272,15 @@ def test_weights_that_are_not_in_timms_cache_are_asked_for_and_not_downloaded(tr
         load_run(run)
 
 
+def test_a_source_of_weights_that_no_record_has_is_refused(trained, tmp_path):
+    run = tmp_path / "results" / "runs" / "single" / "first"
+    shutil.copytree(trained.results, tmp_path / "results")
+    text = (run / "record.json").read_text()
+    (run / "record.json").write_text(text.replace('"weights": "random"', '"weights": "auto"'))
+    with pytest.raises(ValueError, match="has weights 'auto'; known are imagenet, packaged, random and file"):
+        load_run(run)
+
+
 def test_the_recorded_source_counts_and_not_what_auto_would_find_now(project, monkeypatch, photograph):
     monkeypatch.setattr("models.backbones.resolve_auto", lambda name: "random")
     project.run("--model.init_args.backbone.weights=auto", "--trainer.max_epochs=1")
