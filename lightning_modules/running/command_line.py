@@ -84,7 +84,7 @@ class UniReconCLI(internals.OpenCLI):
         parser.add_class_arguments(RunConfig, "run")
         parser.add_class_arguments(CacheConfig, "cache")
 
-    # ---- filling in --------------------------------------------------------------------------------------------------
+    # ---- making -------------------------------------------------------------------------------------------------------
 
     def before_instantiate_classes(self) -> None:
         fill(self.config[self.subcommand], self.subcommand, self.started)
