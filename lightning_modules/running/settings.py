@@ -94,7 +94,7 @@ class RunConfig:
 def work_folder(folder: Path) -> Path:
     """``<results>/work/<sweep>/<run>`` of the record ``<results>/runs/<sweep>/<run>``."""
     folder = folder.resolve()
-    return folder.parents[2] / "work" / folder.parent.name / folder.name
+    return folder.parent.parent.parent / "work" / folder.parent.name / folder.name
 
 
 def sweep_parameters() -> dict[str, Any]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -305,6 +306,10 @@ def test_the_checkpoint_may_lie_anywhere_and_its_absence_is_said(trained, tmp_pa
         load_run(run)
     model = load_run(run, checkpoint=trained.checkpoint())
     assert torch.equal(model(photograph).maps, load_run(run_of(trained))(photograph).maps)
+    alone = Path(tempfile.mkdtemp(dir="/tmp"))  # a record need not lie among others
+    shutil.copytree(run, alone, dirs_exist_ok=True)
+    assert load_run(alone, checkpoint=trained.checkpoint())(photograph).image_scores.isfinite().all()
+    shutil.rmtree(alone)
     with pytest.raises(FileNotFoundError, match=r"other\.ckpt does not exist"):
         load_run(run, checkpoint=tmp_path / "other.ckpt")
 
