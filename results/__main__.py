@@ -18,7 +18,7 @@ from results.aggregator.curves import curve_table
 from results.aggregator.records import DamagedRecordWarning, RecordError, RecordSet, StoredRecord, read_records
 from results.aggregator.scores import ConflictError, kinds, newest, select
 from results.aggregator.spec import Spec, SpecError, find_spec, spec_for_sweep, spec_names
-from results.aggregator.sweep_file import SweepFile, read_sweep
+from results.aggregator.sweep_cells import SweepCells, read_sweep
 from results.aggregator.table import Table
 from results.common.shown import printable
 
@@ -189,14 +189,14 @@ def _list(options: argparse.Namespace) -> int:
     return 0
 
 
-def build_sweep(spec: Spec, records: Sequence[StoredRecord], sweep: SweepFile | None, rms_std: bool = False) -> Table:
+def build_sweep(spec: Spec, records: Sequence[StoredRecord], sweep: SweepCells | None, rms_std: bool = False) -> Table:
     """The table of a sweep, whatever its kind."""
     if spec.kind == "curves":
         return curve_table(spec, records, sweep)
     return sweep_table(spec, records, sweep, rms_std=rms_std)
 
 
-def load_sweep(name: str, folder: Path) -> SweepFile | None:
+def load_sweep(name: str, folder: Path) -> SweepCells | None:
     """The sweep file of that name, None if there is none (then the rows are the cells that were run)."""
     path = folder / f"{name}.yaml"
     return read_sweep(path) if path.is_file() else None

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from sweeps.runner import cluster, command, expansion, listing, preflight, prepare, sweep_file
+from sweeps.runner import checked_sweep, cluster, command, expansion, listing, preflight, prepare
 from sweeps.runner.display import Display
 from sweeps.runner.errors import SweepError
 from sweeps.runner.local import Job, Runner, check_writable
@@ -102,7 +102,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     def say(text: str) -> None:
         console.print(text, highlight=False)
 
-    sweep = sweep_file.load(options.ablation)
+    sweep = checked_sweep.load(options.ablation)
     variables = prepare.environment(options.profile)
     every_cell = sweep.cells(options.seeds, options.count, options.sampler_seed)
     cells = expansion.select(every_cell, options.only, sweep.path)

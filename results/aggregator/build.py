@@ -11,9 +11,9 @@ from results.aggregator.published import Printed, read_published
 from results.aggregator.records import LABELS_AT_TEST, StoredRecord
 from results.aggregator.scores import Pool, Query, axis_value, check_table
 from results.aggregator.spec import Entry, Spec, SpecError
-from results.aggregator.sweep_file import SEED_KEYS, SweepFile, canonical, cell_key, describe_cell, show_value
+from results.aggregator.sweep_cells import SEED_KEYS, SweepCells, canonical, cell_key, describe_cell, show_value
 from results.aggregator.table import Cell, Column, Row, Table, Value, add_gaps, mark_values
-from results.common.nearest import did_you_mean
+from results.common.spelling import did_you_mean
 
 SOURCES = ("published", "runs", "both")
 #: Which axes a sweep may vary, recognised by the key that it sets.
@@ -67,7 +67,7 @@ def paper_table(
 def sweep_table(
     spec: Spec,
     records: Sequence[StoredRecord],
-    sweep: SweepFile | None = None,
+    sweep: SweepCells | None = None,
     reference: bool = True,
     rms_std: bool = False,
     published: Mapping[tuple[str, ...], Printed] | None = None,
@@ -124,7 +124,7 @@ def sweep_table(
 
 
 def category_tables(
-    spec: Spec, records: Sequence[StoredRecord], sweep: SweepFile | None = None, rms_std: bool = False
+    spec: Spec, records: Sequence[StoredRecord], sweep: SweepCells | None = None, rms_std: bool = False
 ) -> list[Table]:
     """One table per cell of a sweep: a row per category and the mean, a column per metric."""
     pool = Pool(records, rms_std, categories=_found_categories(records))
@@ -265,7 +265,7 @@ def _full_key(short: str, known: Sequence[str], where: str) -> str:
     raise SpecError(f"table {where}: the sweep has no parameter {short!r}. {close}")
 
 
-def _known_keys(records: Sequence[StoredRecord], sweep: SweepFile | None) -> list[str]:
+def _known_keys(records: Sequence[StoredRecord], sweep: SweepCells | None) -> list[str]:
     keys = dict.fromkeys(key for key in (sweep.values if sweep else ()) if key not in SEED_KEYS)
     for stored in records:
         keys.update(dict.fromkeys(key for key in stored.record.cell if key not in SEED_KEYS))
@@ -282,7 +282,7 @@ def _found_categories(records: Sequence[StoredRecord]) -> dict[str, tuple[str, .
 
 
 def _sweep_rows(
-    spec: Spec, records: Sequence[StoredRecord], sweep: SweepFile | None, known: Sequence[str]
+    spec: Spec, records: Sequence[StoredRecord], sweep: SweepCells | None, known: Sequence[str]
 ) -> tuple[list[Entry], tuple[str, ...], list[str]]:
     """The rows of a sweep's table, their headers, and the runs that no row stands for."""
     if spec.rows is not None:
@@ -332,7 +332,7 @@ def _varying_in(records: Sequence[StoredRecord]) -> list[str]:
     return [key for key, found in values.items() if len(found) > 1]
 
 
-def _varies(spec: Spec, sweep: SweepFile | None) -> set[str]:
+def _varies(spec: Spec, sweep: SweepCells | None) -> set[str]:
     """Axes on which the records of a sweep differ on purpose."""
     keys = list(sweep.varying) if sweep else []
     for entry in (*(spec.rows or ()), *spec.columns):

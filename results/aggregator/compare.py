@@ -13,8 +13,8 @@ from scipy import stats
 from results.aggregator.names import metric_label
 from results.aggregator.records import StoredRecord
 from results.aggregator.scores import ConflictError, Query, axis_value, check_cell, check_table, seed_means
-from results.aggregator.sweep_file import canonical
-from results.common.nearest import did_you_mean
+from results.aggregator.sweep_cells import canonical
+from results.common.spelling import did_you_mean
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from results.aggregator.sweep_file import cell_key
+from results.aggregator.sweep_cells import cell_key
 from results.common import foreign
 from results.common.files import REPLACED, restore_replaced, sync_folder
-from results.common.nearest import did_you_mean
 from results.common.pair import plain
+from results.common.spelling import did_you_mean
 
 SCHEMA = 1
 #: A run's note that begins like this is shouted above every table: its method is told the class of each test image.
@@ -187,7 +187,7 @@ class StoredRecord:
 
     @cached_property
     def cell(self) -> frozenset:
-        """Identity of the record's cell, the seed left out; see :func:`results.aggregator.sweep_file.cell_key`."""
+        """Identity of the record's cell, the seed left out; see :func:`results.aggregator.sweep_cells.cell_key`."""
         return cell_key(self.record.cell)
 
     @cached_property

@@ -17,7 +17,7 @@ import yaml
 
 from results.aggregator.names import COSTS, DATASET_CATEGORIES, PARTIAL_MEANS, is_percent
 from results.aggregator.records import StoredRecord
-from results.aggregator.sweep_file import SEED_KEYS, canonical, describe_cell
+from results.aggregator.sweep_cells import SEED_KEYS, canonical, describe_cell
 from results.aggregator.table import Value
 from results.common.deciding import SEEDS, deciding
 

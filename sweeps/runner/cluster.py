@@ -26,7 +26,7 @@ from rich.markup import escape
 from results.common import foreign
 from results.common.files import write_text
 from results.common.shown import printable
-from sweeps.runner import command, preflight, prepare, sweep_file
+from sweeps.runner import checked_sweep, command, preflight, prepare
 from sweeps.runner.errors import SweepError
 from sweeps.runner.expansion import SEED, Cell, draw
 from sweeps.runner.local import check_writable
@@ -41,7 +41,7 @@ _SWEEP = re.compile(r"[^/\s]+/[^/\s]+/[^/\s]+")
 
 def register(options: argparse.Namespace, console: Console) -> int:
     """Check a sweep, register it with W&B under the chosen profile and print how to start agents."""
-    sweep = sweep_file.load(options.ablation)
+    sweep = checked_sweep.load(options.ablation)
     variables = prepare.environment(options.profile) | {"WANDB_MODE": "online"}
     check_writable(WORK)
     parameters = dict(sweep.parameters)
@@ -80,7 +80,7 @@ def _left_alone(words: tuple[str, ...]) -> dict[str, str]:
     return {name: f"${{envvar:{name}}}" for name in names - {"PROFILE"}}
 
 
-def _examples(sweep: sweep_file.SweepFile, seeds: list[int] | None) -> list[Cell]:
+def _examples(sweep: checked_sweep.CheckedSweep, seeds: list[int] | None) -> list[Cell]:
     """Cells whose keys and values stand for all; a search on the server is represented by one draw."""
     if sweep.method == "grid":
         return sweep.cells(seeds)

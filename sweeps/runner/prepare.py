@@ -17,12 +17,12 @@ from results.common.environment import parse, parts
 from results.common.files import read_json, write_json
 from results.common.lock import Lock
 from sweeps.runner import command
+from sweeps.runner.checked_sweep import CheckedSweep
 from sweeps.runner.errors import SweepError
 from sweeps.runner.expansion import Cell
 from sweeps.runner.identity import OVERRIDES, Dataset, Identifier, lookup, read_config
 from sweeps.runner.local import Job
 from sweeps.runner.state import WORK
-from sweeps.runner.sweep_file import SweepFile
 
 SYNTHETIC_LOCO = Path("data/synthetic_loco")
 """Four categories of the benchmark in the layout of MVTec LOCO AD."""
@@ -116,7 +116,7 @@ class Weights:
     The decision is kept in the sweep's working folder and holds for later runs of the sweep too.
     """
 
-    def __init__(self, sweep: SweepFile, variables: Mapping[str, str], say: Callable[[str], None]) -> None:
+    def __init__(self, sweep: CheckedSweep, variables: Mapping[str, str], say: Callable[[str], None]) -> None:
         self._variables = variables
         self._say = say
         self._kept = WORK / sweep.name / "weights.json"
@@ -163,7 +163,7 @@ class Weights:
 
 
 def jobs(
-    sweep: SweepFile,
+    sweep: CheckedSweep,
     cells: list[Cell],
     variables: Mapping[str, str],
     sets: list[Dataset],

@@ -9,7 +9,7 @@ from results.aggregator import figures, render
 from results.aggregator.build import paper_table, sweep_table
 from results.aggregator.curves import Curve, curve_table, read_curve
 from results.aggregator.spec import Entry, Spec, find_spec
-from results.aggregator.sweep_file import read_sweep
+from results.aggregator.sweep_cells import read_sweep
 from results.aggregator.table import Cell
 
 KEY = "model.init_args.network"

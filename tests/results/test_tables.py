@@ -14,7 +14,7 @@ from results.aggregator import render
 from results.aggregator.build import category_tables, paper_table, sweep_table
 from results.aggregator.scores import ConflictError, newest
 from results.aggregator.spec import Entry, Spec, SpecError, find_spec, read_spec
-from results.aggregator.sweep_file import canonical, read_sweep
+from results.aggregator.sweep_cells import canonical, read_sweep
 
 SIZE, PLACE = "model.init_args.neighbor_size", "model.init_args.mask_places"
 SWEEP = f"""

@@ -4,7 +4,7 @@ import pytest
 
 from results.aggregator.build import category_tables, paper_table, sweep_table
 from results.aggregator.spec import find_spec
-from results.aggregator.sweep_file import read_sweep
+from results.aggregator.sweep_cells import read_sweep
 
 SCORED = (
     "pixel_ap", "dsc", "pixel_auroc", "dsc_threshold", "dsc_precision", "dsc_recall", "dsc_floor_nothing", "dsc_floor_all",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from results.common.nearest import did_you_mean
+from results.common.spelling import did_you_mean
 from results.common.sweep_file import check_parameters, distribution, read
 from sweeps.runner.errors import SweepError
 from sweeps.runner.expansion import SEED, Cell, draw, grid
@@ -26,7 +26,7 @@ _METHODS = ("grid", "random", "bayes")
 
 
 @dataclass(frozen=True)
-class SweepFile:
+class CheckedSweep:
     """A sweep file that was read and checked; ``parameters`` maps dotted names to W&B's parameter entries."""
 
     path: Path
@@ -83,7 +83,7 @@ def find(ablation: str) -> Path:
     return path
 
 
-def load(ablation: str) -> SweepFile:
+def load(ablation: str) -> CheckedSweep:
     """Read and check the sweep file of an ablation; SweepError names the file, the key and what is allowed."""
     path = find(ablation)
     try:
@@ -110,7 +110,7 @@ def load(ablation: str) -> SweepFile:
     run_cap = content.get("run_cap")
     if run_cap is not None and (not isinstance(run_cap, int) or run_cap < 1):
         raise SweepError(f"{path}: run_cap is {run_cap!r}, but must be a whole number of at least 1.")
-    return SweepFile(
+    return CheckedSweep(
         path=path,
         name=name,
         description=" ".join(str(content.get("description") or "").split()),
