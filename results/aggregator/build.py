@@ -9,7 +9,7 @@ from typing import Any
 from results.aggregator import names
 from results.aggregator.published import Printed, read_published
 from results.aggregator.records import LABELS_AT_TEST, StoredRecord
-from results.aggregator.scores import Pool, Query, axis_value, check_table
+from results.aggregator.scores import Pool, Query, axis_value, check_table, versions
 from results.aggregator.spec import Entry, Spec, SpecError
 from results.aggregator.sweep_cells import SEED_KEYS, SweepCells, canonical, cell_key, describe_cell, show_value
 from results.aggregator.table import Cell, Column, Row, Table, Value, add_gaps, mark_values
@@ -153,13 +153,15 @@ def category_tables(
         tables.append(table)
     check_table(pool.used, _varies(spec, sweep), f"the tables of sweep {spec.sweep}")
     for table in tables:
-        table.caption = describe_runs(_records_of(table, records))
-        table.warnings = shouts(_records_of(table, records))
+        used = _records_of(table, records)
+        table.caption = describe_runs(used)
+        table.warnings = shouts(used)
+        table.notes += version_notes(table, used)
     return tables
 
 
 def describe_runs(records: Sequence[StoredRecord]) -> str:
-    """What a reader needs to judge numbers from runs: protocol, seeds, backbone, weights, data, commit."""
+    """What a reader needs to judge numbers from runs: protocol, seeds, backbone, weights, data, versions, commit."""
     if not records:
         return "No run fits this table yet."
     seeds = sorted({stored.record.seed for stored in records})
@@ -190,7 +192,10 @@ def describe_runs(records: Sequence[StoredRecord]) -> str:
         count = f"{len(prints)} fingerprints" if len(prints) > 3 else f"fingerprint {_list(prints)}"
         parts.append(f"Data: {names.dataset_label(dataset)} ({part or f'{len(found)} {noun}'}, {count}).")
     commits = sorted({_commit(stored) for stored in records})
-    parts.append(f"Metrics version {_all(records, lambda r: str(r.metrics['version']))}, commit {_list(commits)}.")
+    libraries = " or ".join(sorted({versions(stored) for stored in records}))
+    parts.append(
+        f"Metrics version {_all(records, lambda r: str(r.metrics['version']))}; {libraries}; commit {_list(commits)}."
+    )
     return " ".join(parts)
 
 
@@ -206,6 +211,21 @@ def shouts(records: Iterable[StoredRecord]) -> list[str]:
     if any(stored.record.provenance.get("git_dirty") for stored in records):
         found.append("Some runs were made from code with uncommitted changes.")
     return found
+
+
+def version_notes(table: Table, records: Iterable[StoredRecord]) -> list[str]:
+    """One note that says which rows were made with which versions; empty if all runs of the table agree."""
+    of_run = {stored.name: versions(stored) for stored in records}
+    rows: dict[str, dict[str, None]] = {}
+    for row, line in zip(table.rows, table.cells, strict=True):
+        for cell in line:
+            for name in cell.runs.records if cell.runs else ():
+                if name in of_run:
+                    rows.setdefault(of_run[name], {})[_row_title(row)] = None
+    if len(rows) < 2:
+        return []
+    groups = "; ".join(f"{version}: {_list(list(titles))}" for version, titles in sorted(rows.items()))
+    return [f"The rows were run with different library versions. {groups}."]
 
 
 def _run_notes(records: Iterable[StoredRecord]) -> list[str]:
@@ -370,7 +390,7 @@ def _missing_values(table: Table) -> list[str]:
         for name, cell in zip(names_of, line, strict=True):
             if cell.runs is not None and cell.runs.mean is None and name not in told:
                 reasons_of.setdefault(cell.runs.reason, []).append(name)
-        title = " / ".join(part for part in (row.group, *row.labels) if part)
+        title = _row_title(row)
         for reason, columns in reasons_of.items():
             everything = len(columns) == len(names_of) and len(columns) > 1
             if everything and reason == "no run":
@@ -378,6 +398,10 @@ def _missing_values(table: Table) -> list[str]:
             else:
                 lines.append(f"{title}: {'all columns' if everything else ', '.join(columns)}: {reason}")
     return [*lines, f"no run of {'; '.join(never)}"] if never else lines
+
+
+def _row_title(row: Row) -> str:
+    return " / ".join(part for part in (row.group, *row.labels) if part)
 
 
 def _finish(table: Table, spec: Spec, pool: Pool) -> None:
@@ -393,7 +417,7 @@ def _finish(table: Table, spec: Spec, pool: Pool) -> None:
     if table.source != "published":
         parts.append(describe_runs(used))
         table.warnings += shouts(used)
-        table.notes += _run_notes(used)
+        table.notes += [*_run_notes(used), *version_notes(table, used)]
     if any(row.default for row in table.rows):
         parts.append("In brackets: distance to the default row (★).")
     table.caption = " ".join(parts)

@@ -12,7 +12,7 @@ from scipy import stats
 
 from results.aggregator.names import metric_label
 from results.aggregator.records import StoredRecord
-from results.aggregator.scores import ConflictError, Query, axis_value, check_cell, check_table, seed_means
+from results.aggregator.scores import ConflictError, Query, axis_value, check_cell, check_table, seed_means, versions
 from results.aggregator.sweep_cells import canonical
 from results.common.spelling import did_you_mean
 
@@ -226,6 +226,9 @@ def _caveats(
     }
     if len(recipes) > 1:
         notes.append("A and B differ in backbone, weights, image size, resize or setting, not only in the method.")
+    made = [" or ".join(sorted({versions(stored) for stored in records})) for records in (records_a, records_b)]
+    if made[0] != made[1]:
+        notes.append(f"A was run with {made[0]}, B with {made[1]}.")
     if any(s.record.random_weights for s in (*records_a, *records_b)):
         notes.append("RANDOM BACKBONE WEIGHTS: says nothing about how good the methods are.")
     return notes

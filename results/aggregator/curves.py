@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from results.aggregator.build import _known_keys as known_keys
-from results.aggregator.build import _sweep_rows, describe_runs, shouts
+from results.aggregator.build import _sweep_rows, describe_runs, shouts, version_notes
 from results.aggregator.records import RecordError, StoredRecord
 from results.aggregator.scores import Query, check_cell, check_table
 from results.aggregator.spec import Spec
@@ -109,6 +109,7 @@ def curve_table(spec: Spec, records: Sequence[StoredRecord], sweep: SweepCells |
     table = Table(spec.name, spec.title, "runs", headers, rows, columns, cells, notes=list(spec.notes))
     table.missing = list(dict.fromkeys(missing))
     table.warnings = [*shouts(records), *problems]
+    table.notes += version_notes(table, records)
     if len(last_epochs) > 1:
         table.warnings.append(f"Runs of different length in one table: last epochs {sorted(last_epochs)}.")
     table.caption = f"Peak: best epoch on the test set; drop: peak minus final, in points. {describe_runs(records)}"

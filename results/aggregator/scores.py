@@ -26,6 +26,9 @@ TABLE_AXES = ("protocol", "profile", "metric version", "random weights", "data")
 METHOD_AXES = ("backbone", "weights", "image size", "resize", "setting")
 AXES = (*TABLE_AXES, *METHOD_AXES)
 
+LIBRARIES = ("torch", "timm")
+"""Libraries whose versions are shown with every table: they may change a number in its last digits."""
+
 _SEED_LINE = re.compile(r"^\s*(seed_everything|seed):")
 
 
@@ -275,6 +278,13 @@ def axis_value(stored: StoredRecord, axis: str, dataset: str = "") -> str:
     return "; ".join(
         f"{d['name']} ({_few(d['categories'])}), fingerprint {str(d['fingerprint'])[:10]}" for d in together
     )
+
+
+def versions(stored: StoredRecord) -> str:
+    """The versions of :data:`LIBRARIES` that a record was made with, such as ``torch 2.6.0, timm 1.0.9``."""
+    found = stored.record.provenance.get("versions") or {}
+    known = [f"{library} {found[library]}" for library in LIBRARIES if library in found]
+    return ", ".join(known) or f"{' and '.join(LIBRARIES)} of unknown version"
 
 
 def _few(categories: Sequence[str]) -> str:
