@@ -19,9 +19,10 @@ from rich.table import Table
 from datamodules.errors import DataError
 from datamodules.images import MAX_MEGAPIXELS, REMARKABLE, read_header, read_image, read_mask, resize_mask
 from datamodules.near_duplicates import near_pairs, perceptual_hashes, thumbnail
-from datamodules.problems import ERROR, WARNING, Problem, number_of, printable
+from datamodules.problems import ERROR, WARNING, Problem, number_of
 from datamodules.readers import Counts, Listing, list_dataset
 from datamodules.sample_table import GOOD, SampleTable, TableRow, rows_of
+from results.common.shown import printable
 
 COLUMNS = ("train", "val", "test_good", "structural", "logical")
 SMALLEST = 32

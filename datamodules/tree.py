@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 from datamodules.images import IMAGE_SUFFIXES
 from datamodules.problems import ERROR, WARNING, Problem, number_of
 from datamodules.sample_table import GOOD, Sample
+from results.common.contents import CLUTTER
+from results.common.spelling import nearest
 
 NORMAL_NAMES = (GOOD, "ok", "normal")
 """Folders of normal images, in any case."""
-CLUTTER = ("thumbs.db", "desktop.ini")
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -158,7 +158,7 @@ def unexpected_problems(category: str, folder: Path, expected: Sequence[str]) ->
         if part.name in expected:
             continue
         name = part.name.casefold().replace(" ", "_").replace("-", "_")
-        near = ["ground_truth"] if name in _MASK_FOLDERS else get_close_matches(name, expected, n=1, cutoff=0.6)
+        near = ["ground_truth"] if name in _MASK_FOLDERS else nearest(name, expected)
         hint = f": if it is {near[0]}, call it so" if near else ""
         what = f"{part.name}/ left out, beside {', '.join(f'{e}/' for e in expected)}{hint}"
         problems.append(Problem(WARNING, "not read", category, what, (str(part),)))

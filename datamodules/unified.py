@@ -416,7 +416,11 @@ class UnifiedDataModule(L.LightningDataModule):
         return table_rows(self.table, *splits)
 
     def _augmentation(self) -> Augmentation | None:
-        return None if self.augmentation == "none" else Augmentation(self.augmentation, self.categories)
+        if self.augmentation == "none":
+            return None
+        return Augmentation(
+            self.augmentation, dict(zip(category_keys(self.table), self.table["category"], strict=True))
+        )
 
     def _anomalies(self) -> Anomalies | None:
         if self.anomalies is None:

@@ -115,7 +115,7 @@ class Dinomaly2(Dinomaly):
         dropout: Likewise.
         recenter: Likewise.
         attention_epsilon: Likewise.
-        further: Further arguments of :class:`Dinomaly`.
+        further: Other arguments of :class:`Dinomaly`.
     """
 
     method = "dinomaly2"

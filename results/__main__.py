@@ -216,7 +216,7 @@ def _records(options: argparse.Namespace, sweep: str | None = None) -> RecordSet
 
 
 def _say(text: str) -> None:
-    """A line for the user; names in it are no markup."""
+    """A line for the user; names in it are not read as markup."""
     console.print(escape(printable(text)), highlight=False, soft_wrap=True)
 
 
@@ -287,7 +287,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = add("sweep", _sweep, [records, output], "the table of a sweep")
     sub.add_argument("name")
-    sub.add_argument("--categories", action="store_true", help="print the per-category table of each cell, too")
+    sub.add_argument("--categories", action="store_true", help="also print the per-category table of each cell")
     sub = add("table", _table, [records, output], "one table of a paper, as printed, from our runs, or side by side")
     sub.add_argument("id", help="see `python -m results list`")
     sub.add_argument("--source", choices=SOURCES, default="published")

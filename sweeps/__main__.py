@@ -80,14 +80,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
 
 
 def _numbers(text: str) -> list[int]:
     parts = text.replace(",", " ").split()
     if not all(part.isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(f"{text} is no list of whole numbers like 0,1,2")
+        raise argparse.ArgumentTypeError(f"{text} is not a list of whole numbers like 0,1,2")
     return [int(part) for part in parts]
 
 

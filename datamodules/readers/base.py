@@ -11,7 +11,7 @@ from pkgutil import iter_modules
 from typing import ClassVar
 
 from datamodules.errors import DataError
-from datamodules.problems import ERROR, WARNING, Problem, describe, number_of, printable
+from datamodules.problems import ERROR, WARNING, Problem, describe, number_of
 from datamodules.sample_table import GOOD, Sample, SampleTable, build_table
 from datamodules.tree import is_category, list_folders
 from results.common.spelling import did_you_mean
@@ -161,7 +161,7 @@ def _names_that_cannot_be_written(category: str, samples: Sequence[Sample]) -> l
         "".join(names).encode()
         return []
     except UnicodeEncodeError:
-        bad = tuple(name for name in names if printable(name) != name)
+        bad = tuple(name for name in names if any("\ud800" <= character <= "\udfff" for character in name))
     what = (
         f"{number_of(len(bad), 'name')} not in UTF-8: rename them, for example by convmv -f latin1 -t utf8 -r --notest"
     )

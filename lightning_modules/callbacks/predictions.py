@@ -14,11 +14,12 @@ import pandas as pd
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from PIL import Image
 
-from datamodules.problems import number_of, printable
+from datamodules.problems import number_of
 from lightning_modules.base import ReconstructionModule
 from lightning_modules.callbacks.normal_scores import p_values
 from lightning_modules.metrics.sync import Group
 from models.head import ScoredMaps
+from results.common.shown import printable
 
 LONGEST = 200
 """Bytes of an image's name that its files' names take over; file systems allow 255 in all."""

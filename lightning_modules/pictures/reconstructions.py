@@ -94,7 +94,7 @@ class DecoderTraining(L.LightningModule):
     """Trains a decoder of a method's clean features on normal images, by mean squared error, with Adam.
 
     Args:
-        method: In eval mode. It is no part of the checkpoints.
+        method: In eval mode. The checkpoints do not hold it.
         width: Channels of the decoder's first stage.
         shapes: (C, H, W) of each feature map.
         lr: Learning rate.
@@ -108,7 +108,7 @@ class DecoderTraining(L.LightningModule):
         self.decoder = VisualDecoder(channels, sizes, method.image_size, width)
         self.lr = lr
         self.trained_epochs = 0
-        self._method = (method,)  # in a tuple: torch shall not take it for a part of this module
+        self._method = (method,)  # in a tuple, so that torch does not take it for a part of this module
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         maps, _ = _maps(self._method[0].to(self.device), batch)

@@ -24,7 +24,7 @@ RECORDED = "recorded.txt"
 
 
 class CheckpointError(ValueError):
-    """A file is no checkpoint of this program."""
+    """A file is not a checkpoint of this program."""
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -81,7 +81,7 @@ def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     with path.open("rb") as file:
         start = file.read(2)
     if start != b"PK":  # what torch saves is a zip file
-        what = "it is no file that torch has saved" if start else "it is empty"
+        what = "torch did not save it" if start else "it is empty"
     raise CheckpointError(
         f"{path} cannot be read as a checkpoint: {what}. Delete it to begin anew, or give another one (--ckpt_path)."
     )

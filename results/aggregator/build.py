@@ -40,7 +40,7 @@ def paper_table(
     Raises SpecError if the spec asks for nothing on the wanted side, ConflictError if records must not meet.
     """
     if source not in SOURCES:
-        raise SpecError(f"source {source!r} is none of {', '.join(SOURCES)}")
+        raise SpecError(f"source {source!r} is unknown; choose from {', '.join(SOURCES)}")
     if spec.rows is None:
         raise SpecError(f"{spec.name} is the table of sweep {spec.sweep}, not of a paper; use `sweep {spec.sweep}`")
     if source != "runs" and "source" not in spec.where:

@@ -205,8 +205,8 @@ def _caveats(
     notes = [
         f"{categories.n} categories x {seeds.n} seeds are not {categories.n * seeds.n} independent observations: the "
         f"category test has n = {categories.n} (seeds averaged first), the seed test n = {seeds.n}.",
-        "The category test asks whether the difference would hold on further categories of this kind; the seed test "
-        "whether it would hold in further trainings on these categories.",
+        "The category test asks whether the difference would hold on other categories of this kind; the seed test "
+        "whether it would hold in more trainings on these categories.",
     ]
     for result, units in ((categories, "categories"), (seeds, "seeds")):
         if result.n < 2:
@@ -230,7 +230,7 @@ def _caveats(
     if made[0] != made[1]:
         notes.append(f"A was run with {made[0]}, B with {made[1]}.")
     if any(s.record.random_weights for s in (*records_a, *records_b)):
-        notes.append("RANDOM BACKBONE WEIGHTS: says nothing about how good the methods are.")
+        notes.append("RANDOM BACKBONE WEIGHTS: this does not show how good the methods are.")
     return notes
 
 

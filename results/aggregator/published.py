@@ -67,10 +67,12 @@ def _add(numbers: dict[tuple[str, ...], Printed], lines: Iterable[list[str]], fi
             raise ValueError(f"{file} line {number}: {len(line)} fields instead of {len(COLUMNS)}")
         key, (value, std, certainty, note) = tuple(line[:7]), line[7:]
         if certainty not in CERTAINTIES:
-            raise ValueError(f"{file} line {number}: certainty {certainty!r} is none of {', '.join(CERTAINTIES)}")
+            raise ValueError(
+                f"{file} line {number}: certainty {certainty!r} is unknown; allowed are {', '.join(CERTAINTIES)}"
+            )
         if key in numbers:
             raise ValueError(f"{file} line {number}: {' / '.join(key)} occurs twice")
         try:
             numbers[key] = Printed(float(value), float(std) if std else None, certainty, note)
         except ValueError:
-            raise ValueError(f"{file} line {number}: value {value!r} or std {std!r} is no number") from None
+            raise ValueError(f"{file} line {number}: value {value!r} or std {std!r} is not a number") from None

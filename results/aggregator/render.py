@@ -81,7 +81,7 @@ def render(table: Table, form: str) -> str:
     """The table as text in one of :data:`FORMATS`; raises ValueError for another."""
     makers = {"terminal": terminal, "markdown": markdown, "csv": csv_text, "latex": latex, "html": html_text}
     if form not in makers:
-        raise ValueError(f"format {form!r} is none of {', '.join(makers)}")
+        raise ValueError(f"format {form!r} is unknown; choose from {', '.join(makers)}")
     return makers[form](table)
 
 

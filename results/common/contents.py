@@ -64,7 +64,7 @@ def content_hashes(paths: Iterable[str | Path], root: str | Path) -> list[str]:
 def files_below(root: str | Path) -> Iterator[str]:
     """Every file of data below a folder, sorted within each folder; links are followed, but never around in a circle.
 
-    Hidden files, those of file managers (:data:`CLUTTER`) and archives (:data:`PACKED`) are no data.
+    Hidden files, those of file managers (:data:`CLUTTER`) and archives (:data:`PACKED`) do not count as data.
     """
     yield from _walk(os.fspath(root), ())
 
@@ -143,7 +143,7 @@ def _read(memory: Path) -> dict[str, tuple[str, str]]:
 
 
 def _write(memory: Path, entries: dict[str, tuple[str, str]]) -> None:
-    """Remember; a folder that cannot be written is no obstacle."""
+    """Remember; a folder that cannot be written does not stop the run."""
     text = json.dumps(entries)
     with contextlib.suppress(OSError):
         write_text(memory, f"{xxhash.xxh3_128_hexdigest(text.encode())}\n{text}")

@@ -46,7 +46,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file; {} if it is missing, damaged or no mapping."""
+    """The content of a JSON file; {} if it is missing, damaged or not a mapping."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):

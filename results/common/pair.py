@@ -11,8 +11,3 @@ def label(dataset: str, category: str) -> str:
 def plain(dataset: str, text: str) -> str:
     """The category of a text that is either the category or :func:`label` of this dataset and it."""
     return text.removeprefix(f"{dataset}/") if dataset else text
-
-
-def category_of(text: str) -> str:
-    """The category of a label whose dataset is not known: a category is a folder's name, so it holds no slash."""
-    return text.rpartition("/")[2]

@@ -71,7 +71,7 @@ class Identifier:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A configuration file's content; SweepError if it is missing or no mapping."""
+    """A configuration file's content; SweepError if it is missing or not a mapping."""
     try:
         content = yaml.safe_load(path.read_text())
     except FileNotFoundError:
@@ -171,7 +171,7 @@ def _tree(path: Path, _modified: int) -> ast.Module:
     try:
         return ast.parse(path.read_text())
     except SyntaxError as error:
-        raise SweepError(f"{path} line {error.lineno} is no valid Python: {error.msg}") from error
+        raise SweepError(f"{path} line {error.lineno} is not valid Python: {error.msg}") from error
 
 
 @cache

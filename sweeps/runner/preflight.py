@@ -96,7 +96,7 @@ class Check:
         key = problem["key"]
         if problem["what"] == "key":
             hint = did_you_mean(key, problem["known"])
-            return f"{path}: parameter {key!r} is no option of the program with {configs}. {hint}"
+            return f"{path}: parameter {key!r} is not an option of the program with {configs}. {hint}"
         return f"{path}: value {problem['value']} of parameter {key!r} is refused by the program:\n{problem['message']}"
 
 

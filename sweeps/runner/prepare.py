@@ -91,7 +91,7 @@ def data(sets: list[Dataset], profile: str, say: Callable[[str], None]) -> None:
                 _make_synthetic(dataset.root, LOCO_OPTIONS if dataset.root == SYNTHETIC_LOCO else (), say)
             elif not dataset.root.is_dir():
                 raise SweepError(
-                    f"The data set {dataset.name} of profile {profile} should be in {dataset.root}, which is no folder. "
+                    f"The data set {dataset.name} of profile {profile} should be in {dataset.root}, which is not a folder. "
                     f"Name its place with DATA_ROOT=<folder>, or run PROFILE=demo, which makes its own data."
                 )
             find_dataset(dataset.name, dataset.root, dataset.categories)
@@ -113,7 +113,7 @@ def _make_synthetic(root: Path, options: tuple[str, ...], say: Callable[[str], N
 class Weights:
     """Decides ``auto`` weights once per backbone and sweep, so that no two cells differ in them by chance.
 
-    The decision is kept in the sweep's working folder and holds for later runs of the sweep too.
+    The decision is kept in the sweep's working folder and also holds for later runs of the sweep.
     """
 
     def __init__(self, sweep: CheckedSweep, variables: Mapping[str, str], say: Callable[[str], None]) -> None:

@@ -113,7 +113,7 @@ class WarmStarts:
             arguments: The program's.
             environment: All of its variables.
             output: Descriptor of its standard output and error.
-            inherit: Further descriptors that it holds until its end.
+            inherit: More descriptors that it holds until its end.
             folder: Its working folder.
 
         Raises:

@@ -383,7 +383,7 @@ class _Listener(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is no news."""
+        """A client may hang up; nothing is printed."""
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -161,7 +161,7 @@ def test_range_whose_ends_have_exponents_is_drawn_from(tmp_path: Path, kind: str
         ("{distribution: q_log_uniform, min: 1, max: 9, q: 2}", "Did you mean 'q_log_uniform_values'"),
         ("{distribution: choice, values: [1]}", "Did you mean 'categorical'"),
         ("{distribution: log_uniform_values, min: 0, max: 1}", "must be above 0"),
-        ("{min: a, max: 1}", "min is 'a', which is no number"),
+        ("{min: a, max: 1}", "min is 'a', which is not a number"),
     ],
 )
 def test_wrong_range_names_the_right_one(tmp_path: Path, entry: str, message: str) -> None:
