@@ -290,7 +290,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--categories", action="store_true", help="also print the per-category table of each cell")
     sub = add("table", _table, [records, output], "one table of a paper, as printed, from our runs, or side by side")
     sub.add_argument("id", help="see `python -m results list`")
-    sub.add_argument("--source", choices=SOURCES, default="published")
+    sub.add_argument("--source", choices=SOURCES, default="both", help="which numbers (default: %(default)s)")
     add("tables", _tables, [records, output], "rebuild everything under results/tables/")
     add("audit", _audit, [output], "check the papers' printed tables against themselves")
     sub = add("compare", _compare, [records], "paired tests between two methods, runs or cells")
