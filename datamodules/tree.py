@@ -11,7 +11,7 @@ from datamodules.images import IMAGE_SUFFIXES
 from datamodules.problems import ERROR, WARNING, Problem, number_of
 from datamodules.sample_table import GOOD, Sample
 from results.common.contents import CLUTTER
-from results.common.spelling import nearest
+from results.common.nearest import nearest
 
 NORMAL_NAMES = (GOOD, "ok", "normal")
 """Folders of normal images, in any case."""

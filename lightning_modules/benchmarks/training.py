@@ -52,7 +52,7 @@ from lightning_modules.fitted import FittedModule
 from lightning_modules.running.serving import CacheConfig, attach
 from lightning_modules.running.settings import code_version
 from results.common.environment import parts
-from results.common.spelling import did_you_mean
+from results.common.nearest import did_you_mean
 
 CATEGORIES = ("wood", "fabric", "gear", "steel_plate")
 CELLS = 16
@@ -478,7 +478,7 @@ def main(arguments: list[str] | None = None) -> None:
     defaults = Options()
     parser = argparse.ArgumentParser(
         prog="python -m lightning_modules.benchmarks.training",
-        description=__doc__.replace("``", ""),
+        description=__doc__.replace("`", ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--methods", default="", help="comma list (default: every method that trains)")

@@ -26,10 +26,10 @@ LONGEST = 200
 
 
 class Predictions(L.Callback):
-    """Writes what ``predict`` finds: ``scores.csv``, the raw float32 maps (``.npy``) and heat maps over the images.
+    """Writes what `predict` finds: `scores.csv`, the raw float32 maps (`.npy`) and heat maps over the images.
 
-    All heat maps share one colour scale, so that a normal image stays dark. ``scores.csv`` has a p-value beside each score
-    where the run's record holds scores of normal images; an image that could not be read has no score but a ``reason``.
+    All heat maps share one colour scale, so that a normal image stays dark. `scores.csv` has a p-value beside each score
+    where the run's record holds scores of normal images; an image that could not be read has no score but a `reason`.
     The files of an earlier prediction stay until all of these are written.
 
     Args:

@@ -18,9 +18,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from results.common.files import replacing
 
 PREVIOUS = "previous.ckpt"
-"""Beside ``last.ckpt``: the one before it."""
+"""Beside `last.ckpt`: the one before it."""
 RECORDED = "recorded.txt"
-"""Beside ``last.ckpt``: the hash of the one whose run has its record."""
+"""Beside `last.ckpt`: the hash of the one whose run has its record."""
 
 
 class CheckpointError(ValueError):
@@ -88,10 +88,10 @@ def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
 
 
 def newest_whole(last: Path) -> Path | None:
-    """The checkpoint that a run goes on from: ``last`` if it is whole, else the one before; None if there is neither.
+    """The checkpoint that a run goes on from: `last` if it is whole, else the one before; None if there is neither.
 
     Raises:
-        CheckpointError: ``last`` is damaged, and no whole one lies beside it.
+        CheckpointError: `last` is damaged, and no whole one lies beside it.
     """
     previous = last.with_name(PREVIOUS)
     if not last.is_file():

@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_modules.running.earlier import translated
-from results.common.spelling import did_you_mean
+from results.common.nearest import did_you_mean
 
 _NOISE = ("Given value", "- Expected a <class 'NoneType'>", "Subtypes:", "Errors:", "Does not validate against any of")
 

@@ -13,7 +13,7 @@ from results.aggregator.scores import Pool, Query, axis_value, check_table, vers
 from results.aggregator.spec import Entry, Spec, SpecError
 from results.aggregator.sweep_cells import SEED_KEYS, SweepCells, canonical, cell_key, describe_cell, show_value
 from results.aggregator.table import Cell, Column, Row, Table, Value, add_gaps, mark_values
-from results.common.spelling import did_you_mean
+from results.common.nearest import did_you_mean
 
 SOURCES = ("published", "runs", "both")
 #: Which axes a sweep may vary, recognised by the key that it sets.

@@ -14,7 +14,7 @@ from results.aggregator.names import metric_label
 from results.aggregator.records import StoredRecord
 from results.aggregator.scores import ConflictError, Query, axis_value, check_cell, check_table, seed_means, versions
 from results.aggregator.sweep_cells import canonical
-from results.common.spelling import did_you_mean
+from results.common.nearest import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Comparison:
 def choose(records: Sequence[StoredRecord], selector: str) -> list[StoredRecord]:
     """The records that a selector names.
 
-    ``uniad`` (a method's trainings outside of sweeps), ``sweep/run*`` (runs by name), ``sweep:key=value,key=value`` (a
+    `uniad` (a method's trainings outside of sweeps), `sweep/run*` (runs by name), `sweep:key=value,key=value` (a
     cell; the last part of a key is enough). Raises ValueError with what there is if nothing fits.
     """
     sweep, colon, text = selector.partition(":")

@@ -1,8 +1,8 @@
-"""The papers' tables as they were printed: one long table of all CSV files in ``results/published/``.
+"""The papers' tables as they were printed: one long table of all CSV files in `results/published/`.
 
 Columns: source, table, dataset, category, method, variant, metric, value, std, certainty, note. Values are percent, as
-printed, wrong ones included; ``<metric>_gap`` is the gap to the default row as printed. A category ``mean`` (or
-``mean_objects``, ``mean_textures``) is a printed mean, not one that was computed here. certainty: printed;
+printed, wrong ones included; `<metric>_gap` is the gap to the default row as printed. A category `mean` (or
+`mean_objects`, `mean_textures`) is a printed mean, not one that was computed here. certainty: printed;
 cross-checked and repaired for tables read from a picture; cited for a number that another paper or page quotes.
 """
 

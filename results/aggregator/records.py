@@ -40,8 +40,8 @@ import pandas as pd
 from results.aggregator.sweep_cells import cell_key
 from results.common import foreign
 from results.common.files import REPLACED, restore_replaced, sync_folder
+from results.common.nearest import did_you_mean
 from results.common.pair import plain
-from results.common.spelling import did_you_mean
 
 SCHEMA = 1
 #: A run's note that begins like this is shouted above every table: its method is told the class of each test image.

@@ -101,7 +101,7 @@ def cell_key(cell: Mapping[str, Any]) -> frozenset:
 
 
 def describe_cell(cell: Mapping[str, Any]) -> str:
-    """A cell in one line, with the last part of each key: ``neighbor_size=7, query=layerwise``."""
+    """A cell in one line, with the last part of each key: `neighbor_size=7, query=layerwise`."""
     parts = [f"{key.rsplit('.', 1)[-1]}={show_value(value)}" for key, value in cell.items() if key not in SEED_KEYS]
     return ", ".join(parts) or "no parameters"
 

@@ -1,7 +1,7 @@
 """The contents of files as hashes: the one identity of data, for records, cache entries and the names of cells.
 
 A file is read once. Its hash is remembered with its size, times and inode in a small file per data set below
-``results/work/contents``, and holds as long as these stay; the change time (ctime) is among them, so that a file replaced
+`results/work/contents`, and holds as long as these stay; the change time (ctime) is among them, so that a file replaced
 or edited with its time kept is read again. What is remembered can be deleted at any moment.
 """
 
@@ -74,7 +74,7 @@ def data_hash(root: str | Path, categories: Sequence[str] | None = None) -> str:
 
     Args:
         root: The data set's folder. Where it lies does not matter.
-        categories: If each is a folder in ``root``, the files of others do not count.
+        categories: If each is a folder in `root`, the files of others do not count.
     """
     root = os.fspath(root)
     if categories and all(os.path.isdir(os.path.join(root, category)) for category in categories):

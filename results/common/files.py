@@ -12,7 +12,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to write into, which takes its place at the end; its folder is made if it is missing.
+    """A file beside `path` to write into, which takes its place at the end; its folder is made if it is missing.
 
     The content is on disk before the name is, so that a lost power leaves the old file or the new one, never an empty
     one.
@@ -57,8 +57,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def restore_replaced(folder: Path) -> None:
     """Bring back each record of a folder whose replacing was cut off between its two renames.
 
-    A record ``NAME`` is replaced by renaming it to ``.NAME.<who>.old`` (:data:`REPLACED`) and the new one to ``NAME``. A
-    process killed in between leaves no ``NAME``; the old one takes its place again.
+    A record `NAME` is replaced by renaming it to `.NAME.<who>.old` (:data:`REPLACED`) and the new one to `NAME`. A
+    process killed in between leaves no `NAME`; the old one takes its place again.
     """
     if not folder.is_dir():
         return

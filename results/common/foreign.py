@@ -34,11 +34,11 @@ class ForeignError(ValueError):
 
 
 def file_inside(folder: Path, name: str) -> Path:
-    """The file ``name`` of a folder; ForeignError if it is missing, not a plain file, too large or not inside.
+    """The file `name` of a folder; ForeignError if it is missing, not a plain file, too large or not inside.
 
     Args:
         folder: The folder, which may itself be reached by a link.
-        name: Relative, with ``/`` between the parts.
+        name: Relative, with `/` between the parts.
     """
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
@@ -140,7 +140,7 @@ def check_yaml(text: str, name: str) -> None:
 
 
 def checksums(description: Mapping[str, Any]) -> dict[str, str]:
-    """File -> sha256, as a record.json lists them under ``files``; {} if it has none."""
+    """File -> sha256, as a record.json lists them under `files`; {} if it has none."""
     files = description.get("files", {})
     if not isinstance(files, dict) or not all(
         isinstance(checksum, str) and _CHECKSUM.fullmatch(checksum) for checksum in files.values()
@@ -150,7 +150,7 @@ def checksums(description: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check_files(folder: Path, files: Mapping[str, str], pictures: bool = True) -> None:
-    """ForeignError unless every listed file has its checksum; without ``pictures`` those are only looked for."""
+    """ForeignError unless every listed file has its checksum; without `pictures` those are only looked for."""
     for name, checksum in files.items():
         path = file_inside(folder, name)
         if (pictures or not name.lower().endswith(PICTURES)) and sha256(path) != checksum:

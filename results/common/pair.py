@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def label(dataset: str, category: str) -> str:
-    """The pair as one word, ``dataset/category``; the category alone if the dataset is not named."""
+    """The pair as one word, `dataset/category`; the category alone if the dataset is not named."""
     return f"{dataset}/{category}" if dataset else category
 
 

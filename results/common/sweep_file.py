@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from results.common.spelling import did_you_mean
+from results.common.nearest import did_you_mean
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _NUMBER = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+")
@@ -43,7 +43,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def numbers(value: Any) -> Any:
-    """The value with numbers as W&B's server reads them: ``1e-4``, in which Python's YAML sees a text, is one."""
+    """The value with numbers as W&B's server reads them: `1e-4`, in which Python's YAML sees a text, is one."""
     if isinstance(value, str) and _NUMBER.fullmatch(value):
         return float(value)
     if isinstance(value, list):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from results.common.spelling import did_you_mean
+from results.common.nearest import did_you_mean
 from results.common.sweep_file import check_parameters, distribution, read
 from sweeps.runner.errors import SweepError
 from sweeps.runner.expansion import SEED, Cell, draw, grid
@@ -27,7 +27,7 @@ _METHODS = ("grid", "random", "bayes")
 
 @dataclass(frozen=True)
 class CheckedSweep:
-    """A sweep file that was read and checked; ``parameters`` maps dotted names to W&B's parameter entries."""
+    """A sweep file that was read and checked; `parameters` maps dotted names to W&B's parameter entries."""
 
     path: Path
     name: str
@@ -50,8 +50,8 @@ class CheckedSweep:
     def cells(self, seeds: list[int] | None = None, count: int | None = None, sampler_seed: int = 0) -> list[Cell]:
         """Expand into cells.
 
-        seeds: replaces the values of ``seed_everything``. count: how many cells of a random search (default: the
-        file's ``run_cap``). sampler_seed: seeds the random search. Raises SweepError for method bayes, which needs
+        seeds: replaces the values of `seed_everything`. count: how many cells of a random search (default: the
+        file's `run_cap`). sampler_seed: seeds the random search. Raises SweepError for method bayes, which needs
         the results of earlier runs and therefore W&B's server.
         """
         parameters = dict(self.parameters)
@@ -71,7 +71,7 @@ class CheckedSweep:
 
 
 def names() -> list[str]:
-    """Names of the sweep files in ``sweeps/``, sorted."""
+    """Names of the sweep files in `sweeps/`, sorted."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 

@@ -1,6 +1,6 @@
 """The same sweep files with W&B's server: register a sweep, run one agent per GPU, fetch the records.
 
-Everything is done by the unmodified ``wandb`` program; this file only spares the user its traps.
+Everything is done by the unmodified `wandb` program; this file only spares the user its traps.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _examples(sweep: checked_sweep.CheckedSweep, seeds: list[int] | None) -> lis
 
 
 def agents(options: argparse.Namespace, console: Console) -> int:
-    """Run one W&B agent per GPU (or ``--workers`` agents on the CPU) until the sweep has no more cells.
+    """Run one W&B agent per GPU (or `--workers` agents on the CPU) until the sweep has no more cells.
 
     Ctrl-C or SIGTERM reach the agents, which pass them on: a cell then reports itself as pre-empted and is handed out
     again. Returns the largest exit code.
@@ -144,7 +144,7 @@ def _start_agent(sweep: str, gpu: str | None, count: int) -> subprocess.Popen[by
 
 
 def pull(options: argparse.Namespace, console: Console) -> int:
-    """Fetch the run records of a W&B sweep into ``results/runs/``; those that are there already are left alone."""
+    """Fetch the run records of a W&B sweep into `results/runs/`; those that are there already are left alone."""
     import wandb
 
     check_writable(RECORDS)

@@ -28,7 +28,7 @@ def short(name: str) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as ``41 s``, ``3 min 05 s`` or ``2 h 07 min``."""
+    """Seconds as `41 s`, `3 min 05 s` or `2 h 07 min`."""
     if seconds is None:
         return "?"
     whole = round(seconds)

@@ -22,7 +22,7 @@ import yaml
 
 from results.common.contents import content_hashes, data_hash
 from results.common.deciding import FREE, deciding, shows_only
-from results.common.spelling import did_you_mean
+from results.common.nearest import did_you_mean
 from sweeps.runner import command
 from sweeps.runner.checked_sweep import ARGS, CheckedSweep
 from sweeps.runner.errors import SweepError

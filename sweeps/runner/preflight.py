@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from results.common.spelling import did_you_mean
+from results.common.nearest import did_you_mean
 from sweeps.runner import command
 from sweeps.runner.checked_sweep import CheckedSweep
 from sweeps.runner.errors import SweepError
