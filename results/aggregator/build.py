@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from results.aggregator import names
-from results.aggregator.published import Printed, read_published
+from results.aggregator.published import KEYS, Printed, read_published
 from results.aggregator.records import LABELS_AT_TEST, StoredRecord
 from results.aggregator.scores import Pool, Query, axis_value, check_table, versions
 from results.aggregator.spec import Entry, Spec, SpecError
@@ -25,7 +25,6 @@ _SWEPT_AXES = (
     ("protocol", ("protocol",)),
     ("data.init_args", ("data",)),
 )
-_KEY = ("source", "table", "dataset", "category", "method", "variant", "metric")
 
 
 def paper_table(
@@ -244,7 +243,7 @@ def _column(entry: Entry, spec: Spec) -> Column:
 
 
 def _printed_value(key: Mapping[str, str], printed: Mapping[tuple[str, ...], Printed]) -> Value:
-    wanted = tuple(key.get(name, "") for name in _KEY)
+    wanted = tuple(key.get(name, "") for name in KEYS)
     number = printed.get(wanted)
     if number is None:
         return Value(reason="not printed")

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import pandas as pd
-
 FOLDER = Path(__file__).parents[1] / "published"
 COLUMNS = (
     "source", "table", "dataset", "category", "method", "variant", "metric", "value", "std", "certainty", "note",
 )  # fmt: skip
 KEYS = COLUMNS[:7]
+"""Columns that name a printed number; no two lines agree in all of them."""
 CERTAINTIES = ("printed", "cross-checked", "repaired", "cited")
 
 
@@ -40,12 +39,6 @@ def read_published(folder: str | Path = FOLDER) -> dict[tuple[str, ...], Printed
     Raises ValueError naming file and line for wrong columns, an unknown certainty, no number, or a repeated key.
     """
     return dict(_read(str(folder)))
-
-
-def frame(folder: str | Path = FOLDER) -> pd.DataFrame:
-    """The same as a data frame with :data:`COLUMNS`; `value` and `std` are floats."""
-    rows = [(*key, p.value, p.std, p.certainty, p.note) for key, p in _read(str(folder)).items()]
-    return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"value": float, "std": float})
 
 
 @lru_cache(maxsize=8)

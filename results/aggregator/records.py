@@ -266,12 +266,6 @@ def record_path(root: str | Path, sweep: str, run: str) -> Path:
     return Path(root) / sweep / run
 
 
-def is_complete(root: str | Path, sweep: str, run: str) -> bool:
-    """Whether the run has left its record; one that was being replaced when its process was killed comes back."""
-    restore_replaced(Path(root) / sweep)
-    return (record_path(root, sweep, run) / "record.json").is_file()
-
-
 def write_record(
     root: str | Path,
     record: RunRecord,

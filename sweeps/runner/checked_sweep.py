@@ -50,9 +50,13 @@ class CheckedSweep:
     def cells(self, seeds: list[int] | None = None, count: int | None = None, sampler_seed: int = 0) -> list[Cell]:
         """Expand into cells.
 
-        seeds: replaces the values of `seed_everything`. count: how many cells of a random search (default: the
-        file's `run_cap`). sampler_seed: seeds the random search. Raises SweepError for method bayes, which needs
-        the results of earlier runs and therefore W&B's server.
+        Args:
+            seeds: Replaces the values of `seed_everything`.
+            count: How many cells of a random search; by default the file's `run_cap`.
+            sampler_seed: Seeds the random search.
+
+        Raises:
+            SweepError: method bayes, which needs the results of earlier runs and therefore W&B's server.
         """
         parameters = dict(self.parameters)
         if seeds:

@@ -42,7 +42,12 @@ def duration(seconds: float | None) -> str:
 class Display:
     """Prints what happens to the jobs of a sweep.
 
-    varying: names of the settings worth showing. metric: name of the metric to show. slots: jobs at a time.
+    Args:
+        console: Where to.
+        title: Of the sweep.
+        varying: Names of the settings worth showing.
+        metric: Name of the metric to show.
+        slots: Jobs at a time.
     """
 
     def __init__(self, console: Console, title: str, varying: tuple[str, ...], metric: str, slots: int) -> None:
