@@ -25,6 +25,7 @@ from models.layers.classifier import PooledClassifier
 from models.layers.neck import ConcatenatedLevels
 from models.layers.positions import LearnedPosition2d
 from models.reconstruction import Pair
+from models.released import renamed
 from models.uniad import DecoderLayer, EncoderLayer
 
 Selector = Literal["label", "classifier", "none"]
@@ -482,7 +483,4 @@ def released_name(name: str) -> str | None:
     if found := re.fullmatch(r"quantize_list_(\d+)\.(\d+)\.(\w+)", name):
         level, number, buffer = int(found[1]) - 1, found[2], _RELEASED_BUFFERS.get(found[3])
         return buffer and f"codebooks.{level}.books.{number}.{buffer}"
-    for pattern, replacement in _RELEASED:
-        if re.match(pattern, name):
-            return re.sub(pattern, replacement, name, count=1)
-    return None
+    return renamed(name, _RELEASED)
