@@ -123,7 +123,7 @@ def duplicate_stem_problems(category: str, images: Sequence[Path], severity: str
             severity,
             "duplicate stem",
             category,
-            f"{' and '.join(p.name for p in same)} in {same[0].parent.name} differ in their suffix only: {so}",
+            f"{' and '.join(p.name for p in same)} in {same[0].parent.name} differ only in their suffix: {so}",
             tuple(map(str, same)),
         )
         for same in by_stem.values()
@@ -159,7 +159,7 @@ def unexpected_problems(category: str, folder: Path, expected: Sequence[str]) ->
             continue
         name = part.name.casefold().replace(" ", "_").replace("-", "_")
         near = ["ground_truth"] if name in _MASK_FOLDERS else nearest(name, expected)
-        hint = f": if it is {near[0]}, call it so" if near else ""
+        hint = f": if it is meant as {near[0]}, rename it" if near else ""
         what = f"{part.name}/ left out, beside {', '.join(f'{e}/' for e in expected)}{hint}"
         problems.append(Problem(WARNING, "not read", category, what, (str(part),)))
     return problems
@@ -219,7 +219,9 @@ def read_tree(
         loose.pop(parts["train"])
     for part, images in loose.items():
         if images:
-            what = f"{number_of(len(images), 'image')} in {part.name}/ itself left out: they belong into one of its folders"
+            what = (
+                f"{number_of(len(images), 'image')} in {part.name}/ itself left out: they belong in one of its folders"
+            )
             problems.append(Problem(WARNING, "not read", category, what, tuple(map(str, images))))
     for part in (parts["train"], parts["val"]):
         unused = [p.name for p in list_folders(part) if not is_normal(p)]

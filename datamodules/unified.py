@@ -256,7 +256,7 @@ class UnifiedDataModule(L.LightningDataModule):
         try:
             now = fingerprint(self.table, self._reading.roots)
         except OSError as error:
-            return [f"DATA CHANGED DURING THE RUN: {error.filename} cannot be read any more ({error.strerror})"]
+            return [f"DATA CHANGED DURING THE RUN: {error.filename} can no longer be read ({error.strerror})"]
         if now == self.fingerprint:
             return []
         files = dict.fromkeys(path for row in self._rows(*SPLITS) for path in (row.image_path, *row.mask_paths))

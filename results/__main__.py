@@ -269,7 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     records.add_argument(
         "--newest",
         action="store_true",
-        help="of several runs of one cell and seed, as other code made them, only the last",
+        help="where different code ran one cell and seed more than once, only the last run",
     )
     output = argparse.ArgumentParser(add_help=False)
     output.add_argument("--out", type=Path, default=OUT, help="folder for the files")

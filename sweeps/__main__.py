@@ -159,7 +159,7 @@ def _report(jobs: list[Job], display: Display) -> bool:
             for line in job.log_lines:
                 display.say(f"  [dim]|[/] {escape(line)}")
     if any(job.state == FAILED for job in missing):
-        display.say("\nAfter mending the cause, run the same sweep with RETRY_FAILED=1.")
+        display.say("\nOnce the cause is fixed, run the same sweep with RETRY_FAILED=1.")
     if missing:
         display.say(f"[bold]{len(missing)} of {len(jobs)} cells have no result.[/]")
     return not missing

@@ -147,7 +147,7 @@ def list_dataset(
         kinds = {sample.anomaly_type == GOOD for sample in found if sample.split == "test"}
         if found and len(kinds) < 2:
             lacking = "anomalous " if kinds == {True} else "normal " if kinds == {False} else ""
-            what = f"no {lacking}test image, so that most scores of this category do not exist"
+            what = f"no {lacking}test image, so most scores of this category are undefined"
             problems.append(Problem(WARNING, "one-sided test set", category, what, (str(base),)))
         problems.extend(_names_that_cannot_be_written(category, found))
         samples.extend(found)
@@ -174,13 +174,13 @@ def raise_on_errors(listing: Listing) -> None:
     if errors:
         raise DataError(
             f"{listing.reader.name} in {listing.root} cannot be used as it is:\n{describe(errors)}\n"
-            "Everything is listed by: "
+            "To list everything: "
             f"python -m datamodules check --dataset {listing.reader.name} --data-root {listing.root}"
         )
 
 
 def _how_to_get(reader: DatasetReader) -> str:
-    source = f" It can be had from {reader.homepage}" if reader.homepage else ""
+    source = f" It is available from {reader.homepage}" if reader.homepage else ""
     return f"{reader.name} is laid out as: {reader.layout}.{source}"
 
 

@@ -93,9 +93,11 @@ class Predictions(L.Callback):
             table.insert(2, "p_value", np.where(table.reason == "", p, np.nan))
             highest = int((table.image_score > self.normal.image_score.max()).sum())
             kind = "held-out normal" if (self.normal.split == "val").all() else "training"
-            said += f"\nThose that score higher than each of the run's {len(self.normal)} {kind} images: {highest}."
+            said += f"\nImages that score higher than all of the run's {len(self.normal)} {kind} images: {highest}."
             if kind == "training":
-                said += " Unseen normal images score higher; a run with --data.init_args.holdout=0.1 knows by how much."
+                said += (
+                    " Unseen normal images score higher; a run with --data.init_args.holdout=0.1 measures by how much."
+                )
         if failed.empty:
             table = table.drop(columns="reason")
         if trainer.is_global_zero:

@@ -288,7 +288,7 @@ class AnomalyMetrics:
     def _agree(self, group: Group) -> None:
         """Drop samples that a lower rank has too, and learn the categories of the other processes."""
         if any(group.gather_objects(self._numbered)):
-            raise ValueError("with several processes `update` needs ids, otherwise samples cannot be told apart")
+            raise ValueError("with several processes `update` needs ids; without them, samples cannot be told apart")
         if self.datasets is None:
             everywhere = {name for names in group.gather_objects(list(self._categories)) for name in names}
             for name in everywhere:

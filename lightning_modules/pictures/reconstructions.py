@@ -266,7 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (FileNotFoundError, ValueError) as error:  # also those of records and data
         raise SystemExit(f"error: {error}") from error
     if not module.reconstructs:
-        raise SystemExit(f"error: {module.method} reconstructs nothing, so there is nothing to picture.")
+        raise SystemExit(f"error: {module.method} does not reconstruct anything, so there is nothing to draw.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = module.to(device)
     chosen = choose(_image_scores(options.run / "image_scores.csv"), data.table)

@@ -37,7 +37,7 @@ class ConflictError(ValueError):
 
     def __init__(self, conflicts: Sequence[tuple[str, Mapping[str, Sequence[str]]]], where: str = "") -> None:
         self.conflicts = tuple(conflicts)
-        lines = [f"these records must not meet{f' in {where}' if where else ''}:"]
+        lines = [f"these records do not belong in one table{f' in {where}' if where else ''}:"]
         for axis, groups in conflicts:
             lines.append(f"  {axis} differs:")
             for value, names in sorted(groups.items()):

@@ -151,7 +151,7 @@ def pull(options: argparse.Namespace, console: Console) -> int:
     try:
         runs = list(wandb.Api().sweep(options.sweep).runs)
     except (ValueError, wandb.errors.CommError) as error:
-        raise SweepError(f"W&B has no sweep {options.sweep} for you: {error}") from error
+        raise SweepError(f"W&B has no sweep {options.sweep} that you can read: {error}") from error
     outcomes, broken = [], []
     for run in runs:
         try:

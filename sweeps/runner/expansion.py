@@ -52,7 +52,7 @@ def grid(parameters: dict[str, dict[str, Any]], path: Path) -> list[Cell]:
         values = axis(parameters[name])
         if values is None:
             raise SweepError(
-                f"{path}: parameter {name!r} is {distribution(parameters[name])}, which has no end of values; a grid "
+                f"{path}: parameter {name!r} is {distribution(parameters[name])}, whose values cannot be listed; a grid "
                 f"needs value, values or whole numbers min and max. Write method: random to draw from it."
             )
         axes.append(unique(values))

@@ -300,7 +300,7 @@ class Runner:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += 1
         if self._interrupts == 1:
-            self._display.say("Stopping: cells leave in order and are resumed next time. Ctrl-C again kills them.")
+            self._display.say("Stopping: running cells save their state and go on next time. Ctrl-C again kills them.")
             for job in self._running():
                 job.process.terminate()
         else:

@@ -157,8 +157,8 @@ class Weights:
             self._say(f"{tag} has ImageNet weights, those of a Python package.")
         else:
             self._say(
-                f"[bold yellow]{tag} has RANDOM weights[/]: when this sweep began, ImageNet's were neither cached nor "
-                f"to be had from the hub or a package. WEIGHTS=imagenet insists on them."
+                f"[bold yellow]{tag} has RANDOM weights[/]: when this sweep began, the ImageNet weights were neither cached nor "
+                f"available from the hub or a package. WEIGHTS=imagenet insists on them."
             )
 
 
