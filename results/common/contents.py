@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import xxhash
 
@@ -59,6 +60,12 @@ def content_hashes(paths: Iterable[str | Path], root: str | Path) -> list[str]:
         known |= found
         _write(memory, {place: entry for place, entry in known.items() if now - int(entry[0].split()[-1]) > RECENT})
     return [known[place][1] for place in places]
+
+
+def file_hash(path: str | Path) -> str:
+    """The hash of one file's bytes, read anew."""
+    with open(path, "rb", buffering=0) as file:
+        return _digest(file)
 
 
 def files_below(root: str | Path) -> Iterator[str]:
@@ -124,12 +131,15 @@ def _hash_all(files: Iterable[tuple[str, str]]) -> list[tuple[str, tuple[str, st
 
 
 def _hash(path: str) -> tuple[str, str]:
-    digest = xxhash.xxh3_128()
     with open(path, "rb", buffering=0) as file:
-        state = _state(os.fstat(file.fileno()))
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return state, digest.hexdigest()
+        return _state(os.fstat(file.fileno())), _digest(file)
+
+
+def _digest(file: BinaryIO) -> str:
+    digest = xxhash.xxh3_128()
+    while block := file.read(_BLOCK):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def _read(memory: Path) -> dict[str, tuple[str, str]]:
