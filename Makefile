@@ -92,7 +92,7 @@ reconstructions: setup  ## Picture what a run reconstructs: RUN=<record folder>.
 	@test -n "$$RUN" || { echo 'error: reconstructions needs RUN=<record folder>'; exit 2; }
 	$(PY) -m lightning_modules.pictures.reconstructions "$$RUN" $(ARGS)
 
-bench: setup  ## Time and memory of every method against a plain loop, about five minutes: [ARGS=].
+bench: setup  ## Time and memory of every method against a plain loop, about a minute each: [ARGS=].
 	$(PY) -m lightning_modules.benchmarks.training $(ARGS)
 
 cache: setup  ## List the feature cache's entries, or delete some: [CLEAR=key or all].
