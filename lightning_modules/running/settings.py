@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 
+from lightning_modules.metrics.version import __version__
 from results.aggregator.records import NAME
 
 PROTOCOLS = ("clean", "as_released")
@@ -121,7 +122,11 @@ def provenance(device: torch.device) -> dict[str, Any]:
     return {
         "git_commit": commit,
         "git_dirty": dirty,
-        "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
+        "versions": {
+            "unirecon": __version__,
+            "python": platform.python_version(),
+            **{p: importlib.metadata.version(p) for p in packages},
+        },
         "device": f"{device.type}: {name}",
         "command": " ".join(["python -m lightning_modules", *sys.argv[1:]]),
     }
