@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning_modules.running.command_line import UniReconCLI
 from lightning_modules.running.filling import with_environment
+from lightning_modules.running.parser import essence
 
 
 class Refusal(Exception):
@@ -47,11 +48,5 @@ class Parser(UniReconCLI):
                 self.before_instantiate_classes()
         except SystemExit as error:
             message = error.code if isinstance(error.code, str) else printed.getvalue().rpartition("error: ")[2]
-            raise Refusal(_essence(message)) from error
+            raise Refusal(essence(message)) from error
         return configuration
-
-
-def _essence(message: str) -> str:
-    """The parser's message without the lines that tell how it looked at the value."""
-    noise = ("Given value", "- Expected a <class 'NoneType'>", "Subtypes:")
-    return "\n".join(line for line in message.strip().splitlines() if not line.strip().startswith(noise))
