@@ -221,7 +221,8 @@ def draw(
     axes = figure.subplots(len(chosen), len(COLUMNS), squeeze=False)
     for row, (category, (normal, anomalous)) in zip(axes, chosen.items(), strict=True):
         batch = data.image_batch([normal, anomalous])
-        scored = module.evaluate({"image": batch["image"].to(module.device)})[""].maps.cpu().numpy()
+        on_device = {k: v.to(module.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        scored = module.evaluate(on_device)[""].maps.cpu().numpy()
         decoded = [decoder(maps)[1:] for maps in _maps(module, batch)]
         rgb = to_rgb(torch.cat([batch["image"], *(picture.cpu() for picture in decoded)]), data.mean, data.std)
         pictures: Sequence = (
