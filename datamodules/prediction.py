@@ -30,6 +30,9 @@ def unknown_rows(root: str | Path, dataset: str = "") -> list[Row]:
         found = sorted(_files(str(root)), key=Path)
         paths = [path for path in found if path.lower().endswith(IMAGE_SUFFIXES)]
         others = [path for path in found if path not in set(paths)] if len(paths) < len(found) else []
+    if not paths and not root.exists():
+        what = "a link to nothing" if root.is_symlink() else "not there"
+        raise DataError(f"predict_root {root} is {what}: give a folder of images, or an image file.")
     if not paths:
         raise DataError(f"predict_root {root}: no image there (looked for {', '.join(IMAGE_SUFFIXES)}).")
     if others:

@@ -375,9 +375,8 @@ class UniReconCLI(LightningCLI):
     def after_predict(self) -> None:
         if failed := self.predictions.failed:
             shown = [f"  {line}" for line in failed[:20]] + [f"  and {len(failed) - 20} more"] * (len(failed) > 20)
-            what = (
-                f"{number_of(len(failed), 'image')} could not be read and has no score (reasons stand in scores.csv):"
-            )
+            have = "has" if len(failed) == 1 else "have"
+            what = f"{number_of(len(failed), 'image')} could not be read and {have} no score (reasons in scores.csv):"
             raise SystemExit("\n".join([f"error: {what}", *shown]))
 
     def after_test(self) -> None:

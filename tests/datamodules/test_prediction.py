@@ -123,3 +123,11 @@ def test_of_several_datasets_the_images_belong_to_the_one_around_them_or_the_one
         assert set(batch["dataset"]) == {expected}
     with pytest.raises(DataError, match="Did you mean"):
         UnifiedDataModule(datasets, 16, "pil_bilinear", 2, predict_dataset="bb")
+
+
+def test_a_place_that_is_not_there_is_told_from_a_folder_without_images(tmp_path):
+    (tmp_path / "dead.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    for name, words in (("nowhere", "is not there"), ("dead.png", "a link to nothing"), ("empty", "no image there")):
+        with pytest.raises(DataError, match=words):
+            unknown_rows(tmp_path / name)
