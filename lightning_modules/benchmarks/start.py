@@ -1,4 +1,4 @@
-"""What knowing data by its contents costs the start of a run: ``python -m lightning_modules.benchmarks.start``, ``make bench-start``.
+"""What it costs a run's start that data is known by its contents: ``make bench-start``.
 
 A tree of small files is written, and the way from its names to the first training batch is timed in processes of their
 own, in interleaved rounds: with nothing remembered of the files' contents (cold), with all remembered (warm), and with

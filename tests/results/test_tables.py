@@ -92,6 +92,22 @@ def test_the_caption_states_protocol_profile_seeds_backbone_weights_data_and_com
         assert part in caption, caption
 
 
+@pytest.mark.parametrize(
+    "note",
+    [
+        "NOTHING WAS TRAINED: the network is as it was initialised, and no number says anything of the method",
+        "DATA CHANGED DURING THE RUN: the images are not those that the training began with",
+        "TRAINED ON TEST IMAGES, 1 test image of 8: the very same file is trained on",
+    ],
+)
+def test_a_run_that_did_not_train_or_measure_what_its_table_says_is_shouted_above_it(runs, sweep, note):
+    for seed in (0, 1):
+        runs.add("mask", {SIZE: 7, PLACE: ["encoder"]}, seed, notes=[note, "backbone: a plain note"])
+    table = sweep_table(spec(), runs.read("mask"), sweep)
+    assert f"{note}." in table.warnings
+    assert not any("plain note" in warning for warning in table.warnings)
+
+
 def test_random_weights_and_released_protocol_are_shouted(runs, sweep):
     for seed in (0, 1):
         runs.add(
