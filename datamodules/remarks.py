@@ -28,10 +28,8 @@ def tested_and_trained(others: Sequence[Row], test: Sequence[Row], roots: Mappin
     same = [(row.image_path, known[digests[row.image_path]]) for row in test if digests[row.image_path] in known]
     if not same:
         return []
-    few = f"{number_of(len(same), 'test image')} of {len(test)}"
-    return [
-        f"TRAINED ON TEST IMAGES, {few}: the very same file is trained on (e.g. {same[0][0]} is {same[0][1]}), so scores are too good."
-    ]
+    few = f"TRAINED ON TEST IMAGES, {number_of(len(same), 'test image')} of {len(test)}"
+    return [f"{few}: the very same file is trained on (e.g. {same[0][0]} is {same[0][1]}), so scores are too good."]
 
 
 def vanishing_masks(
