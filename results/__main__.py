@@ -21,6 +21,7 @@ from results.aggregator.scores import ConflictError, kinds, newest, select
 from results.aggregator.spec import Spec, SpecError, find_spec, spec_for_sweep, spec_names
 from results.aggregator.sweep_file import SweepFile, read_sweep
 from results.aggregator.table import Table
+from results.common import trouble
 from results.common.shown import printable
 
 OUT = Path("results/tables")
@@ -34,6 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 if all went well; 1 if it was done without a damaged record, which is named and left out, or, with --strict, if
     anything is missing; 2 if it could not be done, or a table among many was refused.
     """
+    return trouble.told(_main, arguments)
+
+
+def _main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     options.damaged = False
     try:

@@ -37,6 +37,7 @@ from lightning_modules.running.quiet import quiet
 from lightning_modules.running.serving import CacheConfig, attach
 from models.visual_decoder import VisualDecoder
 from results.aggregator.records import read_record
+from results.common import trouble
 from results.common.environment import parts
 
 COLUMNS = ("normal", "anomaly", "its features", "reconstructed", "ground truth", "anomaly map")
@@ -70,7 +71,7 @@ def load_run(folder: Path) -> tuple[ReconstructionModule, UnifiedDataModule]:
     parser.add_subclass_arguments(UnifiedDataModule, "data")
     built = parser.instantiate(parser.parse_object({key: config[key] for key in ("model", "data")}))
     module, data = built.model, built.data
-    state = checkpoints.read(checkpoint)
+    state = checkpoints.read(checkpoints.newest_whole(checkpoint))
     module.on_load_checkpoint(state)
     module.load_state_dict(state["state_dict"])
     data.setup("fit")
@@ -172,11 +173,14 @@ def train_decoder(
 
 
 def _trained_epochs(file: Path, training: DecoderTraining) -> int | None:
-    """Epochs of the decoder in ``file``; None if there is none for this run and this width."""
+    """Epochs of the decoder in ``file``; None if there is no whole one for this run and this width."""
     run = file.parents[1] / "checkpoints" / "last.ckpt"
     if not file.is_file() or file.stat().st_mtime < run.stat().st_mtime:
         return None
-    stored = checkpoints.read(file)
+    try:
+        stored = checkpoints.read(file)
+    except checkpoints.CheckpointError:
+        return None
     shapes = {name: value.shape for name, value in stored["state_dict"].items()}
     return (
         stored["trained_epochs"]
@@ -251,6 +255,11 @@ def _image_scores(file: Path) -> pd.DataFrame:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    if code := trouble.told(_main, arguments, code=1):
+        raise SystemExit(code)
+
+
+def _main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m lightning_modules.pictures.reconstructions", description=__doc__)
     parser.add_argument("run", type=Path, help="record of a finished run, results/runs/SWEEP/RUN")
     parser.add_argument("--epochs", type=int, default=100, help="epochs of the decoder (default 100)")

@@ -55,7 +55,6 @@ from lightning_modules.running import (
     refusals,
     resuming,
     tracking,
-    trouble,
 )
 from lightning_modules.running.checkpoints import WholeCheckpoints
 from lightning_modules.running.parser import PlainParser
@@ -63,6 +62,7 @@ from lightning_modules.running.quiet import quiet
 from lightning_modules.running.serving import CacheConfig, attach
 from lightning_modules.running.settings import RunConfig, provenance, sweep_parameters
 from results.aggregator.records import RunRecord, StoredRecord, read_record, write_record
+from results.common import trouble
 from results.common.environment import parse
 
 _NAME = "UNIRECON_RUN_NAME"
