@@ -132,3 +132,8 @@ def test_a_disk_too_small_for_a_prediction_keeps_the_one_before(project, data_ro
     with pytest.raises(SystemExit, match="for its maps of 2 images"):
         project.run(images, command="predict")
     assert scores.stat().st_mtime_ns == before
+
+
+def test_a_configuration_that_is_no_text_is_named(project):
+    project.config.write_bytes(b"\xff\xfe\0")
+    assert f"{project.config} is no configuration: it is not UTF-8 text" in _refusal(project)

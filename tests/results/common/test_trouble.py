@@ -41,4 +41,4 @@ def test_a_place_that_cannot_be_written_is_told_in_a_line(tmp_path, capsys):
         assert main(arguments) == 2
         shown = capsys.readouterr().err.replace("\n", "")
         assert shown.lower().startswith("error: "), shown
-        assert "inside" in shown
+        assert str(tmp_path / "file") in shown
