@@ -69,7 +69,9 @@ class Evaluation(L.Callback):
         height, width = module.image_size
         needed = 4 * height * width * int((trainer.datamodule.table["split"] == "test").sum())
         if needed > MAPS_IN_MEMORY:
-            refusals.room(Path(trainer.default_root_dir), needed, "anomaly maps")
+            directory = Path(trainer.default_root_dir)
+            directory.mkdir(parents=True, exist_ok=True)
+            refusals.room(directory, needed, "anomaly maps")
 
     def on_test_epoch_start(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
         self._metrics, self._rows, self._ranges = {}, [], []
