@@ -101,5 +101,8 @@ cache: setup  ## List the feature cache's entries, or delete some: [CLEAR=key or
 bench-metrics: setup  ## Time our metrics against other libraries.
 	$(PY) -m lightning_modules.benchmarks.metrics
 
+bench-start: setup  ## Time the start of a run on 60,000 small files: [ARGS=].
+	$(PY) -m lightning_modules.benchmarks.start $(ARGS)
+
 .PHONY: help setup test test-all lint train import predict check-data synthetic sweep sweeps wandb-sweep agents pull table tables \
-	audit figures compare report reconstructions bench bench-metrics cache
+	audit figures compare report reconstructions bench bench-metrics bench-start cache

@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from datamodules.errors import DataError
 from datamodules.problems import number_of
+from results.common import trouble
 from results.common.environment import NamedDataset, parse, parts
 
 
@@ -108,6 +109,10 @@ def _check(options: argparse.Namespace, console: Console) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 fine, 1 the data has errors, 2 the command cannot be done."""
+    return trouble.told(_main, arguments)
+
+
+def _main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     console = Console()
     try:

@@ -298,9 +298,10 @@ def _rgb(values: np.ndarray, name: str, bit_depth: int | None) -> np.ndarray:
             )
         values = np.rint(values * np.float32(255 / top)).astype(np.uint8)
     elif values.dtype != np.uint8:
-        low, high = np.nanmin(values), np.nanmax(values)
+        finite = values[np.isfinite(values)]
+        found = f"from {finite.min():g} to {finite.max():g}" if finite.size else "none of them a number"
         raise DataError(
-            f"{name}: pixels are {values.dtype}, here from {low:g} to {high:g}; an image's are 8- or 16-bit unsigned "
+            f"{name}: pixels are {values.dtype}, here {found}; an image's are 8- or 16-bit unsigned "
             "integers. Convert it: values in [0, 1] times 255 to uint8 (or times 65535 to uint16); counts to uint16, "
             "with bit_depth declared."
         )

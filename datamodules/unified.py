@@ -86,6 +86,8 @@ class UnifiedDataModule(L.LightningDataModule):
             category in turn and puts their results into one record.
         cache_mb: without workers, keep up to this much of the resized images in memory.
         predict_root: folder (searched recursively, without the masks in ground_truth) or file for `predict_dataloader`.
+        predict_dataset: which of several `datasets` the images of `predict_root` are like, for models that keep
+            statistics per dataset. None takes the one in whose folder they lie, if there is one.
 
     Attributes after `setup`:
         table: SampleTable of all splits.
@@ -118,6 +120,7 @@ class UnifiedDataModule(L.LightningDataModule):
         setting: str = "unified",
         cache_mb: int = 256,
         predict_root: str | None = None,
+        predict_dataset: str | None = None,
     ) -> None:
         super().__init__()
         check_sampling(sampling)
@@ -148,6 +151,8 @@ class UnifiedDataModule(L.LightningDataModule):
         twice = [label for label, count in labels.items() if count > 1]
         if twice:
             raise DataError(f"Two datasets are called {twice[0]!r}: give one of them a `label` of its own.")
+        if predict_dataset is not None and predict_dataset not in labels:
+            raise DataError(f"Unknown predict_dataset {predict_dataset!r}. {did_you_mean(predict_dataset, labels)}")
         self.datasets = list(datasets)
         self.image_size = image_size
         self.resize = resize
@@ -168,7 +173,7 @@ class UnifiedDataModule(L.LightningDataModule):
         self.setting = setting
         self.left_out: frozenset[int] = frozenset()
         self.cache_mb = cache_mb
-        self.predict_root = predict_root
+        self.predict_root, self.predict_dataset = predict_root, predict_dataset
         self.table: SampleTable | None = None
         self.categories: list[str] = []
         self.fingerprint = ""
@@ -193,7 +198,7 @@ class UnifiedDataModule(L.LightningDataModule):
             self._check_filled_in()
         if stage == "predict" and self.predict_root is not None:
             if self._source is None:
-                self._unknown = unknown_rows(self.predict_root)
+                self._unknown = unknown_rows(self.predict_root, self.predicted_dataset)
                 depths = depth_of(self._unknown, self.bit_depth, self.max_megapixels)
                 self._source = ImageSource(self.image_size, self.resize, depths, max_megapixels=self.max_megapixels)
             return
@@ -235,7 +240,7 @@ class UnifiedDataModule(L.LightningDataModule):
     def remarks(self) -> list[str]:
         """What the numbers of a run on this data must be read with, in sentences for output and record."""
         if self._remarks is None:
-            self._remarks = tested_and_trained(self._rows("train", "val"), self._rows("test"))
+            self._remarks = tested_and_trained(self._rows("train", "val"), self._rows("test"), self._reading.roots)
             read = self._source.mask if self._served is None else lambda row: self._served.cache.mask(row.id)
             self._remarks += vanishing_masks(self._rows("test"), read, self._rules["thresholds"], self.image_size)
             if self.mask_resize != "nearest":
@@ -359,7 +364,18 @@ class UnifiedDataModule(L.LightningDataModule):
         """Images under `predict_root`: label -1, anomaly_type "unknown", category "", no masks."""
         if self.predict_root is None:
             raise DataError("Nothing to predict on: give the data option predict_root, a folder of images or a file.")
-        return self._eval_loader(self._unknown or unknown_rows(self.predict_root), repeat=True)
+        return self._eval_loader(self._unknown or unknown_rows(self.predict_root, self.predicted_dataset), repeat=True)
+
+    @property
+    def predicted_dataset(self) -> str:
+        """Which of several datasets the images of `predict_root` are like; "" if that is not known, or there is one."""
+        if len(self.datasets) <= 1 or self.predict_root is None:
+            return ""
+        place = os.path.realpath(os.path.expanduser(self.predict_root))
+        roots = {d.label or d.name: os.path.realpath(os.path.expanduser(d.root)) for d in self.datasets if d.root}
+        around = [name for name, root in roots.items() if os.path.commonpath([root, place]) == root]
+        # Of folders inside each other the inner one is meant.
+        return self.predict_dataset or max(around, key=lambda name: len(roots[name]), default="")
 
     # -- cached features -------------------------------------------------------------------------------------------
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
+from results.common import trouble
 from sweeps.runner import checked_sweep, cluster, command, expansion, listing, preflight, prepare
 from sweeps.runner.display import Display
 from sweeps.runner.errors import SweepError
@@ -19,6 +21,10 @@ from sweeps.runner.state import DONE, FAILED, WORK
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code (0 good, 1 cells failed, 2 wrong input, 130 interrupted)."""
+    return trouble.told(_main, arguments)
+
+
+def _main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     console = Console(soft_wrap=not sys.stdout.isatty())
     try:

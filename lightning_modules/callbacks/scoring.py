@@ -18,6 +18,7 @@ from lightning_modules.base import ReconstructionModule
 from lightning_modules.callbacks.logical import DEFINITIONS, LogicalEvaluation, has_logical
 from lightning_modules.metrics import AnomalyMetrics, MetricResult, RegionCache
 from lightning_modules.metrics.sync import Group
+from lightning_modules.running import refusals
 from lightning_modules.running.printing import print_metrics
 from models.head import ScoredMaps
 from results.common.pair import plain
@@ -62,6 +63,15 @@ class Evaluation(L.Callback):
         self._ranges: list[tuple[float, float]] = []
         self._regions = RegionCache()
         self._logical: LogicalEvaluation | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
+        """Refuses a disk that is too small for the maps of the test that follows the training."""
+        height, width = module.image_size
+        needed = 4 * height * width * int((trainer.datamodule.table["split"] == "test").sum())
+        if needed > MAPS_IN_MEMORY:
+            directory = Path(trainer.default_root_dir)
+            directory.mkdir(parents=True, exist_ok=True)
+            refusals.room(directory, needed, "anomaly maps")
 
     def on_test_epoch_start(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
         self._metrics, self._rows, self._ranges = {}, [], []

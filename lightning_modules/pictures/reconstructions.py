@@ -38,6 +38,7 @@ from lightning_modules.running.serving import CacheConfig, attach
 from lightning_modules.running.settings import work_folder
 from models.visual_decoder import VisualDecoder
 from results.aggregator.records import read_record
+from results.common import trouble
 from results.common.environment import parts
 
 COLUMNS = ("normal", "anomaly", "its features", "reconstructed", "ground truth", "anomaly map")
@@ -151,11 +152,14 @@ def train_decoder(
 
 
 def _trained_epochs(file: Path, training: DecoderTraining) -> int | None:
-    """Epochs of the decoder in ``file``; None if there is none for this run and this width."""
+    """Epochs of the decoder in ``file``; None if there is no whole one for this run and this width."""
     run = file.parents[1] / "checkpoints" / "last.ckpt"
     if not file.is_file() or file.stat().st_mtime < run.stat().st_mtime:
         return None
-    stored = checkpoints.read(file)
+    try:
+        stored = checkpoints.read(file)
+    except checkpoints.CheckpointError:
+        return None
     shapes = {name: value.shape for name, value in stored["state_dict"].items()}
     return (
         stored["trained_epochs"]
@@ -200,7 +204,8 @@ def draw(
     axes = figure.subplots(len(chosen), len(COLUMNS), squeeze=False)
     for row, (category, (normal, anomalous)) in zip(axes, chosen.items(), strict=True):
         batch = data.image_batch([normal, anomalous])
-        scored = module.evaluate({"image": batch["image"].to(module.device)})[""].maps.cpu().numpy()
+        on_device = {k: v.to(module.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        scored = module.evaluate(on_device)[""].maps.cpu().numpy()
         decoded = [decoder(maps)[1:] for maps in _maps(module, batch)]
         rgb = to_rgb(torch.cat([batch["image"], *(picture.cpu() for picture in decoded)]), data.mean, data.std)
         pictures: Sequence = (
@@ -229,6 +234,11 @@ def _image_scores(file: Path) -> pd.DataFrame:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    if code := trouble.told(_main, arguments, code=1):
+        raise SystemExit(code)
+
+
+def _main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m lightning_modules.pictures.reconstructions", description=__doc__)
     parser.add_argument("run", type=Path, help="record of a finished run, results/runs/SWEEP/RUN")
     parser.add_argument("--epochs", type=int, default=100, help="epochs of the decoder (default 100)")

@@ -46,7 +46,6 @@ from lightning_modules.running import (
     refusals,
     resuming,
     tracking,
-    trouble,
 )
 from lightning_modules.running.checkpoints import WholeCheckpoints
 from lightning_modules.running.filling import fill, with_environment
@@ -55,6 +54,7 @@ from lightning_modules.running.parser import PlainParser
 from lightning_modules.running.quiet import quiet
 from lightning_modules.running.serving import CacheConfig, attach
 from lightning_modules.running.settings import RunConfig
+from results.common import trouble
 
 
 class UniReconCLI(internals.OpenCLI):
@@ -262,9 +262,8 @@ class UniReconCLI(internals.OpenCLI):
     def after_predict(self) -> None:
         if failed := self.predictions.failed:
             shown = [f"  {line}" for line in failed[:20]] + [f"  and {len(failed) - 20} more"] * (len(failed) > 20)
-            what = (
-                f"{number_of(len(failed), 'image')} could not be read and has no score (reasons stand in scores.csv):"
-            )
+            have = "has" if len(failed) == 1 else "have"
+            what = f"{number_of(len(failed), 'image')} could not be read and {have} no score (reasons in scores.csv):"
             raise SystemExit("\n".join([f"error: {what}", *shown]))
 
     def after_test(self) -> None:

@@ -61,7 +61,9 @@ def as_data(arguments: Sequence[str], methods: Iterable[type]) -> list[str]:
             out.append(argument)
             continue
         path = Path(file)
-        if path.is_file() and (predicts or (path.parent / "record.json").is_file()):
+        if path.is_file() and not (predicts or (path.parent / "record.json").is_file()):
+            _check_text(path)
+        elif path.is_file():
             # In a folder of its own: the parser works in a configuration's folder, and could import from there.
             folder = Path(tempfile.mkdtemp(prefix="unirecon-"))
             _left.append(folder)
@@ -72,6 +74,17 @@ def as_data(arguments: Sequence[str], methods: Iterable[type]) -> list[str]:
             path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
         out.append(f"--config={path}")
     return out
+
+
+def _check_text(file: Path) -> None:
+    try:
+        file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ForeignError(
+            f"{file} is no configuration: it is not UTF-8 text ({error.reason}, byte {error.start})."
+        ) from None
+    except OSError as error:
+        raise ForeignError(f"{file} cannot be read: {error.strerror}.") from None
 
 
 def clean_up() -> None:

@@ -17,7 +17,7 @@ FREE = re.compile(
     r"|run\.(name|sweep|results|heatmaps|overwrite|upload|cuda_graphs)"
     r"|cache\.(root|budget_gb|resident_gb)"
     r"|trainer\.(logger|default_root_dir|enable_\w+|log_every_n_steps|accelerator|profiler|num_sanity_val_steps)"
-    r"|data\.init_args\.(num_workers|pin_memory|eval_batch_size|cache_mb|predict_root|root"
+    r"|data\.init_args\.(num_workers|pin_memory|eval_batch_size|cache_mb|predict_root|predict_dataset|root"
     r"|datasets\.\d+(\.init_args)?\.(root|categories))"
     r"|model\.init_args\.backbone\.weights)(\.|$)"
 )

@@ -163,3 +163,29 @@ def test_a_mistyped_category_is_refused(run, capsys):
 def test_a_folder_without_record_is_refused_in_plain_words(tmp_path):
     with pytest.raises(SystemExit, match="no record"):
         reconstructions.main([str(tmp_path)])
+
+
+@pytest.mark.parametrize("content", [b"", b"cut off", None])
+def test_of_damaged_weights_the_ones_before_are_used_and_without_them_a_sentence_is_all(run, content, capsys):
+    folder, module = run
+    last = reconstructions.work_folder(folder) / "checkpoints" / "last.ckpt"
+    whole = last.read_bytes()
+    if content is None:
+        torch.save({"model": torch.zeros(3)}, last)
+    else:
+        last.write_bytes(content)
+    with pytest.raises(SystemExit, match=r"last\.ckpt cannot be read as a checkpoint"):
+        reconstructions.main([str(folder)])
+    last.with_name("previous.ckpt").write_bytes(whole)
+    loaded, _ = reconstructions.load_run(folder)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), module.parameters(), strict=True))
+
+
+def test_a_damaged_decoder_is_trained_anew(run, capsys):
+    folder, _ = run
+    arguments = [str(folder), "--epochs=1", "--width=16"]
+    reconstructions.main(arguments)
+    (reconstructions.work_folder(folder) / "visual_decoder" / "last.ckpt").write_bytes(b"")
+    capsys.readouterr()
+    reconstructions.main(arguments)
+    assert "mean squared error" in capsys.readouterr().out
