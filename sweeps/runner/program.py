@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_modules.running import command_line as cli
+from lightning_modules.running import requirements
 
 
 class Refusal(Exception):
@@ -48,6 +49,12 @@ class Parser(cli.UniReconCLI):
             message = error.code if isinstance(error.code, str) else printed.getvalue().rpartition("error: ")[2]
             raise Refusal(_essence(message)) from error
         return configuration
+
+
+def needs(configuration: Mapping[str, Any]) -> tuple[tuple[str, ...], str | None]:
+    """Of a run's complete configuration: the options that decide what it needs, and what is absent of that here, or None."""
+    options = requirements.options(requirements.method_of(configuration))
+    return options, requirements.lacking(configuration, insisted=bool(os.environ.get("WEIGHTS")))
 
 
 def _essence(message: str) -> str:
