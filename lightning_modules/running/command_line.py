@@ -464,7 +464,7 @@ class UniReconCLI(LightningCLI):
             setting=data.setting,
             seed=self.config[self.subcommand].seed_everything,
             image_size=model.image_size,
-            resize=data.resize,
+            resize=data.resizing,
             backbone=backbone,
             datasets=data.provenance(),
             metrics={"version": self.evaluation.result.version, "definitions": self.evaluation.result.definitions},

@@ -63,7 +63,7 @@ def attach(
         return
     data.setup("fit")
     data.normalise(model.extractor.mean, model.extractor.std)
-    source = {"content": data.content(), "image_size": tuple(data.image_size), "resize": data.resize}
+    source = {"content": data.content(), "image_size": tuple(data.image_size), "resize": data.resizing}
     provenance, backbone = model.extractor.provenance, model.extractor.config
     features = CacheSpec(
         **source,
