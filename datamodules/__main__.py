@@ -35,7 +35,10 @@ def _parser() -> argparse.ArgumentParser:
         help="count a dataset's images and list everything that is wrong with it",
         epilog="Without --dataset the environment names the data: DATASET, DATA_ROOT and CATEGORIES.",
     )
-    check.add_argument("--dataset", help="mvtec_ad, mvtec_loco, btad, mpdd, visa, folder, photos or synthetic")
+    check.add_argument(
+        "--dataset",
+        help="name of a reader, for example mvtec_ad, real_iad or folder",
+    )
     check.add_argument("--data-root", help="folder of the dataset; not needed for photos")
     check.add_argument("--categories", help="names separated by commas, default all")
     check.add_argument("--image-size", type=int, help="side at which defects are looked for, default 64, 128 and 256")

@@ -120,6 +120,17 @@ def check(
 def _count_problems(listing: Listing, counts: dict[str, Counts]) -> list[Problem]:
     public = listing.reader.counts
     problems = []
+    if listing.reader.totals is not None and len(counts) == listing.reader.totals[0]:
+        published = listing.reader.totals[1]
+        sums = {column: sum(getattr(found, column) for found in counts.values()) for column in COLUMNS}
+        different = [
+            f"{column} {sums[column]} instead of {getattr(published, column)}"
+            for column in COLUMNS
+            if sums[column] != getattr(published, column)
+        ]
+        if different:
+            what = f"all {len(counts)} categories: {', '.join(different)}"
+            problems.append(Problem(WARNING, "other counts than published", listing.reader.name, what))
     if not public:
         return problems
     for category, found in counts.items():

@@ -363,7 +363,7 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int], resize: str = "nearest"
 
 
 def centre(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The central (height, width) `size` of an array (H, W, ...); a margin that is odd is rounded to even, as torchvision does."""
+    """The central (height, width) `size` of an array (H, W, ...); half an odd margin is rounded to even, as in torchvision."""
     top, left = (round((whole - part) / 2) for whole, part in zip(array.shape, size, strict=False))
     return array[top : top + size[0], left : left + size[1]]
 

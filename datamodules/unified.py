@@ -322,6 +322,15 @@ class UnifiedDataModule(L.LightningDataModule):
             for name, rows in self.table.groupby("dataset", sort=False)
         ]
 
+    def fpr_limits(self) -> tuple[float, ...]:
+        """False-positive rates up to which AU-PRO is integrated: those of every dataset's reader, ascending."""
+        return tuple(sorted({limit for reader in self._reading.readers.values() for limit in reader.fpr_limits}))
+
+    def conditions(self) -> dict[int, str]:
+        """Id -> ``name=value``, for the test images whose reader knows under what they were taken."""
+        found = {row.id: self._reading.readers[row.dataset].condition(row.image_path) for row in self._rows("test")}
+        return {number: condition for number, condition in found.items() if condition}
+
     def dataset_of(self) -> dict[str, str]:
         """Category key -> dataset, in table order."""
         return dict(zip(category_keys(self.table), self.table["dataset"], strict=True))

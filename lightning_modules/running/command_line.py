@@ -222,7 +222,8 @@ class UniReconCLI(LightningCLI):
         if self.subcommand == "fit":
             resuming.claim(self.run_config)
         given = self._get(self.config_init, "trainer")
-        self.evaluation, self.normal_scores, self.history, self.curve = Evaluation(), NormalScores(), History(), None
+        self.evaluation, self.curve = Evaluation(self.run_config.fpr_limits), None
+        self.normal_scores, self.history = NormalScores(), History()
         seed = EpochSeed(self.config[self.subcommand].seed_everything)
         own = [seed, self.normal_scores, self.evaluation, self.history, *self._callbacks()]
         more = given.get("callbacks") or []

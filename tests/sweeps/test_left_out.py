@@ -78,7 +78,7 @@ def test_package_and_file_that_a_method_names_are_asked_for(
 ) -> None:
     monkeypatch.setattr(UniAD, "needs_packages", {"no_such_package": "make baselines"})
     reason = requirements.lacking(config("random"))
-    assert reason == "UniAD needs the Python package no_such_package, which is not installed: make baselines."
+    assert reason == "uniad needs the Python package no_such_package, which is not installed: make baselines."
     monkeypatch.setattr(UniAD, "needs_packages", {"yaml": "make baselines"})
     assert requirements.lacking(config("random")) is None
     monkeypatch.setattr(UniAD, "needs_files", ("teacher",))
