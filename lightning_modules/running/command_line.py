@@ -511,6 +511,10 @@ def main(arguments: list[str] | None = None) -> None:
                 from lightning_modules.running.importing import main as import_checkpoint
 
                 import_checkpoint(arguments[1:])
+            elif arguments[:1] == ["submission"]:
+                from lightning_modules.running.submission import main as submit
+
+                submit(arguments[1:], methods)
             else:
                 _run(with_environment(foreign.as_data(arguments, methods), os.environ))
     except Exception as error:
