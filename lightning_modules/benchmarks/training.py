@@ -2,8 +2,9 @@
 
 Every method trains on the embedded benchmark in a process of its own, in turns: through the trainer with the feature
 cache, and in a plain loop that decodes, resizes and runs the backbone in every step, as the released codes do. Both train
-the same network object with the method's optimiser; the ratio of a round is the plain loop's time by ours in that round. With the default options
-this takes about five minutes on two CPU cores. Weights are random: they cost what trained ones cost.
+the same network object with the method's optimiser; the ratio of a round is the plain loop's time by ours in that round.
+With the default options this takes about five minutes on two CPU cores. Weights are random: they cost what trained ones
+cost.
 
 Peak memory is the largest resident memory of the process (of the device on a GPU) from its start to the end of a training
 with cached features. MACs are multiply-accumulates of the matrix products and convolutions in one image's forward pass;

@@ -428,7 +428,7 @@ class UniReconCLI(LightningCLI):
         backbone = model.extractor.provenance
         notes = [f"{key}: {note}" for key, note in (("backbone", backbone.get("note")),) if note]
         notes += normalisation.notes(model, data) + ([model.origin] if model.origin else []) + model.record_notes()
-        notes += data.remarks()
+        notes += data.remarks() + self.evaluation.notes()
         if before is None:
             options = self.config[self.subcommand].trainer
             notes += refusals.notes(options, self.history.batches_seen, model.trained_epochs)

@@ -195,17 +195,18 @@ def main(arguments: list[str], methods: Iterable[type]) -> None:
         prog="python -m lightning_modules submission", description=__doc__.partition("\n\n")[2]
     )
     parser.add_argument("--run", required=True, help="record folder of a run on mvtec_ad_2")
-    parser.add_argument("--out", required=True, help="a new folder for the files")
+    parser.add_argument("--out", required=True, help="folder for the files; runs of single categories share one")
     parser.add_argument("--data-root", help="by default where the run read the data")
     options, more = parser.parse_known_args(arguments)
     config, out = Path(options.run) / "config.yaml", Path(options.out)
     if not config.is_file():
         raise SystemExit(f"{options.run} holds no config.yaml: --run is the folder of a finished run's record.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SystemExit(f"{out} is there already: name a new folder, so that no earlier file mixes with these.")
     named = _dataset(config)
     root = options.data_root or named.get("root") or ""
     _, root, _, chosen = find_dataset(MVTecAD2.name, root, named.get("categories"))
+    for folder in (out / kind / category for kind in (MAPS, THRESHOLDED) for category in chosen):
+        if folder.exists():
+            raise SystemExit(f"{folder} is there already: delete it or name another --out, so that no files mix.")
     if set(chosen) != set(CATEGORIES):
         rank_zero_info(f"Note: the server wants all {len(CATEGORIES)} categories, these are {', '.join(chosen)}.")
     with tempfile.TemporaryDirectory() as folder:
