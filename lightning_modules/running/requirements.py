@@ -19,8 +19,8 @@ import timm
 from lightning_modules.base import ReconstructionModule
 from models.pretrained import cached_file, fetch, hub_answers, package_of
 
-OPTIONS = ("model", "model.init_args.backbone")
-"""Options of every method that decide what is needed; those below them count, too."""
+OPTIONS = ("model.class_path", "model.init_args.backbone")
+"""Options of every method that decide what is needed; those below and above them count, too."""
 
 
 def options(method: type[ReconstructionModule]) -> tuple[str, ...]:

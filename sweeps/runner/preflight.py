@@ -128,7 +128,7 @@ def _answer(question: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def _lacking(question: list[dict[str, Any]]) -> list[str | None]:
     """Per cell, in their order, why it cannot run on this machine, or None; runs in a process of its own."""
-    from sweeps.runner.program import Parser, needs
+    from sweeps.runner.program import Parser, Refusal, needs
 
     parser, found = Parser(), {}
     for group in question:
@@ -136,7 +136,11 @@ def _lacking(question: list[dict[str, Any]]) -> list[str | None]:
         known: dict[str, str | None] = {}  # cells with the same needs are looked up once
         for place, parameters, arguments in group["cells"]:
             if not options or _part(parameters, options) not in known:
-                options, reason = needs(parser.parse(arguments))
+                try:
+                    options, reason = needs(parser.parse(arguments))
+                except Refusal:  # values that are refused together: the cell says so itself
+                    found[place] = None
+                    continue
                 known[_part(parameters, options)] = reason
             found[place] = known[_part(parameters, options)]
     return [found[place] for place in sorted(found)]
