@@ -11,6 +11,7 @@ import numpy as np
 
 from datamodules.dataset import Row
 from datamodules.images import read_mask
+from datamodules.margin import kept, margin
 from datamodules.problems import number_of
 from results.common.contents import content_hashes
 
@@ -30,6 +31,15 @@ def tested_and_trained(others: Sequence[Row], test: Sequence[Row], roots: Mappin
         return []
     few = f"TRAINED ON TEST IMAGES, {number_of(len(same), 'test image')} of {len(test)}"
     return [f"{few}: the same file is used for training (e.g. {same[0][0]} is {same[0][1]}), so scores are too good."]
+
+
+def cropped_masks(
+    test: Sequence[Row], whole: Callable[[Row], np.ndarray], whole_size: tuple[int, int], size: tuple[int, int]
+) -> list[str]:
+    """The sentence on a centre crop; `whole` gives a row's mask at (height, width) `whole_size`."""
+    rows = [row for row in test if row.mask_paths]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return [margin(pool.map(lambda row: kept(whole(row), size), rows)).sentence(whole_size, size)]
 
 
 def vanishing_masks(

@@ -113,7 +113,8 @@ class UniReconCLI(internals.OpenCLI):
         if self.subcommand == "fit":
             resuming.claim(self.run_config)
         given = self.made("trainer")
-        self.evaluation, self.normal_scores, self.history, self.curve = Evaluation(), NormalScores(), History(), None
+        self.evaluation, self.curve = Evaluation(self.run_config.fpr_limits), None
+        self.normal_scores, self.history = NormalScores(), History()
         seed = EpochSeed(self.config[self.subcommand].seed_everything)
         own = [seed, self.normal_scores, self.evaluation, self.history, *self._callbacks()]
         more = given.get("callbacks") or []
@@ -293,6 +294,10 @@ def main(arguments: list[str] | None = None) -> None:
                 from lightning_modules.running.importing import main as import_checkpoint
 
                 import_checkpoint(arguments[1:])
+            elif arguments[:1] == ["submission"]:
+                from lightning_modules.running.submission import main as submit
+
+                submit(arguments[1:], methods)
             else:
                 _run(with_environment(foreign.as_data(arguments, methods), os.environ))
     except Exception as error:

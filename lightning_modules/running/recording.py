@@ -138,7 +138,7 @@ def describe(outcome: Outcome, before: StoredRecord | None) -> RunRecord:
         setting=data.setting,
         seed=outcome.config.seed_everything,
         image_size=model.image_size,
-        resize=data.resize,
+        resize=data.resizing,
         backbone=model.extractor.provenance,
         datasets=data.provenance(),
         metrics={"version": result.version, "definitions": result.definitions},
@@ -153,7 +153,7 @@ def _notes(outcome: Outcome, trained_here: bool) -> list[str]:
     model, data, curve = outcome.model, outcome.data, outcome.curve
     notes = [f"backbone: {note}"] if (note := model.extractor.provenance.get("note")) else []
     notes += normalisation.notes(model, data) + ([model.origin] if model.origin else []) + model.record_notes()
-    notes += data.remarks()
+    notes += data.remarks() + outcome.evaluation.notes()
     if trained_here:
         notes += refusals.notes(outcome.config.trainer, outcome.history.batches_seen, model.trained_epochs)
         notes += data.changed_since(outcome.started.timestamp())

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_modules.running import requirements
 from lightning_modules.running.command_line import UniReconCLI
 from lightning_modules.running.filling import with_environment
 from lightning_modules.running.parser import essence
@@ -50,3 +51,9 @@ class Parser(UniReconCLI):
             message = error.code if isinstance(error.code, str) else printed.getvalue().rpartition("error: ")[2]
             raise Refusal(essence(message)) from error
         return configuration
+
+
+def needs(configuration: Mapping[str, Any]) -> tuple[tuple[str, ...], str | None]:
+    """Of a run's complete configuration: the options that decide what it needs, and what is absent of that here, or None."""
+    options = requirements.options(requirements.method_of(configuration))
+    return options, requirements.lacking(configuration, insisted=bool(os.environ.get("WEIGHTS")))
