@@ -434,6 +434,8 @@ class UniReconCLI(LightningCLI):
             notes += self.datamodule.changed_since(self.started.timestamp())
         if model.standardisation is not None:
             notes.append("feature channels standardised over the training images")
+        if model.extractor.config.rectified:
+            notes.append("levels of the backbone without their negative values")
         if not data.has_test_images:
             notes.append(NOTHING_TO_MEASURE)
         if data.left_out:
