@@ -224,6 +224,7 @@ class HVQTrans(ReconstructionModule):
 
     @torch.no_grad()
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         if self.codebook_start == "data" and self.network.codebooks and not self.network.codebooks_started:
             self._start_codebooks()
         if self.network.classifier is not None and not self.network.classifier.fitted:
@@ -255,7 +256,9 @@ class HVQTrans(ReconstructionModule):
             for first in range(0, len(ids), 32)
         ]
         numbers = [self.class_names.index(name) for name in names]
-        self.network.start_codebooks([torch.cat(features)], numbers, torch.Generator().manual_seed(data.seed))
+        levels = [torch.cat(features)]
+        levels = levels if self.standardisation is None else self.standardisation(levels)
+        self.network.start_codebooks(levels, numbers, torch.Generator().manual_seed(data.seed))
         self.train(was_training)
 
     @torch.no_grad()

@@ -159,6 +159,8 @@ def _notes(outcome: Outcome, trained_here: bool) -> list[str]:
         notes += data.changed_since(outcome.started.timestamp())
     if model.standardisation is not None:
         notes.append("feature channels standardised over the training images")
+    if model.extractor.config.rectified:
+        notes.append("levels of the backbone without their negative values")
     if not data.has_test_images:
         notes.append(NOTHING_TO_MEASURE)
     if data.left_out:

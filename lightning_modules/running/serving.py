@@ -20,6 +20,8 @@ from datamodules.dataset import Row
 from lightning_modules.base import ReconstructionModule
 
 BATCH = 32
+FEATURE_OPTIONS = ("levels", "final_norm", "prefix_tokens", "position", "maps", "rectified")
+"""Options of the backbone that decide what its features are, besides its weights and padding."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def attach(
     features = CacheSpec(
         **source,
         backbone={k: provenance[k] for k in ("name", "sha256", "padding")}
-        | {name: getattr(backbone, name) for name in ("levels", "final_norm", "prefix_tokens", "position", "maps")},
+        | {name: getattr(backbone, name) for name in FEATURE_OPTIONS},
         preparation=model.network.preparation,
         mean=tuple(data.mean),
         std=tuple(data.std),
