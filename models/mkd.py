@@ -116,9 +116,7 @@ class MKD(ReconstructionNetwork):
                 levels.append(x)
         return levels
 
-    def forward(
-        self, features: list[Tensor], pixels: Tensor, relu: Callable[[Tensor], Tensor] = F.relu
-    ) -> list[Pair]:
+    def forward(self, features: list[Tensor], pixels: Tensor, relu: Callable[[Tensor], Tensor] = F.relu) -> list[Pair]:
         """The source's prepared levels and the pixels that both networks see -> a pair per level."""
         return [Pair(target, level) for target, level in zip(features, self.clone(pixels, relu), strict=True)]
 

@@ -166,9 +166,7 @@ def test_the_mean_over_noisy_copies_is_the_released_one(case):
     std = mkd.noise_std(images, "released")
     total = torch.zeros_like(images[:, 0])
     for draw in range(recording.options["smooth_draws"]):
-        noise = torch.cat(
-            [fill(f"{prefix}noise.{b}.{draw}", (1, *images.shape[1:])) for b in range(len(images))]
-        )
+        noise = torch.cat([fill(f"{prefix}noise.{b}.{draw}", (1, *images.shape[1:])) for b in range(len(images))])
         gradient = mkd.pixel_gradient(recording.score, images + std.view(-1, 1, 1, 1) * noise)
         total += mkd.stretched(mkd.grey(gradient), 0.99)
     map_ = recording.smoothed(mkd.stretched(total / recording.options["smooth_draws"]))
