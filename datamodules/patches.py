@@ -20,11 +20,11 @@ _WEIGHTS = (0.299, 0.587, 0.114)
 
 
 class Patches(NamedTuple):
-    """anchors, positives: float32 (B, 3, p, p) in [0, 1] but for the noise of the positives. The next anchor of the batch is
-    a negative: each is of another image where there are enough."""
+    """anchors, positives: float32 (B, 3, p, p) in [0, 1] but for the noise of the positives, which are None unless asked for.
+    The next anchor of the batch is a negative: each is of another image where there are enough."""
 
     anchors: Tensor
-    positives: Tensor
+    positives: Tensor | None
 
 
 class RandomPatches:
@@ -41,12 +41,12 @@ class RandomPatches:
         self.images = images
         self._rng = np.random.default_rng(seed)
 
-    def draw(self, count: int, side: int) -> Patches:
-        """`count` patches of `side` pixels, with a positive for each: shifted by up to a quarter patch, and noisy."""
+    def draw(self, count: int, side: int, positives: bool = False) -> Patches:
+        """`count` patches of `side` pixels; with `positives`, one for each: shifted by up to a quarter patch, and noisy."""
         rng = self._rng
         chosen = rng.permutation(len(self.images)) if count <= len(self.images) else None
         picks = chosen[:count] if chosen is not None else rng.integers(len(self.images), size=count)
-        anchors, positives = [], []
+        anchors, others = [], []
         for pick in picks:
             image = self.images[pick]
             scale = rng.uniform(SCALES[0], SCALES[1])
@@ -59,9 +59,10 @@ class RandomPatches:
                 for start, part, by, length in zip(corner, window, shift, image.shape[:2], strict=True)
             ]
             anchors.append(_cut(image, corner, window, side, grey))
-            noise = rng.normal(0, NOISE, (3, side, side)).astype(np.float32)
-            positives.append(_cut(image, moved, window, side, grey) + torch.from_numpy(noise))
-        return Patches(torch.stack(anchors), torch.stack(positives))
+            if positives:
+                noise = rng.normal(0, NOISE, (3, side, side)).astype(np.float32)
+                others.append(_cut(image, moved, window, side, grey) + torch.from_numpy(noise))
+        return Patches(torch.stack(anchors), torch.stack(others) if positives else None)
 
 
 def _cut(image: np.ndarray, corner: Sequence[int], window: Sequence[int], side: int, grey: bool) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -129,11 +130,7 @@ class MKD(ReconstructionModule):
     def evaluate(self, batch: Mapping[str, Any]) -> dict[str, ScoredMaps]:
         """The map under "", with the image scores, which are those of both readings of the map."""
         with torch.autocast(self.device.type, enabled=False):
-            pixels = self.inputs(batch["image"])
-            with torch.no_grad():
-                levels = self.network.prepare(self.extractor.net(pixels))
-                scores = mkd.image_scores(self.network(levels, pixels), self.magnitude_weight)
-            plain, stretched = self.maps(pixels)
+            plain, stretched, scores = self.maps(self.inputs(batch["image"]))
             found = {"": self._scored(plain, scores)}
             if self.as_released:
                 opened = self._scored(stretched, scores)
@@ -143,32 +140,34 @@ class MKD(ReconstructionModule):
     def _scored(self, maps: Tensor, scores: Tensor) -> ScoredMaps:
         return self.head.score([maps], self.image_size)._replace(image_scores=scores)
 
-    def maps(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Of what the networks see, before the smoothing, both (B, H, W): the grey gradient, and the released map, for which
-        each image is stretched on its own."""
+    def maps(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of what the networks see, before the smoothing: the grey gradient (B, H, W); the released map (B, H, W), for which
+        each image is stretched on its own; the image scores (B,)."""
         if self.map != "smooth_grad":
-            grey = mkd.grey(self._gradient(pixels))
-            return grey, mkd.stretched(grey, 0.99)
+            gradient, scores = self._gradient(pixels)
+            grey = mkd.grey(gradient)
+            return grey, mkd.stretched(grey, 0.99), scores
         std = mkd.noise_std(pixels, self.noise_rule).view(-1, 1, 1, 1)
         plain = stretched = torch.zeros_like(pixels[:, 0])
         for number in range(self.smooth_draws):
-            grey = mkd.grey(self._gradient(pixels + std * self.noise(number, pixels)))
+            grey = mkd.grey(self._gradient(pixels + std * self.noise(number, pixels))[0])
             plain, stretched = plain + grey, stretched + mkd.stretched(grey, 0.99)
-        return plain / self.smooth_draws, mkd.stretched(stretched / self.smooth_draws)
+        with torch.no_grad():
+            scores = self._score(pixels)
+        return plain / self.smooth_draws, mkd.stretched(stretched / self.smooth_draws), scores
 
     def noise(self, draw: int, pixels: Tensor) -> Tensor:
         """Standard normal noise of a draw, (1, 3, H, W), the same for every image."""
         generator = torch.Generator().manual_seed(draw)
         return torch.randn((1, *pixels.shape[1:]), generator=generator).to(pixels)
 
-    def _gradient(self, pixels: Tensor) -> Tensor:
+    def _gradient(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         relu = mkd.guided_relu if self.map == "gbp" else F.relu
+        return mkd.pixel_gradient(partial(self._score, relu=relu), pixels)
 
-        def score(x: Tensor) -> Tensor:
-            levels = self.network.prepare(self.extractor.net(x))  # with its gradient, which its forward would cut
-            return mkd.image_scores(self.network(levels, x, relu), self.magnitude_weight)
-
-        return mkd.pixel_gradient(score, pixels)
+    def _score(self, pixels: Tensor, relu: Callable[[Tensor], Tensor] = F.relu) -> Tensor:
+        levels = self.network.prepare(self.extractor.net(pixels))  # with its gradient, which its forward would cut
+        return mkd.image_scores(self.network(levels, pixels, relu), self.magnitude_weight)
 
     def record_notes(self) -> list[str]:
         shown = f"map: {self.map}"

@@ -30,6 +30,8 @@ POOL = 5000
 """Images that a teacher is trained on are held in memory, at most so many of them, evenly picked."""
 BATCH = 64
 """Images that are read at a time."""
+CHUNK = 4
+"""Images that are scored at a time: their descriptors take 100 MB each at 256 pixels, for every student."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class TeacherConfig:
     Args:
         file: Finished teachers: a checkpoint of this method with the same patch sizes and widths, or a file with the
             tensors `<patch size>.conv1.weight` and so on.
-        images: Folder of images to cut the patches from (the paper: ImageNet). None is the run's own training images, and
-            the record says so: such a teacher knows nothing of other images.
+        images: Folder of images to cut the patches from (the paper: ImageNet), at most 5000 of them, evenly picked. None is
+            the run's own training images, and the record says so: such a teacher knows nothing of other images.
         steps: Steps of each teacher (50,000 in the paper).
         batch_size: Patches per step.
         lr, weight_decay: Of Adam; the decay is an L2 term.
@@ -217,7 +219,7 @@ class US(ReconstructionModule):
 
     def _teacher_loss(self, teacher: us.DecodedNetwork, patches: RandomPatches, size: int) -> Tensor:
         options = self.teacher
-        anchors, positives = patches.draw(options.batch_size, size)
+        anchors, positives = patches.draw(options.batch_size, size, positives=options.triplet > 0)
         anchors = self._normalise(anchors)
         features = self.extractor(anchors)[-1].mean(dim=(2, 3))
         descriptors = teacher.patches(anchors)
@@ -226,7 +228,7 @@ class US(ReconstructionModule):
         if options.compactness_weight:
             compared = decoded if self.network.target == "decoded" else descriptors
             loss = loss + options.compactness_weight * us.compactness_loss(compared, options.compactness)
-        if options.triplet:
+        if positives is not None:
             others = teacher.patches(self._normalise(positives))
             loss = loss + options.triplet * us.triplet_loss(descriptors, others, descriptors.roll(1, 0), options.delta)
         return loss
@@ -329,7 +331,10 @@ class US(ReconstructionModule):
 
     def evaluate(self, batch: Mapping[str, Any]) -> dict[str, ScoredMaps]:
         with torch.autocast(self.device.type, enabled=False):
-            errors, variances = self.network.scaled(self.network(batch["image"].float()))
+            parts = [self.network.scaled(self.network(part)) for part in batch["image"].float().split(CHUNK)]
+        errors, variances = (
+            [torch.cat(maps) for maps in zip(*(part[n] for part in parts), strict=True)] for n in (0, 1)
+        )
         maps = [sum(parts) for parts in zip(errors, variances, strict=True)] if variances else errors
         found = {"": self.head.score(maps, self.image_size)}
         if self.score_parts and variances:

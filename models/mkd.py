@@ -178,8 +178,8 @@ def guided_relu(x: Tensor) -> Tensor:
     return _Guided.apply(x)
 
 
-def pixel_gradient(score: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Gradient of each image's own score by its pixels, (B, 3, H, W).
+def pixel_gradient(score: Callable[[Tensor], Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of each image's own score by its pixels, (B, 3, H, W), and the scores (B,).
 
     Works wherever it is called, also in a trainer's inference mode, and leaves no gradient in any parameter.
 
@@ -187,7 +187,8 @@ def pixel_gradient(score: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """
     with torch.inference_mode(False), torch.enable_grad():
         images = images.detach().clone().requires_grad_()
-        return torch.autograd.grad(score(images).sum(), images)[0]
+        scores = score(images)
+        return torch.autograd.grad(scores.sum(), images)[0], scores.detach()
 
 
 def grey(gradient: Tensor) -> Tensor:

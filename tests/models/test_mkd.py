@@ -52,10 +52,11 @@ def test_an_images_gradient_does_not_depend_on_its_batch_and_works_in_inference_
         return lambda x: mkd.image_scores(network([level[pick] for level in levels], x), 0.5)
 
     with torch.inference_mode():
-        alone = [mkd.pixel_gradient(score(slice(b, b + 1)), images[b : b + 1]) for b in range(3)]
-        together = mkd.pixel_gradient(score(slice(0, 3)), images)
+        alone = [mkd.pixel_gradient(score(slice(b, b + 1)), images[b : b + 1])[0] for b in range(3)]
+        together, scores = mkd.pixel_gradient(score(slice(0, 3)), images)
     torch.testing.assert_close(together, torch.cat(alone))
     assert together.abs().amax() > 0
+    torch.testing.assert_close(scores, score(slice(0, 3))(images).detach())
     assert all(parameter.grad is None for parameter in network.parameters())
 
 

@@ -152,7 +152,7 @@ def test_released_weights_give_the_released_levels_losses_and_scores(recording):
 def test_maps_are_the_released_ones(recording):
     found = {}
     for kind, relu in (("gradients", F.relu), ("gbp", mkd.guided_relu)):
-        gradient = mkd.pixel_gradient(partial(recording.score, relu=relu), recording.input())
+        gradient, _ = mkd.pixel_gradient(partial(recording.score, relu=relu), recording.input())
         gray = mkd.stretched(mkd.grey(gradient), 0.99)
         found |= {f"grad.{kind}": gradient, f"gray.{kind}": gray, f"map.{kind}": recording.smoothed(gray)}
     assert all(parameter.grad is None for parameter in recording.network.parameters())
@@ -167,7 +167,7 @@ def test_the_mean_over_noisy_copies_is_the_released_one(case):
     total = torch.zeros_like(images[:, 0])
     for draw in range(recording.options["smooth_draws"]):
         noise = torch.cat([fill(f"{prefix}noise.{b}.{draw}", (1, *images.shape[1:])) for b in range(len(images))])
-        gradient = mkd.pixel_gradient(recording.score, images + std.view(-1, 1, 1, 1) * noise)
+        gradient, _ = mkd.pixel_gradient(recording.score, images + std.view(-1, 1, 1, 1) * noise)
         total += mkd.stretched(mkd.grey(gradient), 0.99)
     map_ = recording.smoothed(mkd.stretched(total / recording.options["smooth_draws"]))
     recording.check({"noise_std": std, "map.smooth_grad": map_})
