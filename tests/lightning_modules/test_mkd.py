@@ -113,6 +113,6 @@ def test_a_file_of_a_cloner_with_biases_is_not_imported_without_them(make, tmp_p
     project = make()
     torch.save(module(bias=True).network.state_dict(), tmp_path / "Cloner.pth")
     arguments = ["import", "--method=mkd", f"--checkpoint={tmp_path / 'Cloner.pth'}", f"--config={project.config}"]
-    with pytest.raises(Exception, match="bias=true"):
+    with pytest.raises(SystemExit, match="bias=true"):
         main([*arguments, "--run.name=theirs", "--trainer.logger=false"])
     main([*arguments, "--run.name=theirs", "--trainer.logger=false", "--model.init_args.bias=true"])
