@@ -211,7 +211,7 @@ class US(ReconstructionModule):
                     "(--model.init_args.teacher.lr)."
                 )
             teacher.requires_grad_(False)
-        of = "images of a folder" if options.images else "the training images, not ImageNet"
+        of = "images of a folder" if options.images else "training images, not ImageNet"
         self.notes["teacher"] = (
             f"teacher distilled on {len(images)} {of}, {options.steps} steps, compactness between {options.compactness}; "
             "teachers and students are trained from scratch"

@@ -44,7 +44,7 @@ def test_the_record_names_the_teachers_data_and_the_source_of_the_scale(make, da
     project = make(score_parts=True)
     record = project.fit()
     notes = " ".join(record.record.notes)
-    assert "teacher distilled on 10 the training images, not ImageNet, 5 steps" in notes
+    assert "teacher distilled on 10 training images, not ImageNet, 5 steps" in notes
     assert "maps on the scale of 2 held-out normal images" in notes
     assert set(record.metrics.variant.fillna("")) == {
         "", "map=error", "map=variance", "patch_size=17", "patch_size=33"
