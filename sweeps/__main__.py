@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from sweeps.runner import cluster, command, expansion, listing, preflight, prepare, sweep_file
+from sweeps.runner import checked_sweep, cluster, command, expansion, listing, preflight, prepare
 from sweeps.runner.display import Display
 from sweeps.runner.errors import SweepError
 from sweeps.runner.local import Job, Runner, check_writable
@@ -80,14 +80,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
 
 
 def _numbers(text: str) -> list[int]:
     parts = text.replace(",", " ").split()
     if not all(part.isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(f"{text} is no list of whole numbers like 0,1,2")
+        raise argparse.ArgumentTypeError(f"{text} is not a list of whole numbers like 0,1,2")
     return [int(part) for part in parts]
 
 
@@ -102,7 +102,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     def say(text: str) -> None:
         console.print(text, highlight=False)
 
-    sweep = sweep_file.load(options.ablation)
+    sweep = checked_sweep.load(options.ablation)
     variables = prepare.environment(options.profile)
     every_cell = sweep.cells(options.seeds, options.count, options.sampler_seed)
     cells = expansion.select(every_cell, options.only, sweep.path)
@@ -159,7 +159,7 @@ def _report(jobs: list[Job], display: Display) -> bool:
             for line in job.log_lines:
                 display.say(f"  [dim]|[/] {escape(line)}")
     if any(job.state == FAILED for job in missing):
-        display.say("\nAfter mending the cause, run the same sweep with RETRY_FAILED=1.")
+        display.say("\nOnce the cause is fixed, run the same sweep with RETRY_FAILED=1.")
     if missing:
         display.say(f"[bold]{len(missing)} of {len(jobs)} cells have no result.[/]")
     return not missing

@@ -24,9 +24,9 @@ from results.common.contents import content_hashes, data_hash
 from results.common.deciding import FREE, deciding, shows_only
 from results.common.nearest import did_you_mean
 from sweeps.runner import command
+from sweeps.runner.checked_sweep import ARGS, CheckedSweep
 from sweeps.runner.errors import SweepError
 from sweeps.runner.expansion import Cell
-from sweeps.runner.sweep_file import ARGS, SweepFile
 
 OVERRIDES = ("DATASET", "DATA_ROOT", "CATEGORIES", "BACKBONE", "WEIGHTS")
 
@@ -43,7 +43,7 @@ class Dataset:
 class Identifier:
     """Computes the ids of a sweep's cells; reads configuration, code and data once."""
 
-    def __init__(self, sweep: SweepFile, environment: Mapping[str, str], datasets: list[Dataset]) -> None:
+    def __init__(self, sweep: CheckedSweep, environment: Mapping[str, str], datasets: list[Dataset]) -> None:
         self._shared = {
             "command": _words_that_matter(sweep, environment),
             "configs": [deciding(read_config(path)) for path in command.configs(sweep.command, environment)],
@@ -71,7 +71,7 @@ class Identifier:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A configuration file's content; SweepError if it is missing or no mapping."""
+    """A configuration file's content; SweepError if it is missing or not a mapping."""
     try:
         content = yaml.safe_load(path.read_text())
     except FileNotFoundError:
@@ -171,7 +171,7 @@ def _tree(path: Path, _modified: int) -> ast.Module:
     try:
         return ast.parse(path.read_text())
     except SyntaxError as error:
-        raise SweepError(f"{path} line {error.lineno} is no valid Python: {error.msg}") from error
+        raise SweepError(f"{path} line {error.lineno} is not valid Python: {error.msg}") from error
 
 
 @cache
@@ -188,7 +188,7 @@ def _normalised(path: Path, modified: int) -> str:
     return ast.unparse(tree)
 
 
-def _words_that_matter(sweep: SweepFile, environment: Mapping[str, str]) -> list[str]:
+def _words_that_matter(sweep: CheckedSweep, environment: Mapping[str, str]) -> list[str]:
     """The command's words without the interpreter, the configuration files (their contents count) and run names."""
     words = command.resolve(sweep.command, environment)
     files = {str(path) for path in command.configs(sweep.command, environment)}
@@ -202,7 +202,7 @@ def _words_that_matter(sweep: SweepFile, environment: Mapping[str, str]) -> list
     ]
 
 
-def code_roots(sweep: SweepFile, environment: Mapping[str, str]) -> list[str]:
+def code_roots(sweep: CheckedSweep, environment: Mapping[str, str]) -> list[str]:
     """Modules where the search for code starts: the program and the classes that configurations and parameters name."""
     words = command.resolve(sweep.command, environment)
     roots = [f"{after}.__main__" for word, after in itertools.pairwise(words) if word == "-m"]

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_modules.running import command_line as cli
+from lightning_modules.running.parser import essence
 
 
 class Refusal(Exception):
@@ -46,11 +47,5 @@ class Parser(cli.UniReconCLI):
                 self.before_instantiate_classes()
         except SystemExit as error:
             message = error.code if isinstance(error.code, str) else printed.getvalue().rpartition("error: ")[2]
-            raise Refusal(_essence(message)) from error
+            raise Refusal(essence(message)) from error
         return configuration
-
-
-def _essence(message: str) -> str:
-    """The parser's message without the lines that tell how it looked at the value."""
-    noise = ("Given value", "- Expected a <class 'NoneType'>", "Subtypes:")
-    return "\n".join(line for line in message.strip().splitlines() if not line.strip().startswith(noise))
