@@ -12,6 +12,7 @@ import yaml
 from lightning_modules import load_run
 from lightning_modules.destseg import DeSTSeg
 from lightning_modules.hvq_trans import HVQTrans
+from lightning_modules.mkd import MKD
 from lightning_modules.running.command_line import main
 from lightning_modules.uniad import UniAD
 from models.backbones import BackboneConfig
@@ -100,7 +101,13 @@ def uniad_state() -> dict[str, torch.Tensor]:
     return state | {f"module.backbone.{name}": value for name, value in module.extractor.net.state_dict().items()}
 
 
+def mkd_state() -> dict[str, torch.Tensor]:
+    """A plain state dict of the cloner; the source is not in the authors' file."""
+    return MKD(BackboneConfig(**BACKBONE), image_size=64).network.state_dict()
+
+
 METHODS = {
+    "mkd": ("MKD", {}, mkd_state),
     "hvq_trans": ("HVQTrans", HVQ_TRANS, hvq_trans_state),
     "destseg": ("DeSTSeg", DESTSEG, destseg_state),
     "uniad": ("UniAD", UNIAD, uniad_state),
@@ -142,7 +149,7 @@ def test_a_record_of_the_authors_weights_can_be_tested_and_predicted_with(prepar
     record = read_record(folder)
     assert any("authors.pth" in note and "not trained here" in note for note in record.record.notes)
     assert record.record.provenance["epochs"] == 0
-    assert record.record.backbone["weights"] == "file"
+    assert record.record.backbone["weights"] == ("random" if method == "mkd" else "file")
     before = record.metrics.value.tolist()
     main(["test", f"--config={folder / 'config.yaml'}", "--trainer.logger=false", "--run.overwrite=true"])
     again = read_record(folder)
