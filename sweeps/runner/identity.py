@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from results.common import methods
 from results.common.contents import content_hashes, data_hash
 from results.common.deciding import FREE, deciding, shows_only
 from results.common.nearest import did_you_mean
@@ -44,6 +45,8 @@ class Identifier:
     """Computes the ids of a sweep's cells; reads configuration, code and data once."""
 
     def __init__(self, sweep: SweepFile, environment: Mapping[str, str], datasets: list[Dataset]) -> None:
+        self._sweep = sweep
+        self._methods: dict[tuple[str, str], dict[str, Any]] = {}
         self._shared = {
             "command": _words_that_matter(sweep, environment),
             "configs": [deciding(read_config(path)) for path in command.configs(sweep.command, environment)],
@@ -62,7 +65,21 @@ class Identifier:
         if weights:
             file = Path(weights).expanduser()
             overrides["WEIGHTS"] = content_hashes([file], file.parent)[0] if file.is_file() else weights
-        return {**self._shared, "parameters": cell.parameters, "environment": overrides}
+        own = self._of_method(key) if (key := methods.of(cell.parameters)) else {}
+        return {**self._shared, **own, "parameters": cell.parameters, "environment": overrides}
+
+    def _of_method(self, key: tuple[str, str]) -> dict[str, Any]:
+        """What a cell of the sweep ``methods`` is besides its command: profile, shared options, and the code they reach."""
+        if key not in self._methods:
+            profile = self._environment["PROFILE"]
+            content = read_config(methods.profile(key[0], profile))
+            roots = [*code_roots(self._sweep, self._environment), *_class_paths(content)]
+            options = {k: v for k, v in methods.shared(*key, profile).items() if k != "data.init_args.datasets"}
+            self._methods[key] = {
+                "configs": [deciding(content), options],
+                "code": code_hash(roots, Path(".")),
+            }
+        return self._methods[key]
 
     def name(self, cell: Cell, weights: str | None) -> str:
         """The cell's id: 12 hexadecimal digits."""

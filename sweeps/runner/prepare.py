@@ -7,12 +7,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 
+from results.common import methods
 from results.common.environment import parse, parts
 from results.common.files import read_json, write_json
 from results.common.lock import Lock
@@ -27,12 +28,16 @@ from sweeps.runner.sweep_file import SweepFile
 SYNTHETIC_LOCO = Path("data/synthetic_loco")
 """Four categories of the benchmark in the layout of MVTec LOCO AD."""
 LOCO_OPTIONS = ("--layout", "mvtec_loco", "--categories", "cable,circuit_board,gasket,pill_tray")
+CHOICES = {"COMPARE": methods.COMPARE, "SETTING": methods.SETTING}
+"""Variables that choose the value of a parameter which is one experiment or another."""
+_ALLOWED = {"COMPARE": methods.COMPARES, "SETTING": ("unified", "per_category")}
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
 def environment(profile: str | None, base: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment of a sweep's programs: PROFILE set, empty overrides dropped, W&B offline unless WANDB=online."""
-    result = {key: value for key, value in base.items() if value or key not in (*OVERRIDES, "PROFILE", "WANDB")}
+    may_be_empty = (*OVERRIDES, *CHOICES, "PROFILE", "WANDB")
+    result = {key: value for key, value in base.items() if value or key not in may_be_empty}
     result["PROFILE"] = profile or result.get("PROFILE") or "demo"
     mode = result.pop("WANDB", None)
     if mode not in (None, "online", "offline", "disabled"):
@@ -43,11 +48,36 @@ def environment(profile: str | None, base: Mapping[str, str] = os.environ) -> di
     return result
 
 
-def datasets(configs: Iterable[Path], variables: Mapping[str, str]) -> list[Dataset]:
-    """The data sets of the runs: what DATASET, DATA_ROOT and CATEGORIES name, else what the configurations name."""
+def chosen(sweep: SweepFile, variables: Mapping[str, str]) -> SweepFile:
+    """The sweep with the values that COMPARE and SETTING choose; SweepError if it does not ask for such a choice."""
+    parameters = dict(sweep.parameters)
+    for name, key in CHOICES.items():
+        value = variables.get(name)
+        if not value:
+            continue
+        if key not in parameters:
+            raise SweepError(
+                f"{name}={value}, but {sweep.path} has no parameter {key} that it could choose. Leave it out."
+            )
+        if value not in _ALLOWED[name]:
+            raise SweepError(f"{name} is {value!r}. Allowed: {', '.join(_ALLOWED[name])}.")
+        parameters[key] = {"value": value}
+    return replace(sweep, parameters=parameters)
+
+
+def datasets(configs: Iterable[Path], variables: Mapping[str, str], shared: bool = False) -> list[Dataset]:
+    """The data sets of the runs: what DATASET, DATA_ROOT and CATEGORIES name, else what the configurations name.
+
+    shared: The runs are of many profiles, which all get the same (see :mod:`results.common.methods`).
+    """
     named: list[Mapping[str, Any]] = []
     for path in configs:
         named = lookup(read_config(path), "data.init_args.datasets") or named
+    if shared:
+        try:
+            named = methods.datasets(variables["PROFILE"])
+        except ValueError as error:
+            raise SweepError(str(error)) from error
     try:
         own = parse(variables, _has_own_root).datasets
     except ValueError as error:
@@ -121,6 +151,7 @@ class Weights:
         self._say = say
         self._kept = WORK / sweep.name / "weights.json"
         self._decided: dict[str, str] = {}
+        self._methods: dict[str, dict[str, Any]] = {}
         self._profile: dict[str, Any] = {}
         for path in command.configs(sweep.command, variables):
             self._profile.update(lookup(read_config(path), "model.init_args.backbone") or {})
@@ -128,10 +159,12 @@ class Weights:
     def of(self, cell: Cell) -> str | None:
         """The cell's WEIGHTS, or None if neither the environment nor ``auto`` in the profile asks for any."""
         prefix = "model.init_args.backbone."
+        key = methods.of(cell.parameters)
+        profile = self._of_method(*key, prefix) if key else self._profile
         weights = cell.parameters.get(f"{prefix}weights") or self._variables.get("WEIGHTS")
-        if (weights or self._profile.get("weights")) != "auto":
+        if (weights or profile.get("weights")) != "auto":
             return weights
-        tag = cell.parameters.get(f"{prefix}name") or self._variables.get("BACKBONE") or self._profile.get("name")
+        tag = cell.parameters.get(f"{prefix}name") or self._variables.get("BACKBONE") or profile.get("name")
         if tag is None:
             raise SweepError(
                 "WEIGHTS=auto needs the backbone's name: BACKBONE=<timm tag> or backbone.name in the profile."
@@ -140,6 +173,16 @@ class Weights:
             self._decided[tag] = read_json(self._kept).get(tag) or self._decide(tag)
             self._tell(tag)
         return self._decided[tag]
+
+    def _of_method(self, name: str, compare: str, prefix: str) -> dict[str, Any]:
+        """The backbone that the cell's method has, by its profile and what all methods share."""
+        if name not in self._methods:
+            profile = self._variables["PROFILE"]
+            options = methods.shared(name, compare, profile)
+            own = lookup(read_config(methods.profile(name, profile)), "model.init_args.backbone") or {}
+            shared = {key.removeprefix(prefix): value for key, value in options.items() if key.startswith(prefix)}
+            self._methods[name] = {**own, **shared}
+        return self._methods[name]
 
     def _decide(self, tag: str) -> str:
         words = [sys.executable, "-m", "models.backbones", tag, "--weights", "auto"]
