@@ -45,6 +45,7 @@ from lightning_modules.callbacks.normal_scores import NormalScores
 from lightning_modules.callbacks.predictions import Predictions
 from lightning_modules.callbacks.progress import PlainProgress, Progress
 from lightning_modules.callbacks.scoring import Evaluation
+from lightning_modules.callbacks.throughput import Throughput
 from lightning_modules.pictures import heatmaps
 from lightning_modules.running import (
     checkpoints,
@@ -236,7 +237,8 @@ class UniReconCLI(LightningCLI):
         given = self._get(self.config_init, "trainer")
         self.evaluation, self.normal_scores, self.history, self.curve = Evaluation(), NormalScores(), History(), None
         seed = EpochSeed(self.config[self.subcommand].seed_everything)
-        own = [seed, self.normal_scores, self.evaluation, self.history, *self._callbacks()]
+        self.throughput = Throughput()
+        own = [seed, self.normal_scores, self.evaluation, self.throughput, self.history, *self._callbacks()]
         more = given.get("callbacks") or []
         callbacks = [*(more if isinstance(more, list) else [more]), *own]
         if given.get("logger") is None:
@@ -459,6 +461,8 @@ class UniReconCLI(LightningCLI):
             "wall_seconds": round((datetime.now().astimezone() - self.started).total_seconds(), 1),
             "epochs": model.trained_epochs,
             "seconds_per_epoch": round(getattr(self, "training_seconds", 0.0) / max(1, self.history.epochs_seen), 3),
+            "train_seconds": round(getattr(self, "training_seconds", 0.0), 1),
+            "images_per_second": self.throughput.images_per_second and round(self.throughput.images_per_second, 2),
             "peak_memory_bytes": _peak_memory(device),
             "world_size": trainer.world_size,
             "effective_batch_size": data.batch_size * trainer.world_size * trainer.accumulate_grad_batches,

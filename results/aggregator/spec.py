@@ -48,7 +48,7 @@ _TOP = (
 )  # fmt: skip
 _ROW = ("label", "labels", "group", "rule", "default", "runs", *SELECTORS)
 _COLUMN = ("label", "group", "digits", "runs", *SELECTORS)
-KINDS = ("grid", "curves")
+KINDS = ("grid", "curves", "methods")
 COMPARES = ("columns", "rows", "none")
 
 
@@ -65,6 +65,7 @@ class Entry:
     rule: bool = False
     default: bool = False
     digits: int | None = None
+    apart: bool = False  # told more than the other rows: neither ranked nor marked
     where: Mapping[str, str] = field(default_factory=dict)
     runs: Mapping[str, Any] = field(default_factory=dict)
 
@@ -211,7 +212,15 @@ def _expand(item: Mapping[str, Any]) -> list[Entry]:
             where.setdefault("variant", f"setting={setting}")
             runs.setdefault("setting", {"separate": "per_category"}.get(setting, setting))
         entries.append(
-            Entry(labels, group, bool(item.get("rule")), bool(item.get("default")), item.get("digits"), where, runs)
+            Entry(
+                labels,
+                group,
+                bool(item.get("rule")),
+                bool(item.get("default")),
+                item.get("digits"),
+                where=where,
+                runs=runs,
+            )
         )
     return entries
 

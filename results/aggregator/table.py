@@ -50,12 +50,16 @@ class Cell:
 
 @dataclass
 class Row:
-    """A row's labels (one per row header), the group that it stands in, and whether a line goes above it."""
+    """A row's labels (one per row header), the group that it stands in, and whether a line goes above it.
+
+    A row that stands apart is told more than the others: it is neither ranked nor marked.
+    """
 
     labels: tuple[str, ...]
     group: str = ""
     rule: bool = False
     default: bool = False
+    apart: bool = False
 
 
 @dataclass
@@ -112,7 +116,11 @@ def mark_values(table: Table, compare: str) -> None:
     for which in ("published", "runs"):
         if compare == "columns":
             lines = [
-                [(getattr(row[j], which), column.digits) for row in table.cells]
+                [
+                    (getattr(cells[j], which), column.digits)
+                    for row, cells in zip(table.rows, table.cells, strict=True)
+                    if not row.apart
+                ]
                 for j, column in enumerate(table.columns)
                 if column.ranked
             ]
