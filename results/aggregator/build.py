@@ -17,6 +17,8 @@ from results.common.methods import COMPARE
 from results.common.nearest import did_you_mean
 
 SOURCES = ("published", "runs", "both")
+OWN_PAPERS = "own_papers"
+"""Source of the published numbers that a method's own paper prints."""
 #: Which axes a sweep may vary, recognised by the key that it sets.
 _SWEPT_AXES = (
     (".backbone", ("backbone", "weights")),
@@ -64,7 +66,41 @@ def paper_table(
     table = Table(spec.name, spec.title, source, spec.row_headers, rows, columns, cells, notes=list(spec.notes))
     check_table(pool.used, _varies(spec, None), f"table {spec.name}")
     _finish(table, spec, pool)
+    if source == "both" and spec.own_papers is not None:
+        _add_own_papers(table, spec, printed)
     return table
+
+
+def _add_own_papers(table: Table, spec: Spec, printed: Mapping[tuple[str, ...], Printed]) -> None:
+    """Beside a column with a number far from its method's own paper, a column of the own papers' numbers; and a footnote."""
+    own = {
+        (dataset, category, method, variant, metric): (paper, number)
+        for (source, paper, dataset, category, method, variant, metric), number in printed.items()
+        if source == OWN_PAPERS
+    }
+    setting = f"setting={spec.setting or 'per_category'}"
+    for j in reversed(range(len(table.columns))):
+        column, cells, far = table.columns[j], [], []
+        for line in table.cells:
+            key, value = line[j].key, line[j].published
+            wanted = (key.get("dataset"), key.get("category"), key.get("method"), setting, key.get("metric"))
+            paper, number = own.get(wanted, ("", None))
+            shown = Value(reason="its own paper's number is not known here")
+            if number is not None:
+                shown = Value(number.value, note=f"{paper}; {number.certainty}: {number.note}", printed=True)
+                gap = None if value is None or value.mean is None else value.mean - number.value
+                if gap is not None and abs(gap) >= spec.own_papers:
+                    name = f"{names.method_label(key['method'])}, {names.metric_label(key['metric'])}"
+                    far.append(f"{name}: {value.mean:g} here, {number.value:g} in {paper} ({number.note})")
+            cells.append(Cell(published=shown, key={**key, "source": OWN_PAPERS}))
+        if not far:
+            continue
+        label = f"{column.label}, own paper" if column.group else column.label
+        group = column.group or "own paper"
+        table.columns.insert(j + 1, dataclasses.replace(column, label=label, group=group, metric="threshold"))
+        for line, cell in zip(table.cells, cells, strict=True):
+            line.insert(j + 1, cell)
+        table.notes.append(f"Far from the method's own paper: {'; '.join(far)}.")
 
 
 def sweep_table(

@@ -24,7 +24,8 @@ COSTS = {
 }
 DATASETS = {
     "mvtec_ad": "MVTec AD", "mvtec_loco": "MVTec LOCO", "mvtec_3d": "MVTec 3D", "visa": "VisA", "btad": "BTAD",
-    "mpdd": "MPDD", "real_iad": "Real-IAD", "synthetic": "synthetic",
+    "mpdd": "MPDD", "real_iad": "Real-IAD", "real_iad_variety": "Real-IAD Variety", "adnet": "ADNet",
+    "mvtec_ad_2": "MVTec AD 2", "synthetic": "synthetic",
 }  # fmt: skip
 METHODS = {
     "uniad": "UniAD", "unias": "UniAS", "rlr": "RLR", "ulsad": "ULSAD", "dfr": "DFR", "hvq_trans": "HVQ-Trans",
