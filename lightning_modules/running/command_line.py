@@ -113,7 +113,15 @@ def environment_arguments(environment: Mapping[str, str]) -> list[str]:
 
 
 def with_environment(arguments: list[str], environment: Mapping[str, str]) -> list[str]:
-    """The arguments with those of the environment after the last ``--config``, so that explicit ones still win."""
+    """The arguments with those of the environment after the last ``--config``, so that explicit ones still win.
+
+    ``--method=NAME``, as the sweep over methods passes it, stands for the ``--config`` of that method's profile.
+    """
+    profile = environment.get("PROFILE") or "demo"
+    arguments = [
+        f"--config=sweeps/profiles/{profile}/{word.partition('=')[2]}.yaml" if word.startswith("--method=") else word
+        for word in arguments
+    ]
     position = min(1, len(arguments))
     for index, argument in enumerate(arguments):
         if argument == "--config":

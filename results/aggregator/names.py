@@ -22,7 +22,7 @@ COSTS = {
 }
 DATASETS = {
     "mvtec_ad": "MVTec AD", "mvtec_loco": "MVTec LOCO", "mvtec_3d": "MVTec 3D", "visa": "VisA", "btad": "BTAD",
-    "mpdd": "MPDD", "real_iad": "Real-IAD", "synthetic": "synthetic",
+    "mpdd": "MPDD", "real_iad": "Real-IAD", "synthetic": "synthetic", "photos": "photographs",
 }  # fmt: skip
 METHODS = {
     "uniad": "UniAD", "unias": "UniAS", "rlr": "RLR", "ulsad": "ULSAD", "dfr": "DFR", "hvq_trans": "HVQ-Trans",
@@ -34,6 +34,7 @@ METHODS = {
     "dinomaly_l_dinov3": "Dinomaly-L (DINOv3)", "dinomaly_costfilter": "Dinomaly + CostFilter",
     "inp_former": "INP-Former", "rad_training_free_dinov3": "RAD (training-free, DINOv3)", "dinomaly2": "Dinomaly2",
     "dinomaly": "Dinomaly", "noisy_bottleneck": "Noisy bottleneck", "anomaly_dino": "AnomalyDINO", "rad": "RAD",
+    "nearest_neighbours": "Nearest neighbours", "identical_shortcut": "Identical shortcut",
     "dataset": "",
 }  # fmt: skip
 CATEGORIES = {
@@ -66,6 +67,10 @@ PARTIAL_MEANS = {
 
 # Shown, but not better when higher: operating points, floors, properties of the data.
 _NOT_RANKED = re.compile(r"threshold|precision|recall|floor|ratio|unlabelled")
+
+
+#: Sweeps whose cells stand as controls beside the tables of all others that were run on the same features.
+CONTROLS = ("nearest_neighbours",)
 
 
 def is_ranked(metric: str) -> bool:

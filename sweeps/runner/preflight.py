@@ -21,7 +21,7 @@ from sweeps.runner.sweep_file import SweepFile
 
 PROGRAM = "lightning_modules"
 # Parameters that decide which other keys exist.
-_CHOOSES_KEYS = re.compile(r"config|model|data|.*\.class_path")
+_CHOOSES_KEYS = re.compile(r"config|method|model|data|.*\.class_path")
 
 
 class Check:
@@ -73,7 +73,7 @@ class Check:
                 "values": [
                     [key, str(value), self._arguments(_chosen(Cell({**cells[0].parameters, key: value}), key))]
                     for key in cells[0].parameters
-                    if key != "config"
+                    if key not in ("config", command.METHOD)
                     for value in unique([cell.parameters[key] for cell in cells])
                 ],
                 "whole": self._arguments(cells[0].parameters),
@@ -88,7 +88,7 @@ class Check:
 
     def _explain(self, problem: dict[str, Any]) -> str:
         path = self._sweep.path
-        configs = ", ".join(map(str, command.configs(self._sweep.command, self._variables)))
+        configs = ", ".join(map(str, command.configs(self._sweep.command, self._variables))) or "its method's profile"
         if problem["what"] == "base":
             return f"{configs}, the profile of {path}, is refused by the program:\n{problem['message']}"
         if problem["what"] == "whole":

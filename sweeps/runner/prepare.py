@@ -43,6 +43,24 @@ def environment(profile: str | None, base: Mapping[str, str] = os.environ) -> di
     return result
 
 
+def with_shared_data(sweep: SweepFile, cells: list[Cell], variables: Mapping[str, str]) -> dict[str, str]:
+    """The variables, for a sweep over methods with DATASET: that of the first method's profile if none is named.
+
+    Without it each method would have its own profile's data, and no table could hold them together.
+    """
+    if variables.get("DATASET") or not cells or command.METHOD not in cells[0].parameters:
+        return dict(variables)
+    (profile,) = command.configs(sweep.command, variables, cells[0].parameters)[:1]
+    found = lookup(read_config(profile), "data.init_args.datasets") or []
+    named = {
+        "DATASET": ",".join(entry["name"] for entry in found),
+        "DATA_ROOT": ",".join(entry.get("root") or "" for entry in found),
+    }
+    if len(found) == 1 and found[0].get("categories"):
+        named["CATEGORIES"] = ",".join(found[0]["categories"])
+    return {**variables, **named}
+
+
 def datasets(configs: Iterable[Path], variables: Mapping[str, str]) -> list[Dataset]:
     """The data sets of the runs: what DATASET, DATA_ROOT and CATEGORIES name, else what the configurations name."""
     named: list[Mapping[str, Any]] = []
@@ -121,17 +139,18 @@ class Weights:
         self._say = say
         self._kept = WORK / sweep.name / "weights.json"
         self._decided: dict[str, str] = {}
-        self._profile: dict[str, Any] = {}
-        for path in command.configs(sweep.command, variables):
-            self._profile.update(lookup(read_config(path), "model.init_args.backbone") or {})
+        self._sweep = sweep
 
     def of(self, cell: Cell) -> str | None:
         """The cell's WEIGHTS, or None if neither the environment nor ``auto`` in the profile asks for any."""
         prefix = "model.init_args.backbone."
+        profile: dict[str, Any] = {}
+        for path in command.configs(self._sweep.command, self._variables, cell.parameters):
+            profile.update(lookup(read_config(path), prefix[:-1]) or {})
         weights = cell.parameters.get(f"{prefix}weights") or self._variables.get("WEIGHTS")
-        if (weights or self._profile.get("weights")) != "auto":
+        if (weights or profile.get("weights")) != "auto":
             return weights
-        tag = cell.parameters.get(f"{prefix}name") or self._variables.get("BACKBONE") or self._profile.get("name")
+        tag = cell.parameters.get(f"{prefix}name") or self._variables.get("BACKBONE") or profile.get("name")
         if tag is None:
             raise SweepError(
                 "WEIGHTS=auto needs the backbone's name: BACKBONE=<timm tag> or backbone.name in the profile."
