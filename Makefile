@@ -61,6 +61,12 @@ sweep: setup  ## Run an ablation and rebuild its table: ABLATION= [PROFILE= WORK
 sweeps: setup  ## List all ablations.
 	$(PY) -m sweeps list
 
+reference: setup  ## Train and publish what results/reference/plan.yaml lists: [ONLY="sweep key=value" WORKERS= AGAIN=1 ARGS=--dry-run].
+	$(PY) -m sweeps reference $(foreach o,$(ONLY),--only $(o)) $(if $(WORKERS),--workers "$$WORKERS") $(if $(AGAIN),--again) $(ARGS)
+
+verify: setup  ## Run one small cell per method again, compare with its reference record: [ONLY=method=uniad WORKERS=].
+	$(PY) -m sweeps verify $(foreach o,$(ONLY),--only $(o)) $(if $(WORKERS),--workers "$$WORKERS")
+
 wandb-sweep: setup  ## Register an ablation with W&B and print how to start agents: ABLATION= [PROFILE= SEEDS=].
 	$(PY) -m sweeps register "$$ABLATION" $(if $(SEEDS),--seeds "$$SEEDS")
 
@@ -101,5 +107,5 @@ cache: setup  ## List the feature cache's entries, or delete some: [CLEAR=key or
 bench-metrics: setup  ## Time our metrics against other libraries.
 	$(PY) -m lightning_modules.benchmarks.metrics
 
-.PHONY: help setup test test-all lint train import predict check-data synthetic sweep sweeps wandb-sweep agents pull table tables \
+.PHONY: help setup test test-all lint train import predict check-data synthetic sweep sweeps reference verify wandb-sweep agents pull table tables \
 	audit figures compare report reconstructions bench bench-metrics cache

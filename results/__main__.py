@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from results.aggregator import audit as auditing
-from results.aggregator import methods, render
-from results.aggregator.build import SOURCES, category_tables, paper_table, sweep_table
+from results.aggregator import methods, names, reference, render
+from results.aggregator.build import SOURCES, category_tables, paper_table, sweep_table, varies
 from results.aggregator.curves import curve_table
 from results.aggregator.names import COSTS
 from results.aggregator.records import DamagedRecordWarning, RecordError, RecordSet, StoredRecord, read_records
@@ -45,7 +45,7 @@ def _sweep(options: argparse.Namespace) -> int:
     records = _records(options, options.name)
     if not records:
         raise ValueError(f"no record of sweep {options.name} is left to show{_filters(options)}")
-    table = build_sweep(spec, records, sweep, options.std == "rms")
+    table = build_sweep(spec, records, sweep, options.std == "rms", _controls(options))
     _show(table, options)
     if spec.kind == "curves":
         from results.aggregator import figures
@@ -77,7 +77,7 @@ def _table(options: argparse.Namespace) -> int:
         options.name = spec.sweep
         options.categories = False
         return _sweep(options)
-    records = _records(options) if options.source != "published" and options.root.is_dir() else ()
+    records = _records(options) if options.source != "published" else ()
     table = paper_table(spec, options.source, records, rms_std=options.std == "rms")
     _show(table, options, f".{options.source}")
     return int(options.strict and bool(table.missing))
@@ -85,7 +85,7 @@ def _table(options: argparse.Namespace) -> int:
 
 def _tables(options: argparse.Namespace) -> int:
     """Rebuild everything under results/tables/."""
-    records = _records(options) if options.root.is_dir() else RecordSet(())
+    records = _records(options)
     written, refused = [], []
     for build, suffix in _everything(records, options):
         try:
@@ -106,13 +106,16 @@ def _tables(options: argparse.Namespace) -> int:
 
 def _everything(records: Sequence[StoredRecord], options: argparse.Namespace):
     """(how to build it, suffix of its files) for every table that can be built."""
+    controls = [stored for stored in records if stored.record.sweep in names.CONTROLS]
     for sweep in sorted({stored.record.sweep for stored in records if stored.record.cell}):
         for kind, mine in kinds([stored for stored in records if stored.record.sweep == sweep], compared=True):
             suffix = f".{kind}" if kind else ""
             if spec_for_sweep(sweep).kind == "methods":
                 suffix = f".{mine[0].record.profile}" if kind else ""  # the table's own name says the rest
             yield (
-                lambda s=sweep, m=mine: build_sweep(spec_for_sweep(s), m, load_sweep(s, options.sweeps), False),
+                lambda s=sweep, m=mine: build_sweep(
+                    spec_for_sweep(s), m, load_sweep(s, options.sweeps), False, controls
+                ),
                 suffix,
             )
     for name in spec_names():
@@ -211,7 +214,7 @@ def _report(options: argparse.Namespace) -> int:
     """One self-contained HTML page of everything."""
     from results.aggregator.report import write_report
 
-    records = _records(options) if options.root.is_dir() else RecordSet(())
+    records = _records(options)
     path = write_report(
         options.out if options.out.suffix == ".html" else options.out / "report.html", records, options.sweeps
     )
@@ -227,11 +230,17 @@ def _list(options: argparse.Namespace) -> int:
     return 0
 
 
-def build_sweep(spec: Spec, records: Sequence[StoredRecord], sweep: SweepFile | None, rms_std: bool = False) -> Table:
+def build_sweep(
+    spec: Spec,
+    records: Sequence[StoredRecord],
+    sweep: SweepFile | None,
+    rms_std: bool = False,
+    controls: Sequence[StoredRecord] = (),
+) -> Table:
     """The table of a sweep, whatever its kind."""
     if spec.kind == "curves":
         return curve_table(spec, records, sweep)
-    return sweep_table(spec, records, sweep, rms_std=rms_std)
+    return sweep_table(spec, records, sweep, rms_std=rms_std, controls=controls)
 
 
 def load_sweep(name: str, folder: Path) -> SweepFile | None:
@@ -241,18 +250,46 @@ def load_sweep(name: str, folder: Path) -> SweepFile | None:
 
 
 def _records(options: argparse.Namespace, sweep: str | None = None) -> RecordSet:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DamagedRecordWarning)
-        found = read_records(options.root, sweep)
-    for damaged in found.damaged:
+    """One's own records and, for cells without any, the reference records, as the options choose them."""
+    folder = options.reference or options.root.parent / reference.FOLDER.name
+    coming = reference.read_reference(folder, sweep)
+    found = RecordSet(())
+    if (options.root if sweep is None else options.root / sweep).is_dir() or not coming:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DamagedRecordWarning)
+            found = _own(options, sweep)
+    for damaged in (*found.damaged, *coming.damaged):
         _complain("damaged record, left out:", damaged)
     if unchecked := [stored.name for stored in found if stored.unchecked]:
         more = f" and {len(unchecked) - 3} more" if len(unchecked) > 3 else ""
         _complain("note:", f"attachments without checksums (an older version's): {', '.join(unchecked[:3])}{more}")
-    chosen = select(
-        found, options.profile, options.protocol, options.runs or (), options.compare or None, options.setting or None
+    kind = options.profile, options.protocol
+    experiment = options.compare or None, options.setting or None
+    chosen = select(found, *kind, options.runs or (), *experiment)
+    chosen = newest(chosen) if options.newest else chosen
+    beside = select(coming, *kind, (), *experiment)
+    if sweep is not None and chosen:  # a table of this sweep's data
+        data = {reference.data_of(stored) for stored in chosen}
+        beside = [stored for stored in beside if reference.data_of(stored) in data]
+    together = reference.complete(
+        chosen, beside, lambda name: varies(spec_for_sweep(name), load_sweep(name, options.sweeps))
     )
-    return RecordSet(tuple(newest(chosen) if options.newest else chosen), found.damaged)
+    return RecordSet(tuple(sorted(together, key=lambda stored: stored.name)), found.damaged)
+
+
+def _own(options: argparse.Namespace, sweep: str | None) -> RecordSet:
+    """One's own records; without any folder of records only where one sweep's are asked for is that an error."""
+    if sweep is None and not options.root.is_dir():
+        return RecordSet(())
+    return read_records(options.root, sweep)
+
+
+def _controls(options: argparse.Namespace) -> list[StoredRecord]:
+    """The records that stand as controls beside the tables of other sweeps."""
+    own = argparse.Namespace(**{**vars(options), "runs": None})
+    folders = (options.root, options.reference or options.root.parent / reference.FOLDER.name)
+    there = [name for name in names.CONTROLS if any((folder / name).is_dir() for folder in folders)]
+    return [stored for name in there for stored in _records(own, name)]
 
 
 def _say(text: str) -> None:
@@ -300,6 +337,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     records = argparse.ArgumentParser(add_help=False)
     records.add_argument("--root", type=Path, default=Path("results/runs"), help="folder of the run records")
+    records.add_argument(
+        "--reference", type=Path, help="folder of the reference records (default: reference, beside that of the runs)"
+    )
     records.add_argument("--sweeps", type=Path, default=Path("sweeps"), help="folder of the sweep files")
     records.add_argument("--profile", help="only runs of this profile (demo, paper)")
     records.add_argument("--protocol", help="only runs of this protocol (clean, as_released)")

@@ -56,6 +56,22 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("ablation", nargs="?", help="list the cells of this ablation")
     show.add_argument("--profile", help="folder in sweeps/profiles/ (default: $PROFILE or demo)")
 
+    made = commands.add_parser("reference", help="train and publish what results/reference/plan.yaml lists")
+    made.set_defaults(function=_reference)
+    made.add_argument(
+        "--only", action="append", default=[], metavar="WORD", help="a sweep of the plan, or KEY=VALUE; may be repeated"
+    )
+    made.add_argument("--again", action="store_true", help="also cells whose record other code made")
+    made.add_argument("--workers", type=_positive, help="cells at a time (default: one per core)")
+    made.add_argument("--dry-run", action="store_true", help="only say what is missing and what it costs")
+
+    again = commands.add_parser(
+        "verify", help="run one small cell per method again and compare with its reference record"
+    )
+    again.set_defaults(function=_verify)
+    again.add_argument("--only", action="append", default=[], metavar="KEY=VALUE", help="only these, like method=uniad")
+    again.add_argument("--workers", type=_positive, help="cells at a time (default: one per core)")
+
     data = commands.add_parser(
         "data", help="look for the data of a configuration; make it if it is the embedded benchmark"
     )
@@ -100,6 +116,18 @@ def _data(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _reference(options: argparse.Namespace, console: Console) -> int:
+    from sweeps.runner import reference  # late: it needs pandas
+
+    return reference.make(options, console)
+
+
+def _verify(options: argparse.Namespace, console: Console) -> int:
+    from sweeps.runner import reference
+
+    return reference.verify(options, console)
+
+
 def _run(options: argparse.Namespace, console: Console) -> int:
     def say(text: str) -> None:
         console.print(text, highlight=False)
@@ -107,6 +135,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     variables = prepare.environment(options.profile)
     sweep = prepare.chosen(sweep_file.load(options.ablation), variables)
     every_cell = sweep.cells(options.seeds, options.count, options.sampler_seed)
+    variables = prepare.with_shared_data(sweep, every_cell, variables)
     cells = expansion.select(every_cell, options.only, sweep.path)
     left_out = requirements.impossible(every_cell, variables)
     every_cell, asked = _of_others(every_cell, left_out), cells
@@ -115,8 +144,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     # The check takes seconds; on a sweep's first run it goes on beside the other preparations.
     check = preflight.Check(sweep, cells, variables) if not (WORK / sweep.name).exists() else None
     try:
-        shared = methods.COMPARE in sweep.parameters
-        sets = prepare.datasets(command.configs(sweep.command, variables), variables, shared)
+        sets = prepare.datasets(command.configs(sweep.command, variables), variables)
         prepare.data(sets, variables["PROFILE"], say)
         gpus = prepare.gpus(options.gpus)
         workers = len(gpus) or options.workers or min(4, prepare.cores())

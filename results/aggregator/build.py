@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from results.aggregator import methods, names
+from results.aggregator import methods, names, reference
 from results.aggregator.published import Printed, read_published
 from results.aggregator.records import LABELS_AT_TEST, StoredRecord
 from results.aggregator.scores import Pool, Query, axis_value, check_table
@@ -22,6 +22,7 @@ OWN_PAPERS = "own_papers"
 #: Which axes a sweep may vary, recognised by the key that it sets.
 _SWEPT_AXES = (
     (".backbone", ("backbone", "weights")),
+    (".method", ("random weights",)),
     ("image_size", ("image size",)),
     ("resize", ("resize",)),
     ("setting", ("setting", "data")),
@@ -64,7 +65,7 @@ def paper_table(
                 of_sweep = _of_methods(query)
                 cell.runs = pool.value(of_sweep if query.sweep is None and pool.find(of_sweep) else query)
     table = Table(spec.name, spec.title, source, spec.row_headers, rows, columns, cells, notes=list(spec.notes))
-    check_table(pool.used, _varies(spec, None), f"table {spec.name}")
+    check_table(pool.used, varies(spec, None), f"table {spec.name}")
     _finish(table, spec, pool)
     if source == "both" and spec.own_papers is not None:
         _add_own_papers(table, spec, printed)
@@ -107,9 +108,10 @@ def sweep_table(
     spec: Spec,
     records: Sequence[StoredRecord],
     sweep: SweepFile | None = None,
-    reference: bool = True,
+    printed_beside: bool = True,
     rms_std: bool = False,
     published: Mapping[tuple[str, ...], Printed] | None = None,
+    controls: Sequence[StoredRecord] = (),
 ) -> Table:
     """The table of one sweep: a row per cell (or as the spec lists them), on whatever data it was run.
 
@@ -117,7 +119,8 @@ def sweep_table(
         spec: see :mod:`results.aggregator.spec`; its `where` concerns only what the paper printed.
         records: the sweep's records.
         sweep: the sweep file; without it the rows are the cells that were run.
-        reference: append the paper's printed columns where the spec names them.
+        printed_beside: append the paper's printed columns where the spec names them.
+        controls: records of the sweeps in :data:`names.CONTROLS`; those on the same features stand below, a row per cell.
     """
     datasets = list(dict.fromkeys(dataset["name"] for stored in records for dataset in stored.record.datasets))
     pool = Pool(records, rms_std, categories=_found_categories(records))
@@ -141,7 +144,7 @@ def sweep_table(
             value = Value(reason="no run corresponds") if "absent" in runs else None
             query = _query(spec, key, runs, keys, sweep=True)
             line.append(Cell(runs=value or pool.value(query), key=key, variant=query.variant))
-    if reference and "source" in spec.where:
+    if printed_beside and "source" in spec.where:
         printed = read_published() if published is None else published
         paper = f"printed, {names.dataset_label(spec.where.get('dataset', ''))}".rstrip(", ")
         for column in spec.columns:
@@ -155,7 +158,9 @@ def sweep_table(
     if spec.kind == "methods":
         suffix, what = methods.experiment(records)
         table.name, table.title = spec.name + suffix, f"{spec.title}, {what}" if what else spec.title
-    check_table(pool.used, _varies(spec, sweep), f"the table of sweep {spec.sweep}")
+    check_table(pool.used, varies(spec, sweep), f"the table of sweep {spec.sweep}")
+    if spec.sweep not in names.CONTROLS and spec.kind != "methods":  # the methods have their control among them
+        _add_controls(table, spec, pool, controls)
     table.missing += _missing_seeds(entries, pool, spec, keys)
     if strays:
         listed = ", ".join(strays[:5]) + (f" and {len(strays) - 5} more" if len(strays) > 5 else "")
@@ -193,10 +198,11 @@ def category_tables(
         )
         table.missing += _missing_values(table)
         tables.append(table)
-    check_table(pool.used, _varies(spec, sweep), f"the tables of sweep {spec.sweep}")
+    check_table(pool.used, varies(spec, sweep), f"the tables of sweep {spec.sweep}")
     for table in tables:
         table.caption = describe_runs(_records_of(table, records))
         table.warnings = shouts(_records_of(table, records))
+        table.notes = reference.notes(_records_of(table, records))
     return tables
 
 
@@ -355,7 +361,7 @@ def _sweep_rows(
     )
     entries = []
     for cell in cells:
-        texts = tuple(_value_label(labels.get(key, {}).get("values", {}), value) for key, value in cell.items())
+        texts = tuple(_value_label(labels.get(key, {}).get("values", {}), value, key) for key, value in cell.items())
         is_default = bool(default) and all(
             canonical(cell.get(key)) == value for key, value in default.items() if key in cell
         )
@@ -364,11 +370,11 @@ def _sweep_rows(
     return entries, headers or ("",), strays
 
 
-def _value_label(labels: Mapping[Any, str], value: Any) -> str:
+def _value_label(labels: Mapping[Any, str], value: Any, key: str = "") -> str:
     for key, text in labels.items():
         if canonical(key) == canonical(value) or str(key) == show_value(value):
             return str(text)
-    return show_value(value)
+    return names.method_label(str(value)) if key == "method" else show_value(value)
 
 
 def _varying_in(records: Sequence[StoredRecord]) -> list[str]:
@@ -381,7 +387,44 @@ def _varying_in(records: Sequence[StoredRecord]) -> list[str]:
     return [key for key, found in values.items() if len(found) > 1]
 
 
-def _varies(spec: Spec, sweep: SweepFile | None) -> set[str]:
+def _add_controls(table: Table, spec: Spec, pool: Pool, controls: Sequence[StoredRecord]) -> None:
+    """Rows below the table for what was looked up in the same features, on the same data, under the same conditions."""
+    wanted = {_features(stored) for _, stored in pool.used}
+    found = [stored for stored in controls if _features(stored) in wanted]
+    cells: dict[frozenset, StoredRecord] = {}
+    for stored in sorted(
+        found, key=lambda stored: [repr(value) for value in map(canonical, stored.record.cell.values())]
+    ):
+        cells.setdefault(stored.cell, stored)
+    beside = Pool(found, pool.rms_std, categories=pool.categories)
+    for cell, stored in cells.items():
+        line = []
+        for column, above in zip(table.columns, table.cells[0] if table.cells else (), strict=True):
+            if above.runs is None:  # a printed column
+                line.append(Cell(published=Value(reason="not printed"), key=dict(above.key)))
+                continue
+            key = {**above.key, "metric": column.metric, "method": stored.record.method, "variant": ""}
+            value = beside.value(
+                Query(column.metric, key["dataset"], key["category"], sweep=stored.record.sweep, cell=cell)
+            )
+            line.append(Cell(runs=value, key=key))
+        label = f"{names.method_label(stored.record.method)}, {describe_cell(stored.record.cell)}"
+        labels = (label, *[""] * (len(table.row_headers) - 1))
+        table.rows.append(Row(labels, "Control, nothing trained", control=True))
+        table.cells.append(line)
+    pool.used += beside.used
+
+
+def _features(stored: StoredRecord) -> tuple[Any, ...]:
+    """What a control must share with a row that it stands below: data, conditions, and the backbone that gives features."""
+    record = stored.record
+    data = tuple(sorted((d["name"], str(d["fingerprint"])) for d in record.datasets))
+    backbone = (record.backbone["name"], str(record.backbone["weights"]), str(record.backbone.get("sha256")))
+    conditions = (record.profile, record.protocol, record.setting, str(record.metrics["version"]))
+    return data, conditions, record.image_size, record.resize, backbone
+
+
+def varies(spec: Spec, sweep: SweepFile | None) -> set[str]:
     """Axes on which the records of a sweep differ on purpose."""
     keys = list(sweep.varying) if sweep else []
     for entry in (*(spec.rows or ()), *spec.columns):
@@ -442,7 +485,7 @@ def _finish(table: Table, spec: Spec, pool: Pool) -> None:
     if table.source != "published":
         parts.append(describe_runs(used))
         table.warnings += shouts(used)
-        table.notes += _run_notes(used)
+        table.notes += _run_notes(used) + reference.notes(used)
     if any(row.default for row in table.rows):
         parts.append("In brackets: distance to the default row (★).")
     table.caption = " ".join(parts)

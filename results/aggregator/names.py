@@ -25,7 +25,7 @@ COSTS = {
 DATASETS = {
     "mvtec_ad": "MVTec AD", "mvtec_loco": "MVTec LOCO", "mvtec_3d": "MVTec 3D", "visa": "VisA", "btad": "BTAD",
     "mpdd": "MPDD", "real_iad": "Real-IAD", "real_iad_variety": "Real-IAD Variety", "adnet": "ADNet",
-    "mvtec_ad_2": "MVTec AD 2", "synthetic": "synthetic",
+    "mvtec_ad_2": "MVTec AD 2", "synthetic": "synthetic", "photos": "photographs",
 }  # fmt: skip
 METHODS = {
     "uniad": "UniAD", "unias": "UniAS", "rlr": "RLR", "ulsad": "ULSAD", "dfr": "DFR", "hvq_trans": "HVQ-Trans",
@@ -91,6 +91,10 @@ PARTIAL_MEANS = {
 
 # Shown, but not better when higher: operating points, floors, properties of the data.
 _NOT_RANKED = re.compile(r"threshold|precision|recall|floor|ratio|unlabelled")
+
+
+#: Sweeps whose cells stand as controls beside the tables of all others that were run on the same features.
+CONTROLS = ("nearest_neighbours",)
 
 
 def is_ranked(metric: str) -> bool:

@@ -175,6 +175,7 @@ class StoredRecord:
     columns: dict[str, list]  # the raw columns of metrics.csv; values are floats, NaN where undefined
     files: dict[str, str] = field(default_factory=dict)  # sha256 of every file, as record.json lists them
     unchecked: tuple[str, ...] = ()  # files beside them that an older version wrote without checksums
+    reference: bool = False  # one of those that come with the project, see results.aggregator.reference
 
     @cached_property
     def metrics(self) -> pd.DataFrame:

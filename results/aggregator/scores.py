@@ -130,6 +130,7 @@ class Pool:
             table.append(values)
         if problems:
             return Value(reason="; ".join(problems), records=names, n=len(by_seed))
+        marked = any(stored.reference for stored in found)
         scale = 100 if is_percent(query.metric) else 1
         means = [statistics.fmean(values) * scale for values in table]
         std = None
@@ -138,7 +139,7 @@ class Pool:
             if self.rms_std and len(needed) > 1:
                 columns = [statistics.variance(column) for column in zip(*table, strict=True)]
                 std = math.sqrt(statistics.fmean(columns)) * scale
-        return Value(statistics.fmean(means), std, len(means), records=names)
+        return Value(statistics.fmean(means), std, len(means), records=names, reference=marked)
 
     def _needed(self, query: Query) -> tuple[str, ...]:
         if query.category not in ("mean",) and (query.dataset, query.category) not in PARTIAL_MEANS:
@@ -192,7 +193,8 @@ def _cost(records: Sequence[StoredRecord], metric: str) -> Value:
     if silent:
         return Value(reason=f"{metric} is not recorded in {', '.join(silent[:3])}", records=names)
     std = statistics.stdev(values) if len(values) > 1 and metric != "parameters" else None
-    return Value(statistics.fmean(values), std, len(values), records=names)
+    marked = any(stored.reference for stored in records)
+    return Value(statistics.fmean(values), std, len(values), records=names, reference=marked)
 
 
 def cost(stored: StoredRecord, metric: str) -> float | None:

@@ -1,8 +1,8 @@
 """The sweep ``methods``: a cell is a method, which is a profile, with what all methods share laid over it.
 
-``--method=NAME`` stands for the configuration ``sweeps/profiles/$PROFILE/NAME.yaml``, and ``--compare=recipe|matched`` for
-the options that ``sweeps/comparisons/$PROFILE.yaml`` gives to all. Both are read here alike for the program, the local runner
-and W&B's agent.
+``--method=NAME`` stands for the configuration ``sweeps/profiles/$PROFILE/NAME.yaml``, and ``--compare=recipe|matched``
+beside it for the options that ``sweeps/comparisons/$PROFILE.yaml`` gives to all. Both are read here alike for the program, the
+local runner and W&B's agent.
 """
 
 from __future__ import annotations
@@ -94,14 +94,14 @@ def expand(arguments: Sequence[str], variables: Mapping[str, str]) -> tuple[list
         if given:
             raise ValueError(f"--{COMPARE}={given[COMPARE]} needs --{METHOD}=NAME, the profile that it is laid over.")
         return list(arguments), []
-    name, compare = variables.get("PROFILE") or "demo", given.get(COMPARE, "recipe")
+    name, compare = variables.get("PROFILE") or "demo", given.get(COMPARE)
     if compare == "recipe" and (variables.get("BACKBONE") or "").strip():
         raise ValueError(
             f"BACKBONE={variables['BACKBONE']} would take each method's own backbone away, which COMPARE=recipe is about. "
             "Use COMPARE=matched."
         )
     path = profile(given[METHOD], name)
-    options = shared(given[METHOD], compare, name)
+    options = shared(given[METHOD], compare, name) if compare else {}
     words = [
         f"--{key}={value if isinstance(value, (str, int, float)) else json.dumps(value)}"
         for key, value in options.items()

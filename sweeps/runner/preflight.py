@@ -90,9 +90,8 @@ class Check:
 
     def _explain(self, problem: dict[str, Any]) -> str:
         path = self._sweep.path
-        configs = ", ".join(map(str, command.configs(self._sweep.command, self._variables)))
+        configs = ", ".join(map(str, command.configs(self._sweep.command, self._variables))) or "its method's profile"
         if problem["what"] == "base":
-            configs = configs or "what a cell begins with"
             return f"{configs}, the profile of {path}, is refused by the program:\n{problem['message']}"
         if problem["what"] == "whole":
             return f"{path}: its values are refused together with {configs} by the program:\n{problem['message']}"

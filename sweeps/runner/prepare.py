@@ -65,19 +65,32 @@ def chosen(sweep: SweepFile, variables: Mapping[str, str]) -> SweepFile:
     return replace(sweep, parameters=parameters)
 
 
-def datasets(configs: Iterable[Path], variables: Mapping[str, str], shared: bool = False) -> list[Dataset]:
-    """The data sets of the runs: what DATASET, DATA_ROOT and CATEGORIES name, else what the configurations name.
+def with_shared_data(sweep: SweepFile, cells: list[Cell], variables: Mapping[str, str]) -> dict[str, str]:
+    """The variables, for a sweep over methods with DATASET: the data of all methods of its profile if none is named.
 
-    shared: The runs are of many profiles, which all get the same (see :mod:`results.common.methods`).
+    Without it each method would have its own profile's data, and no table could hold them together.
     """
+    if variables.get("DATASET") or not cells or command.METHOD not in cells[0].parameters:
+        return dict(variables)
+    try:
+        found = methods.datasets(variables["PROFILE"])
+    except ValueError as error:
+        raise SweepError(str(error)) from error
+    named = {
+        "DATASET": ",".join(entry["name"] for entry in found),
+        "DATA_ROOT": ",".join(entry.get("root") or "" for entry in found),
+    }
+    categories = variables.get("CATEGORIES") or ",".join(found[0].get("categories") or ())
+    if len(found) == 1 and categories:
+        named["CATEGORIES"] = categories
+    return {**variables, **named}
+
+
+def datasets(configs: Iterable[Path], variables: Mapping[str, str]) -> list[Dataset]:
+    """The data sets of the runs: what DATASET, DATA_ROOT and CATEGORIES name, else what the configurations name."""
     named: list[Mapping[str, Any]] = []
     for path in configs:
         named = lookup(read_config(path), "data.init_args.datasets") or named
-    if shared:
-        try:
-            named = methods.datasets(variables["PROFILE"])
-        except ValueError as error:
-            raise SweepError(str(error)) from error
     try:
         own = parse(variables, _has_own_root).datasets
     except ValueError as error:
@@ -151,16 +164,17 @@ class Weights:
         self._say = say
         self._kept = WORK / sweep.name / "weights.json"
         self._decided: dict[str, str] = {}
-        self._methods: dict[str, dict[str, Any]] = {}
-        self._profile: dict[str, Any] = {}
-        for path in command.configs(sweep.command, variables):
-            self._profile.update(lookup(read_config(path), "model.init_args.backbone") or {})
+        self._sweep = sweep
 
     def of(self, cell: Cell) -> str | None:
         """The cell's WEIGHTS, or None if neither the environment nor ``auto`` in the profile asks for any."""
         prefix = "model.init_args.backbone."
-        key = methods.of(cell.parameters)
-        profile = self._of_method(*key, prefix) if key else self._profile
+        profile: dict[str, Any] = {}
+        for path in command.configs(self._sweep.command, self._variables, cell.parameters):
+            profile.update(lookup(read_config(path), prefix[:-1]) or {})
+        if key := methods.of(cell.parameters):
+            options = methods.shared(*key, self._variables["PROFILE"])
+            profile |= {name.removeprefix(prefix): v for name, v in options.items() if name.startswith(prefix)}
         weights = cell.parameters.get(f"{prefix}weights") or self._variables.get("WEIGHTS")
         if (weights or profile.get("weights")) != "auto":
             return weights
@@ -173,16 +187,6 @@ class Weights:
             self._decided[tag] = read_json(self._kept).get(tag) or self._decide(tag)
             self._tell(tag)
         return self._decided[tag]
-
-    def _of_method(self, name: str, compare: str, prefix: str) -> dict[str, Any]:
-        """The backbone that the cell's method has, by its profile and what all methods share."""
-        if name not in self._methods:
-            profile = self._variables["PROFILE"]
-            options = methods.shared(name, compare, profile)
-            own = lookup(read_config(methods.profile(name, profile)), "model.init_args.backbone") or {}
-            shared = {key.removeprefix(prefix): value for key, value in options.items() if key.startswith(prefix)}
-            self._methods[name] = {**own, **shared}
-        return self._methods[name]
 
     def _decide(self, tag: str) -> str:
         words = [sys.executable, "-m", "models.backbones", tag, "--weights", "auto"]
