@@ -52,7 +52,7 @@ def paper_table(
     printed = read_published() if published is None else published
     pool = Pool(records, rms_std)
     keys = _known_keys([stored for stored in records if stored.record.sweep == spec.sweep], None)
-    rows = [Row(row.labels, row.group, row.rule, row.default, row.apart) for row in spec.rows]
+    rows = [Row(row.labels, row.group, row.rule, row.default, apart=row.apart) for row in spec.rows]
     columns = [_column(column, spec) for column in spec.columns]
     cells = [[Cell(key=_merge(spec, row, column)) for column in spec.columns] for row in spec.rows]
     for row, line in zip(spec.rows, cells, strict=True):
@@ -153,7 +153,7 @@ def sweep_table(
                 columns.append(dataclasses.replace(_column(column, spec), group=paper))
                 for row, line, value in zip(entries, cells, found, strict=True):
                     line.append(Cell(published=value, key=_merge(spec, row, column)))
-    rows = [Row(row.labels, row.group, row.rule, row.default, row.apart) for row in entries]
+    rows = [Row(row.labels, row.group, row.rule, row.default, apart=row.apart) for row in entries]
     table = Table(spec.name, spec.title, "runs", headers, rows, columns, cells, notes=list(spec.notes))
     if spec.kind == "methods":
         suffix, what = methods.experiment(records)

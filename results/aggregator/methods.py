@@ -45,7 +45,7 @@ def rows(spec: Spec, records: Sequence[StoredRecord], sweep: SweepFile | None) -
         told = next((stored.labels for stored in mine if stored.labels), "")
         backbones = sorted({stored.record.backbone["name"].partition(".")[0] for stored in mine})
         sizes = sorted({axis_value(stored, "image size") for stored in mine})
-        labels = (names.method_label(method), " or ".join(backbones) or "–", " or ".join(sizes) or "–")
+        labels = (names.method_label(method), " or ".join(backbones), " or ".join(sizes))
         group = APART[told] if told else names.family(method)
         runs = {"cell": {METHOD: method}}
         entries.append(Entry(labels, group, default=method == default, apart=bool(told), runs=runs))
