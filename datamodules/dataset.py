@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from datamodules.anomalies.sources import Anomalies
 from datamodules.augmentation import Augmentation, apply_symmetry
 from datamodules.errors import DataError
-from datamodules.images import MAX_MEGAPIXELS, read_mask, read_pair, resize_image, resize_mask
+from datamodules.images import MAX_MEGAPIXELS, centre, read_mask, read_pair, resize_image, resize_mask
 from datamodules.sample_table import SampleTable, category_keys, rows_of
 from datamodules.sampling import Draw
 
@@ -59,6 +59,7 @@ class ImageSource:
         mask_resize: nearest or area, see `resize_mask`.
         max_megapixels: larger files are refused.
         cache_bytes: how much of the resized images to keep in memory, first come first kept.
+        crop_from: (height, width) to resize to before the centre of `size` is kept; None resizes to `size` straight away.
     """
 
     def __init__(
@@ -70,7 +71,9 @@ class ImageSource:
         mask_resize: str = "nearest",
         max_megapixels: float = MAX_MEGAPIXELS,
         cache_bytes: int = 0,
+        crop_from: tuple[int, int] | None = None,
     ) -> None:
+        self.whole = crop_from or size
         self.size, self.resize, self.mask_resize, self.max_megapixels = size, resize, mask_resize, max_megapixels
         self._bit_depths, self._thresholds = bit_depths or {}, thresholds or {}
         self._cache: dict[str, tuple[np.ndarray, np.ndarray]] = {}
@@ -84,8 +87,8 @@ class ImageSource:
         bits, threshold = self._bit_depths.get(row.dataset), self._thresholds.get(row.dataset, 0)
         image, mask = read_pair(row.image_path, row.mask_paths, bits, threshold, self.max_megapixels)
         loaded = (
-            resize_image(image, self.size, self.resize),
-            np.zeros(self.size, bool) if mask is None else resize_mask(mask, self.size, self.mask_resize),
+            np.ascontiguousarray(centre(resize_image(image, self.whole, self.resize), self.size)),
+            np.zeros(self.size, bool) if mask is None else self._resized(mask),
         )
         needed = loaded[0].nbytes + loaded[1].nbytes
         if needed <= self._room:
@@ -95,8 +98,15 @@ class ImageSource:
 
     def mask(self, row: Row) -> np.ndarray:
         """Mask bool (H, W) of a row with mask files, without its image."""
+        return np.ascontiguousarray(centre(self.whole_mask(row), self.size))
+
+    def whole_mask(self, row: Row) -> np.ndarray:
+        """Mask bool of a row with mask files, resized, with the margin that is cut off."""
         mask = read_mask(row.mask_paths, self._thresholds.get(row.dataset, 0), self.max_megapixels)
-        return resize_mask(mask, self.size, self.mask_resize)
+        return resize_mask(mask, self.whole, self.mask_resize)
+
+    def _resized(self, mask: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(centre(resize_mask(mask, self.whole, self.mask_resize), self.size))
 
 
 class LastImage:

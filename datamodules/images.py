@@ -362,6 +362,21 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int], resize: str = "nearest"
     return resized
 
 
+def centre(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The central (height, width) `size` of an array (H, W, ...); half an odd margin is rounded to even, as in torchvision."""
+    top, left = (round((whole - part) / 2) for whole, part in zip(array.shape, size, strict=False))
+    return array[top : top + size[0], left : left + size[1]]
+
+
+def check_crop(crop_from: tuple[int, int], size: tuple[int, int]) -> None:
+    """DataError unless images of (height, width) `crop_from` have a centre of `size`."""
+    if crop_from[0] < size[0] or crop_from[1] < size[1]:
+        raise DataError(
+            f"crop_from is {crop_from[0]} x {crop_from[1]}, but the centre of {size[0]} x {size[1]} pixels is to be kept: "
+            "give at least the image size."
+        )
+
+
 def _turned(values: np.ndarray, data: bytes) -> np.ndarray:
     """What OpenCV decoded, turned by the EXIF orientation of a PNG; it turns TIFF files itself."""
     if not data.startswith(_PNG):

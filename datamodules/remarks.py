@@ -13,6 +13,7 @@ import xxhash
 
 from datamodules.dataset import Row
 from datamodules.images import read_mask
+from datamodules.margin import kept, margin
 from datamodules.problems import number_of
 
 
@@ -35,6 +36,15 @@ def tested_and_trained(others: Sequence[Row], test: Sequence[Row]) -> list[str]:
 
 def _digest(path: str) -> bytes:
     return xxhash.xxh3_128_digest(Path(path).read_bytes())
+
+
+def cropped_masks(
+    test: Sequence[Row], whole: Callable[[Row], np.ndarray], whole_size: tuple[int, int], size: tuple[int, int]
+) -> list[str]:
+    """The sentence on a centre crop; `whole` gives a row's mask at (height, width) `whole_size`."""
+    rows = [row for row in test if row.mask_paths]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return [margin(pool.map(lambda row: kept(whole(row), size), rows)).sentence(whole_size, size)]
 
 
 def vanishing_masks(

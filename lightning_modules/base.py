@@ -90,6 +90,11 @@ class ReconstructionModule(L.LightningModule):
     """Whether the method standardises its features by itself, so that ``backbone.standardised`` is refused."""
     reconstructs: ClassVar[bool] = True
     """Whether :meth:`reconstruct` has an answer; methods that only measure distances have none to picture."""
+    needs_packages: ClassVar[Mapping[str, str]] = {}
+    """Python packages beyond requirements.txt without which the method does not run: name for import, and the command that
+    installs it. A sweep leaves the method's cells out where one is not installed."""
+    needs_files: ClassVar[tuple[str, ...]] = ()
+    """Constructor arguments that must be the path of something that exists; else a sweep leaves the method's cells out."""
     uncached: str = ""
     """Why features cannot be cached, as half a sentence; empty where they can."""
     map_names: tuple[str, ...] = ()

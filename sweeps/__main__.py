@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from results.common import methods
-from sweeps.runner import cluster, command, expansion, listing, preflight, prepare, requirements, sweep_file
+from sweeps.runner import cluster, command, expansion, listing, preflight, prepare, sweep_file
 from sweeps.runner.display import Display
 from sweeps.runner.errors import SweepError
+from sweeps.runner.expansion import Cell
+from sweeps.runner.impossible import methods_that_cannot
 from sweeps.runner.local import Job, Runner, check_writable
 from sweeps.runner.state import DONE, FAILED, WORK
 
@@ -137,9 +139,11 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     every_cell = sweep.cells(options.seeds, options.count, options.sampler_seed)
     variables = prepare.with_shared_data(sweep, every_cell, variables)
     cells = expansion.select(every_cell, options.only, sweep.path)
-    left_out = requirements.impossible(every_cell, variables)
-    every_cell, asked = _of_others(every_cell, left_out), cells
-    cells = _of_others(cells, left_out)
+    impossible = methods_that_cannot(every_cell, variables)
+    _tell_impossible(cells, impossible, say)
+    every_cell, cells = _of_others(every_cell, impossible), _of_others(cells, impossible)
+    if not cells:
+        return 0
     check_writable(WORK)
     # The check takes seconds; on a sweep's first run it goes on beside the other preparations.
     check = preflight.Check(sweep, cells, variables) if not (WORK / sweep.name).exists() else None
@@ -152,17 +156,10 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         weights = prepare.Weights(sweep, variables, say)
         all_jobs = prepare.jobs(sweep, every_cell, variables, sets, weights, threads)
         jobs = [job for job in all_jobs if job.cell in cells]
-        left_out |= _absent(sweep, jobs, weights, variables)
-        if left_out:
-            jobs = [job for job in jobs if job.finished() or job.cell.parameters[methods.METHOD] not in left_out]
-            cells = [job.cell for job in jobs]
-            _tell_left_out(asked, left_out, say)
-            if not jobs:
-                say("No cell can run here.")
-                return 0
+        left_out: dict[int, str] = {}
         if not all(job.finished() for job in jobs):
             check = check or preflight.Check(sweep, cells, variables)
-            check.finish()
+            left_out = _left_out(jobs, cells, check.finish())
     finally:
         if check is not None:
             check.stop()
@@ -174,6 +171,9 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         sweep.metric.get("name", ""),
         min(workers, len(jobs)),
     )
+    if left_out:
+        _tell_left_out(jobs, left_out, display)
+        jobs = [job for place, job in enumerate(jobs) if place not in left_out]
     runner = Runner(
         jobs, display, workers, gpus, retry_failed=options.retry_failed, data_roots=[data.root for data in sets]
     )
@@ -192,25 +192,34 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     return table if complete else 1
 
 
-def _of_others(cells: list[expansion.Cell], left_out: dict[str, str]) -> list[expansion.Cell]:
-    return [cell for cell in cells if not left_out or cell.parameters[methods.METHOD] not in left_out]
+def _of_others(cells: list[Cell], impossible: dict[str, str]) -> list[Cell]:
+    return [cell for cell in cells if not impossible or cell.parameters[methods.METHOD] not in impossible]
 
 
-def _absent(
-    sweep: sweep_file.SweepFile, jobs: list[Job], weights: prepare.Weights, variables: dict[str, str]
-) -> dict[str, str]:
-    """method -> what is missing for it here; only of those that are still to run."""
-    waiting = [job.cell for job in jobs if methods.of(job.cell.parameters) and not job.finished()]
-    one = {cell.parameters[methods.METHOD]: cell for cell in reversed(waiting)}
-    return requirements.absent(sweep, one, {name: weights.of(cell) for name, cell in one.items()}, variables)
-
-
-def _tell_left_out(asked: list[expansion.Cell], left_out: dict[str, str], say: Callable[[str], None]) -> None:
-    """A line for each method that was asked for and cannot run here."""
-    wanted = [cell.parameters[methods.METHOD] for cell in asked if methods.of(cell.parameters)]
+def _tell_impossible(cells: list[Cell], impossible: dict[str, str], say: Callable[[str], None]) -> None:
+    """A line for each method that was asked for and has no place in the experiment."""
+    wanted = [cell.parameters[methods.METHOD] for cell in cells if methods.of(cell.parameters)]
     for name in dict.fromkeys(wanted):
-        if name in left_out:
-            say(f"[yellow]left out[/] {name}: {escape(left_out[name])}")
+        if name in impossible:
+            say(f"[bold yellow]left out[/] {name}: {escape(impossible[name])}")
+
+
+def _left_out(jobs: list[Job], cells: list[Cell], reasons: list[str | None]) -> dict[int, str]:
+    """Place of each job that cannot run on this machine -> why; what has its record already is not among them."""
+    return {
+        place: reason
+        for place, job in enumerate(jobs)
+        if not job.finished() and (reason := reasons[cells.index(job.cell)])
+    }
+
+
+def _tell_left_out(jobs: list[Job], left_out: dict[int, str], display: Display) -> None:
+    """Name the cells that are left out, below the reason that they share."""
+    for reason in dict.fromkeys(left_out.values()):
+        places = [place for place, why in left_out.items() if why == reason]
+        display.say(f"[bold yellow]left out[/], {len(places)} of {len(jobs)} cells: {escape(reason)}")
+        for place in places:
+            display.say(f"  [dim]|[/] {display.label(jobs[place])}")
 
 
 def _report(jobs: list[Job], display: Display) -> bool:

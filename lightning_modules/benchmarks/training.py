@@ -2,8 +2,9 @@
 
 Every method trains on the embedded benchmark in a process of its own, in turns: through the trainer with the feature
 cache, and in a plain loop that decodes, resizes and runs the backbone in every step, as the released codes do. Both train
-the same network object; the ratio of a round is the plain loop's time by ours in that round. With the default options
-this takes about five minutes on two CPU cores. Weights are random: they cost what trained ones cost.
+the same network object with the method's optimiser; the ratio of a round is the plain loop's time by ours in that round.
+With the default options this takes about five minutes on two CPU cores. Weights are random: they cost what trained ones
+cost.
 
 Peak memory is the largest resident memory of the process (of the device on a GPU) from its start to the end of a training
 with cached features. MACs are multiply-accumulates of the matrix products and convolutions in one image's forward pass;
@@ -147,7 +148,8 @@ def train_plainly(
 ) -> float:
     """Seconds of some training steps that decode, resize and run the backbone each time."""
     module.train()
-    optimizer = torch.optim.AdamW(module.network.parameters(), lr=1e-4)
+    trained = [parameter for parameter in module.network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4) if module.optimizer is None else module.optimizer_of(trained)
     started = now()
     for batch in _batches(data, steps):
         loss = module.batch_loss(move_data_to_device(batch, module.device))
@@ -271,7 +273,7 @@ def measure(method: str, options: Options, root: Path) -> dict[str, Any]:
             times["ours"].append(train_ours(module, ours, options.steps, clip, options.precision, now))
             times["score_plain"].append(score(module, plain, now))
             times["score_ours"].append(score(module, ours, now))
-        size = sum(file.stat().st_size for file in Path(folder).rglob("*.npy"))
+        size = _cache_bytes(folder)
         largest = profile_step(module, ours)
     images, macs = options.steps * plain.batch_size, count_macs(module)
     return {
@@ -300,23 +302,31 @@ def measure(method: str, options: Options, root: Path) -> dict[str, Any]:
     }
 
 
+def _cache_bytes(folder: str) -> int:
+    """Bytes of the arrays of all cache entries in a folder."""
+    return sum(file.stat().st_size for file in Path(folder).rglob("*.npy"))
+
+
 def measure_float16(method: str, options: Options, root: Path, epochs: int = 4) -> list[dict[str, Any]]:
-    """Mean metrics after a short training with either cache, from the same seed."""
+    """Mean metrics after a short training with either cache, from the same seed, and the size of the caches."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    values = {}
+    values, sizes = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for mode in ("float32", "float16"):
+            before = _cache_bytes(folder)
             torch.manual_seed(0)
             module, make, clip = build(method, options, root)
             data, evaluation = make(), Evaluation()
             attach(module, data, CacheConfig(mode, folder), device, build=True)
+            sizes[mode] = _cache_bytes(folder) - before
             trainer = _trainer(folder, EpochSeed(0), evaluation, max_epochs=epochs, gradient_clip_val=clip)
             trainer.fit(module, datamodule=data)
             trainer.test(module, datamodule=data, verbose=False)
             table = evaluation.result.table
             values[mode] = table[(table.scope == "mean") & (table.dataset == "")].set_index("metric").value
     names = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "pixel_aupro", "dsc")
-    return [{"metric": name, **{mode: float(values[mode][name]) for mode in values}} for name in names]
+    rows = [{"metric": name, **{mode: float(values[mode][name]) for mode in values}} for name in names]
+    return [*rows, {"metric": "cache_bytes", **sizes}]
 
 
 def growth(options: Options) -> list[Options]:
@@ -445,12 +455,14 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
         columns = ["images", "categories", "size", "train img/s", "peak MiB", "cache MiB", "first run s", "next run s"]
         made.append(_table(f"Growth: {report['growth'][0]['method']}", columns, report["growth"]))
     if report["float16"]:
-        halves = Table(title=f"Cache in float16: {rows[0]['method']}, mean over categories, percent")
+        halves = Table(title=f"Cache in float16: {rows[0]['method']}, mean over categories, metrics in percent")
         for name in ("metric", "float32", "float16", "difference"):
             halves.add_column(name, justify="left" if name == "metric" else "right")
         for row in report["float16"]:
             values = row["float32"], row["float16"], row["float16"] - row["float32"]
-            halves.add_row(row["metric"], *(f"{100 * value:.2f}" for value in values))
+            in_bytes = row["metric"] == "cache_bytes"
+            name, factor = ("cache MiB", 2**-20) if in_bytes else (row["metric"], 100)
+            halves.add_row(name, *(f"{factor * value:.2f}" for value in values))
         made.append(halves)
     return made
 

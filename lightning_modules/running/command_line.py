@@ -235,7 +235,8 @@ class UniReconCLI(LightningCLI):
         if self.subcommand == "fit":
             resuming.claim(self.run_config)
         given = self._get(self.config_init, "trainer")
-        self.evaluation, self.normal_scores, self.history, self.curve = Evaluation(), NormalScores(), History(), None
+        self.evaluation, self.curve = Evaluation(self.run_config.fpr_limits), None
+        self.normal_scores, self.history = NormalScores(), History()
         seed = EpochSeed(self.config[self.subcommand].seed_everything)
         self.throughput = Throughput()
         own = [seed, self.normal_scores, self.evaluation, self.throughput, self.history, *self._callbacks()]
@@ -441,7 +442,7 @@ class UniReconCLI(LightningCLI):
         backbone = model.extractor.provenance
         notes = [f"{key}: {note}" for key, note in (("backbone", backbone.get("note")),) if note]
         notes += normalisation.notes(model, data) + ([model.origin] if model.origin else []) + model.record_notes()
-        notes += data.remarks()
+        notes += data.remarks() + self.evaluation.notes()
         if before is None:
             options = self.config[self.subcommand].trainer
             notes += refusals.notes(options, self.history.batches_seen, model.trained_epochs)
@@ -480,7 +481,7 @@ class UniReconCLI(LightningCLI):
             setting=data.setting,
             seed=self.config[self.subcommand].seed_everything,
             image_size=model.image_size,
-            resize=data.resize,
+            resize=data.resizing,
             backbone=backbone,
             datasets=data.provenance(),
             metrics={"version": self.evaluation.result.version, "definitions": self.evaluation.result.definitions},
@@ -526,6 +527,10 @@ def main(arguments: list[str] | None = None) -> None:
                 from lightning_modules.running.importing import main as import_checkpoint
 
                 import_checkpoint(arguments[1:])
+            elif arguments[:1] == ["submission"]:
+                from lightning_modules.running.submission import main as submit
+
+                submit(arguments[1:], methods)
             else:
                 _run(with_environment(foreign.as_data(arguments, methods), os.environ))
     except Exception as error:

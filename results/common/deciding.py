@@ -36,6 +36,7 @@ SHOWING = (
     "lightning_modules/running/checkpoints.py", "lightning_modules/running/parser.py",
     "lightning_modules/running/preemption.py", "lightning_modules/running/printing.py",
     "lightning_modules/running/quiet.py", "lightning_modules/running/resuming.py",
+    "lightning_modules/running/requirements.py", "lightning_modules/running/submission.py",
     "lightning_modules/running/tracking.py",
 )  # fmt: skip
 """Source files and folders that only start, draw, track, print or word: an edit of theirs makes no result anew."""

@@ -12,7 +12,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from lightning_modules.running import command_line as cli
-from sweeps.runner.requirements import missing_folder
+from lightning_modules.running import requirements
 
 
 class Refusal(Exception):
@@ -52,12 +52,10 @@ class Parser(cli.UniReconCLI):
             raise Refusal(_essence(message)) from error
         return configuration
 
-    def missing(self, arguments: list[str]) -> str:
+    def unbuildable(self, arguments: list[str]) -> str:
         """Why the model of these arguments cannot be built here, in the program's words; empty if it can."""
         try:
-            configuration = self.parse(arguments)
-            if reason := missing_folder(configuration["data"]["init_args"]):
-                return reason
+            self.parse(arguments)
             parsed = self.config[self.subcommand]
             self._parser(self.subcommand).instantiate_classes(Namespace(model=parsed.model))
         except Refusal:
@@ -66,6 +64,12 @@ class Parser(cli.UniReconCLI):
             reasons = [line.strip().removeprefix("- ") for line in str(error).splitlines() if line.startswith("  - ")]
             return (reasons or str(error).splitlines() or [type(error).__name__])[0]
         return ""
+
+
+def needs(configuration: Mapping[str, Any]) -> tuple[tuple[str, ...], str | None]:
+    """Of a run's complete configuration: the options that decide what it needs, and what is absent of that here, or None."""
+    options = requirements.options(requirements.method_of(configuration))
+    return options, requirements.lacking(configuration, insisted=bool(os.environ.get("WEIGHTS")))
 
 
 def _essence(message: str) -> str:

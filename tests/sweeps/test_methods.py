@@ -10,11 +10,13 @@ import pytest
 import yaml
 
 from lightning_modules.running.command_line import with_environment
+from lightning_modules.running.requirements import lacking
 from results.aggregator import names
 from results.common import methods
-from sweeps.runner import expansion, prepare, requirements, sweep_file
+from sweeps.runner import expansion, preflight, prepare, sweep_file
 from sweeps.runner.errors import SweepError
 from sweeps.runner.identity import Identifier
+from sweeps.runner.impossible import methods_that_cannot
 
 SWEEP = Path("sweeps/methods.yaml")
 PROFILES = ("demo", "paper")
@@ -135,18 +137,22 @@ def test_the_two_experiments_have_different_cells_and_each_methods_code_counts_a
 @pytest.mark.parametrize("profile", PROFILES)
 def test_methods_that_cannot_have_the_matched_backbone_say_why(profile: str) -> None:
     sweep = prepare.chosen(sweep_file.load("methods"), {"COMPARE": "matched"})
-    reasons = requirements.impossible(sweep.cells(), {"PROFILE": profile})
+    reasons = methods_that_cannot(sweep.cells(), {"PROFILE": profile})
     assert {"dinomaly", "dinomaly2", "inp_former"} <= set(reasons)
     assert all("vision transformer" in reason for reason in reasons.values())
-    assert not requirements.impossible(sweep_file.load("methods").cells(), {"PROFILE": profile})
+    assert not methods_that_cannot(sweep_file.load("methods").cells(), {"PROFILE": profile})
 
 
 def test_a_folder_of_pictures_that_is_missing_is_a_reason(tmp_path: Path) -> None:
-    assert "no_such" in requirements.missing_folder(
-        {"anomalies": {"source": "dtd", "folder": str(tmp_path / "no_such")}}
-    )
-    assert requirements.missing_folder({"anomalies": {"source": "dtd", "folder": str(tmp_path)}}) == ""
-    assert requirements.missing_folder({"anomalies": None}) == ""
+    model = {
+        "class_path": "lightning_modules.destseg.DeSTSeg",
+        "init_args": {"backbone": {"name": "resnet18.tv_in1k", "weights": "random"}},
+    }
+    for folder, reason in ((tmp_path / "no_such", "no_such"), (tmp_path, "")):
+        anomalies = {"source": "dtd", "folder": str(folder)}
+        found = lacking({"model": model, "data": {"init_args": {"anomalies": anomalies}}}) or ""
+        assert reason in found
+        assert bool(found) == bool(reason)
 
 
 def test_a_broken_file_of_shared_options_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,17 +164,25 @@ def test_a_broken_file_of_shared_options_is_named(tmp_path: Path, monkeypatch: p
         methods.shared("uniad", "recipe", "demo")
 
 
-@pytest.mark.program
-def test_what_cannot_run_here_is_left_out_with_its_reason_and_is_no_failure(tmp_path: Path) -> None:
-    content = yaml.safe_load(SWEEP.read_text())
-    content["parameters"]["method"] = {"values": ["padim", "anomaly_dino", "destseg"]}
-    file = tmp_path / "methods.yaml"
-    file.write_text(yaml.safe_dump(content))
-    sweep = sweep_file.load(str(file))
-    variables = {**prepare.environment("paper"), "WEIGHTS": "random", "HF_HUB_OFFLINE": "1"}
-    cells = {cell.parameters["method"]: cell for cell in sweep.cells()}
-    weights = {"padim": "random", "anomaly_dino": "imagenet", "destseg": "random"}
-    reasons = requirements.absent(sweep, cells, weights, variables)
-    assert set(reasons) == {"anomaly_dino", "destseg"}
-    assert "weights" in reasons["anomaly_dino"]
-    assert "data/dtd/images" in reasons["destseg"]
+def test_a_method_that_the_matched_backbone_does_not_suit_is_left_out_with_the_constructors_words() -> None:
+    """The probe builds the model with random weights and fetches nothing."""
+    sweep = prepare.chosen(sweep_file.load("methods"), {"COMPARE": "matched"})
+    variables = {"PROFILE": "demo"}
+    cells = expansion.select(sweep.cells(), ["method=uniad,padim"], SWEEP)
+    check = preflight.Check.__new__(preflight.Check)
+    check._sweep, check._cells, check._variables = sweep, cells, variables
+    question = check._question()
+    for group in question:
+        group["cells"] = [
+            [
+                place,
+                parameters,
+                [*arguments, "--model.init_args.backbone.levels=[9]"] if parameters["method"] == "padim" else arguments,
+            ]
+            for place, parameters, arguments in group["cells"]
+        ]
+    reasons = {
+        cell.parameters["method"]: reason for cell, reason in zip(cells, preflight._lacking(question), strict=True)
+    }
+    assert reasons["uniad"] is None
+    assert "level" in reasons["padim"]
