@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,12 +45,19 @@ def rows(spec: Spec, records: Sequence[StoredRecord], sweep: SweepFile | None) -
         mine = [stored for stored in records if stored.record.cell.get(METHOD) == method]
         told = next((stored.labels for stored in mine if stored.labels), "")
         backbones = sorted({stored.record.backbone["name"].partition(".")[0] for stored in mine})
-        sizes = sorted({axis_value(stored, "image size") for stored in mine})
+        sizes = sorted({images(stored) for stored in mine})
         labels = (names.method_label(method), " or ".join(backbones), " or ".join(sizes))
         group = APART[told] if told else names.family(method)
         runs = {"cell": {METHOD: method}}
         entries.append(Entry(labels, group, default=method == default, apart=bool(told), runs=runs))
     return sorted(entries, key=lambda entry: order.index(entry.group))
+
+
+def images(stored: StoredRecord) -> str:
+    """Size of a run's images, and of what they are the centre of: ``392x392 of 448``."""
+    crop = re.search(r"^ +crop_from: *(.*)$", stored.config_text, re.MULTILINE)
+    whole = "" if crop is None or crop[1] == "null" else f" of {crop[1] or 'larger ones'}"
+    return axis_value(stored, "image size") + whole
 
 
 def experiment(records: Sequence[StoredRecord]) -> tuple[str, str]:

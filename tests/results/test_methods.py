@@ -113,6 +113,13 @@ def test_costs_stand_beside_the_scores(runs):
     ]
 
 
+def test_a_centre_crop_is_named_beside_the_image_size(runs):
+    add(runs, "dinomaly", config="data:\n  init_args:\n    crop_from: 448\n", image_size=(392, 392))
+    add(runs, "uniad", config="data:\n  init_args:\n    crop_from: null\n")
+    table = sweep_table(SPEC, runs.read(), SWEEP)
+    assert {row.labels[2] for row in table.rows} == {"392x392 of 448", "64x64", ""}
+
+
 def scored(seed, gap, count=40):
     """Images of two categories, half of them anomalous, whose scores are `gap` apart."""
     rng = np.random.default_rng(seed)
