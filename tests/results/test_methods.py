@@ -1,9 +1,11 @@
 """The table of all methods: families, who is told classes, costs, the control's intervals, and what ranks can tell."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -311,3 +313,11 @@ def test_mean_over_seeds_of_a_category_is_what_ranks_use(runs):
     add(runs, "uniad", value=0.8)
     add(runs, "uniad", value=0.6, seed=1)
     assert set(seed_means(runs.read(), Query("mean_of_seven", "synthetic"))) == {0, 1}
+
+
+@pytest.mark.parametrize("profile", ["demo", "paper"])
+def test_the_default_row_of_patchcores_table_is_what_its_profiles_run(profile):
+    content = yaml.safe_load(Path(f"sweeps/profiles/{profile}/patchcore.yaml").read_text())["model"]["init_args"]
+    default = find_spec("patchcore").default
+    assert default["model.init_args.coreset.ratio"] == content["coreset"]["ratio"]
+    assert default["model.init_args.backbone.levels"] == content["backbone"]["levels"]
