@@ -58,7 +58,7 @@ check-data: setup  ## Count a dataset's images and list every problem: DATASET= 
 synthetic: setup  ## Make the embedded benchmark in data/synthetic.
 	$(PY) -m datamodules synthetic data/synthetic
 
-sweep: setup  ## Run an ablation and rebuild its table: ABLATION= [PROFILE= WORKERS= GPUS= SEEDS= ONLY= RETRY_FAILED=1].
+sweep: setup  ## Run an ablation and rebuild its table: ABLATION= [PROFILE= COMPARE= SETTING= WORKERS= GPUS= SEEDS= ONLY= RETRY_FAILED=1].
 	$(PY) -m sweeps run "$$ABLATION" $(if $(WORKERS),--workers "$$WORKERS") $(if $(GPUS),--gpus "$$GPUS") \
 		$(if $(SEEDS),--seeds "$$SEEDS") $(foreach o,$(ONLY),--only $(o)) $(if $(RETRY_FAILED),--retry-failed)
 
@@ -71,7 +71,7 @@ reference: setup  ## Train and publish what results/reference/plan.yaml lists: [
 verify: setup  ## Run one small cell per method again, compare with its reference record: [ONLY=method=uniad WORKERS=].
 	$(PY) -m sweeps verify $(foreach o,$(ONLY),--only $(o)) $(if $(WORKERS),--workers "$$WORKERS")
 
-wandb-sweep: setup  ## Register an ablation with W&B and print how to start agents: ABLATION= [PROFILE= SEEDS=].
+wandb-sweep: setup  ## Register an ablation with W&B and print how to start agents: ABLATION= [PROFILE= COMPARE= SETTING= SEEDS=].
 	$(PY) -m sweeps register "$$ABLATION" $(if $(SEEDS),--seeds "$$SEEDS")
 
 agents: setup  ## One W&B agent per GPU: SWEEP=entity/project/sweep [GPUS=0,1 WORKERS=].

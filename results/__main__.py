@@ -15,7 +15,6 @@ from results.aggregator import audit as auditing
 from results.aggregator import methods, names, reference, render
 from results.aggregator.build import SOURCES, category_tables, paper_table, sweep_table, varies
 from results.aggregator.curves import curve_table
-from results.aggregator.names import COSTS
 from results.aggregator.records import DamagedRecordWarning, RecordError, RecordSet, StoredRecord, read_records
 from results.aggregator.scores import ConflictError, kinds, newest, select
 from results.aggregator.spec import Spec, SpecError, find_spec, spec_for_sweep, spec_names
@@ -165,9 +164,8 @@ def _figures(options: argparse.Namespace) -> int:
         else:
             table = build_sweep(spec, records, sweep, False)
             drawn[options.name] = figures.ablation_bars(table, records)
-            metric = _quality(table)
-            prices = [column.metric for column in table.columns if column.metric in COSTS]
-            for price in prices if spec.kind == "methods" else ("parameters", "seconds_per_epoch"):
+            metric = methods.quality(table)
+            for price in methods.PRICES if spec.kind == "methods" else ("parameters", "seconds_per_epoch"):
                 drawn[f"{options.name}.{price}"] = figures.cost_against_quality(table, records, metric, price)
     wanted = {name: figure for name, figure in drawn.items() if figure is not None}
     paths = [figures.save(figure, options.out / f"{name}.{options.suffix}") for name, figure in wanted.items()]
@@ -176,17 +174,6 @@ def _figures(options: argparse.Namespace) -> int:
     for path in paths:
         _say(f"figure: {path}")
     return 0
-
-
-def _quality(table: Table) -> str:
-    """The metric of a figure of cost against quality: the mean of seven where a row has it, else the first that is ranked."""
-    metrics = [column.metric for column in table.columns if column.ranked]
-    for metric in ("mean_of_seven", *metrics):
-        if any(
-            c.key.get("metric") == metric and c.runs and c.runs.mean is not None for row in table.cells for c in row
-        ):
-            return metric
-    return next(iter(metrics), "")
 
 
 def _methods(spec: Spec, records: Sequence[StoredRecord], table: Table, options: argparse.Namespace) -> None:
@@ -203,8 +190,8 @@ def _methods(spec: Spec, records: Sequence[StoredRecord], table: Table, options:
         return
     _say(found.silent or methods.sentence(found))
     drawn = {} if found.silent else {"ranks": figures.critical_difference(found)}
-    for price in ("train_seconds", "images_per_second", "peak_memory"):
-        drawn[price] = figures.cost_against_quality(table, records, _quality(table), price)
+    for price in methods.PRICES:
+        drawn[price] = figures.cost_against_quality(table, records, methods.quality(table), price)
     for name, figure in drawn.items():
         if figure is not None:
             _say(f"figure: {figures.save(figure, options.out / f'{table.name}.{name}.png')}")

@@ -32,6 +32,8 @@ EXPERIMENTS = {"recipe": "each with its own backbone and image size", "matched":
 SETTINGS = {"unified": "one model for all categories", "per_category": "one model per category"}
 IMAGE_METRICS = ("image_auroc", "image_ap")
 DRAWS = 2000
+PRICES = ("train_seconds", "images_per_second", "peak_memory")
+"""Costs that are drawn against quality."""
 
 
 def rows(spec: Spec, records: Sequence[StoredRecord], sweep: SweepFile | None) -> list[Entry]:
@@ -51,6 +53,17 @@ def rows(spec: Spec, records: Sequence[StoredRecord], sweep: SweepFile | None) -
         runs = {"cell": {METHOD: method}}
         entries.append(Entry(labels, group, default=method == default, apart=bool(told), runs=runs))
     return sorted(entries, key=lambda entry: order.index(entry.group))
+
+
+def quality(table: Table) -> str:
+    """The metric of a figure of cost against quality: the mean of seven where a row has it, else the first that is ranked."""
+    metrics = [column.metric for column in table.columns if column.ranked]
+    for metric in ("mean_of_seven", *metrics):
+        if any(
+            c.key.get("metric") == metric and c.runs and c.runs.mean is not None for row in table.cells for c in row
+        ):
+            return metric
+    return next(iter(metrics), "")
 
 
 def images(stored: StoredRecord) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from results.aggregator import audit, figures, names, render
+from results.aggregator import audit, figures, methods, names, render
 from results.aggregator.build import category_tables, paper_table, sweep_table
 from results.aggregator.curves import curve_table
 from results.aggregator.records import RecordError, RecordSet, StoredRecord
@@ -69,7 +69,7 @@ def _ablations(records: Sequence[StoredRecord], folder: Path, shown: dict[str, S
         file = folder / f"{name}.yaml"
         sweep = read_sweep(file) if file.is_file() else None
         spec = spec_for_sweep(name)
-        for kind, mine in kinds([stored for stored in records if stored.record.sweep == name]):
+        for kind, mine in kinds([stored for stored in records if stored.record.sweep == name], compared=True):
             blocks.append(
                 _guarded(name, kind, lambda s=spec, m=mine, w=sweep, k=kind: _ablation(s, m, w, k, shown, controls))
             )
@@ -99,8 +99,8 @@ def _ablation(
     else:
         table = sweep_table(spec, records, sweep, controls=controls)
         drawn = [(figures.ablation_bars(table, records), "Mean over categories; each dot is a seed.")]
-        metric = next((column.metric for column in table.columns if column.ranked), "")
-        for price in ("parameters", "seconds_per_epoch"):
+        metric = methods.quality(table)
+        for price in methods.PRICES if spec.kind == "methods" else ("parameters", "seconds_per_epoch"):
             figure = figures.cost_against_quality(table, records, metric, price)
             if figure is not None:
                 drawn.append((figure, "Cost against quality."))
