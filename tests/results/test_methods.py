@@ -21,8 +21,8 @@ from results.aggregator.sweep_file import read_sweep
 SPEC, SWEEP = find_spec("methods"), read_sweep("sweeps/methods.yaml")
 
 
-def add(runs, method, compare="recipe", images=None, **changes):
-    """A record of the sweep `methods`; images: category -> list of (label, score)."""
+def add(runs, method, compare="recipe", images=None, own=None, **changes):
+    """A record of the sweep `methods`; images: category -> list of (label, score); own: its method, if not the profile."""
     setting = changes.get("setting", "unified")
     lines = ["id,category,anomaly_type,label,image_score,path"]
     for category, found in (images or {}).items():
@@ -30,8 +30,7 @@ def add(runs, method, compare="recipe", images=None, **changes):
             lines.append(f"{number},{category},good,{label},{score!r},{category}/{number}.png")
     attachments = {"image_scores.csv": "\n".join(lines) + "\n"} if images else None
     cell = {"method": method, "compare": compare, "data.init_args.setting": setting}
-    own = {"nearest_neighbours": "nearest_neighbours"}.get(method, method)
-    options = {"method": own, "scored": SEVEN, "attachments": attachments, **changes}
+    options = {"method": own or method, "scored": SEVEN, "attachments": attachments, **changes}
     name = f"{method}-{compare}-{setting}-seed{changes.get('seed', 0)}"
     runs.add(sweep="methods", cell=cell, run=name, **options)
 
@@ -126,7 +125,7 @@ def scored(seed, gap, count=40):
     """Images of two categories, half of them anomalous, whose scores are `gap` apart."""
     rng = np.random.default_rng(seed)
     return {
-        category: [(n % 2, float(rng.normal(gap * (n % 2)).round(2))) for n in range(count)]
+        category: [(n % 2, round(float(rng.normal(gap * (n % 2))), 2)) for n in range(count)]
         for category in ("bolt", "gear")
     }
 
@@ -276,9 +275,7 @@ def test_papers_tables_take_their_columns_from_the_sweep_where_a_run_has_the_rig
 
 
 def test_a_control_is_not_taken_for_the_method_that_it_is_built_of(runs):
-    add(
-        runs, "nearest_neighbours", method="patchcore", dataset="mvtec_ad", categories=("bottle",), scored=("pixel_ap",)
-    )
+    add(runs, "nearest_neighbours", own="patchcore", dataset="mvtec_ad", categories=("bottle",), scored=("pixel_ap",))
     (stored,) = runs.read()
     assert stored.methods == {"nearest_neighbours"}
 
