@@ -79,7 +79,7 @@ _REAL_IAD = (
     "switch", "tape", "terminalblock", "toothbrush", "toy", "toy_brick", "transistor1", "u_block", "usb", "usb_adaptor",
     "vcpill", "wooden_beads", "woodstick", "zipper",
 )  # fmt: skip
-#: The full list of categories of the public data sets; a mean over fewer is no mean of that data set.
+#: The full list of categories of the public data sets; a mean over fewer is not that data set's mean.
 DATASET_CATEGORIES = {
     "mvtec_ad": _MVTEC_OBJECTS + _MVTEC_TEXTURES,
     "mvtec_loco": ("breakfast_box", "juice_bottle", "pushpins", "screw_bag", "splicing_connectors"),

@@ -13,6 +13,7 @@ from jsonargparse import Namespace
 
 from lightning_modules.running import command_line as cli
 from lightning_modules.running import requirements
+from lightning_modules.running.parser import essence
 
 
 class Refusal(Exception):
@@ -49,7 +50,7 @@ class Parser(cli.UniReconCLI):
                 self.before_instantiate_classes()
         except SystemExit as error:
             message = error.code if isinstance(error.code, str) else printed.getvalue().rpartition("error: ")[2]
-            raise Refusal(_essence(message)) from error
+            raise Refusal(essence(message)) from error
         return configuration
 
     def unbuildable(self, arguments: list[str]) -> str:
@@ -70,9 +71,3 @@ def needs(configuration: Mapping[str, Any]) -> tuple[tuple[str, ...], str | None
     """Of a run's complete configuration: the options that decide what it needs, and what is absent of that here, or None."""
     options = requirements.options(requirements.method_of(configuration))
     return options, requirements.lacking(configuration, insisted=bool(os.environ.get("WEIGHTS")))
-
-
-def _essence(message: str) -> str:
-    """The parser's message without the lines that tell how it looked at the value."""
-    noise = ("Given value", "- Expected a <class 'NoneType'>", "Subtypes:")
-    return "\n".join(line for line in message.strip().splitlines() if not line.strip().startswith(noise))

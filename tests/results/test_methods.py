@@ -16,7 +16,7 @@ from results.aggregator.published import read_published
 from results.aggregator.records import LABELS_AT_TEST, SEVEN
 from results.aggregator.scores import Query, kinds, seed_means, select
 from results.aggregator.spec import find_spec
-from results.aggregator.sweep_file import read_sweep
+from results.aggregator.sweep_cells import read_sweep
 
 SPEC, SWEEP = find_spec("methods"), read_sweep("sweeps/methods.yaml")
 

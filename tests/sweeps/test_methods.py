@@ -13,7 +13,7 @@ from lightning_modules.running.command_line import with_environment
 from lightning_modules.running.requirements import lacking
 from results.aggregator import names
 from results.common import methods
-from sweeps.runner import expansion, preflight, prepare, sweep_file
+from sweeps.runner import checked_sweep, expansion, preflight, prepare
 from sweeps.runner.errors import SweepError
 from sweeps.runner.identity import Identifier
 from sweeps.runner.impossible import methods_that_cannot
@@ -33,7 +33,7 @@ def of_cell(method: str, compare: str = "recipe", **variables: str) -> list[str]
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_profile_is_in_the_list_of_methods(profile: str) -> None:
-    listed = [cell.parameters["method"] for cell in sweep_file.load("methods").cells()]
+    listed = [cell.parameters["method"] for cell in checked_sweep.load("methods").cells()]
     for name in methods.methods(profile):
         assert name in listed, f"sweeps/profiles/{profile}/{name}.yaml is new: add the line `- {name}` to {SWEEP}"
     for name in listed:
@@ -43,7 +43,7 @@ def test_every_profile_is_in_the_list_of_methods(profile: str) -> None:
 
 
 def test_every_method_has_a_family_and_a_name_in_the_table() -> None:
-    for cell in sweep_file.load("methods").cells():
+    for cell in checked_sweep.load("methods").cells():
         name = cell.parameters["method"]
         assert names.family(name) != names.OTHER_FAMILY, f"add {name} to FAMILIES in results/aggregator/names.py"
         assert name in names.METHODS, f"add {name} to METHODS in results/aggregator/names.py"
@@ -97,17 +97,17 @@ def test_without_a_method_the_arguments_stay_as_they_are() -> None:
 
 
 def test_compare_and_setting_choose_one_experiment_of_the_same_file() -> None:
-    sweep = prepare.chosen(sweep_file.load("methods"), {"COMPARE": "matched", "SETTING": "per_category"})
+    sweep = prepare.chosen(checked_sweep.load("methods"), {"COMPARE": "matched", "SETTING": "per_category"})
     for cell in sweep.cells():
         assert (cell.parameters["compare"], cell.parameters["data.init_args.setting"]) == ("matched", "per_category")
     with pytest.raises(SweepError, match=r"COMPARE is 'both'. Allowed: recipe, matched"):
         prepare.chosen(sweep, {"COMPARE": "both"})
     with pytest.raises(SweepError, match=r"has no parameter data.init_args.setting"):
-        prepare.chosen(sweep_file.load("patchcore"), {"SETTING": "unified"})
+        prepare.chosen(checked_sweep.load("patchcore"), {"SETTING": "unified"})
 
 
 def test_several_methods_are_chosen_with_one_condition() -> None:
-    cells = sweep_file.load("methods").cells()
+    cells = checked_sweep.load("methods").cells()
     chosen = expansion.select(cells, ["method=uniad,patchcore"], SWEEP)
     assert sorted(cell.parameters["method"] for cell in chosen) == ["patchcore", "uniad"]
     with pytest.raises(SweepError, match="method=unaid"):
@@ -123,7 +123,7 @@ def test_the_two_experiments_have_different_cells_and_each_methods_code_counts_a
     found: dict[str, Any] = {}
     for compare in methods.COMPARES:
         variables = {"PROFILE": "demo", "COMPARE": compare}
-        sweep = prepare.chosen(sweep_file.load("methods"), variables)
+        sweep = prepare.chosen(checked_sweep.load("methods"), variables)
         identifier = Identifier(sweep, variables, [])
         for name in ("uniad", "padim"):
             (cell,) = expansion.select(sweep.cells(), [f"method={name}"], SWEEP)
@@ -136,11 +136,11 @@ def test_the_two_experiments_have_different_cells_and_each_methods_code_counts_a
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_methods_that_cannot_have_the_matched_backbone_say_why(profile: str) -> None:
-    sweep = prepare.chosen(sweep_file.load("methods"), {"COMPARE": "matched"})
+    sweep = prepare.chosen(checked_sweep.load("methods"), {"COMPARE": "matched"})
     reasons = methods_that_cannot(sweep.cells(), {"PROFILE": profile})
     assert {"dinomaly", "dinomaly2", "inp_former"} <= set(reasons)
     assert all("vision transformer" in reason for reason in reasons.values())
-    assert not methods_that_cannot(sweep_file.load("methods").cells(), {"PROFILE": profile})
+    assert not methods_that_cannot(checked_sweep.load("methods").cells(), {"PROFILE": profile})
 
 
 def test_a_folder_of_pictures_that_is_missing_is_a_reason(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_broken_file_of_shared_options_is_named(tmp_path: Path, monkeypatch: p
 
 def test_a_method_that_the_matched_backbone_does_not_suit_is_left_out_with_the_constructors_words() -> None:
     """The probe builds the model with random weights and fetches nothing."""
-    sweep = prepare.chosen(sweep_file.load("methods"), {"COMPARE": "matched"})
+    sweep = prepare.chosen(checked_sweep.load("methods"), {"COMPARE": "matched"})
     variables = {"PROFILE": "demo"}
     cells = expansion.select(sweep.cells(), ["method=uniad,padim"], SWEEP)
     check = preflight.Check.__new__(preflight.Check)
