@@ -97,7 +97,7 @@ def test_recipe_and_matched_and_the_two_settings_are_never_in_one_table(runs):
     ]  # fmt: skip
     tables = [sweep_table(SPEC, mine, SWEEP).name for mine in found.values()]
     assert len(set(tables)) == 4
-    with pytest.raises(ValueError, match="must not meet"):
+    with pytest.raises(ValueError, match="belong in one table"):
         sweep_table(SPEC, records, SWEEP)
     (one,) = select(records, compare="matched", setting="unified")
     assert one.record.cell["compare"] == "matched"
