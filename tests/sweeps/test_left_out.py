@@ -120,9 +120,9 @@ def test_profiles_of_the_demo_that_need_a_vit_say_so_and_the_others_need_nothing
 def test_sweep_whose_weights_are_nowhere_is_left_out_with_the_reason_and_without_an_error(project: Any) -> None:
     shutil.copytree(REPOSITORY / "sweeps" / "profiles", project.folder / "sweeps" / "profiles", dirs_exist_ok=True)
     shutil.copy(REPOSITORY / "sweeps" / "dinomaly_components.yaml", project.folder / "sweeps")
-    (project.folder / "data" / "synthetic" / "cable" / "train" / "good").mkdir(parents=True)
-    for name in ("bottle_cap", "circuit_board", "fabric"):
+    for name in ("bottle_cap", "cable", "circuit_board", "fabric"):
         (project.folder / "data" / "synthetic" / name / "train" / "good").mkdir(parents=True)
+    (project.folder / "data" / "synthetic" / "synthetic.json").write_text("{}")
     nowhere = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(project.folder / "hub")}
     code, output = project.run("run", "dinomaly_components", limit=200, **nowhere)
     assert code == 0, output
