@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,14 @@ def _part(category: str, rng: np.random.Generator) -> np.ndarray:
     inside = (abs(rows) < 24) & (abs(columns) < 9) if category == "bolt" else rows**2 + columns**2 < 24**2
     grey = np.where(inside, 190, 60) + rng.normal(0, 6, (SIDE, SIDE))
     return np.repeat(grey.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
+
+
+@pytest.fixture(autouse=True)
+def no_wandb_run_is_left_open() -> Iterator[None]:
+    """The next test's logger would go on with it."""
+    yield
+    if (wandb := sys.modules.get("wandb")) is not None and getattr(wandb, "run", None) is not None:
+        wandb.finish()
 
 
 def write_dataset(root: Path, masks: bool = True, train: int = 6) -> Path:

@@ -59,7 +59,7 @@ def test_macs_are_those_of_the_matrix_products():
     assert benchmark.count_macs(model)["network"] == expected
 
 
-@pytest.mark.parametrize(("argument", "words"), [("--methods=unaid", "known are dfr"), ("--steps=0", "at least 1")])
+@pytest.mark.parametrize(("argument", "words"), [("--methods=unaid", "known are .*dfr"), ("--steps=0", "at least 1")])
 def test_what_cannot_be_measured_is_refused_at_once(argument, words):
     with pytest.raises(SystemExit, match=words):
         benchmark.main([argument])

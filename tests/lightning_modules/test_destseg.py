@@ -71,6 +71,7 @@ def test_each_phase_leaves_the_other_network_alone_and_a_resumed_training_is_the
     states = {}
     for epoch in (1, 2, 3):  # the second phase begins in the middle of training, at step 6 of 15
         with monkeypatch.context() as patch:
+            patch.setenv("UNIRECON_DEBUG", "1")
             patch.setattr(EpochSeed, "on_train_epoch_start", cut_at(epoch))
             with pytest.raises(Interruption):
                 project.run(name="cut")

@@ -93,6 +93,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(make, monkeypatch, options)
         return original(self, trainer, *args)
 
     with monkeypatch.context() as patch:
+        patch.setenv("UNIRECON_DEBUG", "1")
         patch.setattr(EpochSeed, "on_train_epoch_start", cut)
         with pytest.raises(Interruption):
             project.run(epochs, name="cut")

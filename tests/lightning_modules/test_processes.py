@@ -19,14 +19,14 @@ from lightning_modules.running import preemption
 
 pytestmark = pytest.mark.program
 TWO = ("--trainer.devices=2", "--trainer.strategy=ddp")
-# Asks both processes to leave in the second epoch, as SLURM does with all processes of a task.
+# Asks both processes to leave in the second epoch, as SLURM does with all processes of a task, where PREEMPT is set.
 CALLBACK = """
 import os, signal
 import lightning as L
 
 class Preempt(L.Callback):
     def on_train_batch_start(self, trainer, module, batch, number):
-        if trainer.current_epoch == 1 and number == 1:
+        if "PREEMPT" in os.environ and trainer.current_epoch == 1 and number == 1:
             os.kill(os.getpid(), signal.SIGTERM)
             if trainer.is_global_zero:
                 trainer.strategy.launcher.kill(signal.SIGTERM)
@@ -107,12 +107,12 @@ def test_two_processes_that_are_asked_to_leave_end_with_143_and_go_on_like_unint
     (project.folder / "preempt.py").write_text(CALLBACK)
     paths = os.pathsep.join([str(project.folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     more = (*TWO, "--data.init_args.batch_size=2")
-    leave = project.arguments(*more, "--trainer.callbacks=preempt.Preempt", name="asked")
-    programs.run(leave, code=preemption.EXIT_CODE, PYTHONPATH=paths)
+    more = (*more, "--trainer.callbacks=preempt.Preempt")
+    programs.run(project.arguments(*more, name="asked"), code=preemption.EXIT_CODE, PYTHONPATH=paths, PREEMPT="1")
     assert torch.load(project.checkpoint("asked"), weights_only=False)["epoch"] == 0
     assert not (project.results / "runs").exists()
     for name in ("asked", "whole"):
-        programs.run(project.arguments(*more, name=name))
+        programs.run(project.arguments(*more, name=name), PYTHONPATH=paths)
     asked, whole = project.record("asked"), project.record("whole")
     pd.testing.assert_frame_equal(asked.metrics, whole.metrics, check_exact=True)
     pd.testing.assert_frame_equal(asked.history, whole.history, check_exact=True)

@@ -160,5 +160,5 @@ def test_a_mistyped_category_is_refused(run, capsys):
 
 
 def test_a_folder_without_record_is_refused_in_plain_words(tmp_path):
-    with pytest.raises(SystemExit, match="has no record"):
+    with pytest.raises(SystemExit, match="no record"):
         reconstructions.main([str(tmp_path)])

@@ -70,9 +70,9 @@ def main() -> None:
     for epoch in range(len(history), epochs):
         time.sleep(nap)
         history.append(f"{arguments.get('seed_everything', 0)}/{epoch}")
-        write(checkpoint, history)
         if tracked:
             tracked.log({"epoch": epoch})
+        write(checkpoint, history)
         write(
             work / "progress.json",
             {"epoch": epoch + 1, "epochs": epochs, "metrics": {"train/loss": 0.5}},

@@ -20,6 +20,13 @@ pytestmark = pytest.mark.program
 REPOSITORY = Path(__file__).resolve().parents[2]
 SWEEP = "local/unirecon/sweep000"
 EPOCHS = 4
+DATA = {
+    "WEIGHTS": "random",
+    "DATASET": "synthetic",
+    "DATA_ROOT": "data/synthetic",
+    "CATEGORIES": "bottle_cap,cable",
+    "OMP_NUM_THREADS": "1",
+}
 # Asks all processes of the first run that comes to its third epoch to leave, as SLURM would.
 CALLBACK = """
 import os, signal
@@ -54,7 +61,7 @@ def prepare(project: Any, *more: str, heatmaps: Sequence[bool] = (True, False)) 
     ]
     (project.folder / "sweeps" / "neighbor_mask.yaml").write_text(yaml.safe_dump(content))
     (project.folder / "preempt.py").write_text(CALLBACK)
-    words = ["--train", "4", "--test", "2", "--defects", "1", "--size", "64", "--categories", "wood,gear"]
+    words = ["--train", "4", "--test", "2", "--defects", "1", "--size", "64", "--categories", "bottle_cap,cable"]
     subprocess.run(
         [sys.executable, "-m", "datamodules", "synthetic", "data/synthetic", *words],
         cwd=project.folder,
@@ -67,7 +74,7 @@ def test_agents_share_a_grid_and_a_preempted_run_ends_like_the_other(
     online: Any, server: Any, communicate: Callable[..., str]
 ) -> None:
     prepare(online)
-    online.environment |= {"WEIGHTS": "random", "OMP_NUM_THREADS": "1"}
+    online.environment |= DATA
     code, output = online.run("register", "neighbor_mask", limit=120)
     print(output)
     assert code == 0
@@ -92,7 +99,7 @@ def test_agents_share_a_grid_and_a_preempted_run_ends_like_the_other(
         assert run.config["cli"]["value"]["model"]["init_args"]["neighbor_size"] == 3
         assert run.summary["image_auroc"] == pytest.approx(mean(stored[run.name].metrics, "image_auroc"))
         assert "categories" in run.summary
-    drawn = {run.name for run in server.runs.values() if "heatmaps/wood" in run.summary}
+    drawn = {run.name for run in server.runs.values() if "heatmaps/bottle_cap" in run.summary}
     assert drawn == {name for name, record in stored.items() if record.record.cell["run.heatmaps"]}
 
     before = {
@@ -111,7 +118,7 @@ def test_cell_of_two_processes_is_one_run_and_is_preempted_as_one(
     online: Any, server: Any, communicate: Callable[..., str]
 ) -> None:
     prepare(online, "--trainer.devices=2", "--trainer.strategy=ddp", "--data.init_args.batch_size=2", heatmaps=[False])
-    online.environment |= {"WEIGHTS": "random", "OMP_NUM_THREADS": "1"}
+    online.environment |= DATA
     code, output = online.run("register", "neighbor_mask", limit=120)
     assert code == 0, output
     output = communicate(online.start("agents", SWEEP, "--gpus", "none"))
