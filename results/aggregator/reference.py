@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from results.aggregator.records import HEATMAPS, RecordError, RecordSet, StoredRecord, read_records, write_record
-from results.aggregator.scores import METHOD_AXES, TABLE_AXES, axis_value
+from results.aggregator.scores import METHOD_AXES, TABLE_AXES, axis_value, data_of
 from results.aggregator.spec import Spec
 from results.aggregator.sweep_file import canonical
 from results.common.code import code_hash
@@ -49,11 +49,6 @@ def same_cell(stored: StoredRecord) -> tuple[Any, ...]:
     """What two records have in common if they are one cell of one table: all but seed, code and exact data."""
     record = stored.record
     return (record.sweep, stored.cell, record.method, record.profile, record.protocol, record.setting, data_of(stored))
-
-
-def data_of(stored: StoredRecord) -> tuple[Any, ...]:
-    """Names and categories of a record's data sets."""
-    return tuple(sorted((d["name"], tuple(sorted(map(str, d["categories"])))) for d in stored.record.datasets))
 
 
 def complete(

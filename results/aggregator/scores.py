@@ -241,13 +241,37 @@ def newest(records: Iterable[StoredRecord]) -> list[StoredRecord]:
 
 
 def kinds(records: Sequence[StoredRecord]) -> list[tuple[str, list[StoredRecord]]]:
-    """The records by profile and protocol, which no table mixes; the name is empty if there is only one kind."""
+    """The records by profile and protocol, which no table mixes; the name is empty if there is only one kind.
+
+    Where reference records are among them, also by data, if one name of a data set stands for several.
+    """
     found: dict[tuple[str, str], list[StoredRecord]] = {}
     for stored in records:
         found.setdefault((stored.record.profile, stored.record.protocol), []).append(stored)
-    if len(found) == 1:
-        return [("", next(iter(found.values())))]
-    return [(f"{profile}.{protocol}", mine) for (profile, protocol), mine in sorted(found.items())]
+    several = len(found) > 1
+    return [
+        (".".join(filter(None, (f"{profile}.{protocol}" * several, name))), part)
+        for (profile, protocol), mine in sorted(found.items())
+        for name, part in _by_data(mine)
+    ]
+
+
+def _by_data(records: list[StoredRecord]) -> list[tuple[str, list[StoredRecord]]]:
+    groups: dict[tuple, list[StoredRecord]] = {}
+    for stored in records:
+        groups.setdefault(data_of(stored), []).append(stored)
+    names = [name for data in groups for name in {name for name, _ in data[0]}]
+    if len(names) == len(set(names)) or not any(stored.reference for stored in records):
+        return [("", records)]
+    titles = ["-".join(name for name, _ in data[0]) + ".logical" * data[1] for data in groups]
+    titles = [f"{title}.{titles[:n].count(title)}" if title in titles[:n] else title for n, title in enumerate(titles)]
+    return list(zip(titles, groups.values(), strict=True))
+
+
+def data_of(stored: StoredRecord) -> tuple[tuple[tuple[str, tuple[str, ...]], ...], bool]:
+    """Names and categories of a record's data sets, and whether they have logical anomalies."""
+    sets = sorted((d["name"], tuple(sorted(map(str, d["categories"])))) for d in stored.record.datasets)
+    return tuple(sets), "image_auroc_logical" in stored.columns["metric"]
 
 
 def axis_value(stored: StoredRecord, axis: str, dataset: str = "") -> str:

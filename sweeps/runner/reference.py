@@ -21,6 +21,7 @@ from rich.markup import escape
 
 from results.aggregator import reference
 from results.aggregator.records import RecordError, StoredRecord, read_record
+from results.aggregator.scores import data_of
 from results.aggregator.spec import spec_for_sweep
 from results.aggregator.sweep_file import cell_key
 from results.aggregator.verify import compare
@@ -136,7 +137,7 @@ def plan(entry: Entry, threads: int, say: Callable[[str], None], results: Path |
     there = {}
     for stored in reference.read_reference(reference.FOLDER, sweep.name):
         record = stored.record
-        if record.profile == "demo" and reference.data_of(stored) == data:
+        if record.profile == "demo" and data_of(stored) == data:
             there[(stored.cell, record.seed)] = stored
     found = {}
     for job in jobs:
@@ -150,11 +151,12 @@ def plan(entry: Entry, threads: int, say: Callable[[str], None], results: Path |
 
 
 def _data(sets: list[identity.Dataset]) -> tuple[Any, ...]:
-    """Names and categories as :func:`results.aggregator.reference.data_of` gives them for a record."""
+    """Names and categories as :func:`results.aggregator.scores.data_of` gives them for a record."""
     from datamodules.readers import find_dataset
 
     chosen = [(data.name, find_dataset(data.name, data.root, data.categories)[3]) for data in sets]
-    return tuple(sorted((name, tuple(sorted(categories))) for name, categories in chosen))
+    logical = any(data.root == prepare.SYNTHETIC_LOCO or data.name == "mvtec_loco" for data in sets)
+    return tuple(sorted((name, tuple(sorted(categories))) for name, categories in chosen)), logical
 
 
 def make(options: argparse.Namespace, console: Console) -> int:
