@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from results.aggregator import audit as auditing
-from results.aggregator import names, reference, render
+from results.aggregator import methods, names, reference, render
 from results.aggregator.build import SOURCES, category_tables, paper_table, sweep_table, varies
 from results.aggregator.curves import curve_table
+from results.aggregator.names import COSTS
 from results.aggregator.records import DamagedRecordWarning, RecordError, RecordSet, StoredRecord, read_records
 from results.aggregator.scores import ConflictError, data_of, kinds, newest, select
 from results.aggregator.spec import Spec, SpecError, find_spec, spec_for_sweep, spec_names
@@ -53,6 +54,8 @@ def _sweep(options: argparse.Namespace) -> int:
             path = figures.save(figures.curves_figure(spec, records, sweep), options.out / f"{table.name}.png")
             _say(f"figure: {path}")
     else:
+        if spec.kind == "methods":
+            _methods(spec, records, table, options)
         details = category_tables(spec, records, sweep, options.std == "rms")
         if options.categories:
             for detail in details:
@@ -105,8 +108,10 @@ def _everything(records: Sequence[StoredRecord], options: argparse.Namespace):
     """(how to build it, suffix of its files) for every table that can be built."""
     controls = [stored for stored in records if stored.record.sweep in names.CONTROLS]
     for sweep in sorted({stored.record.sweep for stored in records if stored.record.cell}):
-        for kind, mine in kinds([stored for stored in records if stored.record.sweep == sweep]):
+        for kind, mine in kinds([stored for stored in records if stored.record.sweep == sweep], compared=True):
             suffix = f".{kind}" if kind else ""
+            if spec_for_sweep(sweep).kind == "methods":
+                suffix = f".{mine[0].record.profile}" if kind else ""  # the table's own name says the rest
             yield (
                 lambda s=sweep, m=mine: build_sweep(
                     spec_for_sweep(s), m, load_sweep(s, options.sweeps), False, controls
@@ -160,8 +165,9 @@ def _figures(options: argparse.Namespace) -> int:
         else:
             table = build_sweep(spec, records, sweep, False)
             drawn[options.name] = figures.ablation_bars(table, records)
-            metric = next((column.metric for column in table.columns if column.ranked), "")
-            for price in ("parameters", "seconds_per_epoch"):
+            metric = _quality(table)
+            prices = [column.metric for column in table.columns if column.metric in COSTS]
+            for price in prices if spec.kind == "methods" else ("parameters", "seconds_per_epoch"):
                 drawn[f"{options.name}.{price}"] = figures.cost_against_quality(table, records, metric, price)
     wanted = {name: figure for name, figure in drawn.items() if figure is not None}
     paths = [figures.save(figure, options.out / f"{name}.{options.suffix}") for name, figure in wanted.items()]
@@ -170,6 +176,38 @@ def _figures(options: argparse.Namespace) -> int:
     for path in paths:
         _say(f"figure: {path}")
     return 0
+
+
+def _quality(table: Table) -> str:
+    """The metric of a figure of cost against quality: the mean of seven where a row has it, else the first that is ranked."""
+    metrics = [column.metric for column in table.columns if column.ranked]
+    for metric in ("mean_of_seven", *metrics):
+        if any(
+            c.key.get("metric") == metric and c.runs and c.runs.mean is not None for row in table.cells for c in row
+        ):
+            return metric
+    return next(iter(metrics), "")
+
+
+def _methods(spec: Spec, records: Sequence[StoredRecord], table: Table, options: argparse.Namespace) -> None:
+    """What the table of the sweep ``methods`` is accompanied by: each method against the control, costs, ranks."""
+    from results.aggregator import figures
+
+    beside = methods.control_table(spec, records, load_sweep(spec.sweep, options.sweeps))
+    if beside is not None:
+        _show(beside, options)
+    else:
+        _complain("note:", f"no control was run ({', '.join(methods.CONTROLS)}), so nothing is compared with one")
+    found = methods.ranks(records)
+    if options.format is not None:
+        return
+    _say(found.silent or methods.sentence(found))
+    drawn = {} if found.silent else {"ranks": figures.critical_difference(found)}
+    for price in ("train_seconds", "images_per_second", "peak_memory"):
+        drawn[price] = figures.cost_against_quality(table, records, _quality(table), price)
+    for name, figure in drawn.items():
+        if figure is not None:
+            _say(f"figure: {figures.save(figure, options.out / f'{table.name}.{name}.png')}")
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -225,9 +263,11 @@ def _records(options: argparse.Namespace, sweep: str | None = None) -> RecordSet
     if unchecked := [stored.name for stored in found if stored.unchecked]:
         more = f" and {len(unchecked) - 3} more" if len(unchecked) > 3 else ""
         _complain("note:", f"attachments without checksums (an older version's): {', '.join(unchecked[:3])}{more}")
-    chosen = select(found, options.profile, options.protocol, options.runs or ())
+    kind = options.profile, options.protocol
+    experiment = options.compare or None, options.setting or None
+    chosen = select(found, *kind, options.runs or (), *experiment)
     chosen = newest(chosen) if options.newest else chosen
-    beside = select(coming, options.profile, options.protocol)
+    beside = select(coming, *kind, (), *experiment)
     if sweep is not None and chosen:  # a table of this sweep's data
         data = {data_of(stored) for stored in chosen}
         beside = [stored for stored in beside if data_of(stored) in data]
@@ -262,7 +302,7 @@ def _complain(label: str, what: object) -> None:
 
 
 def _filters(options: argparse.Namespace) -> str:
-    given = {"profile": options.profile, "protocol": options.protocol, "runs": options.runs}
+    given = {name: getattr(options, name) for name in ("profile", "protocol", "compare", "setting", "runs")}
     text = ", ".join(f"--{name} {value}" for name, value in given.items() if value)
     return f" (after {text})" if text else ""
 
@@ -303,6 +343,8 @@ def _parser() -> argparse.ArgumentParser:
     records.add_argument("--sweeps", type=Path, default=Path("sweeps"), help="folder of the sweep files")
     records.add_argument("--profile", help="only runs of this profile (demo, paper)")
     records.add_argument("--protocol", help="only runs of this protocol (clean, as_released)")
+    records.add_argument("--setting", help="only runs of this setting (unified, per_category)")
+    records.add_argument("--compare", help="of the sweep methods only this experiment (recipe, matched)")
     records.add_argument(
         "--runs", action="append", metavar="PATTERN", help="only runs whose sweep/run fits; may be repeated"
     )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
-from sweeps.runner import cluster, command, expansion, listing, preflight, prepare, sweep_file
+from results.common import methods
+from sweeps.runner import cluster, command, expansion, listing, preflight, prepare, requirements, sweep_file
 from sweeps.runner.display import Display
 from sweeps.runner.errors import SweepError
 from sweeps.runner.local import Job, Runner, check_writable
@@ -130,11 +132,14 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     def say(text: str) -> None:
         console.print(text, highlight=False)
 
-    sweep = sweep_file.load(options.ablation)
     variables = prepare.environment(options.profile)
+    sweep = prepare.chosen(sweep_file.load(options.ablation), variables)
     every_cell = sweep.cells(options.seeds, options.count, options.sampler_seed)
     variables = prepare.with_shared_data(sweep, every_cell, variables)
     cells = expansion.select(every_cell, options.only, sweep.path)
+    left_out = requirements.impossible(every_cell, variables)
+    every_cell, asked = _of_others(every_cell, left_out), cells
+    cells = _of_others(cells, left_out)
     check_writable(WORK)
     # The check takes seconds; on a sweep's first run it goes on beside the other preparations.
     check = preflight.Check(sweep, cells, variables) if not (WORK / sweep.name).exists() else None
@@ -147,6 +152,14 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         weights = prepare.Weights(sweep, variables, say)
         all_jobs = prepare.jobs(sweep, every_cell, variables, sets, weights, threads)
         jobs = [job for job in all_jobs if job.cell in cells]
+        left_out |= _absent(sweep, jobs, weights, variables)
+        if left_out:
+            jobs = [job for job in jobs if job.finished() or job.cell.parameters[methods.METHOD] not in left_out]
+            cells = [job.cell for job in jobs]
+            _tell_left_out(asked, left_out, say)
+            if not jobs:
+                say("No cell can run here.")
+                return 0
         if not all(job.finished() for job in jobs):
             check = check or preflight.Check(sweep, cells, variables)
             check.finish()
@@ -177,6 +190,27 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         words += [word for run in finished for word in ("--runs", f"{sweep.name}/{run}")]
         table = subprocess.run(words, env=variables).returncode
     return table if complete else 1
+
+
+def _of_others(cells: list[expansion.Cell], left_out: dict[str, str]) -> list[expansion.Cell]:
+    return [cell for cell in cells if not left_out or cell.parameters[methods.METHOD] not in left_out]
+
+
+def _absent(
+    sweep: sweep_file.SweepFile, jobs: list[Job], weights: prepare.Weights, variables: dict[str, str]
+) -> dict[str, str]:
+    """method -> what is missing for it here; only of those that are still to run."""
+    waiting = [job.cell for job in jobs if methods.of(job.cell.parameters) and not job.finished()]
+    one = {cell.parameters[methods.METHOD]: cell for cell in reversed(waiting)}
+    return requirements.absent(sweep, one, {name: weights.of(cell) for name, cell in one.items()}, variables)
+
+
+def _tell_left_out(asked: list[expansion.Cell], left_out: dict[str, str], say: Callable[[str], None]) -> None:
+    """A line for each method that was asked for and cannot run here."""
+    wanted = [cell.parameters[methods.METHOD] for cell in asked if methods.of(cell.parameters)]
+    for name in dict.fromkeys(wanted):
+        if name in left_out:
+            say(f"[yellow]left out[/] {name}: {escape(left_out[name])}")
 
 
 def _report(jobs: list[Job], display: Display) -> bool:

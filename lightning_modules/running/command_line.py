@@ -45,6 +45,7 @@ from lightning_modules.callbacks.normal_scores import NormalScores
 from lightning_modules.callbacks.predictions import Predictions
 from lightning_modules.callbacks.progress import PlainProgress, Progress
 from lightning_modules.callbacks.scoring import Evaluation
+from lightning_modules.callbacks.throughput import Throughput
 from lightning_modules.pictures import heatmaps
 from lightning_modules.running import (
     checkpoints,
@@ -63,6 +64,7 @@ from lightning_modules.running.quiet import quiet
 from lightning_modules.running.serving import CacheConfig, attach
 from lightning_modules.running.settings import RunConfig, provenance, sweep_parameters
 from results.aggregator.records import RunRecord, StoredRecord, read_record, write_record
+from results.common import methods
 from results.common.environment import parse
 
 _NAME = "UNIRECON_RUN_NAME"
@@ -115,20 +117,23 @@ def environment_arguments(environment: Mapping[str, str]) -> list[str]:
 def with_environment(arguments: list[str], environment: Mapping[str, str]) -> list[str]:
     """The arguments with those of the environment after the last ``--config``, so that explicit ones still win.
 
-    ``--method=NAME``, as the sweep over methods passes it, stands for the ``--config`` of that method's profile.
+    ``--method`` and ``--compare``, the parameters of the sweep ``methods``, become what they stand for; see
+    :mod:`results.common.methods`.
+
+    Raises:
+        SystemExit: the variables or those two contradict each other.
     """
-    profile = environment.get("PROFILE") or "demo"
-    arguments = [
-        f"--config=sweeps/profiles/{profile}/{word.partition('=')[2]}.yaml" if word.startswith("--method=") else word
-        for word in arguments
-    ]
+    try:
+        arguments, shared = methods.expand(arguments, environment)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     position = min(1, len(arguments))
     for index, argument in enumerate(arguments):
         if argument == "--config":
             position = index + 2
         elif argument.startswith("--config="):
             position = index + 1
-    return [*arguments[:position], *environment_arguments(environment), *arguments[position:]]
+    return [*arguments[:position], *shared, *environment_arguments(environment), *arguments[position:]]
 
 
 class UniReconCLI(LightningCLI):
@@ -232,7 +237,8 @@ class UniReconCLI(LightningCLI):
         given = self._get(self.config_init, "trainer")
         self.evaluation, self.normal_scores, self.history, self.curve = Evaluation(), NormalScores(), History(), None
         seed = EpochSeed(self.config[self.subcommand].seed_everything)
-        own = [seed, self.normal_scores, self.evaluation, self.history, *self._callbacks()]
+        self.throughput = Throughput()
+        own = [seed, self.normal_scores, self.evaluation, self.throughput, self.history, *self._callbacks()]
         more = given.get("callbacks") or []
         callbacks = [*(more if isinstance(more, list) else [more]), *own]
         if given.get("logger") is None:
@@ -455,6 +461,8 @@ class UniReconCLI(LightningCLI):
             "wall_seconds": round((datetime.now().astimezone() - self.started).total_seconds(), 1),
             "epochs": model.trained_epochs,
             "seconds_per_epoch": round(getattr(self, "training_seconds", 0.0) / max(1, self.history.epochs_seen), 3),
+            "train_seconds": round(getattr(self, "training_seconds", 0.0), 1),
+            "images_per_second": self.throughput.images_per_second and round(self.throughput.images_per_second, 2),
             "peak_memory_bytes": _peak_memory(device),
             "world_size": trainer.world_size,
             "effective_batch_size": data.batch_size * trainer.world_size * trainer.accumulate_grad_batches,

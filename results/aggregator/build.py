@@ -6,16 +6,19 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from results.aggregator import names, reference
+from results.aggregator import methods, names, reference
 from results.aggregator.published import Printed, read_published
 from results.aggregator.records import LABELS_AT_TEST, StoredRecord
 from results.aggregator.scores import Pool, Query, axis_value, check_table
 from results.aggregator.spec import Entry, Spec, SpecError
 from results.aggregator.sweep_file import SEED_KEYS, SweepFile, canonical, cell_key, describe_cell, show_value
 from results.aggregator.table import Cell, Column, Row, Table, Value, add_gaps, mark_values
+from results.common.methods import COMPARE
 from results.common.nearest import did_you_mean
 
 SOURCES = ("published", "runs", "both")
+OWN_PAPERS = "own_papers"
+"""Source of the published numbers that a method's own paper prints."""
 #: Which axes a sweep may vary, recognised by the key that it sets.
 _SWEPT_AXES = (
     (".backbone", ("backbone", "weights")),
@@ -49,7 +52,7 @@ def paper_table(
     printed = read_published() if published is None else published
     pool = Pool(records, rms_std)
     keys = _known_keys([stored for stored in records if stored.record.sweep == spec.sweep], None)
-    rows = [Row(row.labels, row.group, row.rule, row.default) for row in spec.rows]
+    rows = [Row(row.labels, row.group, row.rule, row.default, row.apart) for row in spec.rows]
     columns = [_column(column, spec) for column in spec.columns]
     cells = [[Cell(key=_merge(spec, row, column)) for column in spec.columns] for row in spec.rows]
     for row, line in zip(spec.rows, cells, strict=True):
@@ -58,11 +61,47 @@ def paper_table(
                 cell.published = _printed_value(cell.key, printed)
             runs = {**row.runs, **column.runs}
             if source != "published" and cell.key.get("method") != "dataset" and "absent" not in runs:
-                cell.runs = pool.value(_query(spec, cell.key, runs, keys))
+                query = _query(spec, cell.key, runs, keys)
+                of_sweep = _of_methods(query)
+                cell.runs = pool.value(of_sweep if query.sweep is None and pool.find(of_sweep) else query)
     table = Table(spec.name, spec.title, source, spec.row_headers, rows, columns, cells, notes=list(spec.notes))
     check_table(pool.used, varies(spec, None), f"table {spec.name}")
     _finish(table, spec, pool)
+    if source == "both" and spec.own_papers is not None:
+        _add_own_papers(table, spec, printed)
     return table
+
+
+def _add_own_papers(table: Table, spec: Spec, printed: Mapping[tuple[str, ...], Printed]) -> None:
+    """Beside a column with a number far from its method's own paper, a column of the own papers' numbers; and a footnote."""
+    own = {
+        (dataset, category, method, variant, metric): (paper, number)
+        for (source, paper, dataset, category, method, variant, metric), number in printed.items()
+        if source == OWN_PAPERS
+    }
+    setting = f"setting={spec.setting or 'per_category'}"
+    for j in reversed(range(len(table.columns))):
+        column, cells, far = table.columns[j], [], []
+        for line in table.cells:
+            key, value = line[j].key, line[j].published
+            wanted = (key.get("dataset"), key.get("category"), key.get("method"), setting, key.get("metric"))
+            paper, number = own.get(wanted, ("", None))
+            shown = Value(reason="its own paper's number is not known here")
+            if number is not None:
+                shown = Value(number.value, note=f"{paper}; {number.certainty}: {number.note}", printed=True)
+                gap = None if value is None or value.mean is None else value.mean - number.value
+                if gap is not None and abs(gap) >= spec.own_papers:
+                    name = f"{names.method_label(key['method'])}, {names.metric_label(key['metric'])}"
+                    far.append(f"{name}: {value.mean:g} here, {number.value:g} in {paper} ({number.note})")
+            cells.append(Cell(published=shown, key={**key, "source": OWN_PAPERS}))
+        if not far:
+            continue
+        label = f"{column.label}, own paper" if column.group else column.label
+        group = column.group or "own paper"
+        table.columns.insert(j + 1, dataclasses.replace(column, label=label, group=group, metric="threshold"))
+        for line, cell in zip(table.cells, cells, strict=True):
+            line.insert(j + 1, cell)
+        table.notes.append(f"Far from the method's own paper: {'; '.join(far)}.")
 
 
 def sweep_table(
@@ -114,10 +153,13 @@ def sweep_table(
                 columns.append(dataclasses.replace(_column(column, spec), group=paper))
                 for row, line, value in zip(entries, cells, found, strict=True):
                     line.append(Cell(published=value, key=_merge(spec, row, column)))
-    rows = [Row(row.labels, row.group, row.rule, row.default) for row in entries]
+    rows = [Row(row.labels, row.group, row.rule, row.default, row.apart) for row in entries]
     table = Table(spec.name, spec.title, "runs", headers, rows, columns, cells, notes=list(spec.notes))
+    if spec.kind == "methods":
+        suffix, what = methods.experiment(records)
+        table.name, table.title = spec.name + suffix, f"{spec.title}, {what}" if what else spec.title
     check_table(pool.used, varies(spec, sweep), f"the table of sweep {spec.sweep}")
-    if spec.sweep not in names.CONTROLS:
+    if spec.sweep not in names.CONTROLS and spec.kind != "methods":  # the methods have their control among them
         _add_controls(table, spec, pool, controls)
     table.missing += _missing_seeds(entries, pool, spec, keys)
     if strays:
@@ -258,6 +300,11 @@ def _query(
     )
 
 
+def _of_methods(query: Query) -> Query:
+    """The same number from the sweep ``methods``, where each method has its own recipe as in its paper."""
+    return dataclasses.replace(query, sweep="methods", cell=cell_key({COMPARE: "recipe"}))
+
+
 def _full_key(short: str, known: Sequence[str], where: str) -> str:
     """The dotted key that a spec means by its last part."""
     if short in known or not known:
@@ -291,6 +338,8 @@ def _sweep_rows(
     spec: Spec, records: Sequence[StoredRecord], sweep: SweepFile | None, known: Sequence[str]
 ) -> tuple[list[Entry], tuple[str, ...], list[str]]:
     """The rows of a sweep's table, their headers, and the runs that no row stands for."""
+    if spec.kind == "methods":
+        return methods.rows(spec, records, sweep), methods.HEADERS, []
     if spec.rows is not None:
         return list(spec.rows), spec.row_headers, []
     chosen = [_full_key(key, known, spec.name) for key in spec.parameters] if known else []

@@ -20,6 +20,7 @@ from results.aggregator.records import StoredRecord
 from results.aggregator.sweep_file import SEED_KEYS, canonical, describe_cell
 from results.aggregator.table import Value
 from results.common.deciding import SEEDS, deciding
+from results.common.methods import COMPARE
 
 #: What must agree in a whole table, and what must agree among the records of one method (its recipe).
 TABLE_AXES = ("protocol", "profile", "metric version", "random weights", "data")
@@ -41,7 +42,8 @@ class ConflictError(ValueError):
                 shown = ", ".join(sorted(names)[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
                 lines.append(f"    {value}: {shown}")
         lines.append(
-            "choose with --profile, --protocol, --newest (of several runs of one cell) or --runs 'sweep/run*' (make: "
+            "choose with --profile, --protocol, --compare, --setting, "
+            "--newest (of several runs of one cell) or --runs 'sweep/run*' (make: "
             "ARGS=--newest), or move the runs of one kind away"
         )
         super().__init__("\n".join(lines))
@@ -94,7 +96,7 @@ class Pool:
         return [
             stored
             for stored in self.of_cell(query.sweep, query.cell)
-            if (query.method is None or stored.record.method == query.method)
+            if (query.method is None or query.method in stored.methods)
             and (query.setting is None or stored.record.setting == query.setting)
             and any(dataset["name"] == query.dataset for dataset in stored.record.datasets)
         ]
@@ -210,7 +212,7 @@ def cost(stored: StoredRecord, metric: str) -> float | None:
     if metric == "peak_memory":
         peak = provenance.get("peak_memory_bytes")
         return None if peak is None else peak / 2**20
-    return provenance.get("wall_seconds")
+    return provenance.get(metric)
 
 
 def select(
@@ -218,13 +220,20 @@ def select(
     profile: str | None = None,
     protocol: str | None = None,
     runs: Sequence[str] = (),
+    compare: str | None = None,
+    setting: str | None = None,
 ) -> list[StoredRecord]:
-    """The records of a profile and protocol whose ``sweep/run`` fits one of the patterns (shell style)."""
+    """The records of a profile and protocol whose ``sweep/run`` fits one of the patterns (shell style).
+
+    compare, setting: Of the sweep ``methods`` only the cells of this experiment, and only records of this setting.
+    """
     return [
         stored
         for stored in records
         if (profile is None or stored.record.profile == profile)
         and (protocol is None or stored.record.protocol == protocol)
+        and (compare is None or stored.record.cell.get(COMPARE) in (None, compare))
+        and (setting is None or stored.record.setting == setting)
         and (not runs or any(fnmatch.fnmatchcase(stored.name, pattern) for pattern in runs))
     ]
 
@@ -240,18 +249,24 @@ def newest(records: Iterable[StoredRecord]) -> list[StoredRecord]:
     return sorted(last.values(), key=lambda stored: stored.name)
 
 
-def kinds(records: Sequence[StoredRecord]) -> list[tuple[str, list[StoredRecord]]]:
+def kinds(records: Sequence[StoredRecord], compared: bool = False) -> list[tuple[str, list[StoredRecord]]]:
     """The records by profile and protocol, which no table mixes; the name is empty if there is only one kind.
 
     Where reference records are among them, also by data, if one name of a data set stands for several.
+
+    compared: Keep apart the two experiments of the sweep ``methods`` and their settings, too.
     """
-    found: dict[tuple[str, str], list[StoredRecord]] = {}
+    found: dict[tuple[str, ...], list[StoredRecord]] = {}
     for stored in records:
-        found.setdefault((stored.record.profile, stored.record.protocol), []).append(stored)
+        record = stored.record
+        key = (record.profile, record.protocol)
+        if compared and record.cell.get(COMPARE):
+            key += (str(record.cell[COMPARE]), record.setting)
+        found.setdefault(key, []).append(stored)
     several = len(found) > 1
     return [
-        (".".join(filter(None, (f"{profile}.{protocol}" * several, name))), part)
-        for (profile, protocol), mine in sorted(found.items())
+        (".".join(filter(None, (".".join(key) * several, name))), part)
+        for key, mine in sorted(found.items())
         for name, part in _by_data(mine)
     ]
 

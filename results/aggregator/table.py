@@ -53,7 +53,8 @@ class Cell:
 class Row:
     """A row's labels (one per row header), the group that it stands in, and whether a line goes above it.
 
-    A `control` stands beside the rows that are compared: it is not ranked among them.
+    A `control` stands beside the rows that are compared, and a row `apart` is told more than they are: neither is ranked
+    among them.
     """
 
     labels: tuple[str, ...]
@@ -61,6 +62,7 @@ class Row:
     rule: bool = False
     default: bool = False
     control: bool = False
+    apart: bool = False
 
 
 @dataclass
@@ -120,7 +122,7 @@ def mark_values(table: Table, compare: str) -> None:
                 [
                     (getattr(cells[j], which), column.digits)
                     for row, cells in zip(table.rows, table.cells, strict=True)
-                    if not row.control
+                    if not row.control and not row.apart
                 ]
                 for j, column in enumerate(table.columns)
                 if column.ranked

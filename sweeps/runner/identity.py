@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from results.common import methods
 from results.common.code import code_hash
 from results.common.contents import content_hashes, data_hash
 from results.common.deciding import FREE, deciding
@@ -75,7 +76,11 @@ class Identifier:
             file = Path(weights).expanduser()
             overrides["WEIGHTS"] = content_hashes([file], file.parent)[0] if file.is_file() else weights
         own = self._of_method(cell.parameters.get(command.METHOD))
-        return {**self._shared, **own, "parameters": cell.parameters, "environment": overrides}
+        shared = {}
+        if key := methods.of(cell.parameters):
+            options = methods.shared(*key, self._environment["PROFILE"])
+            shared = {"shared": {k: v for k, v in options.items() if k != "data.init_args.datasets"}}
+        return {**self._shared, **own, **shared, "parameters": cell.parameters, "environment": overrides}
 
     def name(self, cell: Cell, weights: str | None) -> str:
         """The cell's id: 12 hexadecimal digits."""

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from results.common.methods import COMPARE, METHOD
 from results.common.nearest import did_you_mean
 from sweeps.runner import command
 from sweeps.runner.errors import SweepError
@@ -21,7 +22,8 @@ from sweeps.runner.sweep_file import SweepFile
 
 PROGRAM = "lightning_modules"
 # Parameters that decide which other keys exist.
-_CHOOSES_KEYS = re.compile(r"config|method|model|data|.*\.class_path")
+_CHOOSES_KEYS = re.compile(rf"config|model|data|{METHOD}|{COMPARE}|.*\.class_path")
+_STANDS_FOR_FILES = ("config", METHOD, COMPARE)
 
 
 class Check:
@@ -73,7 +75,7 @@ class Check:
                 "values": [
                     [key, str(value), self._arguments(_chosen(Cell({**cells[0].parameters, key: value}), key))]
                     for key in cells[0].parameters
-                    if key not in ("config", command.METHOD)
+                    if key not in _STANDS_FOR_FILES
                     for value in unique([cell.parameters[key] for cell in cells])
                 ],
                 "whole": self._arguments(cells[0].parameters),

@@ -7,12 +7,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 
+from results.common import methods
 from results.common.environment import parse, parts
 from results.common.files import read_json, write_json
 from results.common.lock import Lock
@@ -27,12 +28,16 @@ from sweeps.runner.sweep_file import SweepFile
 SYNTHETIC_LOCO = Path("data/synthetic_loco")
 """Four categories of the benchmark in the layout of MVTec LOCO AD."""
 LOCO_OPTIONS = ("--layout", "mvtec_loco", "--categories", "cable,circuit_board,gasket,pill_tray")
+CHOICES = {"COMPARE": methods.COMPARE, "SETTING": methods.SETTING}
+"""Variables that choose the value of a parameter which is one experiment or another."""
+_ALLOWED = {"COMPARE": methods.COMPARES, "SETTING": ("unified", "per_category")}
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
 def environment(profile: str | None, base: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment of a sweep's programs: PROFILE set, empty overrides dropped, W&B offline unless WANDB=online."""
-    result = {key: value for key, value in base.items() if value or key not in (*OVERRIDES, "PROFILE", "WANDB")}
+    may_be_empty = (*OVERRIDES, *CHOICES, "PROFILE", "WANDB")
+    result = {key: value for key, value in base.items() if value or key not in may_be_empty}
     result["PROFILE"] = profile or result.get("PROFILE") or "demo"
     mode = result.pop("WANDB", None)
     if mode not in (None, "online", "offline", "disabled"):
@@ -43,21 +48,41 @@ def environment(profile: str | None, base: Mapping[str, str] = os.environ) -> di
     return result
 
 
+def chosen(sweep: SweepFile, variables: Mapping[str, str]) -> SweepFile:
+    """The sweep with the values that COMPARE and SETTING choose; SweepError if it does not ask for such a choice."""
+    parameters = dict(sweep.parameters)
+    for name, key in CHOICES.items():
+        value = variables.get(name)
+        if not value:
+            continue
+        if key not in parameters:
+            raise SweepError(
+                f"{name}={value}, but {sweep.path} has no parameter {key} that it could choose. Leave it out."
+            )
+        if value not in _ALLOWED[name]:
+            raise SweepError(f"{name} is {value!r}. Allowed: {', '.join(_ALLOWED[name])}.")
+        parameters[key] = {"value": value}
+    return replace(sweep, parameters=parameters)
+
+
 def with_shared_data(sweep: SweepFile, cells: list[Cell], variables: Mapping[str, str]) -> dict[str, str]:
-    """The variables, for a sweep over methods with DATASET: that of the first method's profile if none is named.
+    """The variables, for a sweep over methods with DATASET: the data of all methods of its profile if none is named.
 
     Without it each method would have its own profile's data, and no table could hold them together.
     """
     if variables.get("DATASET") or not cells or command.METHOD not in cells[0].parameters:
         return dict(variables)
-    (profile,) = command.configs(sweep.command, variables, cells[0].parameters)[:1]
-    found = lookup(read_config(profile), "data.init_args.datasets") or []
+    try:
+        found = methods.datasets(variables["PROFILE"])
+    except ValueError as error:
+        raise SweepError(str(error)) from error
     named = {
         "DATASET": ",".join(entry["name"] for entry in found),
         "DATA_ROOT": ",".join(entry.get("root") or "" for entry in found),
     }
-    if len(found) == 1 and found[0].get("categories"):
-        named["CATEGORIES"] = ",".join(found[0]["categories"])
+    categories = variables.get("CATEGORIES") or ",".join(found[0].get("categories") or ())
+    if len(found) == 1 and categories:
+        named["CATEGORIES"] = categories
     return {**variables, **named}
 
 
@@ -147,6 +172,9 @@ class Weights:
         profile: dict[str, Any] = {}
         for path in command.configs(self._sweep.command, self._variables, cell.parameters):
             profile.update(lookup(read_config(path), prefix[:-1]) or {})
+        if key := methods.of(cell.parameters):
+            options = methods.shared(*key, self._variables["PROFILE"])
+            profile |= {name.removeprefix(prefix): v for name, v in options.items() if name.startswith(prefix)}
         weights = cell.parameters.get(f"{prefix}weights") or self._variables.get("WEIGHTS")
         if (weights or profile.get("weights")) != "auto":
             return weights

@@ -9,7 +9,10 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from jsonargparse import Namespace
+
 from lightning_modules.running import command_line as cli
+from sweeps.runner.requirements import missing_folder
 
 
 class Refusal(Exception):
@@ -48,6 +51,21 @@ class Parser(cli.UniReconCLI):
             message = error.code if isinstance(error.code, str) else printed.getvalue().rpartition("error: ")[2]
             raise Refusal(_essence(message)) from error
         return configuration
+
+    def missing(self, arguments: list[str]) -> str:
+        """Why the model of these arguments cannot be built here, in the program's words; empty if it can."""
+        try:
+            configuration = self.parse(arguments)
+            if reason := missing_folder(configuration["data"]["init_args"]):
+                return reason
+            parsed = self.config[self.subcommand]
+            self._parser(self.subcommand).instantiate_classes(Namespace(model=parsed.model))
+        except Refusal:
+            raise
+        except (ValueError, ImportError, OSError, RuntimeError, SystemExit) as error:
+            reasons = [line.strip().removeprefix("- ") for line in str(error).splitlines() if line.startswith("  - ")]
+            return (reasons or str(error).splitlines() or [type(error).__name__])[0]
+        return ""
 
 
 def _essence(message: str) -> str:

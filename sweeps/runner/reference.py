@@ -118,7 +118,7 @@ def plan(entry: Entry, threads: int, say: Callable[[str], None], results: Path |
     results: a folder of their own for the runs, beside which nothing counts as finished.
     """
     sweep = sweep_file.load(entry.sweep)
-    base = {key: value for key, value in os.environ.items() if key not in identity.OVERRIDES}
+    base = {key: value for key, value in os.environ.items() if key not in (*identity.OVERRIDES, *prepare.CHOICES)}
     variables = prepare.environment("demo", base)
     for key, value in (
         ("DATASET", entry.dataset),
@@ -192,9 +192,8 @@ def make(options: argparse.Namespace, console: Console) -> int:
         cost = f"about {duration(each * len(train))} of one worker" if each is not None else "cost unknown"
         more = f", {len(train)} to train, {cost}" if train else ""
         published = f", {len(missing) - len(train)} only to be copied" if len(missing) > len(train) else ""
-        say(
-            f"{escape(entry.title)}: {len(planned.jobs)} cells, {len(planned.jobs) - len(missing)} not wanted or there{more}{published}"
-        )
+        here = len(planned.jobs) - len(missing)
+        say(f"{escape(entry.title)}: {len(planned.jobs)} cells, {here} there or not asked for{more}{published}")
         if missing:
             todo.append((planned, missing))
     beyond = f" and {unknown} cells of unknown cost" if unknown else ""

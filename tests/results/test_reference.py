@@ -144,7 +144,9 @@ def jpeg(width):
 def finished(runs, tmp_path):
     """A finished run with what the program attaches."""
     index = "dataset,category,rank,defect,image_score,file,caption\nsynthetic,bolt,worst,cut,1.0,bolt.jpg,x\n"
-    scores = f"id,category,anomaly_type,label,image_score,path\n0,bolt,good,0,1.5,{tmp_path}/data/bolt/test/good/0.png\n"
+    scores = (
+        f"id,category,anomaly_type,label,image_score,path\n0,bolt,good,0,1.5,{tmp_path}/data/bolt/test/good/0.png\n"
+    )
     attachments = {
         "heatmaps/bolt.jpg": jpeg(1200),
         "heatmaps/index.csv": index,
