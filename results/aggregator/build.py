@@ -390,7 +390,8 @@ def _varying_in(records: Sequence[StoredRecord]) -> list[str]:
 def _add_controls(table: Table, spec: Spec, pool: Pool, controls: Sequence[StoredRecord]) -> None:
     """Rows below the table for what was looked up in the same features, on the same data, under the same conditions."""
     wanted = {_features(stored) for _, stored in pool.used}
-    found = [stored for stored in controls if _features(stored) in wanted]
+    rows = {stored.record.method for _, stored in pool.used}
+    found = [stored for stored in controls if _features(stored) in wanted and stored.record.method not in rows]
     cells: dict[frozenset, StoredRecord] = {}
     for stored in sorted(
         found, key=lambda stored: [repr(value) for value in map(canonical, stored.record.cell.values())]

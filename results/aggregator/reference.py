@@ -23,6 +23,8 @@ from results.aggregator.sweep_file import canonical
 from results.common.code import code_hash
 
 FOLDER = Path("results/reference")
+SMALL = "verify"
+"""The sweep of small cells that `make verify` runs again; no table shows it."""
 PLAN = "plan.yaml"
 """What is to be trained for them, beside the records."""
 MARK = "†"

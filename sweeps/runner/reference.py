@@ -33,8 +33,6 @@ from sweeps.runner.errors import SweepError
 from sweeps.runner.local import Job, Runner, check_writable
 from sweeps.runner.state import DONE, RECORDS, WORK
 
-SMALL = "verify"
-"""The sweep of small cells."""
 AGAIN = WORK / "verify"
 """Where `make verify` trains."""
 LARGEST = 15_000_000
@@ -261,9 +259,9 @@ def verify(options: argparse.Namespace, console: Console) -> int:
     def say(text: str) -> None:
         console.print(text, highlight=False)
 
-    entries = [entry for entry in read_plan(reference.FOLDER / reference.PLAN) if entry.sweep == SMALL]
+    entries = [entry for entry in read_plan(reference.FOLDER / reference.PLAN) if entry.sweep == reference.SMALL]
     if not entries:
-        raise SweepError(f"{reference.FOLDER / reference.PLAN} has no entry of the sweep {SMALL}.")
+        raise SweepError(f"{reference.FOLDER / reference.PLAN} has no entry of the sweep {reference.SMALL}.")
     check_writable(WORK)
     shutil.rmtree(AGAIN, ignore_errors=True)
     workers = options.workers or prepare.cores()
@@ -273,7 +271,7 @@ def verify(options: argparse.Namespace, console: Console) -> int:
         cells = expansion.select([job.cell for job in planned.jobs], options.only, sweep_file.find(entry.sweep))
         jobs = [job for job in planned.jobs if job.cell in cells]
         for job in [job for job in jobs if job.run not in planned.there]:
-            say(f"{_label(job.cell.parameters)}: no reference record; `make reference ONLY={SMALL}` makes it")
+            say(f"{_label(job.cell.parameters)}: no reference record; `make reference ONLY={reference.SMALL}` makes it")
         jobs = [job for job in jobs if job.run in planned.there]
         if not jobs:
             continue
