@@ -10,7 +10,7 @@ from results.aggregator import methods, names, reference
 from results.aggregator.published import Printed, read_published
 from results.aggregator.records import LABELS_AT_TEST, StoredRecord
 from results.aggregator.scores import Pool, Query, axis_value, check_table
-from results.aggregator.spec import Entry, Spec, SpecError
+from results.aggregator.spec import Entry, Spec, SpecError, spec_for_sweep
 from results.aggregator.sweep_file import SEED_KEYS, SweepFile, canonical, cell_key, describe_cell, show_value
 from results.aggregator.table import Cell, Column, Row, Table, Value, add_gaps, mark_values
 from results.common.methods import COMPARE
@@ -409,11 +409,22 @@ def _add_controls(table: Table, spec: Spec, pool: Pool, controls: Sequence[Store
                 Query(column.metric, key["dataset"], key["category"], sweep=stored.record.sweep, cell=cell)
             )
             line.append(Cell(runs=value, key=key))
-        label = f"{names.method_label(stored.record.method)}, {describe_cell(stored.record.cell)}"
+        label = f"{names.method_label(stored.record.method)}, {_in_words(stored)}"
         labels = (label, *[""] * (len(table.row_headers) - 1))
         table.rows.append(Row(labels, "Control, nothing trained", control=True))
         table.cells.append(line)
     pool.used += beside.used
+
+
+def _in_words(stored: StoredRecord) -> str:
+    """A control's cell as its own sweep's table calls it: ``grid 8×8``."""
+    known = spec_for_sweep(stored.record.sweep).parameters
+    parts = []
+    for key, value in stored.record.cell.items():
+        if key in known:
+            label = _value_label(known[key].get("values", {}), value)
+            parts.append(f"{str(known[key].get('label', key)).lower()} {label}")
+    return ", ".join(parts) or describe_cell(stored.record.cell)
 
 
 def _features(stored: StoredRecord) -> tuple[Any, ...]:

@@ -32,7 +32,7 @@ CODE = "code"
 """Key of a reference record's provenance: ``hash`` of the code that made it, and the modules it was reached from, ``roots``."""
 LEFT_OUT = ("normal_scores.csv", "colour_scale.json")
 """Attachments that only ``predict`` reads, which needs a checkpoint."""
-WIDTH, QUALITY = 480, 60
+WIDTH, QUALITY = 400, 50
 """Of a reference record's pictures: largest width in pixels, and JPEG quality."""
 _PLACE = re.compile(r"(?<![\w.:/~$}-])(?:/[\w.+~-]+){2,}/?|(?<!\w)[A-Za-z]:\\[^\s\"',]+|~/[^\s\"',]+")
 _ROOT = Path(__file__).resolve().parents[2]

@@ -128,8 +128,8 @@ def test_controls_on_the_same_features_stand_below_every_table_and_are_not_ranke
     project.reference.add(cell={"model.init_args.grid": 16}, value=0.99, image_size=(96, 96), **control)
     shown = project.lines(capsys)
     assert shown["none"].startswith("**80.0**")
-    assert shown["Nearest neighbours, grid=8"].startswith("95.0")
-    assert not any("grid=16" in label for label in shown), "other image size, other features"
+    assert shown["Nearest neighbours, grid 8×8"].startswith("95.0")
+    assert not any("16×16" in label for label in shown), "other image size, other features"
 
 
 # ---- publishing ----------------------------------------------------------------------------------------------------------
