@@ -20,7 +20,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +28,8 @@ from torch import Tensor, nn
 from models.pretrained import AUTO_TIMEOUT, PACKAGES, cached_file, hub_answers, package_of, resolve_auto
 from models.weight_files import check_finite, check_fit, few, file_sha256, read_state_dict, state_sha256
 
-if TYPE_CHECKING:
-    from timm.models.eva import Eva
-    from timm.models.vision_transformer import VisionTransformer
-
-# timm is imported where a network is made: it takes seconds, and a mistake on the command line is answered without it.
+# timm is imported where a network is made: it takes seconds, and a mistake on the command line is answered without it. Not
+# under TYPE_CHECKING either, which the command line's parser executes to resolve the constructors' types.
 
 Padding = Literal["default", "same", "released", "reflect"]
 Position = Literal["timm", "released"]
@@ -522,7 +519,7 @@ def _match_names(wanted: list[str], available: list[str]) -> dict[str, str]:
     return best
 
 
-def _from_authors(source: dict[str, Tensor], net: VisionTransformer | Eva) -> dict[str, Tensor]:
+def _from_authors(source: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
     """Names of a vision transformer's authors in timm's, by timm's own rules; unchanged where these do not apply."""
     from timm.models import eva, vision_transformer
     from timm.models.eva import Eva
