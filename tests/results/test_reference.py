@@ -222,7 +222,7 @@ def test_rounding_agrees_and_another_network_does_not(runs):
     assert not other.agrees
     assert "an image's score differs" in other.sentence
     moved = compare(first, scored(runs, "moved", [1.0, 1.2, 2.0, 3.0], value=0.9 - 2 * PIXELS))
-    assert any("pixel_auroc of bolt: 90.00, now 89.00, allowed 0.50" in line for line in moved.problems)
+    assert any("pixel_auroc of bolt: 90.00, now 89.80, allowed 0.10" in line for line in moved.problems)
 
 
 def test_tolerance_counts_the_pairs_that_noise_could_swap():
