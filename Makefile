@@ -77,7 +77,7 @@ pull: setup  ## Fetch the run records of a W&B sweep: SWEEP=entity/project/sweep
 	$(PY) -m sweeps pull "$$SWEEP"
 
 table: setup  ## One table of a paper: TABLE= [SOURCE=published|runs|both FORMAT=terminal|markdown|csv|latex|html ARGS=].
-	$(PY) -m results table "$$TABLE" --source "$${SOURCE:-both}" --format "$${FORMAT:-terminal}" $(ARGS)
+	$(PY) -m results table "$$TABLE" $(if $(SOURCE),--source "$$SOURCE") --format "$${FORMAT:-terminal}" $(ARGS)
 
 tables: setup  ## Rebuild every table under results/tables/: [ARGS=--newest].
 	$(PY) -m results tables $(ARGS)
@@ -98,7 +98,7 @@ reconstructions: setup  ## Picture what a run reconstructs: RUN=<record folder>.
 	@test -n "$$RUN" || { echo 'error: reconstructions needs RUN=<record folder>'; exit 2; }
 	$(PY) -m lightning_modules.pictures.reconstructions "$$RUN" $(ARGS)
 
-bench: setup  ## Time and memory of every method against a plain loop, about five minutes: [ARGS=].
+bench: setup  ## Time and memory of every method against a plain loop, about a minute each: [ARGS=].
 	$(PY) -m lightning_modules.benchmarks.training $(ARGS)
 
 cache: setup  ## List the feature cache's entries, or delete some: [CLEAR=key or all].

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from datamodules.errors import DataError
 from results.common.nearest import did_you_mean
-from results.common.pair import category_of
 
 if TYPE_CHECKING:
     import albumentations
@@ -124,14 +123,16 @@ class Augmentation:
 
     Args:
         name: entry of AUGMENTATIONS.
-        categories: category keys of the run; `dataset/category` is looked up by its category.
+        categories: category keys of the run, each with the category by which it is looked up; a plain sequence where the
+            keys are the categories.
     """
 
-    def __init__(self, name: str, categories: Sequence[str]) -> None:
+    def __init__(self, name: str, categories: Mapping[str, str] | Sequence[str]) -> None:
         if name not in AUGMENTATIONS:
             raise DataError(f"Unknown augmentation {name!r}. {did_you_mean(name, AUGMENTATIONS)}")
         policy = AUGMENTATIONS[name]
-        lists = {key: policy(category_of(key)) for key in categories}
+        named = categories if isinstance(categories, Mapping) else dict(zip(categories, categories, strict=True))
+        lists = {key: policy(category) for key, category in named.items()}
         self._pipelines = {key: _library().Compose(list(steps)) for key, steps in lists.items() if steps}
         if name != "none" and not self._pipelines:
             raise DataError(f"Augmentation {name!r} has nothing for any of the categories {', '.join(categories)}.")

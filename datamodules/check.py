@@ -19,9 +19,10 @@ from rich.table import Table
 from datamodules.errors import DataError
 from datamodules.images import MAX_MEGAPIXELS, REMARKABLE, read_header, read_image, read_mask, resize_mask
 from datamodules.near_duplicates import near_pairs, perceptual_hashes, thumbnail
-from datamodules.problems import ERROR, WARNING, Problem, number_of, printable
+from datamodules.problems import ERROR, WARNING, Problem, number_of
 from datamodules.readers import Counts, Listing, list_dataset
 from datamodules.sample_table import GOOD, SampleTable, TableRow, rows_of
+from results.common.shown import printable
 
 COLUMNS = ("train", "val", "test_good", "structural", "logical")
 SMALLEST = 32
@@ -184,7 +185,7 @@ def _file_problems(
         splits = {rows[number].split for number in same}
         if "test" in splits and len(splits) > 1:
             files = tuple(rows[number].image_path for number in same)
-            what = "the very same file is trained on and tested on"
+            what = "the same file is used for training and for testing"
             problems.append(Problem(WARNING, "test image in training", rows[same[0]].category, what, files))
     return problems + _near_duplicates(rows, looks)
 
@@ -204,7 +205,7 @@ def _near_duplicates(rows: Sequence[TableRow], looks: Sequence[_Look]) -> list[P
         found = [(one, other) for one, other in found if looks[one].digest != looks[other].digest]
         if found:
             few = number_of(len(found), "test image")
-            what = f"{few}: nearly the same picture is trained on (files in pairs, test first)"
+            what = f"{few}: nearly the same picture is used for training (files in pairs, test first)"
             files = tuple(rows[number].image_path for pair in found for number in pair)
             problems.append(Problem(WARNING, "test image near training", category, what, files))
     return problems

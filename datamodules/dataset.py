@@ -148,7 +148,7 @@ class TableDataset(Dataset):
     def __getitem__(self, index: int | Draw) -> dict[str, Any]:
         """A sample: `image` float32 (3, H, W) normalised, `mask` bool (1, H, W), and the fields of a batch.
 
-        An image of which nothing is known has a further text `error`: empty, or why it could not be read and is black.
+        An image of which nothing is known also has a text `error`: empty, or why it could not be read and is black.
         """
         row = self.rows[index.row if isinstance(index, Draw) else index]
         error = ""

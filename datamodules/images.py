@@ -184,11 +184,11 @@ def _header(data: bytes, path: str | Path) -> Header:
     except _BROKEN as error:
         if data.startswith((_PNG, b"\xff\xd8", b"BM", b"II", b"MM", b"RIFF", b"GIF8", b"\0\0\0\x0cjP")):
             raise DataError(f"{path}: {_DAMAGED}: copy, download or export it again.") from error
-        raise DataError(f"{path}: not a readable image (its content is none of {', '.join(FORMATS)}).") from error
+        raise DataError(f"{path}: not a readable image (formats that can be read: {', '.join(FORMATS)}).") from error
 
 
 def read_header(path: str | Path) -> Header:
-    """What an image file says of itself; DataError if it is no image."""
+    """What an image file says of itself; DataError if it is not an image."""
     data = _bytes(path)
     header = _header(data, path)
     with contextlib.suppress(*_BROKEN), _open(data) as image:  # Pillow does not know every type of pixels
@@ -262,7 +262,7 @@ def read_image(path: str | Path, bit_depth: int | None = None, max_megapixels: f
         uint8 (H, W, 3), RGB.
 
     Raises:
-        DataError: as `decode`; pixels of a type that is no image's; or brighter than the bit depth allows.
+        DataError: as `decode`; pixels of a type that images do not have; or brighter than the bit depth allows.
     """
     values, _ = decode(path, max_megapixels)
     if values.dtype == np.uint16:

@@ -11,10 +11,10 @@ from datamodules.dataset import UNKNOWN, Row
 from datamodules.errors import DataError
 from datamodules.images import IMAGE_SUFFIXES, MAX_MEGAPIXELS, infer_bit_depth, odd_mode
 from datamodules.problems import number_of
-from datamodules.tree import CLUTTER
+from results.common.contents import CLUTTER
 
 SHOWN = 20
-"""So many names of files that are no images are told."""
+"""At most this many files that are not images are named."""
 
 
 def unknown_rows(root: str | Path) -> list[Row]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from results.common.shown import printable
+
 ERROR, WARNING = "error", "warning"
 
 
@@ -26,11 +28,6 @@ def number_of(count: int, noun: str) -> str:
     """A count with its noun in the singular or plural: 1 image, 2 images, 2 categories."""
     plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
     return f"{count} {noun if count == 1 else plural}"
-
-
-def printable(text: str) -> str:
-    """A name for people: bytes of file names that are not UTF-8 are spelled out, which no terminal could print."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def describe(problems: Sequence[Problem], limit: int = 20) -> str:

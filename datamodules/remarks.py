@@ -30,7 +30,7 @@ def tested_and_trained(others: Sequence[Row], test: Sequence[Row]) -> list[str]:
     if not same:
         return []
     few = f"{number_of(len(same), 'test image')} of {len(test)}"
-    return [f"{few}: the very same file is trained on (e.g. {same[0][0]} is {same[0][1]}), so scores are too good."]
+    return [f"{few}: the same file is used for training (e.g. {same[0][0]} is {same[0][1]}), so scores are too good."]
 
 
 def _digest(path: str) -> bytes:

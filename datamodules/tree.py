@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 from datamodules.images import IMAGE_SUFFIXES
 from datamodules.problems import ERROR, WARNING, Problem, number_of
 from datamodules.sample_table import GOOD, Sample
+from results.common.contents import CLUTTER
+from results.common.nearest import nearest
 
 NORMAL_NAMES = (GOOD, "ok", "normal")
 """Folders of normal images, in any case."""
-CLUTTER = ("thumbs.db", "desktop.ini")
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -123,7 +123,7 @@ def duplicate_stem_problems(category: str, images: Sequence[Path], severity: str
             severity,
             "duplicate stem",
             category,
-            f"{' and '.join(p.name for p in same)} in {same[0].parent.name} differ in their suffix only: {so}",
+            f"{' and '.join(p.name for p in same)} in {same[0].parent.name} differ only in their suffix: {so}",
             tuple(map(str, same)),
         )
         for same in by_stem.values()
@@ -158,8 +158,8 @@ def unexpected_problems(category: str, folder: Path, expected: Sequence[str]) ->
         if part.name in expected:
             continue
         name = part.name.casefold().replace(" ", "_").replace("-", "_")
-        near = ["ground_truth"] if name in _MASK_FOLDERS else get_close_matches(name, expected, n=1, cutoff=0.6)
-        hint = f": if it is {near[0]}, call it so" if near else ""
+        near = ["ground_truth"] if name in _MASK_FOLDERS else nearest(name, expected)
+        hint = f": if it is meant as {near[0]}, rename it" if near else ""
         what = f"{part.name}/ left out, beside {', '.join(f'{e}/' for e in expected)}{hint}"
         problems.append(Problem(WARNING, "not read", category, what, (str(part),)))
     return problems
@@ -219,7 +219,9 @@ def read_tree(
         loose.pop(parts["train"])
     for part, images in loose.items():
         if images:
-            what = f"{number_of(len(images), 'image')} in {part.name}/ itself left out: they belong into one of its folders"
+            what = (
+                f"{number_of(len(images), 'image')} in {part.name}/ itself left out: they belong in one of its folders"
+            )
             problems.append(Problem(WARNING, "not read", category, what, tuple(map(str, images))))
     for part in (parts["train"], parts["val"]):
         unused = [p.name for p in list_folders(part) if not is_normal(p)]

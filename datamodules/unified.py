@@ -256,7 +256,7 @@ class UnifiedDataModule(L.LightningDataModule):
         try:
             now = fingerprint(self.table, self._reading.roots)
         except OSError as error:
-            return [f"DATA CHANGED DURING THE RUN: {error.filename} cannot be read any more ({error.strerror})"]
+            return [f"DATA CHANGED DURING THE RUN: {error.filename} can no longer be read ({error.strerror})"]
         if now == self.fingerprint:
             return []
         files = dict.fromkeys(path for row in self._rows(*SPLITS) for path in (row.image_path, *row.mask_paths))
@@ -416,7 +416,11 @@ class UnifiedDataModule(L.LightningDataModule):
         return table_rows(self.table, *splits)
 
     def _augmentation(self) -> Augmentation | None:
-        return None if self.augmentation == "none" else Augmentation(self.augmentation, self.categories)
+        if self.augmentation == "none":
+            return None
+        return Augmentation(
+            self.augmentation, dict(zip(category_keys(self.table), self.table["category"], strict=True))
+        )
 
     def _anomalies(self) -> Anomalies | None:
         if self.anomalies is None:

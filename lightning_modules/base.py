@@ -136,7 +136,7 @@ class ReconstructionModule(L.LightningModule):
     def evaluate(self, batch: Mapping[str, Any]) -> dict[str, ScoredMaps]:
         """Anomaly maps (B, H, W) and image scores (B,) by name; "" is the method itself.
 
-        Further names are other readings of the same forward pass, each scored and recorded as a variant of the run.
+        Other names are other readings of the same forward pass, each scored and recorded as a variant of the run.
         """
         return {"": self.head(self.reconstruct(batch), self.image_size)}
 

@@ -22,9 +22,9 @@ from models.reconstruction import Pair
 class DeSTSeg(ReconstructionModule):
     """DeSTSeg with the released setting as defaults: 1000 steps for the student, then 4000 for the segmentation network.
 
-    The paper trains one model per category (``data.init_args.setting=per_category``). For one model of all categories,
+    The paper trains one model per category (`data.init_args.setting=per_category`). For one model of all categories,
     which is not in the paper, give as many steps more as there are more categories, a third of it at least. Training images
-    get synthetic anomalies (``data.init_args.anomalies``), so that no features are cached.
+    get synthetic anomalies (`data.init_args.anomalies`), so that no features are cached.
 
     Both phases are one training with one optimiser: what has no gradient in a phase is not touched by it, neither by
     weight decay nor by momentum, and a resumed training is in the phase that it was in.
@@ -33,19 +33,19 @@ class DeSTSeg(ReconstructionModule):
         backbone: The teacher, ResNet18, levels 2 to 4 (its layers 1 to 3). Any other gives its levels without negative
             values.
         head: Of both maps: at a quarter of the image's size, then resized without aligned corners; image score = mean
-            of the highest 100 of 65,536 pixels (``top_k_fraction``).
+            of the highest 100 of 65,536 pixels (`top_k_fraction`).
         optimizer: SGD; its learning rate is the student's. The student's loss is a sum over the images of a batch, and the
             rate belongs to 32.
         lr_scheduler: None: the learning rates are constant.
-        lr_interval: Whether the schedule goes on after every ``epoch`` or every ``step``.
+        lr_interval: Whether the schedule goes on after every `epoch` or every `step`.
         image_size: Input size in pixels, a multiple of 32.
         denoising: Whether the student learns from corrupted images (the paper's); else from clean ones.
         student_share: Share of the training's steps that the student gets, the first ones.
         blocks_lr, head_lr: Learning rates of the segmentation network's residual blocks and of its head.
         gamma: Exponent of the focal loss.
-        segmentation_loss: ``focal+l1`` or ``focal``.
+        segmentation_loss: `focal+l1` or `focal`.
         score_distances: Also score the product of the three cosine distances, without the segmentation network, as variant
-            ``segmentation=off``.
+            `segmentation=off`.
         decoder, widths, stem, segmentation_input, segmentation_width, dilations: See :class:`models.destseg.DeSTSeg`.
     """
 

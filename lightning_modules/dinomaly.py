@@ -35,7 +35,7 @@ class Dinomaly(ReconstructionModule):
             outside; image score = mean of the highest 1 %.
         optimizer: StableAdamW.
         lr_scheduler: Warm-up over 100 steps from 0, cosine to a tenth.
-        lr_interval: Whether the schedule goes on after every ``epoch`` or every ``step``.
+        lr_interval: Whether the schedule goes on after every `epoch` or every `step`.
         image_size: Input size in pixels, which the patch divides.
         mining_share: Share of the positions, the best reconstructed ones, whose gradient is scaled.
         mining_steps: Steps over which the share grows from 0.
@@ -108,14 +108,14 @@ class Dinomaly2(Dinomaly):
         head: As Dinomaly.
         optimizer: StableAdamW without AMSGrad.
         lr_scheduler: Warm-up over 100 steps from 0, then constant.
-        lr_interval: Whether the schedule goes on after every ``epoch`` or every ``step``.
+        lr_interval: Whether the schedule goes on after every `epoch` or every `step`.
         image_size: Input size in pixels, which the patch divides.
         narrow_lr_ratio: Learning rate of the bottleneck's first layer, relative to the others'.
         narrow: See :class:`models.dinomaly.Dinomaly`, as all others.
         dropout: Likewise.
         recenter: Likewise.
         attention_epsilon: Likewise.
-        further: Further arguments of :class:`Dinomaly`.
+        further: Other arguments of :class:`Dinomaly`.
     """
 
     method = "dinomaly2"

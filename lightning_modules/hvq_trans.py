@@ -51,7 +51,7 @@ class HVQTrans(ReconstructionModule):
         backbone_mode: ``eval``: frozen features, cached. ``train``: as released, batch norms use and follow the training
             batches and stochastic depth is on during training, so that features cannot be cached.
         predicted_class: The category of images without one (``predict``), where the selector needs it.
-        score_transport: Further weights of the transport score; each is scored at the lowest level and over all levels,
+        score_transport: More weights of the transport score; each is scored at the lowest level and over all levels,
             as variants ``transport=lowest,weight=W`` and ``transport=all,weight=W``, next to ``transport=off``.
         network: Arguments of :class:`models.hvq_trans.HVQTrans`.
     """

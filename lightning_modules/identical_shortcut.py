@@ -21,7 +21,7 @@ class IdenticalShortcut(UniAD):
     UniAD's number of parameters.
 
     Args:
-        network: ``mlp``, ``cnn``, ``transformer_no_query``, ``transformer_one_query`` or, for comparison, ``uniad``.
+        network: `mlp`, `cnn`, `transformer_no_query`, `transformer_one_query` or, for comparison, `uniad`.
         backbone: As in UniAD.
         head: As in UniAD.
         optimizer: As in UniAD.
@@ -30,9 +30,9 @@ class IdenticalShortcut(UniAD):
         image_size: Input size in pixels.
         grid: Token grid (height, width); by default the highest level's size.
         hidden: Width of the hidden layers (mlp 1792, cnn 512) or of the transformers' feed-forward part (1024).
-        d_model: Transformers and ``uniad`` only, width of their tokens.
+        d_model: Transformers and `uniad` only, width of their tokens.
         dropout: Transformers only, 0.1; 0 shows what dropout itself prevents.
-        jitter_scale: Feature jitter; the study has none (0) except in ``uniad``, whose default is 20.
+        jitter_scale: Feature jitter; the study has none (0) except in `uniad`, whose default is 20.
     """
 
     method = "identical_shortcut"

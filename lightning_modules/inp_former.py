@@ -29,12 +29,12 @@ class INPFormer(ReconstructionModule):
         head: As Dinomaly's.
         optimizer: StableAdamW.
         lr_scheduler: Warm-up over 100 steps from 0, cosine to a tenth.
-        lr_interval: Whether the schedule goes on after every ``epoch`` or every ``step``.
+        lr_interval: Whether the schedule goes on after every `epoch` or every `step`.
         image_size: Input size in pixels, which the patch divides.
         mining_gamma: Power of a position's relative distance that its gradient is multiplied by; 0 = no mining.
         coherence_weight: Weight of the mean distance of all tokens to their nearest prototype.
         score_distance: Also score the distance to the nearest prototype alone, the zero-shot map, as variant
-            ``map=distance``.
+            `map=distance`.
         network: Arguments of :class:`models.inp_former.INPFormer`.
     """
 

@@ -1,4 +1,4 @@
-"""A noisy bottleneck on standardised convolutional features; see ``models/noisy_bottleneck.py`` for whose ideas it takes."""
+"""A noisy bottleneck on standardised convolutional features; see `models/noisy_bottleneck.py` for whose ideas it takes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class NoisyBottleneck(ReconstructionModule):
         head: L2 norm of the residual, resized with aligned corners; image score = maximum of the 16x16-averaged map.
         optimizer: AdamW 4e-3 with weight decay 1e-4.
         lr_scheduler: Warm-up over 300 steps from 0, cosine to 0.
-        lr_interval: Whether the schedule goes on after every ``epoch`` or every ``step``.
+        lr_interval: Whether the schedule goes on after every `epoch` or every `step`.
         image_size: Input size in pixels.
         network: Arguments of :class:`models.noisy_bottleneck.NoisyBottleneckNetwork`.
     """

@@ -17,16 +17,16 @@ class RD4AD(ReconstructionModule):
     """RD4AD with the released configuration as defaults: 200 epochs, Adam 5e-3 with betas 0.5 and 0.999, batch 16, the last
     epoch's model.
 
-    The paper trains one model per category (``data.init_args.setting=per_category``).
+    The paper trains one model per category (`data.init_args.setting=per_category`).
 
     Args:
         backbone: WideResNet50-2, levels 2, 3 and 4 (strides 4, 8 and 16).
         head: Sum of the three cosine maps, resized with aligned corners, smoothed with sigma 4; image score = maximum.
         optimizer: Adam with betas 0.5 and 0.999, no weight decay.
         lr_scheduler: None: the learning rate is constant.
-        lr_interval: Whether the schedule goes on after every ``epoch`` or every ``step``.
+        lr_interval: Whether the schedule goes on after every `epoch` or every `step`.
         image_size: Input size in pixels, a multiple of 32.
-        network: Arguments of :class:`models.rd4ad.RD4AD`. They follow the backbone: for ResNet18 block ``basic``,
+        network: Arguments of :class:`models.rd4ad.RD4AD`. They follow the backbone: for ResNet18 block `basic`,
             width_per_group 64, embedding_blocks 2 and decoder_blocks [2, 2, 2].
     """
 

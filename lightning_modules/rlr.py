@@ -21,7 +21,7 @@ class RLR(ReconstructionModule):
     """RLR with the setting of the released README command as defaults: 200 epochs, Adam 1e-4, batch 4, jitter scale 4.
 
     The argparse defaults of the released code (3 layers, no jitter, batch 16) are not the published setting. The README
-    command looks at the test set after every epoch and keeps the best one (protocol ``as_released``).
+    command looks at the test set after every epoch and keeps the best one (protocol `as_released`).
 
     Args:
         backbone: EfficientNet-B6, levels 3 and 4 (strides 8 and 16).
@@ -29,16 +29,16 @@ class RLR(ReconstructionModule):
             map, the image score is the maximum after smoothing with sigma 4.
         optimizer: Adam.
         lr_scheduler: None: the learning rate is constant.
-        lr_interval: Whether the schedule goes on after every ``epoch`` or every ``step``.
+        lr_interval: Whether the schedule goes on after every `epoch` or every `step`.
         image_size: Input size in pixels.
         widths: Token width of each level; None for the released rule, 32 times the level's stride.
-        update: How a batch moves the levels, which share no parameter. ``joint``: one optimiser, one step on the summed
-            loss. ``per_level``: an optimiser and a step per level, the same numbers. ``released``: one optimiser for
+        update: How a batch moves the levels, which share no parameter. `joint`: one optimiser, one step on the summed
+            loss. `per_level`: an optimiser and a step per level, the same numbers. `released`: one optimiser for
             all, stepped once per level with the other levels' gradients at zero, as torch 1.12 (which the released code
             pins) did; every parameter then moves once more per batch, by its momentum.
         diversity_weight: Weight of the diversity term of the references (1 in the released code where it is switched
             on); without effect for a single reference.
-        diversity_normaliser: ``released``, half of the mean cosine over pairs, or ``pairs``, the mean.
+        diversity_normaliser: `released`, half of the mean cosine over pairs, or `pairs`, the mean.
         network: Arguments of :class:`models.rlr.RLRNetwork`.
     """
 

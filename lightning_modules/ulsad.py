@@ -39,7 +39,7 @@ class QuantileConfig:
             are. ``protocol``: held_out if clean, test_good if as_released.
         alpha: Probability of the lower quantile, which becomes 0.
         beta: Probability of the upper one, which becomes 0.1.
-        alphas, betas: Further values; every pair of them is scored from the same trained model, as a variant of the run
+        alphas, betas: More values; every pair of them is scored from the same trained model, as a variant of the run
             named ``alpha=A,beta=B``, next to ``quantiles=none``.
     """
 
@@ -225,7 +225,7 @@ class ULSAD(ReconstructionModule):
             self._estimate_quantiles()
 
     def on_train_end(self) -> None:
-        # Under best_on_test the last epoch's weights have theirs already, and any other epoch's shall have none.
+        # Under best_on_test the last epoch's weights have theirs already, and any other epoch's must have none.
         if self._estimates != "none" and not (self._estimates == "test_good" and self._selection == "best_on_test"):
             self._estimate_quantiles()
 

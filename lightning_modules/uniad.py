@@ -23,7 +23,7 @@ class UniAD(ReconstructionModule):
         head: L2 norm of the residual, resized with aligned corners; image score = maximum of the 16x16-averaged map.
         optimizer: AdamW with weight decay 1e-4 on every trainable tensor.
         lr_scheduler: A tenth from epoch index 801.
-        lr_interval: Whether the schedule goes on after every ``epoch`` or every ``step``.
+        lr_interval: Whether the schedule goes on after every `epoch` or every `step`.
         image_size: Input size in pixels; each side a multiple of the highest level's stride.
         network: Arguments of :class:`models.uniad.UniAD`. Its grid is by default the highest level's size, which is the
             paper's, the image size divided by 16.

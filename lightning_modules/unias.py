@@ -22,23 +22,23 @@ class UniAS(ReconstructionModule):
     """UniAS with the released recipe as defaults: 1000 epochs of AdamW, 1e-4, a tenth from epoch index 401 and 801.
 
     The released schedule is stepped with the epoch's index after the epoch, so its drops at 400 and 800 act one later.
-    In mixed precision (``--trainer.precision=bf16-mixed``) the loss, the maps and the scores stay in float32.
+    In mixed precision (`--trainer.precision=bf16-mixed`) the loss, the maps and the scores stay in float32.
 
     Args:
-        backbone: EfficientNet-B4, levels 1 to 4, with the released code's padding. ``levels`` of the network counts
+        backbone: EfficientNet-B4, levels 1 to 4, with the released code's padding. `levels` of the network counts
             the backbone's levels from 1, the finest.
         head: Cosine distance of every level, at half the image's size, blurred by a kernel of 9, 7, 5 or 3 pixels from
             the finest level to the coarsest, and multiplied; image score = maximum. The released evaluator also reports
-            ``std``. Blurs are given for all levels of the backbone; those of ``levels`` are used.
+            `std`. Blurs are given for all levels of the backbone; those of `levels` are used.
         optimizer: AdamW with weight decay 1e-4 on every trainable tensor.
         lr_scheduler: A tenth from epoch index 401 and again from 801.
-        lr_interval: Whether the schedule goes on after every ``epoch`` or every ``step``.
+        lr_interval: Whether the schedule goes on after every `epoch` or every `step`.
         image_size: Input size in pixels; each side a multiple of the coarsest level's stride.
         loss_weight: Of the whole loss (released: 10 on MVTec AD, 1 on VisA).
-        cosine_term: ``distance`` (1 - cos, the paper's figure) or ``as_released`` (its opposite sign).
-        select: Subsets of levels, as ``4+3``, whose maps are also multiplied and scored at test: variants of the one
+        cosine_term: `distance` (1 - cos, the paper's figure) or `as_released` (its opposite sign).
+        select: Subsets of levels, as `4+3`, whose maps are also multiplied and scored at test: variants of the one
             training. A subset with a level that is not reconstructed is left out, so that one list serves all rows of
-            an ablation of ``levels``.
+            an ablation of `levels`.
         network: Arguments of :class:`models.unias.UniAS`.
     """
 
@@ -90,9 +90,9 @@ class UniAS(ReconstructionModule):
         return unias.reconstruction_loss(pairs, self.loss_weight, self.cosine_term)
 
     def evaluate(self, batch: Mapping[str, Any]) -> dict[str, ScoredMaps]:
-        """The product of all levels' maps under "", and that of every subset of ``select`` under its name.
+        """The product of all levels' maps under "", and that of every subset of `select` under its name.
 
-        ``level_maps`` go from the coarsest level to the finest, as the supplement's Fig. 3 shows them.
+        `level_maps` go from the coarsest level to the finest, as the supplement's Fig. 3 shows them.
         """
         level_maps = self.head.level_maps(self.reconstruct(batch))
         scored = {
@@ -117,7 +117,7 @@ def _of_levels(head: HeadConfig, levels: Sequence[int], count: int) -> HeadConfi
 
 
 def _subset(text: str, count: int) -> list[int]:
-    """The levels of a subset written as ``4+3``, out of 1 to ``count``."""
+    """The levels of a subset written as `4+3`, out of 1 to `count`."""
     parts = text.split("+")
     if len(set(parts)) != len(parts) or any(part not in map(str, range(1, count + 1)) for part in parts):
         raise ValueError(

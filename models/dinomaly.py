@@ -12,7 +12,6 @@ target.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -25,6 +24,7 @@ from models.layers.linear_attention import linear_attention
 from models.layers.masks import neighbor_mask
 from models.layers.vit import NORM_EPSILON, FeedForward, NoisyBottleneck, head_count, initialise, one_width
 from models.reconstruction import Pair, ReconstructionNetwork
+from models.released import renamed
 
 Attention = Literal["linear", "softmax"]
 
@@ -213,7 +213,4 @@ _RELEASED = (
 
 def released_name(name: str) -> str | None:
     """The name here of a parameter of the authors' model; None if it has none, as the encoder's."""
-    for pattern, replacement in _RELEASED:
-        if re.match(pattern, name):
-            return re.sub(pattern, replacement, name, count=1)
-    return None
+    return renamed(name, _RELEASED)

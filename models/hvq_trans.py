@@ -5,7 +5,7 @@ https://arxiv.org/abs/2310.14228. Where the abstract and figures are silent this
 
 The encoder's levels are replaced by prototypes (codes) of normal images before the decoder sees them, so that an anomaly
 cannot pass. The codebooks, and the last linear layer, are switched by the class of the image: three parts of the network
-are separate copies per class. With ``selector="label"``, as released, the class is a label, **also at test time**.
+are separate copies per class. With `selector="label"`, as released, the class is a label, **also at test time**.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from models.layers.classifier import PooledClassifier
 from models.layers.neck import ConcatenatedLevels
 from models.layers.positions import LearnedPosition2d
 from models.reconstruction import Pair
+from models.released import renamed
 from models.uniad import DecoderLayer, EncoderLayer
 
 Selector = Literal["label", "classifier", "none"]
@@ -75,8 +76,8 @@ class HVQTrans(ConcatenatedLevels):
     hierarchy: how many of the encoder's levels are quantised and read by the decoder, from the highest down: all of
         them, encoder_layers + 1, if None. With 1, every decoder layer reads the highest level, twice side by side. 0 =
         nothing is quantised, the control that can copy its input.
-    selector: what chooses codebooks and head. ``label`` (released): the true class, in training and test. ``classifier``
-        (the paper's text): the true class in training, a classifier's guess in eval mode. ``none``: there is one codebook
+    selector: what chooses codebooks and head. `label` (released): the true class, in training and test. `classifier`
+        (the paper's text): the true class in training, a classifier's guess in eval mode. `none`: there is one codebook
         per level and one head for all classes.
     switched: which parts the selector switches; the others exist once.
     transport: the prototype-oriented transport score (POT) that is added to the map in eval mode: `off`, at the `lowest`
@@ -163,7 +164,7 @@ class HVQTrans(ConcatenatedLevels):
     def forward(self, features: Sequence[Tensor], classes: Sequence[int] | None = None) -> Restored:
         """features: (B, C_l, H_l, W_l) per level; classes: the class of each image, 0 to classes - 1.
 
-        Classes are needed wherever the selector reads them: with ``label`` always, with ``classifier`` in training mode.
+        Classes are needed wherever the selector reads them: with `label` always, with `classifier` in training mode.
         In training mode the codebooks follow this batch; with several processes, the batches of all of them.
         """
         target = self.prepare(features)[0]
@@ -281,7 +282,7 @@ class HVQTrans(ConcatenatedLevels):
 
     @torch.no_grad()
     def start_codebooks(self, features: Sequence[Tensor], classes: Sequence[int], generator: torch.Generator) -> None:
-        """Codes become tokens of these images, each counted once (our start ``data``; the released one is random).
+        """Codes become tokens of these images, each counted once (our start `data`; the released one is random).
 
         features, classes: as in `forward`, of some images of every class. generator: of the choice of tokens, on the
         CPU. The network's parameters are not changed. Raises ValueError for a class without an image.
@@ -482,7 +483,4 @@ def released_name(name: str) -> str | None:
     if found := re.fullmatch(r"quantize_list_(\d+)\.(\d+)\.(\w+)", name):
         level, number, buffer = int(found[1]) - 1, found[2], _RELEASED_BUFFERS.get(found[3])
         return buffer and f"codebooks.{level}.books.{number}.{buffer}"
-    for pattern, replacement in _RELEASED:
-        if re.match(pattern, name):
-            return re.sub(pattern, replacement, name, count=1)
-    return None
+    return renamed(name, _RELEASED)

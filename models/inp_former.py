@@ -10,7 +10,6 @@ to the prototypes remains. The bottleneck is the rank, not noise.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 from models.layers.groups import group_means, layer_groups, means_suffice
 from models.layers.vit import NORM_EPSILON, FeedForward, NoisyBottleneck, head_count, initialise, one_width
 from models.reconstruction import Pair, ReconstructionNetwork
+from models.released import renamed
 
 Attention = Literal["relu", "softmax"]
 
@@ -193,7 +193,4 @@ _RELEASED = (
 
 def released_name(name: str) -> str | None:
     """The name here of a parameter of the authors' model; None if it has none, as the encoder's."""
-    for pattern, replacement in _RELEASED:
-        if re.match(pattern, name):
-            return re.sub(pattern, replacement, name, count=1)
-    return None
+    return renamed(name, _RELEASED)

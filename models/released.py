@@ -15,8 +15,9 @@ given the authors' state dict without the prefix; it returns the names that it u
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,19 @@ class Imported(NamedTuple):
     def __str__(self) -> str:
         text = f"{len(self.used)} tensors imported"
         return f"{text}, {len(self.unused)} not used: {few(self.unused)}" if self.unused else f"{text}, none left over"
+
+
+def renamed(name: str, patterns: Sequence[tuple[str, str]]) -> str | None:
+    """The name after the first replacement whose pattern fits its beginning; None if none does.
+
+    Args:
+        name: The authors' name of a tensor.
+        patterns: Regular expressions, each with its replacement as `re.sub` takes it.
+    """
+    for pattern, replacement in patterns:
+        if re.match(pattern, name):
+            return re.sub(pattern, replacement, name, count=1)
+    return None
 
 
 def load_released(network: nn.Module, checkpoint: str | Path | Mapping[str, Tensor]) -> Imported:

@@ -11,7 +11,6 @@ Three ideas keep the network from copying its input: each decoder layer starts f
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -26,6 +25,7 @@ from models.layers.masks import neighbor_mask
 from models.layers.neck import ConcatenatedLevels
 from models.layers.positions import LearnedPosition2d, SinePosition2d
 from models.reconstruction import Pair
+from models.released import renamed
 
 Query = Literal["none", "first", "layerwise"]
 Position = Literal["learned", "sine"]
@@ -217,7 +217,4 @@ _RELEASED = (
 
 def released_name(name: str) -> str | None:
     """The name here of a parameter of the authors' reconstruction module; None if it has none."""
-    for pattern, replacement in _RELEASED:
-        if re.match(pattern, name):
-            return re.sub(pattern, replacement, name, count=1)
-    return None
+    return renamed(name, _RELEASED)

@@ -28,6 +28,7 @@ from models.layers.linear_head import UpsampleConvolutions
 from models.layers.masks import neighbor_mask
 from models.layers.positions import normalized_sine_position
 from models.reconstruction import Pair, ReconstructionNetwork
+from models.released import renamed
 
 FeatureFilter = Literal["none", "average", "gaussian", "gaussian_residual"]
 SampleAwareReweighting = Literal["none", "supplement", "released", "capacity_control"]
@@ -591,10 +592,8 @@ _RELEASED = (
 
 def released_name(name: str) -> str | None:
     """The name here of a parameter of the authors' pixel decoder and predictor; None if it has none."""
-    for pattern, replacement in _RELEASED:
-        if re.match(pattern, name):
-            own = (
-                re.sub(pattern, replacement, name, count=1).replace("Spatial", "spatial").replace("Channel", "channel")
-            )
-            return re.sub(r"<(\d)>", lambda index: str(4 - int(index[1])), own)
-    return None
+    own = renamed(name, _RELEASED)
+    if own is None:
+        return None
+    own = own.replace("Spatial", "spatial").replace("Channel", "channel")
+    return re.sub(r"<(\d)>", lambda index: str(4 - int(index[1])), own)

@@ -27,7 +27,7 @@ class VisualDecoder(nn.Module):
         sizes: (H, W) of each map, in any order.
         image_size: (height, width) of the images in pixels.
         width: channels of the first stage, halved from stage to stage (at least 16).
-        depths: basic blocks per stage; the last entry serves all further stages.
+        depths: basic blocks per stage; the last entry holds for all later stages.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from results.aggregator.names import COSTS
 from results.aggregator.records import DamagedRecordWarning, RecordError, RecordSet, StoredRecord, read_records
 from results.aggregator.scores import ConflictError, data_of, kinds, newest, select
 from results.aggregator.spec import Spec, SpecError, find_spec, spec_for_sweep, spec_names
-from results.aggregator.sweep_file import SweepFile, read_sweep
+from results.aggregator.sweep_cells import SweepCells, read_sweep
 from results.aggregator.table import Table
 from results.common.shown import printable
 
@@ -233,7 +233,7 @@ def _list(options: argparse.Namespace) -> int:
 def build_sweep(
     spec: Spec,
     records: Sequence[StoredRecord],
-    sweep: SweepFile | None,
+    sweep: SweepCells | None,
     rms_std: bool = False,
     controls: Sequence[StoredRecord] = (),
 ) -> Table:
@@ -243,7 +243,7 @@ def build_sweep(
     return sweep_table(spec, records, sweep, rms_std=rms_std, controls=controls)
 
 
-def load_sweep(name: str, folder: Path) -> SweepFile | None:
+def load_sweep(name: str, folder: Path) -> SweepCells | None:
     """The sweep file of that name, None if there is none (then the rows are the cells that were run)."""
     path = folder / f"{name}.yaml"
     return read_sweep(path) if path.is_file() else None
@@ -293,7 +293,7 @@ def _controls(options: argparse.Namespace) -> list[StoredRecord]:
 
 
 def _say(text: str) -> None:
-    """A line for the user; names in it are no markup."""
+    """A line for the user; names in it are not read as markup."""
     console.print(escape(printable(text)), highlight=False, soft_wrap=True)
 
 
@@ -351,7 +351,7 @@ def _parser() -> argparse.ArgumentParser:
     records.add_argument(
         "--newest",
         action="store_true",
-        help="of several runs of one cell and seed, as other code made them, only the last",
+        help="where different code ran one cell and seed more than once, only the last run",
     )
     output = argparse.ArgumentParser(add_help=False)
     output.add_argument("--out", type=Path, default=OUT, help="folder for the files")
@@ -369,10 +369,10 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = add("sweep", _sweep, [records, output], "the table of a sweep")
     sub.add_argument("name")
-    sub.add_argument("--categories", action="store_true", help="print the per-category table of each cell, too")
+    sub.add_argument("--categories", action="store_true", help="also print the per-category table of each cell")
     sub = add("table", _table, [records, output], "one table of a paper, as printed, from our runs, or side by side")
     sub.add_argument("id", help="see `python -m results list`")
-    sub.add_argument("--source", choices=SOURCES, default="published")
+    sub.add_argument("--source", choices=SOURCES, default="both", help="which numbers (default: %(default)s)")
     add("tables", _tables, [records, output], "rebuild everything under results/tables/")
     add("audit", _audit, [output], "check the papers' printed tables against themselves")
     sub = add("compare", _compare, [records], "paired tests between two methods, runs or cells")

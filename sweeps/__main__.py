@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from results.common import methods
-from sweeps.runner import cluster, command, expansion, listing, preflight, prepare, requirements, sweep_file
+from sweeps.runner import checked_sweep, cluster, command, expansion, listing, preflight, prepare, requirements
 from sweeps.runner.display import Display
 from sweeps.runner.errors import SweepError
 from sweeps.runner.local import Job, Runner, check_writable
@@ -98,14 +98,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
 
 
 def _numbers(text: str) -> list[int]:
     parts = text.replace(",", " ").split()
     if not all(part.isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(f"{text} is no list of whole numbers like 0,1,2")
+        raise argparse.ArgumentTypeError(f"{text} is not a list of whole numbers like 0,1,2")
     return [int(part) for part in parts]
 
 
@@ -133,7 +133,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         console.print(text, highlight=False)
 
     variables = prepare.environment(options.profile)
-    sweep = prepare.chosen(sweep_file.load(options.ablation), variables)
+    sweep = prepare.chosen(checked_sweep.load(options.ablation), variables)
     every_cell = sweep.cells(options.seeds, options.count, options.sampler_seed)
     variables = prepare.with_shared_data(sweep, every_cell, variables)
     cells = expansion.select(every_cell, options.only, sweep.path)
@@ -197,7 +197,7 @@ def _of_others(cells: list[expansion.Cell], left_out: dict[str, str]) -> list[ex
 
 
 def _absent(
-    sweep: sweep_file.SweepFile, jobs: list[Job], weights: prepare.Weights, variables: dict[str, str]
+    sweep: checked_sweep.CheckedSweep, jobs: list[Job], weights: prepare.Weights, variables: dict[str, str]
 ) -> dict[str, str]:
     """method -> what is missing for it here; only of those that are still to run."""
     waiting = [job.cell for job in jobs if methods.of(job.cell.parameters) and not job.finished()]
@@ -222,7 +222,7 @@ def _report(jobs: list[Job], display: Display) -> bool:
             for line in job.log_lines:
                 display.say(f"  [dim]|[/] {escape(line)}")
     if any(job.state == FAILED for job in missing):
-        display.say("\nAfter mending the cause, run the same sweep with RETRY_FAILED=1.")
+        display.say("\nOnce the cause is fixed, run the same sweep with RETRY_FAILED=1.")
     if missing:
         display.say(f"[bold]{len(missing)} of {len(jobs)} cells have no result.[/]")
     return not missing

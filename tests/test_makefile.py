@@ -59,9 +59,16 @@ def _call(folder: Path, target: str, variables: dict[str, str], from_environment
         ),
         ("reconstructions", {"RUN": STRANGE}, {STRANGE}, ["", "", ""]),
         ("compare", {"A": STRANGE, "B": "b c"}, {STRANGE, "b c"}, ["", "", ""]),
+        ("table", {"TABLE": STRANGE, "SOURCE": "runs"}, {STRANGE, "--source", "runs"}, ["", "", ""]),
     ],
 )  # fmt: skip
 def test_names_of_files_arrive_letter_for_letter(tmp_path, target, variables, words, named, from_environment):
     found, environment = _call(tmp_path, target, variables, from_environment)
     assert words <= set(found)
     assert environment == named
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_make_table_leaves_the_choice_of_numbers_to_the_program(tmp_path):
+    found, _ = _call(tmp_path, "table", {"TABLE": "unias_4"}, from_environment=True)
+    assert "--source" not in found

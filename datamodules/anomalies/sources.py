@@ -29,12 +29,12 @@ class AnomalyConfig:
     """Anomalies for training images: Perlin blobs (DeSTSeg's) filled from a source.
 
     Args:
-        source: ``dtd``: photographs of a folder, drawn with replacement and resized without keeping their aspect; the
-            papers' numbers belong to the Describable Textures Dataset. ``textures``: drawn by this project, no file
-            needed. ``own``: crops of the training images, of another category where there is one, turned, mirrored
+        source: `dtd`: photographs of a folder, drawn with replacement and resized without keeping their aspect; the
+            papers' numbers belong to the Describable Textures Dataset. `textures`: drawn by this project, no file
+            needed. `own`: crops of the training images, of another category where there is one, turned, mirrored
             and coloured anew.
-        folder: Of ``dtd``, searched recursively (DTD's own folder ``images``).
-        opacity: Range of the texture's share in an anomaly: ``released`` (0.2 to 1) or ``paper`` (0.15 to 1).
+        folder: Of `dtd`, searched recursively (DTD's own folder `images`).
+        opacity: Range of the texture's share in an anomaly: `released` (0.2 to 1) or `paper` (0.15 to 1).
     """
 
     source: str = "textures"
@@ -58,7 +58,7 @@ class Anomalies:
 
     Args:
         config: What they are.
-        rows: The training images, of which source ``own`` cuts its crops; each has a `category`.
+        rows: The training images, of which source `own` cuts its crops; each has a `category`.
         load: Gives a row's resized image, uint8 (H, W, 3), and mask.
 
     Raises:

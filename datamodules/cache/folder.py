@@ -43,7 +43,7 @@ class Entry:
 
 
 def entries(root: Path) -> list[Entry]:
-    """All entries below ``root``, the least recently used first."""
+    """All entries below `root`, the least recently used first."""
     found = []
     for folder in root.iterdir() if root.is_dir() else ():
         if not folder.is_dir():
@@ -70,7 +70,7 @@ def remove(entry: Entry) -> bool:
 
 
 def make_room(root: Path, needed: int, budget: int) -> None:
-    """Deletes the least recently used entries until ``needed`` bytes fit into the budget."""
+    """Deletes the least recently used entries until `needed` bytes fit into the budget."""
     if needed > budget:
         raise CacheTooLargeError(f"needs {needed / 2**30:.2f} GiB, the budget is {budget / 2**30:.2f} GiB")
     present = entries(root)
@@ -87,7 +87,7 @@ def make_room(root: Path, needed: int, budget: int) -> None:
 
 @contextlib.contextmanager
 def locked(root: Path, key: str, waiting: Callable[[], None] | None) -> Iterator[None]:
-    """Holds the entry's lock; without ``waiting``, BlockingIOError if another process holds it."""
+    """Holds the entry's lock; without `waiting`, BlockingIOError if another process holds it."""
     lock = Lock(root / f"{key}.lock")
     if not lock.acquire():
         if waiting is None:

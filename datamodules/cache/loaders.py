@@ -47,7 +47,7 @@ class CachedImages:
 
 
 class CachedBatches(Dataset):
-    """Whole batches from a cache: item = positions in ``rows`` -> the batch dict with ``features`` instead of pixels.
+    """Whole batches from a cache: item = positions in `rows` -> the batch dict with `features` instead of pixels.
 
     Args:
         cache: The open entry.

@@ -11,7 +11,7 @@ from pkgutil import iter_modules
 from typing import ClassVar
 
 from datamodules.errors import DataError
-from datamodules.problems import ERROR, WARNING, Problem, describe, number_of, printable
+from datamodules.problems import ERROR, WARNING, Problem, describe, number_of
 from datamodules.sample_table import GOOD, Sample, SampleTable, build_table
 from datamodules.tree import is_category, list_folders
 from results.common.nearest import did_you_mean
@@ -147,7 +147,7 @@ def list_dataset(
         kinds = {sample.anomaly_type == GOOD for sample in found if sample.split == "test"}
         if found and len(kinds) < 2:
             lacking = "anomalous " if kinds == {True} else "normal " if kinds == {False} else ""
-            what = f"no {lacking}test image, so that most scores of this category do not exist"
+            what = f"no {lacking}test image, so most scores of this category are undefined"
             problems.append(Problem(WARNING, "one-sided test set", category, what, (str(base),)))
         problems.extend(_names_that_cannot_be_written(category, found))
         samples.extend(found)
@@ -161,7 +161,7 @@ def _names_that_cannot_be_written(category: str, samples: Sequence[Sample]) -> l
         "".join(names).encode()
         return []
     except UnicodeEncodeError:
-        bad = tuple(name for name in names if printable(name) != name)
+        bad = tuple(name for name in names if any("\ud800" <= character <= "\udfff" for character in name))
     what = (
         f"{number_of(len(bad), 'name')} not in UTF-8: rename them, for example by convmv -f latin1 -t utf8 -r --notest"
     )
@@ -174,13 +174,13 @@ def raise_on_errors(listing: Listing) -> None:
     if errors:
         raise DataError(
             f"{listing.reader.name} in {listing.root} cannot be used as it is:\n{describe(errors)}\n"
-            "Everything is listed by: "
+            "To list everything: "
             f"python -m datamodules check --dataset {listing.reader.name} --data-root {listing.root}"
         )
 
 
 def _how_to_get(reader: DatasetReader) -> str:
-    source = f" It can be had from {reader.homepage}" if reader.homepage else ""
+    source = f" It is available from {reader.homepage}" if reader.homepage else ""
     return f"{reader.name} is laid out as: {reader.layout}.{source}"
 
 

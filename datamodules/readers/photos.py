@@ -1,4 +1,4 @@
-"""The photographs of real products that come with the project; see ``datamodules/photos/README.md``."""
+"""The photographs of real products that come with the project; see `datamodules/photos/README.md`."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class Scene:
             index, other = self.swaps[int(rng.integers(len(self.swaps)))]
             parts[index] = other
         else:
-            raise ValueError(f"{defect!r} is no logical defect.")
+            raise ValueError(f"{defect!r} is not a logical defect.")
         return replace(self, parts=tuple(parts))
 
 

@@ -247,7 +247,7 @@ def _is_complete(root: Path, plan: Plan) -> bool:
         keys = [key for key in wanted if found.get(key) != wanted[key]]
         difference = "; ".join(f"{key} is {found.get(key)!r}, asked for is {wanted[key]!r}" for key in keys)
         raise DataError(f"{root} holds a benchmark of another kind: {difference}. Name a new folder or remove it.")
-    raise DataError(f"{root} exists and holds something else than this benchmark: name a new folder or remove it.")
+    raise DataError(f"{root} exists and holds something other than this benchmark: name a new folder or remove it.")
 
 
 def _write_all(root: Path, plan: Plan, workers: int) -> None:

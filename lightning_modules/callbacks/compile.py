@@ -1,4 +1,4 @@
-"""``torch.compile`` for what a method computes in every step."""
+"""`torch.compile` for what a method computes in every step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Compile(L.Callback):
     """Compiles what a method computes in every step, as soon as it is built.
 
     Args:
-        mode: Of ``torch.compile``; None is its default.
+        mode: Of `torch.compile`; None is its default.
     """
 
     def __init__(self, mode: str | None = None) -> None:

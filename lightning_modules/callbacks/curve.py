@@ -16,10 +16,10 @@ from lightning_modules.metrics import AnomalyMetrics, RegionCache
 
 
 class EvaluationCurve(L.Callback):
-    """Image and pixel AUROC on the test set every ``every`` epochs while training, for a curve.
+    """Image and pixel AUROC on the test set every `every` epochs while training, for a curve.
 
-    With ``select`` (protocol ``as_released`` only) the weights of the best epoch by that metric are put back when training
-    ends; of equally good epochs the ``tie`` (``last`` or ``first``) one.
+    With `select` (protocol `as_released` only) the weights of the best epoch by that metric are put back when training
+    ends; of equally good epochs the `tie` (`last` or `first`) one.
     """
 
     def __init__(self, history: History, every: int, select: str | None = None, tie: str = "last") -> None:

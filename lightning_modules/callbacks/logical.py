@@ -32,7 +32,7 @@ MEAN = "types"
 
 
 def spro_name(limit: float) -> str:
-    """``pixel_auspro`` for the limit 0.05, ``pixel_auspro_0.3`` for 0.3."""
+    """`pixel_auspro` for the limit 0.05, `pixel_auspro_0.3` for 0.3."""
     return "pixel_auspro" if limit == LIMITS[0] else f"pixel_auspro_{limit:g}"
 
 

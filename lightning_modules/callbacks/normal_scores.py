@@ -1,6 +1,6 @@
 """How high normal images score, by which the score of a new image can be judged without any label.
 
-A run keeps the scores of normal images: of those that it held out (``data.holdout``, or a data set's own validation
+A run keeps the scores of normal images: of those that it held out (`data.holdout`, or a data set's own validation
 images), else of some training images, which score lower than unseen normal images do.
 """
 

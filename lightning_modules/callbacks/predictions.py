@@ -14,21 +14,22 @@ import pandas as pd
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from PIL import Image
 
-from datamodules.problems import number_of, printable
+from datamodules.problems import number_of
 from lightning_modules.base import ReconstructionModule
 from lightning_modules.callbacks.normal_scores import p_values
 from lightning_modules.metrics.sync import Group
 from models.head import ScoredMaps
+from results.common.shown import printable
 
 LONGEST = 200
 """Bytes of an image's name that its files' names take over; file systems allow 255 in all."""
 
 
 class Predictions(L.Callback):
-    """Writes what ``predict`` finds: ``scores.csv``, the raw float32 maps (``.npy``) and heat maps over the images.
+    """Writes what `predict` finds: `scores.csv`, the raw float32 maps (`.npy`) and heat maps over the images.
 
-    All heat maps share one colour scale, so that a normal image stays dark. ``scores.csv`` has a p-value beside each score
-    where the run's record holds scores of normal images; an image that could not be read has no score but a ``reason``.
+    All heat maps share one colour scale, so that a normal image stays dark. `scores.csv` has a p-value beside each score
+    where the run's record holds scores of normal images; an image that could not be read has no score but a `reason`.
     The files of an earlier prediction stay until all of these are written.
 
     Args:
@@ -92,9 +93,11 @@ class Predictions(L.Callback):
             table.insert(2, "p_value", np.where(table.reason == "", p, np.nan))
             highest = int((table.image_score > self.normal.image_score.max()).sum())
             kind = "held-out normal" if (self.normal.split == "val").all() else "training"
-            said += f"\nThose that score higher than each of the run's {len(self.normal)} {kind} images: {highest}."
+            said += f"\nImages that score higher than all of the run's {len(self.normal)} {kind} images: {highest}."
             if kind == "training":
-                said += " Unseen normal images score higher; a run with --data.init_args.holdout=0.1 knows by how much."
+                said += (
+                    " Unseen normal images score higher; a run with --data.init_args.holdout=0.1 measures by how much."
+                )
         if failed.empty:
             table = table.drop(columns="reason")
         if trainer.is_global_zero:

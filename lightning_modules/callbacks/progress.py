@@ -14,7 +14,7 @@ from results.common.files import write_json
 
 
 class Progress(L.Callback):
-    """Writes ``{"epoch": done, "epochs": all, "metrics": {...}}`` to a file after every epoch, for the sweep runner."""
+    """Writes `{"epoch": done, "epochs": all, "metrics": {...}}` to a file after every epoch, for the sweep runner."""
 
     def __init__(self, path: Path, history: History) -> None:
         self.path = path

@@ -8,6 +8,7 @@
 from .definitions import IMAGE_METRICS, METRICS, PIXEL_METRICS, VERSION
 from .metric import AnomalyMetrics, MetricResult
 from .regions import RegionCache, Regions, find_regions
+from .version import __version__
 
 __all__ = [
     "IMAGE_METRICS",
@@ -18,5 +19,6 @@ __all__ = [
     "MetricResult",
     "RegionCache",
     "Regions",
+    "__version__",
     "find_regions",
 ]

@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--metrics", help="names separated by commas (default: all)")
     parser.add_argument("--fpr-limits", default="0.3", help="limits of AUPRO, separated by commas (default: 0.3)")
     parser.add_argument("--connectivity", type=int, default=8, choices=(4, 8), help="of the regions of AUPRO")
-    parser.add_argument("--no-pooled", action="store_true", help="leave the pooled ranking of all categories out")
+    parser.add_argument("--no-pooled", action="store_true", help="leave out the pooled ranking of all categories")
     parser.add_argument("--max-megapixels", type=float, default=folder.MAX_MEGAPIXELS, help="larger files are refused")
     parser.add_argument("--on-disk", type=Path, metavar="DIRECTORY", help="keep the maps in temporary files there")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write every number, in long form")

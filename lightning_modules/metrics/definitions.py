@@ -65,6 +65,12 @@ def aupro_name(limit: float) -> str:
     return "pixel_aupro" if limit == 0.3 else f"pixel_aupro_{limit:g}"
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The part of a message that names the nearest known name; only the full stop if none is near."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else "."
+
+
 def select_metrics(names: Iterable[str] | None, fpr_limits: tuple[float, ...]) -> tuple[str, ...]:
     """Check metric names and put them in the fixed order. None selects all.
 
@@ -81,9 +87,7 @@ def select_metrics(names: Iterable[str] | None, fpr_limits: tuple[float, ...]) -
     wanted = list(names)
     for name in wanted:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown metric {name!r}{hint} Known metrics: {', '.join(known)}")
+            raise ValueError(f"unknown metric {name!r}{did_you_mean(name, known)} Known metrics: {', '.join(known)}")
     if not wanted:
         raise ValueError(f"no metric selected. Known metrics: {', '.join(known)}")
     return tuple(name for name in known if name in wanted)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .definitions import IMAGE_METRICS, NOT_AVERAGED, OVERLAP_METRICS, VERSION, aupro_name, describe, select_metrics
+from .definitions import (
+    IMAGE_METRICS,
+    NOT_AVERAGED,
+    OVERLAP_METRICS,
+    VERSION,
+    aupro_name,
+    describe,
+    did_you_mean,
+    select_metrics,
+)
 from .keys import float_to_key, key_to_float
 from .means import mean_over_categories
 from .pixels import PixelResult, evaluate_pixels
@@ -232,8 +240,7 @@ class AnomalyMetrics:
     ) -> None:
         for b, name in enumerate(names):
             if self.datasets is not None and name not in self.datasets:
-                near = difflib.get_close_matches(name, self.datasets, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = did_you_mean(name, self.datasets)
                 raise ValueError(f"{sample(b)}: unknown category{hint} Known: {', '.join(self.datasets)}")
             if labels[b] not in (0, 1):
                 raise ValueError(f"{sample(b)}: label {labels[b]}, allowed are 0 (normal) and 1 (anomalous)")
@@ -281,7 +288,7 @@ class AnomalyMetrics:
     def _agree(self, group: Group) -> None:
         """Drop samples that a lower rank has too, and learn the categories of the other processes."""
         if any(group.gather_objects(self._numbered)):
-            raise ValueError("with several processes `update` needs ids, otherwise samples cannot be told apart")
+            raise ValueError("with several processes `update` needs ids; without them, samples cannot be told apart")
         if self.datasets is None:
             everywhere = {name for names in group.gather_objects(list(self._categories)) for name in names}
             for name in everywhere:

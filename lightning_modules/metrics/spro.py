@@ -5,7 +5,7 @@ Localization", IJCV 2022, section 5, and the dataset's official evaluation code:
 
 * a region is one annotated defect = one mask file, whatever its connected components;
 * at a threshold, sPRO of a region = min(detected pixels of the region / saturation area, 1); the saturation area comes
-  from the category's ``defects_config.json``: ``int(threshold * area)`` if relative, else ``min(threshold, area)``;
+  from the category's `defects_config.json`: `int(threshold * area)` if relative, else `min(threshold, area)`;
 * the false positive rate counts, over all images given, the pixels that lie in no region of their image;
 * AU-sPRO = area under (FPR, mean sPRO over all regions) up to an FPR limit (the paper's headline: 0.05), divided by
   the limit; logical and structural anomalies are scored apart, each together with all good images, and averaged.

@@ -25,11 +25,11 @@ def choose(image_scores: pd.DataFrame) -> dict[int, str]:
     Where a category has structural and logical anomalies, three of each.
 
     Args:
-        image_scores: One row per test image with ``id``, ``category``, ``anomaly_type``, ``label`` (0 or 1) and
-            ``image_score``.
+        image_scores: One row per test image with `id`, `category`, `anomaly_type`, `label` (0 or 1) and
+            `image_score`.
 
     Returns:
-        id -> rank (``worst``, ``median``, ``best``); a category with fewer anomalous images gives fewer.
+        id -> rank (`worst`, `median`, `best`); a category with fewer anomalous images gives fewer.
     """
     chosen: dict[int, str] = {}
     for _, rows in image_scores[image_scores.label == 1].groupby(["category", "anomaly_type"], sort=False):
@@ -52,7 +52,7 @@ def draw(
         image_scores: The scores of all test images.
 
     Returns:
-        File name below ``heatmaps/`` -> JPEG bytes, and ``heatmaps/index.csv`` for the report.
+        File name below `heatmaps/` -> JPEG bytes, and `heatmaps/index.csv` for the report.
     """
     files: dict[str, bytes | str] = {}
     index = []
@@ -85,7 +85,7 @@ def to_rgb(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.nd
 
 
 def overlay(image: np.ndarray, anomaly_map: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Heat map over a greyed image, uint8 (H, W, 3); ``low`` and ``high`` are the ends of the colour scale."""
+    """Heat map over a greyed image, uint8 (H, W, 3); `low` and `high` are the ends of the colour scale."""
     scaled = np.clip((anomaly_map - low) / max(high - low, 1e-12), 0, 1)
     heat = matplotlib.colormaps["inferno"](scaled)[..., :3] * 255
     grey = image.mean(-1, keepdims=True)

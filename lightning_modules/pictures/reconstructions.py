@@ -94,7 +94,7 @@ class DecoderTraining(L.LightningModule):
     """Trains a decoder of a method's clean features on normal images, by mean squared error, with Adam.
 
     Args:
-        method: In eval mode. It is no part of the checkpoints.
+        method: In eval mode. The checkpoints do not hold it.
         width: Channels of the decoder's first stage.
         shapes: (C, H, W) of each feature map.
         lr: Learning rate.
@@ -108,7 +108,7 @@ class DecoderTraining(L.LightningModule):
         self.decoder = VisualDecoder(channels, sizes, method.image_size, width)
         self.lr = lr
         self.trained_epochs = 0
-        self._method = (method,)  # in a tuple: torch shall not take it for a part of this module
+        self._method = (method,)  # in a tuple, so that torch does not take it for a part of this module
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         maps, _ = _maps(self._method[0].to(self.device), batch)
@@ -266,7 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (FileNotFoundError, ValueError) as error:  # also those of records and data
         raise SystemExit(f"error: {error}") from error
     if not module.reconstructs:
-        raise SystemExit(f"error: {module.method} reconstructs nothing, so there is nothing to picture.")
+        raise SystemExit(f"error: {module.method} does not reconstruct anything, so there is nothing to draw.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = module.to(device)
     chosen = choose(_image_scores(options.run / "image_scores.csv"), data.table)

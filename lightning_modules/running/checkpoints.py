@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from results.common.files import replacing
+from results.common.contents import file_hash
+from results.common.files import replacing, write_text
 
 PREVIOUS = "previous.ckpt"
-"""Beside ``last.ckpt``: the one before it."""
+"""Beside `last.ckpt`: the one before it."""
 RECORDED = "recorded.txt"
-"""Beside ``last.ckpt``: the hash of the one whose run has its record."""
+"""Beside `last.ckpt`: the hash of the one whose run has its record."""
 
 
 class CheckpointError(ValueError):
-    """A file is no checkpoint of this program."""
+    """A file is not a checkpoint of this program."""
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -81,17 +81,17 @@ def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     with path.open("rb") as file:
         start = file.read(2)
     if start != b"PK":  # what torch saves is a zip file
-        what = "it is no file that torch has saved" if start else "it is empty"
+        what = "torch did not save it" if start else "it is empty"
     raise CheckpointError(
         f"{path} cannot be read as a checkpoint: {what}. Delete it to begin anew, or give another one (--ckpt_path)."
     )
 
 
 def newest_whole(last: Path) -> Path | None:
-    """The checkpoint that a run goes on from: ``last`` if it is whole, else the one before; None if there is neither.
+    """The checkpoint that a run goes on from: `last` if it is whole, else the one before; None if there is neither.
 
     Raises:
-        CheckpointError: ``last`` is damaged, and no whole one lies beside it.
+        CheckpointError: `last` is damaged, and no whole one lies beside it.
     """
     previous = last.with_name(PREVIOUS)
     if not last.is_file():
@@ -116,13 +116,13 @@ def forget(last: Path) -> None:
 def note_recorded(last: Path) -> None:
     """Notes that the run of this checkpoint has its record, so that whoever overwrites it does not go on from it."""
     with contextlib.suppress(FileNotFoundError):
-        last.with_name(RECORDED).write_text(_hash(last))
+        write_text(last.with_name(RECORDED), file_hash(last))
 
 
 def is_recorded(last: Path) -> bool | None:
     """Whether the checkpoint is that of a finished run; None if nothing was noted."""
     note = last.with_name(RECORDED)
-    return note.read_text() == _hash(last) if note.is_file() else None
+    return note.read_text() == file_hash(last) if note.is_file() else None
 
 
 def _check(path: Path) -> None:
@@ -135,18 +135,9 @@ def _check(path: Path) -> None:
 
 
 def _keep(path: Path) -> None:
-    previous, part = path.with_name(PREVIOUS), path.with_name(f".{PREVIOUS}.{os.getpid()}")
-    part.unlink(missing_ok=True)
-    try:
-        os.link(path, part)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, part)
-    os.replace(part, previous)
-
-
-def _hash(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    with replacing(path.with_name(PREVIOUS)) as part:
+        part.unlink(missing_ok=True)
+        try:
+            os.link(path, part)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, part)

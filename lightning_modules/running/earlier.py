@@ -9,7 +9,7 @@ SCHEDULE = "torch.optim.lr_scheduler.MultiStepLR"
 
 
 def translated(configuration: Any) -> Any:
-    """A configuration as loaded from a file; a model's ``optimizer: {name, lr, ..., lr_drops, lr_gamma}`` is rewritten.
+    """A configuration as loaded from a file; a model's `optimizer: {name, lr, ..., lr_drops, lr_gamma}` is rewritten.
 
     What is not of that form is returned as it is.
     """

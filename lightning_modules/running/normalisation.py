@@ -10,7 +10,7 @@ from lightning_modules.base import ReconstructionModule
 
 
 def follow_weights(model: ReconstructionModule, data: UnifiedDataModule, options: Any) -> None:
-    """Gives the data module the weights' mean and std where none are given, and writes them into its ``options``.
+    """Gives the data module the weights' mean and std where none are given, and writes them into its `options`.
 
     Given ones are kept; if they are not the weights' own, a warning says so.
     """

@@ -29,10 +29,15 @@ class PlainParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises SystemExit with what was found, where, and the nearest name that would be accepted."""
-        lines = [line for line in message.strip().splitlines() if not line.strip().startswith(_NOISE)]
+        lines = essence(message).splitlines()
         parser = getattr(ex, "subcommand_parser", None) or self
         text = "\n".join([*lines, *_hints(message, list(_options(parser)))])
         raise SystemExit(f"error: {text}\n`{parser.prog.replace(' [options]', '')} --help` lists all options.") from ex
+
+
+def essence(message: str) -> str:
+    """The parser's message without the lines that tell how it looked at the value."""
+    return "\n".join(line for line in message.strip().splitlines() if not line.strip().startswith(_NOISE))
 
 
 def _options(parser: Any) -> Iterator[str]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 EXIT_CODE = 128 + signal.SIGTERM
 _PR_SET_PDEATHSIG = 1
 _FIRST = "UNIRECON_FIRST_PROCESS"
-"""The variable that tells the further processes of a run the first one's id."""
+"""The variable that tells the other processes of a run the id of the first."""
 
 
 class Preempted(BaseException):
@@ -45,7 +45,7 @@ class _Watch:
 def watch() -> None:
     """Note SIGTERM from now on; under a W&B agent, also take the agent's death for one (Linux).
 
-    Without that, a killed agent's run would go on alone, beside the next agent's on the same GPU. A further process is
+    Without that, a killed agent's run would go on alone, beside the next agent's on the same GPU. Any other process is
     killed when the first one ends, however that happens: it may be waiting for it inside a library, where no signal is
     heard.
     """
@@ -65,7 +65,7 @@ def watch() -> None:
 
 
 def is_first() -> bool:
-    """False in a process that the first one of a run started for a further device."""
+    """False in a process that the first one of a run started for another device."""
     return _Watch.first
 
 
@@ -127,7 +127,7 @@ def reported() -> Iterator[None]:
         from lightning_modules.running import tracking
 
         tracking.report_preemption()
-        # The first process must not be killed for a further one's failure while it speaks to W&B.
+        # The first process must not be killed for another one's failure while it talks to W&B.
         sys.exit(EXIT_CODE if _Watch.first else 0)
     finally:
         _Watch.raises = False

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_modules.metrics import rendering
+from results.common.pair import label
 
 HEADINGS = {
     **rendering.HEADINGS,
@@ -51,16 +52,13 @@ def print_metrics(table: pd.DataFrame) -> None:
             if dataset and not category and rows.dataset[rows.scope == "category"].nunique() == 1:
                 continue  # the same as over all datasets
             values = group.set_index("metric").value
-            label = (
-                f"{dataset}/{category}"
-                if category in shared
-                else category or f"{scope}{f' of {dataset}' if dataset else ''}"
-            )
+            title = category or f"{scope}{f' of {dataset}' if dataset else ''}"
+            title = label(dataset, category) if category in shared else title
             shown.add_row(
-                escape(label), *("-" if pd.isna(values.get(c)) else f"{100 * values[c]:.2f}" for c in columns)
+                escape(title), *("-" if pd.isna(values.get(c)) else f"{100 * values[c]:.2f}" for c in columns)
             )
             reasons |= dict.fromkeys(
-                f"{label}: {r}" for r in group[group.metric.isin(columns)].reason.dropna().unique() if r
+                f"{title}: {r}" for r in group[group.metric.isin(columns)].reason.dropna().unique() if r
             )
         console.print(shown)
     for reason in reasons:

@@ -145,7 +145,7 @@ def notes(options: Mapping[str, Any], batches: int | None, epochs: int) -> list[
     out = []
     if batches == 0 or (batches is None and epochs == 0):
         out.append(
-            "NOTHING WAS TRAINED: the network is as it was initialised, and no number says anything of the method"
+            "NOTHING WAS TRAINED: the network is as it was initialised, and the numbers say nothing about the method"
         )
     cuts = [f"{name}={options[name]}" for name in CUTS if options.get(name) not in (None, -1)]
     if cuts:

@@ -59,7 +59,7 @@ def check(run: RunConfig, configuration: Mapping[str, Any], fingerprint: str, le
     """Refuses to go on with an interrupted run that began with other options or on other data; else notes these.
 
     Args:
-        run: The run. With ``overwrite`` it begins anew instead.
+        run: The run. With `overwrite` it begins anew instead.
         configuration: Its complete configuration.
         fingerprint: Of its data.
         left: The file or folder that an interrupted run goes on from.

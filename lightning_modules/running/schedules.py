@@ -7,7 +7,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 
 
 class Drops(MultiStepLR):
-    """The learning rate is multiplied by ``gamma`` at the start of one or two epochs.
+    """The learning rate is multiplied by `gamma` at the start of one or two epochs.
 
     Args:
         optimizer: Whose learning rates are scheduled.

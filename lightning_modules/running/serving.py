@@ -77,8 +77,8 @@ def attach(
     )
     symmetric = data.symmetric_rows()
     if symmetric is not None and not model.uncached:
-        further = json.dumps([(row.id, row.symmetry) for row in symmetric]) if symmetric else ""
-        features = replace(features, symmetries=further and hashlib.sha256(further.encode()).hexdigest())
+        turns = json.dumps([(row.id, row.symmetry) for row in symmetric]) if symmetric else ""
+        features = replace(features, symmetries=turns and hashlib.sha256(turns.encode()).hexdigest())
         try:
             cache = _open(features, model, data, config, device, build, symmetric)
             if cache is not None:
@@ -116,7 +116,7 @@ def _open(
     build: bool,
     symmetric: Sequence[Row] = (),
 ) -> FeatureCache | None:
-    """The entry of ``spec``; None if it does not exist and shall not be built."""
+    """The entry of ``spec``; None if it does not exist and is not to be built."""
 
     @torch.no_grad()
     def compute(first: int) -> Computed:

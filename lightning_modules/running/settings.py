@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 
+from lightning_modules.metrics.version import __version__
 from results.aggregator.records import NAME
 
 PROTOCOLS = ("clean", "as_released")
@@ -35,7 +36,7 @@ class RunConfig:
             Under the protocol ``clean`` the curve is only watched: nothing is chosen by it.
         heatmaps: Draw heat maps of the worst, the median and the best image of each category.
         overwrite: Replace a finished run of the same name.
-        upload: With W&B online, send it the record and the heat maps, too. They hold pictures of the data and the paths
+        upload: With W&B online, also send the record and the heat maps. They hold pictures of the data and the paths
             of its files. Without, W&B gets curves, numbers and options, and no path.
         compile: Compile the reconstruction network (``torch.compile``) for training and scoring. The first steps then
             take a minute; numbers agree with those of an uncompiled run up to rounding, but dropout draws differ.
@@ -121,7 +122,11 @@ def provenance(device: torch.device) -> dict[str, Any]:
     return {
         "git_commit": commit,
         "git_dirty": dirty,
-        "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
+        "versions": {
+            "unirecon": __version__,
+            "python": platform.python_version(),
+            **{p: importlib.metadata.version(p) for p in packages},
+        },
         "device": f"{device.type}: {name}",
         "command": " ".join(["python -m lightning_modules", *sys.argv[1:]]),
     }

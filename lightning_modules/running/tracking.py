@@ -17,7 +17,7 @@ from lightning_modules.running.settings import RunConfig
 def settings(run: RunConfig, configuration: Mapping[str, Any]) -> dict[str, Any]:
     """Project, name, group and configuration under which a run appears in W&B.
 
-    The complete configuration has one key of its own, ``cli``, apart from the sweep's parameters.
+    The complete configuration has one key of its own, `cli`, apart from the sweep's parameters.
     """
     if not run.upload:
         os.environ["WANDB_X_DISABLE_META"] = "true"  # the client's own notes: command line, working directory, host
@@ -74,7 +74,7 @@ def active_run() -> Any | None:
 
 
 def log_history(history: pd.DataFrame, prefix: str) -> None:
-    """Logs the curves of a finished part (a record's history: epoch, step, metric, value) as ``<prefix>/<metric>``."""
+    """Logs the curves of a finished part (a record's history: epoch, step, metric, value) as `<prefix>/<metric>`."""
     run = active_run()
     if run is None:
         return
@@ -89,7 +89,7 @@ def log_record(folder: Path, table: pd.DataFrame, upload: bool = True) -> None:
     The record is complete without W&B, so that its client's failures are a warning.
 
     Args:
-        folder: The finished run record; every file of it becomes part of an artifact of type ``run-record``.
+        folder: The finished run record; every file of it becomes part of an artifact of type `run-record`.
         table: Its metrics in long form.
         upload: Whether the record and its pictures are sent.
     """

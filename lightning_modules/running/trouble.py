@@ -1,4 +1,4 @@
-"""The first line of trouble: what a user can cause ends in one sentence; ``--debug`` brings the traceback back."""
+"""The first line of trouble: what a user can cause ends in one sentence; `--debug` brings the traceback back."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import traceback
 from collections.abc import Sequence
 
 DEBUG = "UNIRECON_DEBUG"
-"""The variable that does what ``--debug`` does."""
+"""The variable that does what `--debug` does."""
 
 
 def debugging(arguments: Sequence[str]) -> tuple[list[str], bool]:
-    """The arguments without ``--debug``, and whether tracebacks are wanted."""
+    """The arguments without `--debug`, and whether tracebacks are wanted."""
     wanted = "--debug" in arguments or os.environ.get(DEBUG, "") not in ("", "0")
     return [argument for argument in arguments if argument != "--debug"], wanted
 

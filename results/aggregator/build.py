@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from results.aggregator import methods, names, reference
-from results.aggregator.published import Printed, read_published
+from results.aggregator.published import KEYS, Printed, read_published
 from results.aggregator.records import LABELS_AT_TEST, StoredRecord
-from results.aggregator.scores import Pool, Query, axis_value, check_table
+from results.aggregator.scores import Pool, Query, axis_value, check_table, versions
 from results.aggregator.spec import Entry, Spec, SpecError, spec_for_sweep
-from results.aggregator.sweep_file import SEED_KEYS, SweepFile, canonical, cell_key, describe_cell, show_value
+from results.aggregator.sweep_cells import SEED_KEYS, SweepCells, canonical, cell_key, describe_cell, show_value
 from results.aggregator.table import Cell, Column, Row, Table, Value, add_gaps, mark_values
 from results.common.methods import COMPARE
 from results.common.nearest import did_you_mean
@@ -29,7 +29,6 @@ _SWEPT_AXES = (
     ("protocol", ("protocol",)),
     ("data.init_args", ("data",)),
 )
-_KEY = ("source", "table", "dataset", "category", "method", "variant", "metric")
 
 
 def paper_table(
@@ -44,7 +43,7 @@ def paper_table(
     Raises SpecError if the spec asks for nothing on the wanted side, ConflictError if records must not meet.
     """
     if source not in SOURCES:
-        raise SpecError(f"source {source!r} is none of {', '.join(SOURCES)}")
+        raise SpecError(f"source {source!r} is unknown; choose from {', '.join(SOURCES)}")
     if spec.rows is None:
         raise SpecError(f"{spec.name} is the table of sweep {spec.sweep}, not of a paper; use `sweep {spec.sweep}`")
     if source != "runs" and "source" not in spec.where:
@@ -107,7 +106,7 @@ def _add_own_papers(table: Table, spec: Spec, printed: Mapping[tuple[str, ...], 
 def sweep_table(
     spec: Spec,
     records: Sequence[StoredRecord],
-    sweep: SweepFile | None = None,
+    sweep: SweepCells | None = None,
     printed_beside: bool = True,
     rms_std: bool = False,
     published: Mapping[tuple[str, ...], Printed] | None = None,
@@ -171,7 +170,7 @@ def sweep_table(
 
 
 def category_tables(
-    spec: Spec, records: Sequence[StoredRecord], sweep: SweepFile | None = None, rms_std: bool = False
+    spec: Spec, records: Sequence[StoredRecord], sweep: SweepCells | None = None, rms_std: bool = False
 ) -> list[Table]:
     """One table per cell of a sweep: a row per category and the mean, a column per metric."""
     pool = Pool(records, rms_std, categories=_found_categories(records))
@@ -200,14 +199,15 @@ def category_tables(
         tables.append(table)
     check_table(pool.used, varies(spec, sweep), f"the tables of sweep {spec.sweep}")
     for table in tables:
-        table.caption = describe_runs(_records_of(table, records))
-        table.warnings = shouts(_records_of(table, records))
-        table.notes = reference.notes(_records_of(table, records))
+        used = _records_of(table, records)
+        table.caption = describe_runs(used)
+        table.warnings = shouts(used)
+        table.notes += [*version_notes(table, used), *reference.notes(used)]
     return tables
 
 
 def describe_runs(records: Sequence[StoredRecord]) -> str:
-    """What a reader needs to judge numbers from runs: protocol, seeds, backbone, weights, data, commit."""
+    """What a reader needs to judge numbers from runs: protocol, seeds, backbone, weights, data, versions, commit."""
     if not records:
         return "No run fits this table yet."
     seeds = sorted({stored.record.seed for stored in records})
@@ -238,7 +238,10 @@ def describe_runs(records: Sequence[StoredRecord]) -> str:
         count = f"{len(prints)} fingerprints" if len(prints) > 3 else f"fingerprint {_list(prints)}"
         parts.append(f"Data: {names.dataset_label(dataset)} ({part or f'{len(found)} {noun}'}, {count}).")
     commits = sorted({_commit(stored) for stored in records})
-    parts.append(f"Metrics version {_all(records, lambda r: str(r.metrics['version']))}, commit {_list(commits)}.")
+    libraries = " or ".join(sorted({versions(stored) for stored in records}))
+    parts.append(
+        f"Metrics version {_all(records, lambda r: str(r.metrics['version']))}; {libraries}; commit {_list(commits)}."
+    )
     return " ".join(parts)
 
 
@@ -254,6 +257,21 @@ def shouts(records: Iterable[StoredRecord]) -> list[str]:
     if any(stored.record.provenance.get("git_dirty") for stored in records):
         found.append("Some runs were made from code with uncommitted changes.")
     return found
+
+
+def version_notes(table: Table, records: Iterable[StoredRecord]) -> list[str]:
+    """One note that says which rows were made with which versions; empty if all runs of the table agree."""
+    of_run = {stored.name: versions(stored) for stored in records}
+    rows: dict[str, dict[str, None]] = {}
+    for row, line in zip(table.rows, table.cells, strict=True):
+        for cell in line:
+            for name in cell.runs.records if cell.runs else ():
+                if name in of_run:
+                    rows.setdefault(of_run[name], {})[_row_title(row)] = None
+    if len(rows) < 2:
+        return []
+    groups = "; ".join(f"{version}: {_list(list(titles))}" for version, titles in sorted(rows.items()))
+    return [f"The rows were run with different library versions. {groups}."]
 
 
 def _run_notes(records: Iterable[StoredRecord]) -> list[str]:
@@ -272,7 +290,7 @@ def _column(entry: Entry, spec: Spec) -> Column:
 
 
 def _printed_value(key: Mapping[str, str], printed: Mapping[tuple[str, ...], Printed]) -> Value:
-    wanted = tuple(key.get(name, "") for name in _KEY)
+    wanted = tuple(key.get(name, "") for name in KEYS)
     number = printed.get(wanted)
     if number is None:
         return Value(reason="not printed")
@@ -318,7 +336,7 @@ def _full_key(short: str, known: Sequence[str], where: str) -> str:
     raise SpecError(f"table {where}: the sweep has no parameter {short!r}. {close}")
 
 
-def _known_keys(records: Sequence[StoredRecord], sweep: SweepFile | None) -> list[str]:
+def _known_keys(records: Sequence[StoredRecord], sweep: SweepCells | None) -> list[str]:
     keys = dict.fromkeys(key for key in (sweep.values if sweep else ()) if key not in SEED_KEYS)
     for stored in records:
         keys.update(dict.fromkeys(key for key in stored.record.cell if key not in SEED_KEYS))
@@ -335,7 +353,7 @@ def _found_categories(records: Sequence[StoredRecord]) -> dict[str, tuple[str, .
 
 
 def _sweep_rows(
-    spec: Spec, records: Sequence[StoredRecord], sweep: SweepFile | None, known: Sequence[str]
+    spec: Spec, records: Sequence[StoredRecord], sweep: SweepCells | None, known: Sequence[str]
 ) -> tuple[list[Entry], tuple[str, ...], list[str]]:
     """The rows of a sweep's table, their headers, and the runs that no row stands for."""
     if spec.kind == "methods":
@@ -436,7 +454,7 @@ def _features(stored: StoredRecord) -> tuple[Any, ...]:
     return data, conditions, record.image_size, record.resize, backbone
 
 
-def varies(spec: Spec, sweep: SweepFile | None) -> set[str]:
+def varies(spec: Spec, sweep: SweepCells | None) -> set[str]:
     """Axes on which the records of a sweep differ on purpose."""
     keys = list(sweep.varying) if sweep else []
     for entry in (*(spec.rows or ()), *spec.columns):
@@ -474,7 +492,7 @@ def _missing_values(table: Table) -> list[str]:
         for name, cell in zip(names_of, line, strict=True):
             if cell.runs is not None and cell.runs.mean is None and name not in told:
                 reasons_of.setdefault(cell.runs.reason, []).append(name)
-        title = " / ".join(part for part in (row.group, *row.labels) if part)
+        title = _row_title(row)
         for reason, columns in reasons_of.items():
             everything = len(columns) == len(names_of) and len(columns) > 1
             if everything and reason == "no run":
@@ -482,6 +500,10 @@ def _missing_values(table: Table) -> list[str]:
             else:
                 lines.append(f"{title}: {'all columns' if everything else ', '.join(columns)}: {reason}")
     return [*lines, f"no run of {'; '.join(never)}"] if never else lines
+
+
+def _row_title(row: Row) -> str:
+    return " / ".join(part for part in (row.group, *row.labels) if part)
 
 
 def _finish(table: Table, spec: Spec, pool: Pool) -> None:
@@ -497,7 +519,7 @@ def _finish(table: Table, spec: Spec, pool: Pool) -> None:
     if table.source != "published":
         parts.append(describe_runs(used))
         table.warnings += shouts(used)
-        table.notes += _run_notes(used) + reference.notes(used)
+        table.notes += [*_run_notes(used), *version_notes(table, used), *reference.notes(used)]
     if any(row.default for row in table.rows):
         parts.append("In brackets: distance to the default row (★).")
     table.caption = " ".join(parts)

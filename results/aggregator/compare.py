@@ -12,8 +12,9 @@ from scipy import stats
 
 from results.aggregator.names import metric_label
 from results.aggregator.records import StoredRecord
-from results.aggregator.scores import ConflictError, Query, axis_value, check_cell, check_table, seed_means
-from results.aggregator.sweep_file import canonical
+from results.aggregator.render import markdown_frame
+from results.aggregator.scores import ConflictError, Query, axis_value, check_cell, check_table, seed_means, versions
+from results.aggregator.sweep_cells import canonical
 from results.common.nearest import did_you_mean
 
 
@@ -61,7 +62,7 @@ class Comparison:
 def choose(records: Sequence[StoredRecord], selector: str) -> list[StoredRecord]:
     """The records that a selector names.
 
-    ``uniad`` (a method's trainings outside of sweeps), ``sweep/run*`` (runs by name), ``sweep:key=value,key=value`` (a
+    `uniad` (a method's trainings outside of sweeps), `sweep/run*` (runs by name), `sweep:key=value,key=value` (a
     cell; the last part of a key is enough). Raises ValueError with what there is if nothing fits.
     """
     sweep, colon, text = selector.partition(":")
@@ -170,7 +171,7 @@ def _which(side: str, method: str, records: Sequence[StoredRecord], error: Confl
         )
     if len(last) > limit:
         lines.append(f"  and {len(last) - limit} more")
-    lines.append(f"name the one that is meant, like {side}={last[0].name}; a * in it stands for the seeds")
+    lines.append(f"name the one you mean, such as {side}={last[0].name}; a * in it stands for the seeds")
     return "\n".join(lines)
 
 
@@ -205,8 +206,8 @@ def _caveats(
     notes = [
         f"{categories.n} categories x {seeds.n} seeds are not {categories.n * seeds.n} independent observations: the "
         f"category test has n = {categories.n} (seeds averaged first), the seed test n = {seeds.n}.",
-        "The category test asks whether the difference would hold on further categories of this kind; the seed test "
-        "whether it would hold in further trainings on these categories.",
+        "The category test asks whether the difference would hold on other categories of this kind; the seed test "
+        "whether it would hold in more trainings on these categories.",
     ]
     for result, units in ((categories, "categories"), (seeds, "seeds")):
         if result.n < 2:
@@ -226,8 +227,11 @@ def _caveats(
     }
     if len(recipes) > 1:
         notes.append("A and B differ in backbone, weights, image size, resize or setting, not only in the method.")
+    made = [" or ".join(sorted({versions(stored) for stored in records})) for records in (records_a, records_b)]
+    if made[0] != made[1]:
+        notes.append(f"A was run with {made[0]}, B with {made[1]}.")
     if any(s.record.random_weights for s in (*records_a, *records_b)):
-        notes.append("RANDOM BACKBONE WEIGHTS: says nothing about how good the methods are.")
+        notes.append("RANDOM BACKBONE WEIGHTS: this does not show how good the methods are.")
     return notes
 
 
@@ -243,6 +247,11 @@ def _split_conditions(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
+_HEADS = (
+    "paired over", "n", "A − B", "95 % interval", "p (t)", "p (Wilcoxon)", "d_z", "rank-biserial", "A better / worse",
+)  # fmt: skip
+
+
 def report(result: Comparison) -> str:
     """The comparison as Markdown."""
     lines = [
@@ -251,16 +260,14 @@ def report(result: Comparison) -> str:
         f"A {result.mean_a:.2f}, B {result.mean_b:.2f}, A − B = {result.over_seeds.difference:+.2f} points "
         f"({len(result.categories)} categories, seeds {', '.join(map(str, result.seeds))}).",
         "",
-        "| paired over | n | A − B | 95 % interval | p (t) | p (Wilcoxon) | d_z | rank-biserial | A better / worse |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
+    rows = []
     for r in (result.over_categories, result.over_seeds):
         interval = "–" if r.interval is None else f"{r.interval[0]:+.2f} … {r.interval[1]:+.2f}"
         cells = [_p(r.p_t), _p(r.p_wilcoxon), _number(r.effect), _number(r.rank)]
         name = "categories" if r.unit == "category" else "seeds"
-        lines.append(
-            f"| {name} | {r.n} | {r.difference:+.2f} | {interval} | {' | '.join(cells)} | {r.wins} / {r.losses} |"
-        )
+        rows.append([name, str(r.n), f"{r.difference:+.2f}", interval, *cells, f"{r.wins} / {r.losses}"])
+    lines += markdown_frame(_HEADS, rows, 1)
     ordered = sorted(result.over_categories.differences, key=lambda pair: pair[1])
     lines += ["", "Per category: " + ", ".join(f"{name} {value:+.2f}" for name, value in ordered) + ".", ""]
     return "\n".join(lines + [f"- {note}" for note in result.notes]) + "\n"

@@ -10,11 +10,11 @@ import pandas as pd
 
 from results.aggregator import reference
 from results.aggregator.build import _known_keys as known_keys
-from results.aggregator.build import _sweep_rows, describe_runs, shouts
+from results.aggregator.build import _sweep_rows, describe_runs, shouts, version_notes
 from results.aggregator.records import RecordError, StoredRecord
 from results.aggregator.scores import Query, check_cell, check_table
 from results.aggregator.spec import Spec
-from results.aggregator.sweep_file import SweepFile, cell_key
+from results.aggregator.sweep_cells import SweepCells, cell_key
 from results.aggregator.table import Cell, Column, Row, Table, Value
 
 #: Names in history.csv.
@@ -63,7 +63,7 @@ def with_history(records: Sequence[StoredRecord]) -> tuple[list[StoredRecord], l
 
 
 def cell_curves(
-    spec: Spec, records: Sequence[StoredRecord], sweep: SweepFile | None
+    spec: Spec, records: Sequence[StoredRecord], sweep: SweepCells | None
 ) -> list[tuple[str, list[StoredRecord]]]:
     """The sweep's cells in the table's order: label and records (one per seed, may be empty)."""
     entries, _, _ = _sweep_rows(spec, records, sweep, known_keys(records, sweep))
@@ -74,7 +74,7 @@ def cell_curves(
     return found
 
 
-def curve_table(spec: Spec, records: Sequence[StoredRecord], sweep: SweepFile | None = None) -> Table:
+def curve_table(spec: Spec, records: Sequence[StoredRecord], sweep: SweepCells | None = None) -> Table:
     """Per cell: the loss's first and final value; peak, epoch of the peak, final value and drop of both AUROCs.
 
     AUROCs in percent, drop in points, mean ± std over seeds. A cell without a curve is a dash and listed. Runs of
@@ -112,6 +112,7 @@ def curve_table(spec: Spec, records: Sequence[StoredRecord], sweep: SweepFile | 
     )
     table.missing = list(dict.fromkeys(missing))
     table.warnings = [*shouts(records), *problems]
+    table.notes += version_notes(table, records)
     if len(last_epochs) > 1:
         table.warnings.append(f"Runs of different length in one table: last epochs {sorted(last_epochs)}.")
     table.caption = f"Peak: best epoch on the test set; drop: peak minus final, in points. {describe_runs(records)}"

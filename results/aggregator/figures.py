@@ -25,7 +25,7 @@ from results.aggregator.names import COSTS, category_label, method_label, metric
 from results.aggregator.records import StoredRecord
 from results.aggregator.scores import cost, seed_means
 from results.aggregator.spec import Spec
-from results.aggregator.sweep_file import SweepFile
+from results.aggregator.sweep_cells import SweepCells
 from results.aggregator.table import Cell, Table
 
 matplotlib.use("Agg")
@@ -61,7 +61,7 @@ def _metadata(suffix: str) -> dict[str, None]:
     return {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(suffix, {})
 
 
-def curves_figure(spec: Spec, records: Sequence[StoredRecord], sweep: SweepFile | None = None) -> Figure:
+def curves_figure(spec: Spec, records: Sequence[StoredRecord], sweep: SweepCells | None = None) -> Figure:
     """One panel per cell: training loss (blue, log axis), localisation (red) and detection (green) AUROC over epochs.
 
     Thin lines are the seeds, the thick one their mean. The spec's `shares` are drawn on the axis of the AUROCs.

@@ -15,7 +15,7 @@ from results.aggregator import names
 from results.aggregator.records import RecordError, StoredRecord
 from results.aggregator.scores import Query, axis_value, seed_means
 from results.aggregator.spec import Entry, Spec
-from results.aggregator.sweep_file import SweepFile
+from results.aggregator.sweep_cells import SweepCells
 from results.aggregator.table import Cell, Column, Row, Table, Value
 from results.common import foreign
 from results.common.methods import COMPARE, METHOD
@@ -33,7 +33,7 @@ IMAGE_METRICS = ("image_auroc", "image_ap")
 DRAWS = 2000
 
 
-def rows(spec: Spec, records: Sequence[StoredRecord], sweep: SweepFile | None) -> list[Entry]:
+def rows(spec: Spec, records: Sequence[StoredRecord], sweep: SweepCells | None) -> list[Entry]:
     """A row for each method, by family; methods that are told classes stand apart, at the end."""
     listed = (sweep.values.get(METHOD) if sweep else None) or []
     found = dict.fromkeys([*map(str, listed), *(str(s.record.cell.get(METHOD)) for s in records)])
@@ -166,7 +166,7 @@ def _weighted(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray, metri
     raise ValueError(f"metric {metric!r} cannot be drawn again from image scores; allowed: {', '.join(IMAGE_METRICS)}")
 
 
-def control_table(spec: Spec, records: Sequence[StoredRecord], sweep: SweepFile | None) -> Table | None:
+def control_table(spec: Spec, records: Sequence[StoredRecord], sweep: SweepCells | None) -> Table | None:
     """Every method minus the control, with intervals; None if no control was run."""
     against = control(records)
     if not against:

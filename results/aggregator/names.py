@@ -72,7 +72,7 @@ _MVTEC_OBJECTS = (
     "bottle", "cable", "capsule", "hazelnut", "metal_nut", "pill", "screw", "toothbrush", "transistor", "zipper",
 )  # fmt: skip
 _MVTEC_TEXTURES = ("carpet", "grid", "leather", "tile", "wood")
-#: The full list of categories of the public data sets; a mean over fewer is no mean of that data set.
+#: The full list of categories of the public data sets; a mean over fewer is not that data set's mean.
 DATASET_CATEGORIES = {
     "mvtec_ad": _MVTEC_OBJECTS + _MVTEC_TEXTURES,
     "mvtec_loco": ("breakfast_box", "juice_bottle", "pushpins", "screw_bag", "splicing_connectors"),

@@ -1,8 +1,8 @@
-"""The papers' tables as they were printed: one long table of all CSV files in ``results/published/``.
+"""The papers' tables as they were printed: one long table of all CSV files in `results/published/`.
 
 Columns: source, table, dataset, category, method, variant, metric, value, std, certainty, note. Values are percent, as
-printed, wrong ones included; ``<metric>_gap`` is the gap to the default row as printed. A category ``mean`` (or
-``mean_objects``, ``mean_textures``) is a printed mean, not one that was computed here. certainty: printed;
+printed, wrong ones included; `<metric>_gap` is the gap to the default row as printed. A category `mean` (or
+`mean_objects`, `mean_textures`) is a printed mean, not one that was computed here. certainty: printed;
 cross-checked and repaired for tables read from a picture; cited for a number that another paper or page quotes.
 """
 
@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import pandas as pd
-
 FOLDER = Path(__file__).parents[1] / "published"
 COLUMNS = (
     "source", "table", "dataset", "category", "method", "variant", "metric", "value", "std", "certainty", "note",
 )  # fmt: skip
 KEYS = COLUMNS[:7]
+"""Columns that name a printed number; no two lines agree in all of them."""
 CERTAINTIES = ("printed", "cross-checked", "repaired", "cited")
 
 
@@ -42,12 +41,6 @@ def read_published(folder: str | Path = FOLDER) -> dict[tuple[str, ...], Printed
     return dict(_read(str(folder)))
 
 
-def frame(folder: str | Path = FOLDER) -> pd.DataFrame:
-    """The same as a data frame with :data:`COLUMNS`; `value` and `std` are floats."""
-    rows = [(*key, p.value, p.std, p.certainty, p.note) for key, p in _read(str(folder)).items()]
-    return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"value": float, "std": float})
-
-
 @lru_cache(maxsize=8)
 def _read(folder: str) -> dict[tuple[str, ...], Printed]:
     numbers: dict[tuple[str, ...], Printed] = {}
@@ -67,10 +60,12 @@ def _add(numbers: dict[tuple[str, ...], Printed], lines: Iterable[list[str]], fi
             raise ValueError(f"{file} line {number}: {len(line)} fields instead of {len(COLUMNS)}")
         key, (value, std, certainty, note) = tuple(line[:7]), line[7:]
         if certainty not in CERTAINTIES:
-            raise ValueError(f"{file} line {number}: certainty {certainty!r} is none of {', '.join(CERTAINTIES)}")
+            raise ValueError(
+                f"{file} line {number}: certainty {certainty!r} is unknown; allowed are {', '.join(CERTAINTIES)}"
+            )
         if key in numbers:
             raise ValueError(f"{file} line {number}: {' / '.join(key)} occurs twice")
         try:
             numbers[key] = Printed(float(value), float(std) if std else None, certainty, note)
         except ValueError:
-            raise ValueError(f"{file} line {number}: value {value!r} or std {std!r} is no number") from None
+            raise ValueError(f"{file} line {number}: value {value!r} or std {std!r} is not a number") from None

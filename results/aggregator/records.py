@@ -38,7 +38,7 @@ import numpy as np
 import pandas as pd
 
 from results.aggregator.names import published_name
-from results.aggregator.sweep_file import cell_key
+from results.aggregator.sweep_cells import cell_key
 from results.common import foreign
 from results.common.files import REPLACED, restore_replaced, sync_folder
 from results.common.methods import of
@@ -151,7 +151,9 @@ class RunRecord:
             if not dataset["categories"]:
                 raise RecordError(f"{where} ({dataset['name']}) lists no categories")
             if not isinstance(dataset["categories"], (list, tuple)):
-                raise RecordError(f"{where} ({dataset['name']}): categories is no list but {dataset['categories']!r}")
+                raise RecordError(
+                    f"{where} ({dataset['name']}): categories must be a list; found {dataset['categories']!r}"
+                )
             for category in dataset["categories"]:
                 _check_text(f"{where} category", category)
 
@@ -216,7 +218,7 @@ class StoredRecord:
 
     @cached_property
     def cell(self) -> frozenset:
-        """Identity of the record's cell, the seed left out; see :func:`results.aggregator.sweep_file.cell_key`."""
+        """Identity of the record's cell, the seed left out; see :func:`results.aggregator.sweep_cells.cell_key`."""
         return cell_key(self.record.cell)
 
     @cached_property
@@ -304,12 +306,6 @@ def record_path(root: str | Path, sweep: str, run: str) -> Path:
     return Path(root) / sweep / run
 
 
-def is_complete(root: str | Path, sweep: str, run: str) -> bool:
-    """Whether the run has left its record; one that was being replaced when its process was killed comes back."""
-    restore_replaced(Path(root) / sweep)
-    return (record_path(root, sweep, run) / "record.json").is_file()
-
-
 def write_record(
     root: str | Path,
     record: RunRecord,
@@ -327,7 +323,7 @@ def write_record(
         metrics: long table with the columns :data:`METRIC_COLUMNS`.
         history: long table with the columns :data:`HISTORY_COLUMNS`; may be empty.
         config_text: the complete configuration as YAML.
-        attachments: further files, relative path -> content (bytes, text, or the path of a file to copy).
+        attachments: other files, relative path -> content (bytes, text, or the path of a file to copy).
         overwrite: replace an existing record; the old one disappears only when the new one is in place.
 
     Raises:
@@ -442,7 +438,7 @@ def _heatmap_index(path: Path, files: Mapping[str, str]) -> list[tuple[str, ...]
         except ValueError as error:
             raise RecordError(f"{index} line {number}: {error}") from None
         if set(files) - set(FILES) and f"heatmaps/{line['file']}" not in files:
-            raise RecordError(f"{index} line {number}: {line['file']!r} is none of the files that the run wrote")
+            raise RecordError(f"{index} line {number}: {line['file']!r} is not among the files that the run wrote")
         found.append(tuple(line[name] for name in HEATMAP_COLUMNS))
     return found
 
@@ -643,7 +639,7 @@ def _check_text(key: str, value: Any) -> None:
 
 
 def _check_kinds(where: str, mapping: Mapping[str, Any], kind: Any, keys: Iterable[str]) -> None:
-    """RecordError unless the values under the keys are of the kind, or None; booleans are no numbers."""
+    """RecordError unless the values under the keys are of the kind, or None; booleans do not count as numbers."""
     for key in keys:
         value = mapping.get(key)
         finite = not isinstance(value, float) or math.isfinite(value)

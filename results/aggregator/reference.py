@@ -19,7 +19,7 @@ from typing import Any
 from results.aggregator.records import HEATMAPS, RecordError, RecordSet, StoredRecord, read_records, write_record
 from results.aggregator.scores import METHOD_AXES, TABLE_AXES, axis_value, data_of
 from results.aggregator.spec import Spec
-from results.aggregator.sweep_file import canonical
+from results.aggregator.sweep_cells import canonical
 from results.common.code import code_hash
 
 FOLDER = Path("results/reference")

@@ -8,7 +8,7 @@ import html
 import io
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -85,7 +85,7 @@ def render(table: Table, form: str) -> str:
     """The table as text in one of :data:`FORMATS`; raises ValueError for another."""
     makers = {"terminal": terminal, "markdown": markdown, "csv": csv_text, "latex": latex, "html": html_text}
     if form not in makers:
-        raise ValueError(f"format {form!r} is none of {', '.join(makers)}")
+        raise ValueError(f"format {form!r} is unknown; choose from {', '.join(makers)}")
     return makers[form](table)
 
 
@@ -155,6 +155,12 @@ def _blocks(table: Table, width: int) -> list[list[int]]:
     return blocks
 
 
+def markdown_frame(heads: Sequence[str], rows: Iterable[Sequence[str]], names: int) -> list[str]:
+    """The lines of a GitHub table, its first `names` columns flush left, the numbers flush right; texts are escaped."""
+    lines = ["| " + " | ".join(line) + " |" for line in (heads, *rows)]
+    return [lines[0], "|" + "---|" * names + "---:|" * (len(heads) - names), *lines[1:]]
+
+
 def markdown(table: Table) -> str:
     """A GitHub table; best bold, second best underlined."""
     marks = {"best": "**{}**", "second": "<u>{}</u>", "": "{}"}
@@ -162,16 +168,16 @@ def markdown(table: Table) -> str:
     lines += [line for warning in table.warnings for line in (f"> **{_md(warning)}**", ">")][:-1]
     lines += [""] * bool(table.warnings)
     heads = [*table.row_headers, *(f"{c.group} {c.label}".strip() for c in table.columns)]
-    lines.append("| " + " | ".join(map(_md, heads)) + " |")
-    lines.append("|" + "---|" * len(table.row_headers) + "---:|" * len(table.columns))
+    rows = []
     for row, line in zip(table.rows, table.cells, strict=True):
         if starts_group(table, row) and row.group:
-            lines.append(f"| *{_md(row.group)}* |" + " |" * (len(heads) - 1))
+            rows.append([f"*{_md(row.group)}*", *[""] * (len(heads) - 1)])
         texts = [
             cell_text(cell, table, column, lambda text, mark: marks[mark].format(text)).replace("|", "\\|")
             for column, cell in zip(table.columns, line, strict=True)
         ]
-        lines.append("| " + " | ".join([*map(_md, labels(row)), *texts]) + " |")
+        rows.append([*map(_md, labels(row)), *texts])
+    lines += markdown_frame(list(map(_md, heads)), rows, len(table.row_headers))
     lines += ["", _md(table.caption)] if table.caption else []
     for note in table.notes:
         lines += ["", _md(note)]

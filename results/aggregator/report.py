@@ -15,7 +15,7 @@ from results.aggregator.curves import curve_table
 from results.aggregator.records import RecordError, RecordSet, StoredRecord
 from results.aggregator.scores import ConflictError, kinds
 from results.aggregator.spec import Spec, SpecError, find_spec, spec_for_sweep, spec_names
-from results.aggregator.sweep_file import SweepFile, describe_cell, read_sweep
+from results.aggregator.sweep_cells import SweepCells, describe_cell, read_sweep
 from results.aggregator.table import Table
 
 _CONFIGS = 300  # beyond so many records their configurations stay in the records
@@ -87,7 +87,7 @@ def _guarded(name: str, kind: str, make: Callable[[], _Block | None]) -> _Block 
 def _ablation(
     spec: Spec,
     records: Sequence[StoredRecord],
-    sweep: SweepFile | None,
+    sweep: SweepCells | None,
     kind: str,
     shown: dict[str, StoredRecord],
     controls: Sequence[StoredRecord] = (),

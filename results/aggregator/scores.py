@@ -17,7 +17,7 @@ import yaml
 
 from results.aggregator.names import COSTS, DATASET_CATEGORIES, PARTIAL_MEANS, is_percent
 from results.aggregator.records import StoredRecord
-from results.aggregator.sweep_file import SEED_KEYS, canonical, describe_cell
+from results.aggregator.sweep_cells import SEED_KEYS, canonical, describe_cell
 from results.aggregator.table import Value
 from results.common.deciding import SEEDS, deciding
 from results.common.methods import COMPARE
@@ -27,6 +27,9 @@ TABLE_AXES = ("protocol", "profile", "metric version", "random weights", "data")
 METHOD_AXES = ("backbone", "weights", "image size", "resize", "setting")
 AXES = (*TABLE_AXES, *METHOD_AXES)
 
+LIBRARIES = ("torch", "timm")
+"""Libraries whose versions are shown with every table: they may change a number in its last digits."""
+
 _SEED_LINE = re.compile(r"^\s*(seed_everything|seed):")
 
 
@@ -35,7 +38,7 @@ class ConflictError(ValueError):
 
     def __init__(self, conflicts: Sequence[tuple[str, Mapping[str, Sequence[str]]]], where: str = "") -> None:
         self.conflicts = tuple(conflicts)
-        lines = [f"these records must not meet{f' in {where}' if where else ''}:"]
+        lines = [f"these records do not belong in one table{f' in {where}' if where else ''}:"]
         for axis, groups in conflicts:
             lines.append(f"  {axis} differs:")
             for value, names in sorted(groups.items()):
@@ -316,6 +319,13 @@ def axis_value(stored: StoredRecord, axis: str, dataset: str = "") -> str:
     return "; ".join(
         f"{d['name']} ({_few(d['categories'])}), fingerprint {str(d['fingerprint'])[:10]}" for d in together
     )
+
+
+def versions(stored: StoredRecord) -> str:
+    """The versions of :data:`LIBRARIES` that a record was made with, such as ``torch 2.6.0, timm 1.0.9``."""
+    found = stored.record.provenance.get("versions") or {}
+    known = [f"{library} {found[library]}" for library in LIBRARIES if library in found]
+    return ", ".join(known) or f"{' and '.join(LIBRARIES)} of unknown version"
 
 
 def _few(categories: Sequence[str]) -> str:

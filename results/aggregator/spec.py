@@ -1,4 +1,4 @@
-"""Table specs: one small YAML file per table under ``results/tables/specs/``.
+"""Table specs: one small YAML file per table under `results/tables/specs/`.
 
 ::
 
@@ -23,8 +23,8 @@
 
 A row or column is a metric's name or a mapping. Its selectors (source, table, dataset, category, method, variant,
 metric, setting) say what stands there; a list of values makes one row or column each, and two lists every combination,
-the first one becoming the group. ``runs:`` holds what differs for our runs: variant, cell, sweep, method, setting;
-``runs: false`` says that no run of ours corresponds to it.
+the first one becoming the group. `runs:` holds what differs for our runs: variant, cell, sweep, method, setting;
+`runs: false` says that no run of ours corresponds to it.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def find_spec(name: str, folder: str | Path = FOLDER) -> Spec:
 
 
 def spec_for_sweep(sweep: str, folder: str | Path = FOLDER) -> Spec:
-    """The spec of a sweep's table: the one of its name, else the first with ``sweep: <name>``, else a plain one."""
+    """The spec of a sweep's table: the one of its name, else the first with `sweep: <name>`, else a plain one."""
     if (Path(folder) / f"{sweep}.yaml").is_file():
         return find_spec(sweep, folder)
     for name in spec_names(folder):

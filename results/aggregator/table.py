@@ -144,7 +144,7 @@ def _mark_line(line: Sequence[tuple[Value | None, int]]) -> None:
         (value, round(value.mean, digits)) for value, digits in line if value is not None and value.mean is not None
     ]
     levels = sorted({rounded for _, rounded in present}, reverse=True)
-    if len(levels) < 2:  # a single value, or all equal, is no ranking
+    if len(levels) < 2:  # a single value, or all equal, cannot be ranked
         return
     for value, rounded in present:
         value.mark = {levels[0]: "best", levels[1]: "second"}.get(rounded, "")

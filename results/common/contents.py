@@ -1,7 +1,7 @@
 """The contents of files as hashes: the one identity of data, for records, cache entries and the names of cells.
 
 A file is read once. Its hash is remembered with its size, times and inode in a small file per data set below
-``results/work/contents``, and holds as long as these stay; the change time (ctime) is among them, so that a file replaced
+`results/work/contents`, and holds as long as these stay; the change time (ctime) is among them, so that a file replaced
 or edited with its time kept is read again. What is remembered can be deleted at any moment.
 """
 
@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import xxhash
 
@@ -61,10 +62,16 @@ def content_hashes(paths: Iterable[str | Path], root: str | Path) -> list[str]:
     return [known[place][1] for place in places]
 
 
+def file_hash(path: str | Path) -> str:
+    """The hash of one file's bytes, read anew."""
+    with open(path, "rb", buffering=0) as file:
+        return _digest(file)
+
+
 def files_below(root: str | Path) -> Iterator[str]:
     """Every file of data below a folder, sorted within each folder; links are followed, but never around in a circle.
 
-    Hidden files, those of file managers (:data:`CLUTTER`) and archives (:data:`PACKED`) are no data.
+    Hidden files, those of file managers (:data:`CLUTTER`) and archives (:data:`PACKED`) do not count as data.
     """
     yield from _walk(os.fspath(root), ())
 
@@ -74,7 +81,7 @@ def data_hash(root: str | Path, categories: Sequence[str] | None = None) -> str:
 
     Args:
         root: The data set's folder. Where it lies does not matter.
-        categories: If each is a folder in ``root``, the files of others do not count.
+        categories: If each is a folder in `root`, the files of others do not count.
     """
     root = os.fspath(root)
     if categories and all(os.path.isdir(os.path.join(root, category)) for category in categories):
@@ -124,12 +131,15 @@ def _hash_all(files: Iterable[tuple[str, str]]) -> list[tuple[str, tuple[str, st
 
 
 def _hash(path: str) -> tuple[str, str]:
-    digest = xxhash.xxh3_128()
     with open(path, "rb", buffering=0) as file:
-        state = _state(os.fstat(file.fileno()))
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return state, digest.hexdigest()
+        return _state(os.fstat(file.fileno())), _digest(file)
+
+
+def _digest(file: BinaryIO) -> str:
+    digest = xxhash.xxh3_128()
+    while block := file.read(_BLOCK):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def _read(memory: Path) -> dict[str, tuple[str, str]]:
@@ -143,7 +153,7 @@ def _read(memory: Path) -> dict[str, tuple[str, str]]:
 
 
 def _write(memory: Path, entries: dict[str, tuple[str, str]]) -> None:
-    """Remember; a folder that cannot be written is no obstacle."""
+    """Remember; a folder that cannot be written does not stop the run."""
     text = json.dumps(entries)
     with contextlib.suppress(OSError):
         write_text(memory, f"{xxhash.xxh3_128_hexdigest(text.encode())}\n{text}")

@@ -46,7 +46,7 @@ def deciding(configuration: Mapping[str, Any], beside: re.Pattern[str] | None = 
 
     Args:
         configuration: As the command line writes it; nested mappings.
-        beside: Keys that are left out, too (:data:`SEEDS` or :data:`EXTENDS`).
+        beside: More keys to leave out (:data:`SEEDS` or :data:`EXTENDS`).
     """
     flat = {k: v for k, v in flatten(configuration) if not FREE.match(k) and not (beside and beside.match(k))}
     if flat.get("run.protocol", "clean") == "clean":

@@ -18,7 +18,7 @@ class NamedDataset:
 
     Attributes:
         name: its reader.
-        root: its folder, with ``~`` expanded; "" for the one that comes with the project.
+        root: its folder, with `~` expanded; "" for the one that comes with the project.
         categories: the subset to use, None for all.
         label: its name in tables if its reader is used more than once: its folder's. Else None.
     """
@@ -39,7 +39,7 @@ class Named:
 
 
 def parts(value: str | Iterable[str] | None) -> tuple[str, ...]:
-    """The parts of a comma list, ``"a, b,"`` -> ``("a", "b")``; a list is taken as it is, None as an empty one."""
+    """The parts of a comma list, `"a, b,"` -> `("a", "b")`; a list is taken as it is, None as an empty one."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return tuple(value or ())
@@ -48,8 +48,8 @@ def parts(value: str | Iterable[str] | None) -> tuple[str, ...]:
 def parse(variables: Mapping[str, str], has_own_root: Callable[[str], bool]) -> Named:
     """Read the variables.
 
-    ``DATASET`` and ``DATA_ROOT`` are lists of equal length. A dataset that comes with the project needs no root: its
-    place in ``DATA_ROOT`` may be empty or left out. ``CATEGORIES`` needs exactly one dataset, since it would not say
+    `DATASET` and `DATA_ROOT` are lists of equal length. A dataset that comes with the project needs no root: its
+    place in `DATA_ROOT` may be empty or left out. `CATEGORIES` needs exactly one dataset, since it would not say
     whose they are.
 
     Args:

@@ -12,7 +12,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to write into, which takes its place at the end; its folder is made if it is missing.
+    """A file beside `path` to write into, which takes its place at the end; its folder is made if it is missing.
 
     The content is on disk before the name is, so that a lost power leaves the old file or the new one, never an empty
     one.
@@ -46,7 +46,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file; {} if it is missing, damaged or no mapping."""
+    """The content of a JSON file; {} if it is missing, damaged or not a mapping."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -57,8 +57,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def restore_replaced(folder: Path) -> None:
     """Bring back each record of a folder whose replacing was cut off between its two renames.
 
-    A record ``NAME`` is replaced by renaming it to ``.NAME.<who>.old`` (:data:`REPLACED`) and the new one to ``NAME``. A
-    process killed in between leaves no ``NAME``; the old one takes its place again.
+    A record `NAME` is replaced by renaming it to `.NAME.<who>.old` (:data:`REPLACED`) and the new one to `NAME`. A
+    process killed in between leaves no `NAME`; the old one takes its place again.
     """
     if not folder.is_dir():
         return

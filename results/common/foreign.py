@@ -34,11 +34,11 @@ class ForeignError(ValueError):
 
 
 def file_inside(folder: Path, name: str) -> Path:
-    """The file ``name`` of a folder; ForeignError if it is missing, no plain file, too large or not inside.
+    """The file `name` of a folder; ForeignError if it is missing, not a plain file, too large or not inside.
 
     Args:
         folder: The folder, which may itself be reached by a link.
-        name: Relative, with ``/`` between the parts.
+        name: Relative, with `/` between the parts.
     """
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
@@ -57,7 +57,7 @@ def file_inside(folder: Path, name: str) -> Path:
     if not inside:
         raise ForeignError(f"{name} is a link that leads out of the record")
     if not stat.S_ISREG(status.st_mode):
-        raise ForeignError(f"{name} is no file")
+        raise ForeignError(f"{name} is not a plain file")
     limit = _LIMITS.get(name, _OTHERS)
     if status.st_size > limit:
         raise ForeignError(f"{name} has {status.st_size >> 20} MiB; at most {limit >> 20} MiB are read")
@@ -79,7 +79,7 @@ def read_mapping(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"it holds {name}, which is no number")
+    raise ValueError(f"it holds {name}, which is not a number")
 
 
 def _check_depth(value: Any, name: str) -> None:
@@ -98,7 +98,7 @@ def _check_depth(value: Any, name: str) -> None:
 
 @functools.lru_cache(maxsize=4096)
 def check_yaml(text: str, name: str) -> None:
-    """ForeignError if a YAML text is malformed, no mapping, nested too deeply, or larger than it looks (alias bombs).
+    """ForeignError if a YAML text is malformed, not a mapping, nested too deeply, or larger than it looks (alias bombs).
 
     Nothing is built: the text is only read through, at about 3 MB in a second.
     """
@@ -140,7 +140,7 @@ def check_yaml(text: str, name: str) -> None:
 
 
 def checksums(description: Mapping[str, Any]) -> dict[str, str]:
-    """File -> sha256, as a record.json lists them under ``files``; {} if it has none."""
+    """File -> sha256, as a record.json lists them under `files`; {} if it has none."""
     files = description.get("files", {})
     if not isinstance(files, dict) or not all(
         isinstance(checksum, str) and _CHECKSUM.fullmatch(checksum) for checksum in files.values()
@@ -150,7 +150,7 @@ def checksums(description: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check_files(folder: Path, files: Mapping[str, str], pictures: bool = True) -> None:
-    """ForeignError unless every listed file has its checksum; without ``pictures`` those are only looked for."""
+    """ForeignError unless every listed file has its checksum; without `pictures` those are only looked for."""
     for name, checksum in files.items():
         path = file_inside(folder, name)
         if (pictures or not name.lower().endswith(PICTURES)) and sha256(path) != checksum:

@@ -30,7 +30,7 @@ class Lock:
         self.descriptor: int | None = None
 
     def acquire(self, wait: bool | float = False) -> bool:
-        """Take the lock; return whether it could be had now, within ``wait`` seconds, or at any time (True)."""
+        """Take the lock; return whether it could be had now, within `wait` seconds, or at any time (True)."""
         until = time.monotonic() + (float("inf") if wait is True else float(wait))
         while not self._try():
             if time.monotonic() >= until:
@@ -71,7 +71,7 @@ class Lock:
         return True
 
     def holder(self) -> str:
-        """The number of the process that signed the lock, or ``?``."""
+        """The number of the process that signed the lock, or `?`."""
         try:
             with open(self._path, "rb") as file:
                 return file.read(20).decode().strip() or "?"

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 
 def label(dataset: str, category: str) -> str:
-    """The pair as one word, ``dataset/category``; the category alone if the dataset is not named."""
+    """The pair as one word, `dataset/category`; the category alone if the dataset is not named."""
     return f"{dataset}/{category}" if dataset else category
 
 
 def plain(dataset: str, text: str) -> str:
     """The category of a text that is either the category or :func:`label` of this dataset and it."""
     return text.removeprefix(f"{dataset}/") if dataset else text
-
-
-def category_of(text: str) -> str:
-    """The category of a label whose dataset is not known: a category is a folder's name, so it holds no slash."""
-    return text.rpartition("/")[2]

@@ -17,7 +17,7 @@ _HIDDEN = (
 
 
 def printable(text: str) -> str:
-    """The text with every control character and every byte that is not UTF-8 spelled out, like ``\\x1b``."""
+    """The text with every control character and every byte that is not UTF-8 spelled out, like `\\x1b`."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(
@@ -27,5 +27,5 @@ def printable(text: str) -> str:
 
 
 def spelled(character: str) -> str:
-    """A character as Python writes it in a text: ``\\x1b``, ``\\u6728``."""
+    """A character as Python writes it in a text: `\\x1b`, `\\u6728`."""
     return ascii(character)[1:-1]

@@ -32,7 +32,7 @@ _DISTRIBUTIONS = {
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The file's content; ValueError if it is no YAML, or no mapping."""
+    """The file's content; ValueError if it is not YAML, or not a mapping."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -43,7 +43,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def numbers(value: Any) -> Any:
-    """The value with numbers as W&B's server reads them: ``1e-4``, in which Python's YAML sees a text, is one."""
+    """The value with numbers as W&B's server reads them: `1e-4`, in which Python's YAML sees a text, is one."""
     if isinstance(value, str) and _NUMBER.fullmatch(value):
         return float(value)
     if isinstance(value, list):
@@ -111,7 +111,7 @@ def check_parameters(parameters: Any, path: Path) -> dict[str, dict[str, Any]]:
             raise ValueError(f"{where}: values must be a list with at least one value; found {entry['values']!r}.")
         for key in ("min", "max", "mu", "sigma", "q"):
             if key in entry and (isinstance(entry[key], bool) or not isinstance(entry[key], (int, float))):
-                raise ValueError(f"{where}: {key} is {entry[key]!r}, which is no number.")
+                raise ValueError(f"{where}: {key} is {entry[key]!r}, which is not a number.")
         if "log_" in kind and entry["min"] <= 0:
             raise ValueError(f"{where}: min {entry['min']} of a {kind} parameter must be above 0; uniform takes any.")
         if "max" in entry and not entry["min"] < entry["max"]:

@@ -1,6 +1,6 @@
 """The same sweep files with W&B's server: register a sweep, run one agent per GPU, fetch the records.
 
-Everything is done by the unmodified ``wandb`` program; this file only spares the user its traps.
+Everything is done by the unmodified `wandb` program; this file only spares the user its traps.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rich.markup import escape
 from results.common import foreign
 from results.common.files import write_text
 from results.common.shown import printable
-from sweeps.runner import command, preflight, prepare, sweep_file
+from sweeps.runner import checked_sweep, command, preflight, prepare
 from sweeps.runner.errors import SweepError
 from sweeps.runner.expansion import SEED, Cell, draw
 from sweeps.runner.local import check_writable
@@ -41,7 +41,7 @@ _SWEEP = re.compile(r"[^/\s]+/[^/\s]+/[^/\s]+")
 
 def register(options: argparse.Namespace, console: Console) -> int:
     """Check a sweep, register it with W&B under the chosen profile and print how to start agents."""
-    sweep = sweep_file.load(options.ablation)
+    sweep = checked_sweep.load(options.ablation)
     variables = prepare.environment(options.profile) | {"WANDB_MODE": "online"}
     check_writable(WORK)
     parameters = dict(sweep.parameters)
@@ -80,7 +80,7 @@ def _left_alone(words: tuple[str, ...]) -> dict[str, str]:
     return {name: f"${{envvar:{name}}}" for name in names - {"PROFILE"}}
 
 
-def _examples(sweep: sweep_file.SweepFile, seeds: list[int] | None) -> list[Cell]:
+def _examples(sweep: checked_sweep.CheckedSweep, seeds: list[int] | None) -> list[Cell]:
     """Cells whose keys and values stand for all; a search on the server is represented by one draw."""
     if sweep.method == "grid":
         return sweep.cells(seeds)
@@ -89,7 +89,7 @@ def _examples(sweep: sweep_file.SweepFile, seeds: list[int] | None) -> list[Cell
 
 
 def agents(options: argparse.Namespace, console: Console) -> int:
-    """Run one W&B agent per GPU (or ``--workers`` agents on the CPU) until the sweep has no more cells.
+    """Run one W&B agent per GPU (or `--workers` agents on the CPU) until the sweep has no more cells.
 
     Ctrl-C or SIGTERM reach the agents, which pass them on: a cell then reports itself as pre-empted and is handed out
     again. Returns the largest exit code.
@@ -144,14 +144,14 @@ def _start_agent(sweep: str, gpu: str | None, count: int) -> subprocess.Popen[by
 
 
 def pull(options: argparse.Namespace, console: Console) -> int:
-    """Fetch the run records of a W&B sweep into ``results/runs/``; those that are there already are left alone."""
+    """Fetch the run records of a W&B sweep into `results/runs/`; those that are there already are left alone."""
     import wandb
 
     check_writable(RECORDS)
     try:
         runs = list(wandb.Api().sweep(options.sweep).runs)
     except (ValueError, wandb.errors.CommError) as error:
-        raise SweepError(f"W&B has no sweep {options.sweep} for you: {error}") from error
+        raise SweepError(f"W&B has no sweep {options.sweep} that you can read: {error}") from error
     outcomes, broken = [], []
     for run in runs:
         try:

@@ -28,7 +28,7 @@ def short(name: str) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as ``41 s``, ``3 min 05 s`` or ``2 h 07 min``."""
+    """Seconds as `41 s`, `3 min 05 s` or `2 h 07 min`."""
     if seconds is None:
         return "?"
     whole = round(seconds)
@@ -42,7 +42,12 @@ def duration(seconds: float | None) -> str:
 class Display:
     """Prints what happens to the jobs of a sweep.
 
-    varying: names of the settings worth showing. metric: name of the metric to show. slots: jobs at a time.
+    Args:
+        console: Where to.
+        title: Of the sweep.
+        varying: Names of the settings worth showing.
+        metric: Name of the metric to show.
+        slots: Jobs at a time.
     """
 
     def __init__(self, console: Console, title: str, varying: tuple[str, ...], metric: str, slots: int) -> None:

@@ -52,7 +52,7 @@ def grid(parameters: dict[str, dict[str, Any]], path: Path) -> list[Cell]:
         values = axis(parameters[name])
         if values is None:
             raise SweepError(
-                f"{path}: parameter {name!r} is {distribution(parameters[name])}, which has no end of values; a grid "
+                f"{path}: parameter {name!r} is {distribution(parameters[name])}, whose values cannot be listed; a grid "
                 f"needs value, values or whole numbers min and max. Write method: random to draw from it."
             )
         axes.append(unique(values))
@@ -61,7 +61,7 @@ def grid(parameters: dict[str, dict[str, Any]], path: Path) -> list[Cell]:
 
 def draw(parameters: dict[str, dict[str, Any]], count: int, sampler_seed: int) -> list[Cell]:
     """Draw ``count`` points, each with every seed; repeatable, and equal points once."""
-    # The seeds of the runs are no part of the search: each drawn point runs with every seed.
+    # The seeds of the runs do not belong to the search: each drawn point runs with every seed.
     seeds = parameters.get(SEED, {})
     seed_values = unique(seeds.get("values", [seeds["value"]] if "value" in seeds else []))
     cells = []
@@ -111,7 +111,7 @@ def select(cells: list[Cell], only: list[str], path: Path) -> list[Cell]:
             raise SweepError(f"--only {condition!r} must have the form key=value, for example query=none.")
         matches = [name for name in known if name == key] or [name for name in known if name.endswith(f".{key}")]
         if len(matches) != 1:
-            found = f"fits several parameters: {', '.join(matches)}" if matches else "is no parameter of this sweep"
+            found = f"fits several parameters: {', '.join(matches)}" if matches else "is not a parameter of this sweep"
             hint = did_you_mean(key, [*known, *(name.rsplit(".", 1)[-1] for name in known)])
             raise SweepError(f"--only {condition!r}: {key!r} {found} ({path}). {hint}")
         value = numbers(yaml.safe_load(text))

@@ -24,9 +24,9 @@ from results.common.contents import content_hashes, data_hash
 from results.common.deciding import FREE, deciding
 from results.common.nearest import did_you_mean
 from sweeps.runner import command
+from sweeps.runner.checked_sweep import ARGS, CheckedSweep
 from sweeps.runner.errors import SweepError
 from sweeps.runner.expansion import Cell
-from sweeps.runner.sweep_file import ARGS, SweepFile
 
 OVERRIDES = ("DATASET", "DATA_ROOT", "CATEGORIES", "BACKBONE", "WEIGHTS")
 
@@ -43,7 +43,7 @@ class Dataset:
 class Identifier:
     """Computes the ids of a sweep's cells; reads configuration, code and data once."""
 
-    def __init__(self, sweep: SweepFile, environment: Mapping[str, str], datasets: list[Dataset]) -> None:
+    def __init__(self, sweep: CheckedSweep, environment: Mapping[str, str], datasets: list[Dataset]) -> None:
         self._sweep = sweep
         self._environment = environment
         self._of_methods: dict[Any, dict[str, Any]] = {}
@@ -89,7 +89,7 @@ class Identifier:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A configuration file's content; SweepError if it is missing or no mapping."""
+    """A configuration file's content; SweepError if it is missing or not a mapping."""
     try:
         content = yaml.safe_load(path.read_text())
     except FileNotFoundError:
@@ -114,7 +114,7 @@ def lookup(config: Mapping[str, Any], dotted: str) -> Any:
     return value
 
 
-def _words_that_matter(sweep: SweepFile, environment: Mapping[str, str]) -> list[str]:
+def _words_that_matter(sweep: CheckedSweep, environment: Mapping[str, str]) -> list[str]:
     """The command's words without the interpreter, the configuration files (their contents count) and run names."""
     words = command.resolve(sweep.command, environment)
     files = {str(path) for path in command.configs(sweep.command, environment)}
@@ -129,7 +129,7 @@ def _words_that_matter(sweep: SweepFile, environment: Mapping[str, str]) -> list
 
 
 def code_roots(
-    sweep: SweepFile, environment: Mapping[str, str], parameters: Mapping[str, Any] | None = None
+    sweep: CheckedSweep, environment: Mapping[str, str], parameters: Mapping[str, Any] | None = None
 ) -> list[str]:
     """Modules where the search for code starts: the program and the classes that configurations and parameters name.
 

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from results.common.files import read_json
-from sweeps.runner import expansion, prepare, sweep_file
+from sweeps.runner import checked_sweep, expansion, prepare
 from sweeps.runner.display import duration, short
 from sweeps.runner.errors import SweepError
 from sweeps.runner.state import DONE, RECORDS, WORK
@@ -20,14 +20,14 @@ def show(options: argparse.Namespace, console: Console) -> int:
     """Print the list; return the exit code."""
     profile = prepare.environment(options.profile)["PROFILE"]
     if options.ablation:
-        console.print(_cells(sweep_file.load(options.ablation)))
+        console.print(_cells(checked_sweep.load(options.ablation)))
         return 0
     table = Table(title=f"Ablations (cost with PROFILE={profile}, from the runs so far on this machine)")
     for title in ("ablation", "cells", "cost of all", "what it shows"):
         table.add_column(title, overflow="fold")
-    for name in sweep_file.names():
+    for name in checked_sweep.names():
         try:
-            sweep = sweep_file.load(name)
+            sweep = checked_sweep.load(name)
             count = str(len(sweep.cells()))
             table.add_row(name, count, _cost(sweep.name, profile, int(count)), escape(sweep.description))
         except SweepError as error:
@@ -46,7 +46,7 @@ def _cost(sweep: str, profile: str, count: int) -> str:
     return f"{duration(count * sum(known) / len(known))} of one worker" if known else "no run yet"
 
 
-def _cells(sweep: sweep_file.SweepFile) -> Table:
+def _cells(sweep: checked_sweep.CheckedSweep) -> Table:
     table = Table(title=sweep.name)
     names, cells = sweep.varying, sweep.cells()
     varying = [name for name in expansion.varying(cells) if name != expansion.SEED]

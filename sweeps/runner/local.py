@@ -266,7 +266,7 @@ class Runner:
             self._display.ended(job, "killed from outside, out of memory?" if code == -signal.SIGKILL else "")
 
     def _machine_fault(self, log_lines: list[str]) -> str:
-        """Why every further cell would fail too, or an empty string; log_lines: the end of a failed cell's log."""
+        """Why every other cell would fail as well, or an empty string; log_lines: the end of a failed cell's log."""
         for root in self._data_roots:
             if not root.is_dir():
                 return f"The data folder {root} is no longer there. Bring it back and start the sweep again."
@@ -301,7 +301,7 @@ class Runner:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += 1
         if self._interrupts == 1:
-            self._display.say("Stopping: cells leave in order and are resumed next time. Ctrl-C again kills them.")
+            self._display.say("Stopping: running cells save their state and go on next time. Ctrl-C again kills them.")
             for job in self._running():
                 job.process.terminate()
         else:
@@ -327,7 +327,7 @@ def check_writable(folder: Path) -> None:
 
 def _explain(error: OSError) -> str:
     path = Path(error.filename or WORK.parent)
-    where = path.parent if path.name.startswith(".") else path  # temporary files are no news
+    where = path.parent if path.name.startswith(".") else path  # temporary files need not be named
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"The disk is full ({where}). Free some space and start the same sweep again."
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):

@@ -16,9 +16,9 @@ from typing import Any
 from results.common.methods import COMPARE, METHOD
 from results.common.nearest import did_you_mean
 from sweeps.runner import command
+from sweeps.runner.checked_sweep import CheckedSweep
 from sweeps.runner.errors import SweepError
 from sweeps.runner.expansion import Cell, unique
-from sweeps.runner.sweep_file import SweepFile
 
 PROGRAM = "lightning_modules"
 # Parameters that decide which other keys exist.
@@ -29,7 +29,7 @@ _STANDS_FOR_FILES = ("config", METHOD, COMPARE)
 class Check:
     """The check of a sweep's cells, running beside the other preparations from its construction on."""
 
-    def __init__(self, sweep: SweepFile, cells: list[Cell], variables: Mapping[str, str]) -> None:
+    def __init__(self, sweep: CheckedSweep, cells: list[Cell], variables: Mapping[str, str]) -> None:
         self._sweep = sweep
         self._cells = cells
         self._variables = variables
@@ -98,7 +98,7 @@ class Check:
         key = problem["key"]
         if problem["what"] == "key":
             hint = did_you_mean(key, problem["known"])
-            return f"{path}: parameter {key!r} is no option of the program with {configs}. {hint}"
+            return f"{path}: parameter {key!r} is not an option of the program with {configs}. {hint}"
         return f"{path}: value {problem['value']} of parameter {key!r} is refused by the program:\n{problem['message']}"
 
 

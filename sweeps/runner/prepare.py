@@ -18,12 +18,12 @@ from results.common.environment import parse, parts
 from results.common.files import read_json, write_json
 from results.common.lock import Lock
 from sweeps.runner import command
+from sweeps.runner.checked_sweep import CheckedSweep
 from sweeps.runner.errors import SweepError
 from sweeps.runner.expansion import Cell
 from sweeps.runner.identity import OVERRIDES, Dataset, Identifier, lookup, read_config
 from sweeps.runner.local import Job
 from sweeps.runner.state import WORK
-from sweeps.runner.sweep_file import SweepFile
 
 SYNTHETIC_LOCO = Path("data/synthetic_loco")
 """Four categories of the benchmark in the layout of MVTec LOCO AD."""
@@ -48,7 +48,7 @@ def environment(profile: str | None, base: Mapping[str, str] = os.environ) -> di
     return result
 
 
-def chosen(sweep: SweepFile, variables: Mapping[str, str]) -> SweepFile:
+def chosen(sweep: CheckedSweep, variables: Mapping[str, str]) -> CheckedSweep:
     """The sweep with the values that COMPARE and SETTING choose; SweepError if it does not ask for such a choice."""
     parameters = dict(sweep.parameters)
     for name, key in CHOICES.items():
@@ -65,7 +65,7 @@ def chosen(sweep: SweepFile, variables: Mapping[str, str]) -> SweepFile:
     return replace(sweep, parameters=parameters)
 
 
-def with_shared_data(sweep: SweepFile, cells: list[Cell], variables: Mapping[str, str]) -> dict[str, str]:
+def with_shared_data(sweep: CheckedSweep, cells: list[Cell], variables: Mapping[str, str]) -> dict[str, str]:
     """The variables, for a sweep over methods with DATASET: the data of all methods of its profile if none is named.
 
     Without it each method would have its own profile's data, and no table could hold them together.
@@ -134,7 +134,7 @@ def data(sets: list[Dataset], profile: str, say: Callable[[str], None]) -> None:
                 _make_synthetic(dataset.root, LOCO_OPTIONS if dataset.root == SYNTHETIC_LOCO else (), say)
             elif not dataset.root.is_dir():
                 raise SweepError(
-                    f"The data set {dataset.name} of profile {profile} should be in {dataset.root}, which is no folder. "
+                    f"The data set {dataset.name} of profile {profile} should be in {dataset.root}, which is not a folder. "
                     f"Name its place with DATA_ROOT=<folder>, or run PROFILE=demo, which makes its own data."
                 )
             find_dataset(dataset.name, dataset.root, dataset.categories)
@@ -156,10 +156,10 @@ def _make_synthetic(root: Path, options: tuple[str, ...], say: Callable[[str], N
 class Weights:
     """Decides ``auto`` weights once per backbone and sweep, so that no two cells differ in them by chance.
 
-    The decision is kept in the sweep's working folder and holds for later runs of the sweep too.
+    The decision is kept in the sweep's working folder and also holds for later runs of the sweep.
     """
 
-    def __init__(self, sweep: SweepFile, variables: Mapping[str, str], say: Callable[[str], None]) -> None:
+    def __init__(self, sweep: CheckedSweep, variables: Mapping[str, str], say: Callable[[str], None]) -> None:
         self._variables = variables
         self._say = say
         self._kept = WORK / sweep.name / "weights.json"
@@ -204,13 +204,13 @@ class Weights:
             self._say(f"{tag} has ImageNet weights, those of a Python package.")
         else:
             self._say(
-                f"[bold yellow]{tag} has RANDOM weights[/]: when this sweep began, ImageNet's were neither cached nor "
-                f"to be had from the hub or a package. WEIGHTS=imagenet insists on them."
+                f"[bold yellow]{tag} has RANDOM weights[/]: when this sweep began, the ImageNet weights were neither cached nor "
+                f"available from the hub or a package. WEIGHTS=imagenet insists on them."
             )
 
 
 def jobs(
-    sweep: SweepFile,
+    sweep: CheckedSweep,
     cells: list[Cell],
     variables: Mapping[str, str],
     sets: list[Dataset],

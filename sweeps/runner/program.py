@@ -12,6 +12,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from lightning_modules.running import command_line as cli
+from lightning_modules.running.parser import essence
 from sweeps.runner.requirements import missing_folder
 
 
@@ -49,7 +50,7 @@ class Parser(cli.UniReconCLI):
                 self.before_instantiate_classes()
         except SystemExit as error:
             message = error.code if isinstance(error.code, str) else printed.getvalue().rpartition("error: ")[2]
-            raise Refusal(_essence(message)) from error
+            raise Refusal(essence(message)) from error
         return configuration
 
     def missing(self, arguments: list[str]) -> str:
@@ -66,9 +67,3 @@ class Parser(cli.UniReconCLI):
             reasons = [line.strip().removeprefix("- ") for line in str(error).splitlines() if line.startswith("  - ")]
             return (reasons or str(error).splitlines() or [type(error).__name__])[0]
         return ""
-
-
-def _essence(message: str) -> str:
-    """The parser's message without the lines that tell how it looked at the value."""
-    noise = ("Given value", "- Expected a <class 'NoneType'>", "Subtypes:")
-    return "\n".join(line for line in message.strip().splitlines() if not line.strip().startswith(noise))

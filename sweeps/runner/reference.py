@@ -23,11 +23,11 @@ from results.aggregator import reference
 from results.aggregator.records import RecordError, StoredRecord, read_record
 from results.aggregator.scores import data_of
 from results.aggregator.spec import spec_for_sweep
-from results.aggregator.sweep_file import cell_key
+from results.aggregator.sweep_cells import cell_key
 from results.aggregator.verify import compare
 from results.common.files import read_json
 from results.common.nearest import did_you_mean
-from sweeps.runner import expansion, identity, prepare, sweep_file
+from sweeps.runner import checked_sweep, expansion, identity, prepare
 from sweeps.runner.display import Display, duration
 from sweeps.runner.errors import SweepError
 from sweeps.runner.local import Job, Runner, check_writable
@@ -115,7 +115,7 @@ def plan(entry: Entry, threads: int, say: Callable[[str], None], results: Path |
 
     results: a folder of their own for the runs, beside which nothing counts as finished.
     """
-    sweep = sweep_file.load(entry.sweep)
+    sweep = checked_sweep.load(entry.sweep)
     base = {key: value for key, value in os.environ.items() if key not in (*identity.OVERRIDES, *prepare.CHOICES)}
     variables = prepare.environment("demo", base)
     for key, value in (
@@ -181,7 +181,7 @@ def make(options: argparse.Namespace, console: Console) -> int:
         planned = plan(entry, threads, say)
         missing = planned.missing(options.again)
         if conditions:
-            cells = expansion.select([job.cell for job in planned.jobs], conditions, sweep_file.find(entry.sweep))
+            cells = expansion.select([job.cell for job in planned.jobs], conditions, checked_sweep.find(entry.sweep))
             missing = [job for job in missing if job.cell in cells]
         train = [job for job in missing if not job.finished()]
         each = _seconds(planned)
@@ -223,7 +223,7 @@ def _seconds(planned: Planned) -> float | None:
 def _train(planned: Planned, jobs: list[Job], workers: int, console: Console) -> int:
     """Run the jobs as a sweep's; 0, or 130 if a signal or the machine stopped them."""
     varying = expansion.varying([job.cell for job in jobs])
-    metric = sweep_file.load(planned.entry.sweep).metric.get("name", "")
+    metric = checked_sweep.load(planned.entry.sweep).metric.get("name", "")
     display = Display(console, planned.entry.title, varying, metric, min(workers, len(jobs)))
     runner = Runner(jobs, display, workers, [], retry_failed=True, data_roots=[data.root for data in planned.sets])
     runner.run()
@@ -268,7 +268,7 @@ def verify(options: argparse.Namespace, console: Console) -> int:
     differing, checked = 0, 0
     for entry in entries:
         planned = plan(entry, max(1, prepare.cores() // workers), say, AGAIN)
-        cells = expansion.select([job.cell for job in planned.jobs], options.only, sweep_file.find(entry.sweep))
+        cells = expansion.select([job.cell for job in planned.jobs], options.only, checked_sweep.find(entry.sweep))
         jobs = [job for job in planned.jobs if job.cell in cells]
         for job in [job for job in jobs if job.run not in planned.there]:
             say(f"{_label(job.cell.parameters)}: no reference record; `make reference ONLY={reference.SMALL}` makes it")

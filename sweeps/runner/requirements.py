@@ -15,10 +15,10 @@ from typing import Any
 
 from results.common import methods
 from sweeps.runner import command
+from sweeps.runner.checked_sweep import CheckedSweep
 from sweeps.runner.errors import SweepError
 from sweeps.runner.expansion import Cell
 from sweeps.runner.preflight import PROGRAM
-from sweeps.runner.sweep_file import SweepFile
 
 _MARK = "REQUIREMENTS "
 
@@ -38,7 +38,7 @@ def impossible(cells: Sequence[Cell], variables: Mapping[str, str]) -> dict[str,
 
 
 def absent(
-    sweep: SweepFile, cells: Mapping[str, Cell], weights: Mapping[str, str | None], variables: Mapping[str, str]
+    sweep: CheckedSweep, cells: Mapping[str, Cell], weights: Mapping[str, str | None], variables: Mapping[str, str]
 ) -> dict[str, str]:
     """method -> what it needs and this machine does not have.
 

@@ -1,4 +1,4 @@
-"""Small files of a sweep's working folder ``results/work/<sweep>/<run>/``: state, progress, lock, log.
+"""Small files of a sweep's working folder `results/work/<sweep>/<run>/`: state, progress, lock, log.
 
 Nothing here is a result: the run record alone says that a cell is finished.
 """

@@ -1,7 +1,7 @@
 """Starts of the training program that cost milliseconds instead of ten seconds of imports.
 
 A warmed process imports the program once and forks a copy of itself for every start. The copy becomes the program: its own
-arguments, environment, folder and output, its own process group, the `__main__` of ``python -m lightning_modules``. It is a
+arguments, environment, folder and output, its own process group, the `__main__` of `python -m lightning_modules`. It is a
 child of whoever asked for it, not of the warmed process (Linux: the asker adopts it as a "child subreaper"), so waiting for
 it, killing it and the kernel's signal at its parent's death are what they are for a program. For the same reason
 multiprocessing's own fork server does not fit: its children's exit codes are lost with it, and it cannot be started again,
@@ -45,7 +45,7 @@ class WarmStarts:
     Args:
         environment: Of the warmed process. Libraries that read their number of threads when they are imported read it here.
         root: The folder of the source files.
-        output: Where the imports print to, as for ``subprocess``; None is where this process does.
+        output: Where the imports print to, as for `subprocess`; None is where this process does.
     """
 
     def __init__(self, environment: Mapping[str, str], root: Path = Path("."), output: int | None = None) -> None:
@@ -58,9 +58,9 @@ class WarmStarts:
 
     @staticmethod
     def own(words: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], dict[str, str]] | None:
-        """Arguments and variables of a command that is this interpreter's ``-m lightning_modules``; None for any other.
+        """Arguments and variables of a command that is this interpreter's `-m lightning_modules`; None for any other.
 
-        ``env`` in front of it, with ``-u NAME`` and ``NAME=VALUE``, acts on the variables.
+        `env` in front of it, with `-u NAME` and `NAME=VALUE`, acts on the variables.
         """
         words, environment = list(words), dict(environment)
         if words[:1] == ["/usr/bin/env"]:
@@ -107,13 +107,13 @@ class WarmStarts:
         inherit: Iterable[int] = (),
         folder: Path = Path("."),
     ) -> int:
-        """Start ``python -m lightning_modules ARGUMENTS``; returns its process id, for ``os.waitpid``.
+        """Start `python -m lightning_modules ARGUMENTS`; returns its process id, for `os.waitpid`.
 
         Args:
             arguments: The program's.
             environment: All of its variables.
             output: Descriptor of its standard output and error.
-            inherit: Further descriptors that it holds until its end.
+            inherit: More descriptors that it holds until its end.
             folder: Its working folder.
 
         Raises:

@@ -99,7 +99,7 @@ def test_a_policy_that_changes_colours_has_no_symmetries(monkeypatch):
 
 
 def test_keys_with_their_dataset_find_their_category():
-    assert len(poses(Augmentation("unias_mvtec", ["mvtec_ad/screw"]), "mvtec_ad/screw", 60)) == 8
+    assert len(poses(Augmentation("unias_mvtec", {"mvtec_ad/screw": "screw"}), "mvtec_ad/screw", 60)) == 8
 
 
 def test_wrong_name_empty_policy_and_oblong_images_are_errors():

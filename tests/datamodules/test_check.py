@@ -209,10 +209,10 @@ def test_names_that_are_not_utf8_are_an_error_that_can_be_printed(make, tmp_path
 @pytest.mark.parametrize(
     ("folder", "hint"),
     [
-        ("Test", "if it is test, call it so"),
-        ("masks", "if it is ground_truth, call it so"),
-        ("Ground Truth", "if it is ground_truth, call it so"),
-        ("training", "if it is train, call it so"),
+        ("Test", "if it is meant as test, rename it"),
+        ("masks", "if it is meant as ground_truth, rename it"),
+        ("Ground Truth", "if it is meant as ground_truth, rename it"),
+        ("training", "if it is meant as train, rename it"),
         ("notes", "left out"),
     ],
 )

@@ -263,7 +263,7 @@ def test_an_entry_of_an_older_layout_is_told_in_one_line_and_built_anew(tmp_path
 def test_a_process_does_not_grow_with_the_entry_that_it_builds_and_reads(tmp_path):
     """128 MiB of features may take some batches' worth of memory (4 MiB each), not their own size."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # other tests leave their memory in ours
-        pool.submit(_growth, tmp_path / "first", 8).result()  # what is loaded on first use counts as memory, too
+        pool.submit(_growth, tmp_path / "first", 8).result()  # what is loaded on first use also counts as memory
         assert pool.submit(_growth, tmp_path / "second", 128).result() < 32 * 2**20
 
 

@@ -28,7 +28,7 @@ def test_a_test_image_that_was_trained_on_is_named(make, tmp_path):
     base = make.mvtec(tmp_path) / "bottle"
     shutil.copy(base / "train/good/001.png", base / "test/good/000.png")
     (said,) = module(tmp_path).remarks()
-    assert "1 test image of 4: the very same file is trained on" in said
+    assert "1 test image of 4: the same file is used for training" in said
     assert str(base / "test/good/000.png") in said
 
 

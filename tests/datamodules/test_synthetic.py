@@ -114,7 +114,7 @@ def test_a_complete_benchmark_is_kept_and_anything_else_is_not_overwritten(tiny,
     with pytest.raises(DataError, match="seed is 0, asked for is 1"):
         generate(tiny, replace(TINY, seed=1))
     (tmp_path / "mine.txt").write_text("precious")
-    with pytest.raises(DataError, match="something else"):
+    with pytest.raises(DataError, match="something other"):
         generate(tmp_path, TINY)
     assert json.loads((tiny / "synthetic.json").read_text())["version"] >= 1
 

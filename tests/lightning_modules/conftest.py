@@ -38,7 +38,7 @@ def no_wandb_run_is_left_open() -> Iterator[None]:
 
 
 def write_dataset(root: Path, masks: bool = True, train: int = 6) -> Path:
-    """Two categories in the layout of MVTec AD: per category ``train`` normal, 2 normal and 3 scratched test images."""
+    """Two categories in the layout of MVTec AD: per category `train` normal, 2 normal and 3 scratched test images."""
     for number, category in enumerate(CATEGORIES):
         rng = np.random.default_rng(number)
         for split, count in (("train", train), ("test", 2)):
@@ -97,7 +97,7 @@ class Project:
         self.config.write_text(yaml.safe_dump(config))
 
     def arguments(self, *more: str, command: str = "fit", name: str = "first", logger: bool = False) -> list[str]:
-        """Arguments of one command; without ``logger`` nothing is logged."""
+        """Arguments of one command; without `logger` nothing is logged."""
         quiet = [] if logger else ["--trainer.logger=false"]
         return [command, f"--config={self.config}", f"--run.name={name}", *quiet, *more]
 
@@ -173,7 +173,7 @@ def make_project():
 
 @pytest.fixture(scope="session")
 def programs():
-    """Starts the training program; see ``program.py``."""
+    """Starts the training program; see `program.py`."""
     spec = importlib.util.spec_from_file_location("program", Path(__file__).with_name("program.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -33,7 +33,7 @@ class Program:
         os.kill(self.pid, number)
 
     def wait(self, limit: float = 600) -> str:
-        """Everything it printed until its end; a failure after ``limit`` seconds."""
+        """Everything it printed until its end; a failure after `limit` seconds."""
         end = time.monotonic() + limit
         while self.poll() is None:
             if time.monotonic() > end:

@@ -59,7 +59,24 @@ def test_macs_are_those_of_the_matrix_products():
     assert benchmark.count_macs(model)["network"] == expected
 
 
-@pytest.mark.parametrize(("argument", "words"), [("--methods=unaid", "known are .*dfr"), ("--steps=0", "at least 1")])
+def test_a_new_method_is_measured_without_an_edit_of_the_benchmark(tmp_path, monkeypatch):
+    (tmp_path / "demo").mkdir()
+    assert benchmark.Options().methods[0] == benchmark.FIRST
+    for name, path in (("mine", "lightning_modules.uniad.UniAD"), ("bank", "lightning_modules.padim.PaDiM")):
+        (tmp_path / "demo" / f"{name}.yaml").write_text(f"model: {{class_path: {path}}}")
+    monkeypatch.setattr(benchmark, "PROFILES", tmp_path)
+    assert benchmark.Options().methods == ("mine",), "a memory bank has no training steps to measure"
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--methods=unaid", "Did you mean 'uniad'"),
+        ("--methods=padim", "cannot be measured"),
+        ("--steps=0", "at least 1"),
+        ("--images=1", "at least 2"),
+    ],
+)
 def test_what_cannot_be_measured_is_refused_at_once(argument, words):
     with pytest.raises(SystemExit, match=words):
         benchmark.main([argument])

@@ -50,7 +50,7 @@ def _cut(file):
 DAMAGES = {
     "cut": (_cut, "cut off or damaged"),
     "empty": (lambda file: file.write_bytes(b""), "it is empty"),
-    "text": (lambda file: file.write_text("hello, this is text"), "no file that torch has saved"),
+    "text": (lambda file: file.write_text("hello, this is text"), "torch did not save it"),
     "foreign": (lambda file: torch.save({"weights": torch.zeros(2)}, file), "lacks state_dict and trained_epochs"),
     "tensor": (lambda file: torch.save(torch.zeros(2), file), "holds a Tensor"),
 }

@@ -25,7 +25,7 @@ class Interruption(RuntimeError):
 
 @pytest.fixture
 def make(tmp_path, data_root, make_project):
-    """A project of DeSTSeg with further arguments of its model; 12 training images in batches of 4."""
+    """A project of DeSTSeg with more arguments of its model; 12 training images in batches of 4."""
 
     def made(anomalies="own", **options):
         project = make_project(tmp_path, data_root)

@@ -108,7 +108,7 @@ def test_predict_and_heat_maps_work_and_reconstructions_are_refused_in_a_sentenc
     project.run(f"--data.init_args.predict_root={images}", command="predict")
     scores = next((project.results / "work" / "single" / "first" / "predictions").rglob("*.csv"))
     assert len(pd.read_csv(scores)) == 5
-    with pytest.raises(SystemExit, match="patchcore reconstructs nothing, so there is nothing to picture"):
+    with pytest.raises(SystemExit, match="patchcore does not reconstruct anything, so there is nothing to draw"):
         reconstructions.main([str(project.results / "runs" / "single" / "first")])
 
 

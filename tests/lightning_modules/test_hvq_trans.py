@@ -28,7 +28,7 @@ class Interruption(RuntimeError):
 
 @pytest.fixture
 def make(tmp_path, data_root, make_project):
-    """A project of HVQ-Trans with further arguments of its model."""
+    """A project of HVQ-Trans with more arguments of its model."""
 
     def made(**options):
         project = make_project(tmp_path, data_root)

@@ -40,7 +40,7 @@ class Cautious(AdamW):
 
 
 class WarmCosine(LambdaLR):
-    """A schedule of a method's own: rises over ``warm`` steps, then falls as a cosine to zero at ``steps``."""
+    """A schedule of a method's own: rises over `warm` steps, then falls as a cosine to zero at `steps`."""
 
     def __init__(self, optimizer: Optimizer, warm: int, steps: int) -> None:
         def factor(step: int) -> float:
@@ -181,7 +181,7 @@ def test_mixed_precision_still_clips_the_gradients_of_a_fused_optimiser(tmp_path
 
 
 def test_lightning_refuses_to_clip_without_the_touch_inside_the_optimiser(tmp_path, monkeypatch):
-    """When this fails, the libraries have changed and ``allow_clipping`` may go."""
+    """When this fails, the libraries have changed and `allow_clipping` may go."""
     monkeypatch.setattr(internals, "allow_clipping", lambda optimizer: None)
     with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
         test_mixed_precision_still_clips_the_gradients_of_a_fused_optimiser(tmp_path)

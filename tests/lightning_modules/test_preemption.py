@@ -117,7 +117,7 @@ def test_models_of_single_categories_share_one_wandb_run_with_curves_table_and_r
     assert wandb.run.config["cli"]["data"]["init_args"]["setting"] == "per_category"
     wandb.finish()
     assert {"bolt/train/loss", "disc/train/loss", "image_auroc", "categories", "heatmaps/bolt"} <= set(summary)
-    assert taken == [project.record().path], "the parts' own records are no records of the run"
+    assert taken == [project.record().path], "the parts' own records do not count as the run's"
     assert len(list((project.results / "work" / "single" / "first" / "wandb").glob("offline-run-*"))) == 1
 
 

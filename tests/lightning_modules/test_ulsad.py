@@ -188,7 +188,7 @@ def test_a_checkpoint_brings_statistics_and_quantiles_and_scores_the_same(loco, 
 # --- protocols --------------------------------------------------------------------------------------------------------
 
 
-def released(root, tmp_path, tie, best_epoch=None):
+def released(root, tmp_path, tie):
     curve = EvaluationCurve(History(), 1, "image_auroc", tie)
     module, source, _ = fitted(root, tmp_path, epochs=3, callbacks=[curve], protocol=("as_released", "best_on_test"))
     return module, source, curve

@@ -13,7 +13,7 @@ from lightning_modules.unias import UniAS
 from models.backbones import BackboneConfig, FeatureExtractor
 from models.reconstruction import Pair
 from models.unias import UniAS as Network
-from sweeps.runner.sweep_file import load
+from sweeps.runner.checked_sweep import load
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[2]

@@ -51,6 +51,16 @@ def test_repeats_are_not_sold_as_independent_observations(runs):
     assert "| categories | 8 |" in text
 
 
+@pytest.mark.parametrize(("other", "said"), [("1.0.15", 1), ("1.0.9", 0)])
+def test_a_difference_between_library_versions_is_told_beside_the_result(runs, other, said):
+    for method, shift, timm in (("unias", 0.02, "1.0.9"), ("uniad", 0.0, other)):
+        add(runs, method, shift, provenance={"versions": {"torch": "2.6.0", "timm": timm}})
+    records = runs.read()
+    result = compare(choose(records, "unias"), choose(records, "uniad"), "unias", "uniad")
+    note = f"A was run with torch 2.6.0, timm 1.0.9, B with torch 2.6.0, timm {other}."
+    assert result.notes.count(note) == said
+
+
 def test_one_seed_gives_no_seed_test_and_says_so(runs):
     add(runs, "unias", 0.02, seeds=(0,))
     add(runs, "uniad", 0.0)
@@ -101,7 +111,7 @@ def test_several_experiments_of_a_method_are_listed_with_how_to_choose_one(runs,
     assert "  single/try9: profile paper, seed 0, image size 128x96, commit 9abc9abc9a\n  single/try8: " in told
     assert "single/try1:" not in told
     assert "  and 2 more\n" in told
-    assert "like B=single/try9" in told
+    assert "such as B=single/try9" in told
     assert main(["compare", "unias", "single/try8", *words]) == 0
 
 

@@ -9,7 +9,7 @@ from results.aggregator import figures, render
 from results.aggregator.build import paper_table, sweep_table
 from results.aggregator.curves import Curve, curve_table, read_curve
 from results.aggregator.spec import Entry, Spec, find_spec
-from results.aggregator.sweep_file import read_sweep
+from results.aggregator.sweep_cells import read_sweep
 from results.aggregator.table import Cell
 
 KEY = "model.init_args.network"
@@ -41,7 +41,7 @@ def test_peak_epoch_final_and_drop_are_read_off_the_curves(runs, sweep):
     table = curve_table(find_spec("identical_shortcut"), runs.read(), sweep)
     assert [row.labels for row in table.rows] == [("MLP",), ("UniAD",)]
     assert [f"{c.group} {c.label}" for c in table.columns] == [
-        "first Loss" if False else f"{group} {label}"
+        f"{group} {label}"
         for group, labels in (
             ("Loss", ("first", "final")),
             ("Image AUROC", ("peak", "epoch", "final", "drop")),

@@ -14,7 +14,6 @@ from results.aggregator.records import (
     DamagedRecordWarning,
     RecordError,
     RunRecord,
-    is_complete,
     read_record,
     read_records,
     write_record,
@@ -60,7 +59,7 @@ def test_a_record_comes_back_exactly_as_it_was_written(tmp_path):
     pd.testing.assert_frame_equal(stored.history, HISTORY, check_dtype=False)
     assert stored.config_text == "a: 1\n"
     assert (path / "heatmaps/x.png").read_bytes() == b"\x89PNG"
-    assert is_complete(tmp_path, "demo", "base-seed0")
+    assert [record.path for record in read_records(tmp_path)] == [path]
 
 
 def test_a_writer_that_dies_leaves_no_half_record(tmp_path, monkeypatch):
@@ -68,7 +67,6 @@ def test_a_writer_that_dies_leaves_no_half_record(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk gone"):
         write(tmp_path)
     monkeypatch.undo()
-    assert not is_complete(tmp_path, "demo", "base-seed0")
     assert list((tmp_path / "demo").iterdir()) == []
     (tmp_path / "demo" / ".base-seed0.host-1-abc.tmp").mkdir()  # what a killed process leaves
     assert len(read_records(tmp_path)) == 0
@@ -137,7 +135,7 @@ def test_a_metric_row_that_would_poison_a_table_is_refused(tmp_path, column, val
     metrics.loc[0, column] = value
     with pytest.raises(RecordError, match=message):
         write_record(tmp_path, make_record(), metrics, HISTORY, "")
-    assert not is_complete(tmp_path, "demo", "base-seed0")
+    assert not list(tmp_path.iterdir())
 
 
 def test_thresholds_and_residuals_may_leave_the_unit_interval(tmp_path):

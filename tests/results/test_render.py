@@ -143,7 +143,8 @@ def test_make_tables_rebuilds_every_papers_table(tmp_path, capsys):
 
 
 def test_one_table_in_one_format_goes_to_the_standard_output_only(tmp_path, capsys):
-    assert main(["table", "unias_4", "--format", "latex", "--out", str(tmp_path / "out")]) == 0
+    words = ["table", "unias_4", "--format", "latex", "--out", str(tmp_path / "out"), "--root", str(tmp_path / "runs")]
+    assert main([*words, "--source", "published"]) == 0
     assert "\\textbf{65.12}" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
     assert main(["table", "unias_5"]) == 2

@@ -14,7 +14,7 @@ from results.aggregator import render
 from results.aggregator.build import category_tables, paper_table, sweep_table
 from results.aggregator.scores import ConflictError, newest
 from results.aggregator.spec import Entry, Spec, SpecError, find_spec, read_spec
-from results.aggregator.sweep_file import canonical, read_sweep
+from results.aggregator.sweep_cells import canonical, read_sweep
 
 SIZE, PLACE = "model.init_args.neighbor_size", "model.init_args.mask_places"
 SWEEP = f"""
@@ -81,6 +81,41 @@ def test_the_terminal_and_markdown_show_mean_std_gap_and_marks(runs, sweep):
     shown = render.terminal(table)
     assert "\x1b[1m92.2 ± 0.3\x1b[0m" in shown
     assert "\x1b[4m91.2 ± 0.3 (−1.0)\x1b[0m" in shown
+
+
+def _made_with(torch, timm="1.0.9"):
+    return {"provenance": {"git_commit": "c0ffee" * 6, "versions": {"torch": torch, "timm": timm, "numpy": "2.1"}}}
+
+
+def test_a_table_tells_which_rows_were_run_with_which_torch_and_timm(runs, sweep):
+    for size, torch in ((7, "2.6.0"), (1, "2.7.1")):
+        for places in (["encoder"], ["encoder", "decoder1"]):
+            runs.add("mask", {SIZE: size, PLACE: places}, **_made_with(torch))
+    table = sweep_table(spec(), runs.read("mask"), sweep)
+    (note,) = table.notes
+    assert "torch 2.6.0, timm 1.0.9: 7 / {encoder}, 7 / {encoder, decoder1};" in note
+    assert "torch 2.7.1, timm 1.0.9: 1 / {encoder}, 1 / {encoder, decoder1}." in note
+    for form in ("markdown", "latex", "html"):
+        assert "2.7.1" in render.render(table, form)
+
+
+def test_seeds_of_one_row_with_different_timm_are_told_and_still_averaged(runs, sweep):
+    for seed, timm in ((0, "1.0.9"), (1, "1.0.15")):
+        runs.add("mask", {SIZE: 7, PLACE: ["encoder"]}, seed, **_made_with("2.6.0", timm))
+    records = runs.read("mask")
+    table = sweep_table(spec(), records, sweep)
+    assert table.cells[0][0].runs.n == 2, "versions are not part of a cell's identity"
+    assert "timm 1.0.15: 7 / {encoder};" in table.notes[0]
+    assert "timm 1.0.9: 7 / {encoder}." in table.notes[0]
+    assert any("timm 1.0.15" in note for table in category_tables(spec(), records, sweep) for note in table.notes)
+
+
+def test_equal_versions_stand_once_in_the_caption(runs, sweep):
+    for size in (7, 1):
+        runs.add("mask", {SIZE: size, PLACE: ["encoder"]}, **_made_with("2.6.0"))
+    table = sweep_table(spec(), runs.read("mask"), sweep)
+    assert table.notes == []
+    assert table.caption.count("torch 2.6.0, timm 1.0.9") == 1
 
 
 def test_the_caption_states_protocol_profile_seeds_backbone_weights_data_and_commit(runs, sweep):

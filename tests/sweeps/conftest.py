@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class Project:
-    """A folder in which ``python -m sweeps`` runs the stand-in program."""
+    """A folder in which `python -m sweeps` runs the stand-in program."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -57,7 +57,7 @@ class Project:
         return path
 
     def start(self, *words: str, **variables: str) -> subprocess.Popen:
-        """Start ``python -m sweeps`` without waiting."""
+        """Start `python -m sweeps` without waiting."""
         return subprocess.Popen(
             [sys.executable, "-m", "sweeps", *words],
             cwd=self.folder,
@@ -68,7 +68,7 @@ class Project:
         )
 
     def run(self, *words: str, limit: float = 60, **variables: str) -> tuple[int, str]:
-        """Run ``python -m sweeps``; return the exit code and everything printed."""
+        """Run `python -m sweeps`; return the exit code and everything printed."""
         process = self.start(*words, **variables)
         output, _ = process.communicate(timeout=limit)
         return process.returncode, output

@@ -1,4 +1,4 @@
-"""A small stand-in for W&B's server on this machine, for tests: enough for ``wandb sweep``, ``wandb agent`` and runs.
+"""A small stand-in for W&B's server on this machine, for tests: enough for `wandb sweep`, `wandb agent` and runs.
 
 It answers the requests that the client was seen to make and forgets everything when it stops. Sweeps are grids; their
 cells are handed out once each, and a run that reports itself as pre-empted is handed out again under its own id. The
@@ -47,7 +47,7 @@ class Run:
 
 @dataclass
 class Artifact:
-    """An artifact as the server sees it; ``files`` by name, the manifest among them."""
+    """An artifact as the server sees it; `files` by name, the manifest among them."""
 
     name: str
     kind: str
@@ -57,7 +57,7 @@ class Artifact:
 
 
 class Server:
-    """W&B on a free port of 127.0.0.1, in threads of this process. ``environment`` points a client at it."""
+    """W&B on a free port of 127.0.0.1, in threads of this process. `environment` points a client at it."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -111,7 +111,7 @@ class Server:
     # ---- GraphQL -----------------------------------------------------------------------------------------------------
 
     def answer(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
-        """The ``data`` of a GraphQL request."""
+        """The `data` of a GraphQL request."""
         match = re.search(r"(?:query|mutation)\s+(\w+)", query)
         name = match[1] if match else "anonymous"
         self.requests.append(name)
@@ -383,7 +383,7 @@ class _Listener(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is no news."""
+        """A client may hang up; nothing is printed."""
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -1,7 +1,7 @@
 """A stand-in for the training program: same arguments, work files and run record, in milliseconds.
 
-Its dotted keys steer it: ``model.epochs``, ``model.nap`` (seconds per epoch), ``model.end`` (ok, fail, full, silent, kill,
-hang, leave), ``model.wandb`` (report to W&B).
+Its dotted keys steer it: `model.epochs`, `model.nap` (seconds per epoch), `model.end` (ok, fail, full, silent, kill,
+hang, leave), `model.wandb` (report to W&B).
 """
 
 import ctypes

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sweeps.runner import cluster, command, sweep_file
+from sweeps.runner import checked_sweep, cluster, command
 from sweeps.runner.errors import SweepError
 
 
@@ -36,7 +36,7 @@ def test_two_agents_share_a_grid_and_run_each_cell_once_with_the_runners_command
     assert {record["environment"]["CUDA_VISIBLE_DEVICES"] for record in records.values()} == {"0", "3"}
     assert {run.starts for run in server.runs.values()} == {1}
     of_agents = sorted(record["arguments"] for record in records.values())
-    sweep = sweep_file.load(str(online.folder / "sweeps" / "toy.yaml"))
+    sweep = checked_sweep.load(str(online.folder / "sweeps" / "toy.yaml"))
     of_runner = [
         command.expand(sweep.command, cell.parameters, "python", {"PROFILE": "demo"}) for cell in sweep.cells()
     ]
@@ -73,7 +73,7 @@ def test_preempted_cell_is_handed_out_again_and_goes_on_from_its_checkpoint(
 
 
 @pytest.mark.program
-@pytest.mark.parametrize("name", sweep_file.names())
+@pytest.mark.parametrize("name", checked_sweep.names())
 def test_wandb_accepts_every_shipped_sweep_file(name: str, server: Any, tmp_path: Path) -> None:
     variables = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     outcome = subprocess.run(
@@ -88,7 +88,7 @@ def test_wandb_accepts_every_shipped_sweep_file(name: str, server: Any, tmp_path
     assert "violation" not in outcome.stderr.lower()
     (content,) = server.sweeps.values()
     assert content["name"] == name
-    cells = sweep_file.load(name).cells()
+    cells = checked_sweep.load(name).cells()
     handed_out = [{key: entry["value"] for key, entry in run.args.items()} for run in server.runs.values()]
     assert handed_out == [cell.parameters for cell in cells]
 

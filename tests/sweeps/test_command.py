@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from wandb.sdk.launch.sweeps import utils as wandb_utils
 
-from sweeps.runner import command, sweep_file
+from sweeps.runner import checked_sweep, command
 from sweeps.runner.errors import SweepError
 
 PARAMETERS = {
@@ -47,12 +47,12 @@ def test_command_line_equals_the_agents(macro: str, profile: str | None, monkeyp
     assert ours == of_agent(words, PARAMETERS)
 
 
-@pytest.mark.parametrize("name", sweep_file.names())
+@pytest.mark.parametrize("name", checked_sweep.names())
 def test_every_cell_of_every_shipped_sweep_starts_like_under_the_agent(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PROFILE", "demo")
-    sweep = sweep_file.load(name)
+    sweep = checked_sweep.load(name)
     for cell in sweep.cells(seeds=[0, 1]):
         ours = command.expand(sweep.command, cell.parameters, "python", {"PROFILE": "demo"})
         assert ours == of_agent(list(sweep.command), cell.parameters)
@@ -60,7 +60,7 @@ def test_every_cell_of_every_shipped_sweep_starts_like_under_the_agent(
 
 
 def test_shipped_sweeps_are_there() -> None:
-    assert {"uniad_components", "neighbor_mask", "feature_jitter", "identical_shortcut"} <= set(sweep_file.names())
+    assert {"uniad_components", "neighbor_mask", "feature_jitter", "identical_shortcut"} <= set(checked_sweep.names())
 
 
 def test_misspelt_macro_is_an_error_and_not_dropped() -> None:

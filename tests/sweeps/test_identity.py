@@ -13,7 +13,7 @@ import yaml
 
 from results.common import deciding
 from results.common.code import code_hash, reached_files
-from sweeps.runner import command, identity, prepare, sweep_file
+from sweeps.runner import checked_sweep, command, identity, prepare
 from sweeps.runner.errors import SweepError
 from sweeps.runner.expansion import Cell
 from sweeps.runner.identity import Dataset, Identifier
@@ -66,7 +66,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def name(
     cell: int = 0, weights: str | None = None, seeds: list[int] | None = None, root: str = "data", **variables: str
 ) -> str:
-    sweep = sweep_file.load("toy")
+    sweep = checked_sweep.load("toy")
     dataset = Dataset("folder", Path(root), ("a",))
     return Identifier(sweep, {"PROFILE": "demo", **variables}, [dataset]).name(sweep.cells(seeds)[cell], weights)
 
@@ -95,9 +95,9 @@ class Reversed:
     def __exit__(self, *error): self.found.close()
     def __iter__(self): return iter(list(self.found)[::-1])
 from pathlib import Path
-from sweeps.runner import sweep_file
+from sweeps.runner import checked_sweep
 from sweeps.runner.identity import Dataset, Identifier
-sweep = sweep_file.load("toy")
+sweep = checked_sweep.load("toy")
 print(Identifier(sweep, {"PROFILE": "demo"}, [Dataset("folder", Path("data"), ("a",))]).name(sweep.cells()[0], None))
 """
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONHASHSEED": "7"}
@@ -208,7 +208,7 @@ def test_shipped_sweep_depends_on_its_own_method_the_data_and_the_metrics(
     ablation: str, needed: str, strange: str
 ) -> None:
     root = REPOSITORY
-    roots = identity.code_roots(sweep_file.load(ablation), {"PROFILE": "demo"})
+    roots = identity.code_roots(checked_sweep.load(ablation), {"PROFILE": "demo"})
     reached = {str(path.relative_to(root)) for path in reached_files(roots, root)}
     assert {
         needed,
@@ -228,7 +228,7 @@ def test_environment_names_the_data_before_the_profile_does(repository: Path) ->
         "predict_root: null",
         "datasets: [{name: mvtec, root: data/mvtec, categories: [cable]}]",
     )
-    sweep = sweep_file.load("toy")
+    sweep = checked_sweep.load("toy")
 
     def named(**variables: str) -> list[Dataset]:
         return prepare.datasets(command.configs(sweep.command, {"PROFILE": "demo"}), {"PROFILE": "demo", **variables})
@@ -244,7 +244,7 @@ def test_environment_names_the_data_before_the_profile_does(repository: Path) ->
 
 
 def test_cells_of_one_grid_have_different_names(repository: Path) -> None:
-    sweep = sweep_file.load("toy")
+    sweep = checked_sweep.load("toy")
     identifier = Identifier(sweep, {"PROFILE": "demo"}, [])
     cells = [Cell({"size": size, "seed_everything": seed}) for size in range(20) for seed in range(20)]
     assert len({identifier.name(cell, None) for cell in cells}) == 400

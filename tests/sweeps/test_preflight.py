@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import yaml
 
-from sweeps.runner import preflight, sweep_file
-from sweeps.runner.sweep_file import SweepFile
+from sweeps.runner import checked_sweep, preflight
+from sweeps.runner.checked_sweep import CheckedSweep
 
 PROFILES = sorted(path.name for path in Path("sweeps/profiles").iterdir() if path.is_dir())
 
 
-def problem(sweep: SweepFile, profile: str = "demo", cells: slice = slice(None)) -> str | None:
+def problem(sweep: CheckedSweep, profile: str = "demo", cells: slice = slice(None)) -> str | None:
     """What the runner would say about a sweep before its first cell, asked in this process."""
     check = preflight.Check.__new__(preflight.Check)
     check._sweep, check._cells, check._variables = sweep, sweep.cells()[cells], {**os.environ, "PROFILE": profile}
@@ -24,24 +24,24 @@ def problem(sweep: SweepFile, profile: str = "demo", cells: slice = slice(None))
     return None if found is None else check._explain(found)
 
 
-@pytest.mark.parametrize("name", sweep_file.names())
+@pytest.mark.parametrize("name", checked_sweep.names())
 def test_every_value_of_every_sweep_is_accepted_by_the_program(name: str) -> None:
-    assert problem(sweep_file.load(name)) is None
+    assert problem(checked_sweep.load(name)) is None
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize("name", sweep_file.names())
+@pytest.mark.parametrize("name", checked_sweep.names())
 def test_every_sweep_runs_with_every_profile(name: str, profile: str) -> None:
-    assert problem(sweep_file.load(name), profile, slice(1)) is None
+    assert problem(checked_sweep.load(name), profile, slice(1)) is None
 
 
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"model.init_args.neighbour_size": 7}, "_args.neighbour_size' is no option .*'model.init_args.neighbor_size'"),
-        ({"trainer.max_epoch": 7}, "'trainer.max_epoch' is no option .*Did you mean 'trainer.max_epochs'"),
+        ({"model.init_args.neighbour_size": 7}, "_args.neighbour_size' is not an option .*'model.init_args.neighbor_size'"),
+        ({"trainer.max_epoch": 7}, "'trainer.max_epoch' is not an option .*Did you mean 'trainer.max_epochs'"),
         ({"model.init_args.backbone.nam": "x"}, "_args.backbone.nam' is no .*'model.init_args.backbone.name'"),
-        ({"run.protcol": "clean"}, "'run.protcol' is no option .*Did you mean 'run.protocol'"),
+        ({"run.protcol": "clean"}, "'run.protcol' is not an option .*Did you mean 'run.protocol'"),
         ({"model.init_args.query": "nonne"}, "value nonne of parameter 'model.init_args.query' .*'none', 'first'"),
         ({"model.init_args.decoder_layers": [4, "four"]}, "value four of parameter 'model.init_args.decoder_layers'"),
     ],
@@ -55,7 +55,7 @@ def test_mistake_is_named_with_file_key_and_nearest_key(
     }
     path = tmp_path / "uniad_components.yaml"
     path.write_text(yaml.safe_dump(content))
-    found = problem(sweep_file.load(str(path)))
+    found = problem(checked_sweep.load(str(path)))
     assert found is not None
     assert found.startswith(str(path))
     assert re.search(message, found, re.DOTALL), found
@@ -70,7 +70,7 @@ def test_mistake_in_the_profile_is_named_with_the_profile(tmp_path: Path) -> Non
     ]
     path = tmp_path / "uniad_components.yaml"
     path.write_text(yaml.safe_dump(content))
-    found = problem(sweep_file.load(str(path)))
+    found = problem(checked_sweep.load(str(path)))
     assert found is not None
     assert str(profile) in found
     assert "backbones" in found

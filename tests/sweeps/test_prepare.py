@@ -76,7 +76,7 @@ def test_single_training_finds_the_embedded_benchmark_made(prepared: Any) -> Non
     ("variables", "told"),
     [
         ({"DATASET": "mvtec_add", "DATA_ROOT": "data/nuts"}, "Did you mean 'mvtec_ad'?"),
-        ({"DATASET": "folder", "DATA_ROOT": "data/nust"}, "should be in data/nust, which is no folder"),
+        ({"DATASET": "folder", "DATA_ROOT": "data/nust"}, "should be in data/nust, which is not a folder"),
         ({"DATASET": "folder", "DATA_ROOT": "data/nuts", "CATEGORIES": "m8,m10x"}, "Did you mean 'm10'?"),
         ({"DATASET": "folder", "DATA_ROOT": "data/nuts", "CATEGORIES": "m8"}, ""),
     ],

@@ -12,7 +12,7 @@ import yaml
 from results.aggregator import reference
 from results.aggregator.records import read_records
 from results.aggregator.spec import spec_names
-from sweeps.runner import sweep_file
+from sweeps.runner import checked_sweep
 from sweeps.runner.errors import SweepError
 from sweeps.runner.reference import read_plan
 
@@ -32,7 +32,8 @@ record = RunRecord(
     datasets=[{"name": "photos", "fingerprint": "f00d", "categories": ["cookie"]}], metrics={"version": "1"},
     provenance={"wall_seconds": 90.0, "command": f"python {os.getcwd()}/program.py"})
 rows = [("", "category", "photos", "cookie", "image_auroc", 0.9, 10, "")]
-scores = f"id,category,anomaly_type,label,image_score,path\\n0,cookie,good,0,{os.environ.get('SCORE', '1.0')},cookie/test/good/0.jpg\\n"
+score = os.environ.get("SCORE", "1.0")
+scores = f"id,category,anomaly_type,label,image_score,path\\n0,cookie,good,0,{score},cookie/test/good/0.jpg\\n"
 root = Path(words.get("run.results", "results")) / "runs"
 with open("trained.txt", "a") as trained:
     trained.write(words["run.name"] + "\\n")
@@ -117,11 +118,11 @@ def test_a_small_cell_that_came_with_the_project_gives_the_same_numbers_here(pro
 
 def test_the_shipped_plan_can_be_read_and_names_sweeps_that_there_are() -> None:
     entries = read_plan(ROOT / reference.FOLDER / reference.PLAN)
-    assert {entry.sweep for entry in entries} <= set(sweep_file.names())
+    assert {entry.sweep for entry in entries} <= set(checked_sweep.names())
     seeds = {entry.sweep: entry.seeds for entry in entries}
     assert all(seeds[name] == (0, 1, 2) for name in ("feature_levels", "uniad_components", "k_references", "lambda"))
-    methods = {*sweep_file.load("methods").parameters["method"]["values"]}
-    assert {*sweep_file.load("verify").parameters["method"]["values"]} == methods
+    methods = {*checked_sweep.load("methods").parameters["method"]["values"]}
+    assert {*checked_sweep.load("verify").parameters["method"]["values"]} == methods
     assert methods == {path.stem for path in (ROOT / "sweeps" / "profiles" / "demo").glob("*.yaml")}
     assert spec_names()
 

@@ -62,7 +62,7 @@ def test_a_start_is_a_program_with_its_own_arguments_variables_folder_output_and
         code, (line, error) = run(starts, tmp_path, mark, "ü b", MARK=mark)
         arguments, variable, folder, _, name, spec, group = json.loads(line)
         assert (code, error, arguments, variable, folder) == (0, "error", [mark, "ü b"], mark, str(tmp_path))
-        assert (name, spec) == ("__main__", "lightning_modules.__main__"), "what Lightning starts further devices by"
+        assert (name, spec) == ("__main__", "lightning_modules.__main__"), "what Lightning starts other devices by"
         assert group != os.getpgid(0), "a terminal's Ctrl-C does not reach it"
     assert run(starts, tmp_path, "refuse")[0] == 1
     assert run(starts, tmp_path, "refuse")[1][-1] == "refused"

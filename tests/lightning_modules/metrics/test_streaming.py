@@ -33,7 +33,7 @@ def peak_memory(images: int, directory) -> int:
 def test_memory_stays_within_a_few_kilobytes_per_image(tmp_path, monkeypatch):
     monkeypatch.setattr(pixels, "STRETCH", 1 << 15)
     few, many = 60, 240
-    peak_memory(2, tmp_path)  # what is imported on first use counts as memory, too
+    peak_memory(2, tmp_path)  # what is imported on first use also counts as memory
     growth = (peak_memory(many, tmp_path) - peak_memory(few, tmp_path)) / (many - few)
     assert growth < 4_000 < SIZE[0] * SIZE[1] * 4 / 9  # a map is 36,864 bytes
 

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from results.aggregator.sweep_file import cell_key, read_sweep
+from results.aggregator.sweep_cells import cell_key, read_sweep
 from results.common.sweep_file import axis, read
-from sweeps.runner import sweep_file
+from sweeps.runner import checked_sweep
 
 SWEEPS = sorted((Path(__file__).parents[3] / "sweeps").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_cells_that_run_are_the_rows_of_the_table(path):
-    run, shown = sweep_file.load(str(path)), read_sweep(path)
+    run, shown = checked_sweep.load(str(path)), read_sweep(path)
     if run.method != "grid":
         assert not shown.varying or shown.cells() is None
         return

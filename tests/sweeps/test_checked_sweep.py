@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from sweeps.__main__ import main
-from sweeps.runner import expansion, sweep_file
+from sweeps.runner import checked_sweep, expansion
 from sweeps.runner.errors import SweepError
 from sweeps.runner.expansion import Cell
 
@@ -26,25 +26,25 @@ def write(folder: Path, parameters: object, **more: object) -> str:
 
 def test_grid_is_the_sorted_product_that_wandb_makes(tmp_path: Path) -> None:
     parameters = {"b.x": {"values": [2, 1]}, "a": {"values": [[4, 3], [1]]}, "c": {"value": True}}
-    cells = sweep_file.load(write(tmp_path, parameters)).cells()
+    cells = checked_sweep.load(write(tmp_path, parameters)).cells()
     assert [list(cell.parameters.items()) for cell in cells] == [
         [("a", a), ("b.x", b), ("c", True)] for a, b in itertools.product([[4, 3], [1]], [2, 1])
     ]
 
 
 def test_values_equal_for_wandb_are_one_cell_but_true_and_one_are_two(tmp_path: Path) -> None:
-    cells = sweep_file.load(write(tmp_path, {"a": {"values": [1.0, 1e-4, 1, "1", True]}})).cells()
+    cells = checked_sweep.load(write(tmp_path, {"a": {"values": [1.0, 1e-4, 1, "1", True]}})).cells()
     assert [cell.parameters["a"] for cell in cells] == [1, 1e-4, "1", True]
     assert isinstance(cells[0].parameters["a"], int), "the last spelling stays, and the command line shows it"
 
 
 def test_integer_range_is_enumerated_with_its_end(tmp_path: Path) -> None:
-    cells = sweep_file.load(write(tmp_path, {"a": {"min": 1, "max": 3}})).cells()
+    cells = checked_sweep.load(write(tmp_path, {"a": {"min": 1, "max": 3}})).cells()
     assert [cell.parameters["a"] for cell in cells] == [1, 2, 3]
 
 
 def test_seeds_replace_the_files_seed_and_multiply_the_cells(tmp_path: Path) -> None:
-    sweep = sweep_file.load(write(tmp_path, {"a": {"values": [1, 2]}, "seed_everything": {"value": 7}}))
+    sweep = checked_sweep.load(write(tmp_path, {"a": {"values": [1, 2]}, "seed_everything": {"value": 7}}))
     assert [cell.seed for cell in sweep.cells()] == [7, 7]
     cells = sweep.cells(seeds=[0, 1, 2])
     assert [(cell.parameters["a"], cell.seed) for cell in cells] == list(itertools.product([1, 2], [0, 1, 2]))
@@ -53,7 +53,7 @@ def test_seeds_replace_the_files_seed_and_multiply_the_cells(tmp_path: Path) -> 
 
 def test_rows_that_set_several_options_at_once_are_shown_option_by_option(tmp_path: Path) -> None:
     rows = [{"levels": [4], "sar": "none", "width": 8}, {"levels": [4, 3], "sar": "none"}]
-    cells = sweep_file.load(write(tmp_path, {"model": {"values": rows}, "b": {"value": 1}})).cells()
+    cells = checked_sweep.load(write(tmp_path, {"model": {"values": rows}, "b": {"value": 1}})).cells()
     assert cells[0].settings == {"b": 1, "model.levels": [4], "model.sar": "none", "model.width": 8}
     assert expansion.varying(cells) == ("model.levels", "model.width")
 
@@ -68,7 +68,7 @@ def test_random_search_repeats_itself_and_keeps_its_first_cells_when_it_grows(tm
         "noise": {"mu": 0.0, "sigma": 1.0},
         "seed_everything": {"values": [0, 1]},
     }
-    sweep = sweep_file.load(write(tmp_path, parameters, method="random", run_cap=20))
+    sweep = checked_sweep.load(write(tmp_path, parameters, method="random", run_cap=20))
     cells = sweep.cells()
     assert len(cells) == 40
     assert cells == sweep.cells()
@@ -88,12 +88,12 @@ def test_random_search_repeats_itself_and_keeps_its_first_cells_when_it_grows(tm
 
 def test_random_search_without_an_end_asks_for_one(tmp_path: Path) -> None:
     with pytest.raises(SweepError, match="run_cap"):
-        sweep_file.load(write(tmp_path, {"a": {"min": 0.0, "max": 1.0}}, method="random")).cells()
+        checked_sweep.load(write(tmp_path, {"a": {"min": 0.0, "max": 1.0}}, method="random")).cells()
 
 
 def test_bayes_says_that_it_needs_a_server(tmp_path: Path) -> None:
     metric = {"name": "image_auroc", "goal": "maximize"}
-    sweep = sweep_file.load(write(tmp_path, {"a": {"min": 0.0, "max": 1.0}}, method="bayes", metric=metric))
+    sweep = checked_sweep.load(write(tmp_path, {"a": {"min": 0.0, "max": 1.0}}, method="bayes", metric=metric))
     with pytest.raises(SweepError, match=r"W&B.s server.*make wandb-sweep ABLATION=toy"):
         sweep.cells()
 
@@ -125,12 +125,12 @@ def test_mistake_in_a_sweep_file_is_named_with_its_place(
 ) -> None:
     path = write(tmp_path, parameters, **more)
     with pytest.raises(SweepError, match=f"(?s){re.escape(path)}.*{message}"):
-        sweep_file.load(path)
+        checked_sweep.load(path)
 
 
 def test_continuous_range_in_a_grid_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SweepError, match=r"'a' is uniform.*method: random"):
-        sweep_file.load(write(tmp_path, {"a": {"min": 0.0, "max": 1.0}})).cells()
+        checked_sweep.load(write(tmp_path, {"a": {"min": 0.0, "max": 1.0}})).cells()
 
 
 def text_file(folder: Path, parameters: str, method: str = "grid") -> str:
@@ -141,7 +141,7 @@ def text_file(folder: Path, parameters: str, method: str = "grid") -> str:
 
 
 def test_numbers_with_exponents_are_numbers_however_they_are_spelled(tmp_path: Path) -> None:
-    sweep = sweep_file.load(text_file(tmp_path, "{lr: {values: [1e-4, 0.0001, 1.0e-4]}, w: {values: [[1e-3, 2]]}}"))
+    sweep = checked_sweep.load(text_file(tmp_path, "{lr: {values: [1e-4, 0.0001, 1.0e-4]}, w: {values: [[1e-3, 2]]}}"))
     cells = sweep.cells()
     assert [cell.parameters for cell in cells] == [{"lr": 0.0001, "w": [0.001, 2]}], "equal values are one cell"
     for text in ("lr=1e-4", "lr=1.0e-4", "lr=0.0001", "lr=.1e-3"):
@@ -150,7 +150,7 @@ def test_numbers_with_exponents_are_numbers_however_they_are_spelled(tmp_path: P
 
 @pytest.mark.parametrize("kind", ["", ", distribution: log_uniform_values"])
 def test_range_whose_ends_have_exponents_is_drawn_from(tmp_path: Path, kind: str) -> None:
-    sweep = sweep_file.load(text_file(tmp_path, f"{{lr: {{min: 1e-5, max: 1e-2{kind}}}}}", "random"))
+    sweep = checked_sweep.load(text_file(tmp_path, f"{{lr: {{min: 1e-5, max: 1e-2{kind}}}}}", "random"))
     assert all(1e-5 <= cell.parameters["lr"] <= 1e-2 for cell in sweep.cells())
 
 
@@ -161,12 +161,12 @@ def test_range_whose_ends_have_exponents_is_drawn_from(tmp_path: Path, kind: str
         ("{distribution: q_log_uniform, min: 1, max: 9, q: 2}", "Did you mean 'q_log_uniform_values'"),
         ("{distribution: choice, values: [1]}", "Did you mean 'categorical'"),
         ("{distribution: log_uniform_values, min: 0, max: 1}", "must be above 0"),
-        ("{min: a, max: 1}", "min is 'a', which is no number"),
+        ("{min: a, max: 1}", "min is 'a', which is not a number"),
     ],
 )
 def test_wrong_range_names_the_right_one(tmp_path: Path, entry: str, message: str) -> None:
     with pytest.raises(SweepError, match=message):
-        sweep_file.load(text_file(tmp_path, f"{{lr: {entry}}}", "random"))
+        checked_sweep.load(text_file(tmp_path, f"{{lr: {entry}}}", "random"))
 
 
 def test_unknown_ablation_suggests_the_nearest_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +174,7 @@ def test_unknown_ablation_suggests_the_nearest_one(tmp_path: Path, monkeypatch: 
     (tmp_path / "sweeps" / "feature_jitter.yaml").write_text("")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SweepError, match="Did you mean 'feature_jitter'"):
-        sweep_file.load("feature_jiter")
+        checked_sweep.load("feature_jiter")
 
 
 CELLS = [

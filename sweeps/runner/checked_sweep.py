@@ -26,8 +26,8 @@ _METHODS = ("grid", "random", "bayes")
 
 
 @dataclass(frozen=True)
-class SweepFile:
-    """A sweep file that was read and checked; ``parameters`` maps dotted names to W&B's parameter entries."""
+class CheckedSweep:
+    """A sweep file that was read and checked; `parameters` maps dotted names to W&B's parameter entries."""
 
     path: Path
     name: str
@@ -50,9 +50,13 @@ class SweepFile:
     def cells(self, seeds: list[int] | None = None, count: int | None = None, sampler_seed: int = 0) -> list[Cell]:
         """Expand into cells.
 
-        seeds: replaces the values of ``seed_everything``. count: how many cells of a random search (default: the
-        file's ``run_cap``). sampler_seed: seeds the random search. Raises SweepError for method bayes, which needs
-        the results of earlier runs and therefore W&B's server.
+        Args:
+            seeds: Replaces the values of `seed_everything`.
+            count: How many cells of a random search; by default the file's `run_cap`.
+            sampler_seed: Seeds the random search.
+
+        Raises:
+            SweepError: method bayes, which needs the results of earlier runs and therefore W&B's server.
         """
         parameters = dict(self.parameters)
         if seeds:
@@ -71,7 +75,7 @@ class SweepFile:
 
 
 def names() -> list[str]:
-    """Names of the sweep files in ``sweeps/``, sorted."""
+    """Names of the sweep files in `sweeps/`, sorted."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
@@ -83,7 +87,7 @@ def find(ablation: str) -> Path:
     return path
 
 
-def load(ablation: str) -> SweepFile:
+def load(ablation: str) -> CheckedSweep:
     """Read and check the sweep file of an ablation; SweepError names the file, the key and what is allowed."""
     path = find(ablation)
     try:
@@ -110,7 +114,7 @@ def load(ablation: str) -> SweepFile:
     run_cap = content.get("run_cap")
     if run_cap is not None and (not isinstance(run_cap, int) or run_cap < 1):
         raise SweepError(f"{path}: run_cap is {run_cap!r}, but must be a whole number of at least 1.")
-    return SweepFile(
+    return CheckedSweep(
         path=path,
         name=name,
         description=" ".join(str(content.get("description") or "").split()),

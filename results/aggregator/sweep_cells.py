@@ -16,7 +16,7 @@ SEED_KEYS = ("seed_everything", "seed")
 
 
 @dataclass(frozen=True)
-class SweepFile:
+class SweepCells:
     """A sweep's parameters in the file's order: dotted key -> its values (a fixed one has a single value).
 
     `values` is None for a parameter that is drawn from a range, and for all parameters of a random or bayes search:
@@ -51,7 +51,7 @@ class SweepFile:
         return [dict(zip(keys, values, strict=True)) for values in itertools.product(*axes)]  # type: ignore[arg-type]
 
 
-def read_sweep(path: str | Path) -> SweepFile:
+def read_sweep(path: str | Path) -> SweepCells:
     """Read a sweep file; raises ValueError naming the file and the key that cannot be understood."""
     path = Path(path)
     content = read(path)
@@ -65,7 +65,7 @@ def read_sweep(path: str | Path) -> SweepFile:
         known = grid or "value" in entry or (key in SEED_KEYS and "values" in entry)
         found = axis(entry) if known else None
         values[key] = None if found is None else _unique(found)
-    return SweepFile(str(content.get("name", path.stem)), str(content.get("description") or ""), values)
+    return SweepCells(str(content.get("name", path.stem)), str(content.get("description") or ""), values)
 
 
 def canonical(value: Any) -> Any:
@@ -101,7 +101,7 @@ def cell_key(cell: Mapping[str, Any]) -> frozenset:
 
 
 def describe_cell(cell: Mapping[str, Any]) -> str:
-    """A cell in one line, with the last part of each key: ``neighbor_size=7, query=layerwise``."""
+    """A cell in one line, with the last part of each key: `neighbor_size=7, query=layerwise`."""
     parts = [f"{key.rsplit('.', 1)[-1]}={show_value(value)}" for key, value in cell.items() if key not in SEED_KEYS]
     return ", ".join(parts) or "no parameters"
 
