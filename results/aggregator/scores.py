@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from results.aggregator.names import COSTS, DATASET_CATEGORIES, PARTIAL_MEANS, is_percent
+from results.aggregator.names import CONTROLS, COSTS, DATASET_CATEGORIES, PARTIAL_MEANS, is_percent
 from results.aggregator.records import StoredRecord
 from results.aggregator.sweep_cells import SEED_KEYS, canonical, describe_cell
 from results.aggregator.table import Value
@@ -255,7 +255,7 @@ def newest(records: Iterable[StoredRecord]) -> list[StoredRecord]:
 def kinds(records: Sequence[StoredRecord], compared: bool = False) -> list[tuple[str, list[StoredRecord]]]:
     """The records by profile and protocol, which no table mixes; the name is empty if there is only one kind.
 
-    Where reference records are among them, also by data, if one name of a data set stands for several.
+    Where reference records or controls are among them, also by data, if one name of a data set stands for several.
 
     compared: Keep apart the two experiments of the sweep ``methods`` and their settings, too.
     """
@@ -279,7 +279,8 @@ def _by_data(records: list[StoredRecord]) -> list[tuple[str, list[StoredRecord]]
     for stored in records:
         groups.setdefault(data_of(stored), []).append(stored)
     names = [name for data in groups for name in {name for name, _ in data[0]}]
-    if len(names) == len(set(names)) or not any(stored.reference for stored in records):
+    apart = any(stored.reference or stored.record.sweep in CONTROLS for stored in records)
+    if len(names) == len(set(names)) or not apart:
         return [("", records)]
     titles = ["-".join(name for name, _ in data[0]) + ".logical" * data[1] for data in groups]
     titles = [f"{title}.{titles[:n].count(title)}" if title in titles[:n] else title for n, title in enumerate(titles)]
