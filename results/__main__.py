@@ -268,6 +268,8 @@ def _records(options: argparse.Namespace, sweep: str | None = None) -> RecordSet
     chosen = select(found, *kind, options.runs or (), *experiment)
     chosen = newest(chosen) if options.newest else chosen
     beside = select(coming, *kind, (), *experiment)
+    if sweep is None:
+        beside = [stored for stored in beside if stored.record.sweep != reference.SMALL]
     if sweep is not None and chosen:  # a table of this sweep's data
         data = {data_of(stored) for stored in chosen}
         beside = [stored for stored in beside if data_of(stored) in data]

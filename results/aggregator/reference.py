@@ -29,7 +29,7 @@ PLAN = "plan.yaml"
 """What is to be trained for them, beside the records."""
 MARK = "†"
 CODE = "code"
-"""Key of a reference record's provenance: ``hash`` of the code that made it, and the modules it was reached from, ``roots``."""
+"""Key of a reference record's provenance: ``hash`` of the code that made it, modules it was reached from (``roots``), place of its ``data``."""
 LEFT_OUT = ("normal_scores.csv", "colour_scale.json")
 """Attachments that only ``predict`` reads, which needs a checkpoint."""
 WIDTH, QUALITY = 400, 50
@@ -86,7 +86,7 @@ def _agrees(stored: StoredRecord, own: Sequence[StoredRecord], varies: set[str])
         if axis in varies:
             continue
         if axis == "data":
-            near = [other for other in own if data_of(other) == data_of(stored)]
+            near = [other for other in own if _named(other) == _named(stored)]
             mine, theirs = _prints(stored), {_prints(other) for other in near}
         else:
             near = [other for other in own if axis in TABLE_AXES or other.record.method == stored.record.method]
@@ -94,6 +94,10 @@ def _agrees(stored: StoredRecord, own: Sequence[StoredRecord], varies: set[str])
         if near and mine not in theirs:
             return False
     return True
+
+
+def _named(stored: StoredRecord) -> list[tuple[str, tuple[str, ...]]]:
+    return [(name, categories) for name, categories, _ in data_of(stored)]
 
 
 def _prints(stored: StoredRecord) -> tuple[tuple[str, str], ...]:
@@ -157,7 +161,7 @@ def publish(
 
     Args:
         stored: A record of one's own.
-        code: ``hash`` and ``roots`` of the code that made it.
+        code: ``hash`` and ``roots`` of the code that made it, and where its ``data`` lay.
         pictures: Whether it keeps its heat maps, made smaller.
         root: The reference folder.
         project: The folder that paths are made relative to; by default the current one.
@@ -199,12 +203,20 @@ def publish(
     earlier = [
         other.path
         for other in read_reference(root, record.sweep)
-        if (same_cell(other), other.record.seed) == (same_cell(stored), record.seed) and other.record.run != record.run
+        if (same_cell(other)[:-1], other.record.seed, places(other))
+        == (same_cell(stored)[:-1], record.seed, code.get("data"))
+        and other.record.run != record.run
     ]
     path = write_record(root, record, stored.metrics, stored.history, config, attachments, overwrite=True)
     for folder in earlier:
         shutil.rmtree(folder)
     return path
+
+
+def places(stored: StoredRecord) -> Any:
+    """Where a reference record's data lay, relative to the project: what tells two layouts of one data set apart."""
+    code = stored.record.provenance.get(CODE)
+    return code.get("data") if isinstance(code, dict) else None
 
 
 def _scrubbed(value: Any, bare: Callable[[str], str]) -> Any:

@@ -278,19 +278,20 @@ def _by_data(records: list[StoredRecord]) -> list[tuple[str, list[StoredRecord]]
     groups: dict[tuple, list[StoredRecord]] = {}
     for stored in records:
         groups.setdefault(data_of(stored), []).append(stored)
-    names = [name for data in groups for name in {name for name, _ in data[0]}]
+    names = [name for data in groups for name in {name for name, _, _ in data}]
     apart = any(stored.reference or stored.record.sweep in CONTROLS for stored in records)
     if len(names) == len(set(names)) or not apart:
         return [("", records)]
-    titles = ["-".join(name for name, _ in data[0]) + ".logical" * data[1] for data in groups]
-    titles = [f"{title}.{titles[:n].count(title)}" if title in titles[:n] else title for n, title in enumerate(titles)]
+    titles = ["-".join(f"{name}-{print_[:6]}" for name, _, print_ in data) for data in groups]
     return list(zip(titles, groups.values(), strict=True))
 
 
-def data_of(stored: StoredRecord) -> tuple[tuple[tuple[str, tuple[str, ...]], ...], bool]:
-    """Names and categories of a record's data sets, and whether they have logical anomalies."""
-    sets = sorted((d["name"], tuple(sorted(map(str, d["categories"])))) for d in stored.record.datasets)
-    return tuple(sets), "image_auroc_logical" in stored.columns["metric"]
+def data_of(stored: StoredRecord) -> tuple[tuple[str, tuple[str, ...], str], ...]:
+    """Names, categories and fingerprints of a record's data sets."""
+    sets = (
+        (d["name"], tuple(sorted(map(str, d["categories"]))), str(d["fingerprint"])) for d in stored.record.datasets
+    )
+    return tuple(sorted(sets))
 
 
 def axis_value(stored: StoredRecord, axis: str, dataset: str = "") -> str:

@@ -21,7 +21,6 @@ from rich.markup import escape
 
 from results.aggregator import reference
 from results.aggregator.records import RecordError, StoredRecord, read_record
-from results.aggregator.scores import data_of
 from results.aggregator.spec import spec_for_sweep
 from results.aggregator.sweep_cells import cell_key
 from results.aggregator.verify import compare
@@ -131,11 +130,11 @@ def plan(entry: Entry, threads: int, say: Callable[[str], None], results: Path |
     prepare.data(sets, "demo", say)
     jobs = prepare.jobs(sweep, cells, variables, sets, prepare.Weights(sweep, variables, say), threads)
     roots = {job.run: sorted(set(identity.code_roots(sweep, variables, job.cell.parameters))) for job in jobs}
-    data = _data(sets)
+    lay = _places(sets)
     there = {}
     for stored in reference.read_reference(reference.FOLDER, sweep.name):
         record = stored.record
-        if record.profile == "demo" and data_of(stored) == data:
+        if record.profile == "demo" and reference.places(stored) == lay:
             there[(stored.cell, record.seed)] = stored
     found = {}
     for job in jobs:
@@ -148,13 +147,9 @@ def plan(entry: Entry, threads: int, say: Callable[[str], None], results: Path |
     return Planned(entry, jobs, roots, found, sets)
 
 
-def _data(sets: list[identity.Dataset]) -> tuple[Any, ...]:
-    """Names and categories as :func:`results.aggregator.scores.data_of` gives them for a record."""
-    from datamodules.readers import find_dataset
-
-    chosen = [(data.name, find_dataset(data.name, data.root, data.categories)[3]) for data in sets]
-    logical = any(data.root == prepare.SYNTHETIC_LOCO or data.name == "mvtec_loco" for data in sets)
-    return tuple(sorted((name, tuple(sorted(categories))) for name, categories in chosen)), logical
+def _places(sets: list[identity.Dataset]) -> list[str]:
+    """Names of the data sets, categories and folders relative to the project, as records tell them."""
+    return [f"{data.name} {','.join(data.categories or ())} {os.path.relpath(data.root)}" for data in sets]
 
 
 def make(options: argparse.Namespace, console: Console) -> int:
@@ -244,7 +239,7 @@ def _publish(planned: Planned, jobs: list[Job], say: Callable[[str], None]) -> b
         stored = read_record(job.record.parent)
         first = stored.record.seed == planned.entry.seeds[0]
         wanted = {"all": True, "none": False, "default": reference.is_default(stored, spec)}[planned.entry.pictures]
-        code = {"hash": job.identity["code"], "roots": planned.roots[job.run]}
+        code = {"hash": job.identity["code"], "roots": planned.roots[job.run], "data": _places(planned.sets)}
         try:
             reference.publish(stored, code, first and wanted)
         except RecordError as error:

@@ -102,9 +102,10 @@ def test_what_a_sweep_compares_on_purpose_may_differ_between_own_and_reference(r
 def test_references_on_two_layouts_of_one_data_set_stand_in_two_tables(runs_at, tmp_path):
     coming = runs_at(tmp_path / "reference")
     coming.add("toy", {KEY: 1})
-    coming.add("toy", {KEY: 1}, scored=("image_auroc", "image_auroc_logical"), run="loco")
+    other = [{"name": "synthetic", "fingerprint": "beef" * 16, "categories": ["bolt", "gear", "tile"]}]
+    coming.add("toy", {KEY: 1}, run="loco", datasets=other)
     records = list(reference.read_reference(tmp_path / "reference"))
-    assert [name for name, _ in kinds(records)] == ["synthetic.logical", "synthetic"]
+    assert [name for name, _ in kinds(records)] == ["synthetic-beefbe", "synthetic-f00df0"]
     assert kinds([replace(stored, reference=False) for stored in records])[0][0] == ""
 
 
