@@ -29,7 +29,7 @@ PLAN = "plan.yaml"
 """What is to be trained for them, beside the records."""
 MARK = "†"
 CODE = "code"
-"""Key of a reference record's provenance: ``hash`` of its code, the modules it was reached from (``roots``), place of its ``data``."""
+"""Key of a reference record's provenance: ``hash`` of its code, ``roots`` it was reached from, place of its ``data``."""
 LEFT_OUT = ("normal_scores.csv", "colour_scale.json")
 """Attachments that only ``predict`` reads, which needs a checkpoint."""
 WIDTH, QUALITY = 400, 50
