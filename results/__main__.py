@@ -16,7 +16,7 @@ from results.aggregator import methods, names, reference, render
 from results.aggregator.build import SOURCES, category_tables, paper_table, sweep_table, varies
 from results.aggregator.curves import curve_table
 from results.aggregator.records import DamagedRecordWarning, RecordError, RecordSet, StoredRecord, read_records
-from results.aggregator.scores import ConflictError, kinds, newest, select
+from results.aggregator.scores import ConflictError, data_of, kinds, newest, select
 from results.aggregator.spec import Spec, SpecError, find_spec, spec_for_sweep, spec_names
 from results.aggregator.sweep_cells import SweepCells, read_sweep
 from results.aggregator.table import Table
@@ -255,9 +255,11 @@ def _records(options: argparse.Namespace, sweep: str | None = None) -> RecordSet
     chosen = select(found, *kind, options.runs or (), *experiment)
     chosen = newest(chosen) if options.newest else chosen
     beside = select(coming, *kind, (), *experiment)
+    if sweep is None:
+        beside = [stored for stored in beside if stored.record.sweep != reference.SMALL]
     if sweep is not None and chosen:  # a table of this sweep's data
-        data = {reference.data_of(stored) for stored in chosen}
-        beside = [stored for stored in beside if reference.data_of(stored) in data]
+        data = {data_of(stored) for stored in chosen}
+        beside = [stored for stored in beside if data_of(stored) in data]
     together = reference.complete(
         chosen, beside, lambda name: varies(spec_for_sweep(name), load_sweep(name, options.sweeps))
     )

@@ -216,12 +216,19 @@ class UniReconCLI(LightningCLI):
         if self.config[self.subcommand].data.init_args.setting == "per_category":
             per_category.split(self.subcommand, self.config[self.subcommand])
         try:
+            self._leave_finished()  # before anything is built, which takes seconds
             super().instantiate_classes()
         except ValueError as error:
             # Some constructors are called by the parser, which wraps their words in its own.
             reasons = [line[4:] for line in str(error).splitlines() if line.startswith("  - ")]
             reasons = [reason for reason in reasons if not reason.startswith("Expected a <class 'NoneType'>")]
             raise SystemExit("\n".join(reasons) or str(error)) from error
+
+    def _leave_finished(self) -> None:
+        """Refuses a run that has its record already."""
+        run = RunConfig(**self.config[self.subcommand].run.as_dict())
+        if self.subcommand in ("fit", "test") and run.record.exists() and not run.overwrite:
+            per_category.leave_finished(run, self._configuration())
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         self.run_config: RunConfig = self._get(self.config_init, "run")
@@ -230,8 +237,6 @@ class UniReconCLI(LightningCLI):
             self.model.set_protocol(self.run_config.protocol, self.run_config.selects)
         except ValueError as error:
             raise SystemExit(str(error)) from error
-        if self.subcommand in ("fit", "test") and self.run_config.record.exists() and not self.run_config.overwrite:
-            per_category.leave_finished(self.run_config, self._configuration())
         if self.subcommand == "fit":
             resuming.claim(self.run_config)
         given = self._get(self.config_init, "trainer")

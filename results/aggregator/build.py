@@ -10,7 +10,7 @@ from results.aggregator import methods, names, reference
 from results.aggregator.published import KEYS, Printed, read_published
 from results.aggregator.records import LABELS_AT_TEST, StoredRecord
 from results.aggregator.scores import Pool, Query, axis_value, check_table, versions
-from results.aggregator.spec import Entry, Spec, SpecError
+from results.aggregator.spec import Entry, Spec, SpecError, spec_for_sweep
 from results.aggregator.sweep_cells import SEED_KEYS, SweepCells, canonical, cell_key, describe_cell, show_value
 from results.aggregator.table import Cell, Column, Row, Table, Value, add_gaps, mark_values
 from results.common.methods import COMPARE
@@ -202,7 +202,7 @@ def category_tables(
         used = _records_of(table, records)
         table.caption = describe_runs(used)
         table.warnings = shouts(used)
-        table.notes += [*reference.notes(used), *version_notes(table, used)]
+        table.notes += [*version_notes(table, used), *reference.notes(used)]
     return tables
 
 
@@ -408,7 +408,8 @@ def _varying_in(records: Sequence[StoredRecord]) -> list[str]:
 def _add_controls(table: Table, spec: Spec, pool: Pool, controls: Sequence[StoredRecord]) -> None:
     """Rows below the table for what was looked up in the same features, on the same data, under the same conditions."""
     wanted = {_features(stored) for _, stored in pool.used}
-    found = [stored for stored in controls if _features(stored) in wanted]
+    rows = {stored.record.method for _, stored in pool.used}
+    found = [stored for stored in controls if _features(stored) in wanted and stored.record.method not in rows]
     cells: dict[frozenset, StoredRecord] = {}
     for stored in sorted(
         found, key=lambda stored: [repr(value) for value in map(canonical, stored.record.cell.values())]
@@ -426,11 +427,22 @@ def _add_controls(table: Table, spec: Spec, pool: Pool, controls: Sequence[Store
                 Query(column.metric, key["dataset"], key["category"], sweep=stored.record.sweep, cell=cell)
             )
             line.append(Cell(runs=value, key=key))
-        label = f"{names.method_label(stored.record.method)}, {describe_cell(stored.record.cell)}"
+        label = f"{names.method_label(stored.record.method)}, {_in_words(stored)}"
         labels = (label, *[""] * (len(table.row_headers) - 1))
         table.rows.append(Row(labels, "Control, nothing trained", control=True))
         table.cells.append(line)
     pool.used += beside.used
+
+
+def _in_words(stored: StoredRecord) -> str:
+    """A control's cell as its own sweep's table calls it: ``grid 8×8``."""
+    known = spec_for_sweep(stored.record.sweep).parameters
+    parts = []
+    for key, value in stored.record.cell.items():
+        if key in known:
+            label = _value_label(known[key].get("values", {}), value)
+            parts.append(f"{str(known[key].get('label', key)).lower()} {label}")
+    return ", ".join(parts) or describe_cell(stored.record.cell)
 
 
 def _features(stored: StoredRecord) -> tuple[Any, ...]:
@@ -507,7 +519,7 @@ def _finish(table: Table, spec: Spec, pool: Pool) -> None:
     if table.source != "published":
         parts.append(describe_runs(used))
         table.warnings += shouts(used)
-        table.notes += [*_run_notes(used), *reference.notes(used), *version_notes(table, used)]
+        table.notes += [*_run_notes(used), *version_notes(table, used), *reference.notes(used)]
     if any(row.default for row in table.rows):
         parts.append("In brackets: distance to the default row (★).")
     table.caption = " ".join(parts)

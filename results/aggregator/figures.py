@@ -211,14 +211,14 @@ def cost_against_quality(table: Table, records: Sequence[StoredRecord], metric: 
         for x, value, _, default in points:
             style = {"fmt": "*", "ms": 10} if default else {"fmt": "o", "ms": 5}
             axis.errorbar(x, value.mean, yerr=value.std, color=BLUE, capsize=2, elinewidth=0.8, **style)
-        if max(prices) > 4 * min(prices):
+        if 0 < 4 * min(prices) < max(prices):  # methods without training have no parameters
             axis.set_xscale("log")
         axis.margins(0.15)
         lowest, highest = axis.get_ylim()
         taken: list[tuple[float, float]] = []
         for x, value, text, _ in sorted(points, key=lambda point: point[1].mean):
             y = value.mean  # labels of neighbours are moved up until they can be read
-            while any(abs(y - other) < 0.05 * (highest - lowest) and 0.6 < x / at < 1.7 for at, other in taken):
+            while any(abs(y - other) < 0.05 * (highest - lowest) and 0.6 * at < x < 1.7 * at for at, other in taken):
                 y += 0.01 * (highest - lowest)
             taken.append((x, y))
             axis.text(x, y, f"   {text}", size=7, va="center")

@@ -17,20 +17,22 @@ from pathlib import Path
 from typing import Any
 
 from results.aggregator.records import HEATMAPS, RecordError, RecordSet, StoredRecord, read_records, write_record
-from results.aggregator.scores import METHOD_AXES, TABLE_AXES, axis_value
+from results.aggregator.scores import METHOD_AXES, TABLE_AXES, axis_value, data_of
 from results.aggregator.spec import Spec
 from results.aggregator.sweep_cells import canonical
 from results.common.code import code_hash
 
 FOLDER = Path("results/reference")
+SMALL = "verify"
+"""The sweep of small cells that `make verify` runs again; no table shows it."""
 PLAN = "plan.yaml"
 """What is to be trained for them, beside the records."""
 MARK = "†"
 CODE = "code"
-"""Key of a reference record's provenance: ``hash`` of the code that made it, and the modules it was reached from, ``roots``."""
+"""Key of a reference record's provenance: ``hash`` of its code, ``roots`` it was reached from, place of its ``data``."""
 LEFT_OUT = ("normal_scores.csv", "colour_scale.json")
 """Attachments that only ``predict`` reads, which needs a checkpoint."""
-WIDTH, QUALITY = 480, 60
+WIDTH, QUALITY = 400, 50
 """Of a reference record's pictures: largest width in pixels, and JPEG quality."""
 _PLACE = re.compile(r"(?<![\w.:/~$}-])(?:/[\w.+~-]+){2,}/?|(?<!\w)[A-Za-z]:\\[^\s\"',]+|~/[^\s\"',]+")
 _ROOT = Path(__file__).resolve().parents[2]
@@ -49,11 +51,6 @@ def same_cell(stored: StoredRecord) -> tuple[Any, ...]:
     """What two records have in common if they are one cell of one table: all but seed, code and exact data."""
     record = stored.record
     return (record.sweep, stored.cell, record.method, record.profile, record.protocol, record.setting, data_of(stored))
-
-
-def data_of(stored: StoredRecord) -> tuple[Any, ...]:
-    """Names and categories of a record's data sets."""
-    return tuple(sorted((d["name"], tuple(sorted(map(str, d["categories"])))) for d in stored.record.datasets))
 
 
 def complete(
@@ -89,7 +86,7 @@ def _agrees(stored: StoredRecord, own: Sequence[StoredRecord], varies: set[str])
         if axis in varies:
             continue
         if axis == "data":
-            near = [other for other in own if data_of(other) == data_of(stored)]
+            near = [other for other in own if _named(other) == _named(stored)]
             mine, theirs = _prints(stored), {_prints(other) for other in near}
         else:
             near = [other for other in own if axis in TABLE_AXES or other.record.method == stored.record.method]
@@ -97,6 +94,10 @@ def _agrees(stored: StoredRecord, own: Sequence[StoredRecord], varies: set[str])
         if near and mine not in theirs:
             return False
     return True
+
+
+def _named(stored: StoredRecord) -> list[tuple[str, tuple[str, ...]]]:
+    return [(name, categories) for name, categories, _ in data_of(stored)]
 
 
 def _prints(stored: StoredRecord) -> tuple[tuple[str, str], ...]:
@@ -160,7 +161,7 @@ def publish(
 
     Args:
         stored: A record of one's own.
-        code: ``hash`` and ``roots`` of the code that made it.
+        code: ``hash`` and ``roots`` of the code that made it, and where its ``data`` lay.
         pictures: Whether it keeps its heat maps, made smaller.
         root: The reference folder.
         project: The folder that paths are made relative to; by default the current one.
@@ -202,12 +203,20 @@ def publish(
     earlier = [
         other.path
         for other in read_reference(root, record.sweep)
-        if (same_cell(other), other.record.seed) == (same_cell(stored), record.seed) and other.record.run != record.run
+        if (same_cell(other)[:-1], other.record.seed, places(other))
+        == (same_cell(stored)[:-1], record.seed, code.get("data"))
+        and other.record.run != record.run
     ]
     path = write_record(root, record, stored.metrics, stored.history, config, attachments, overwrite=True)
     for folder in earlier:
         shutil.rmtree(folder)
     return path
+
+
+def places(stored: StoredRecord) -> Any:
+    """Where a reference record's data lay, relative to the project: what tells two layouts of one data set apart."""
+    code = stored.record.provenance.get(CODE)
+    return code.get("data") if isinstance(code, dict) else None
 
 
 def _scrubbed(value: Any, bare: Callable[[str], str]) -> Any:

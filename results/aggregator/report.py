@@ -225,6 +225,7 @@ def _records(shown: dict[str, StoredRecord]) -> list[tuple[str, dict[str, object
             " with uncommitted changes" if came.get("git_dirty") else ""
         )
         facts = {
+            "Kind": "reference record, comes with the project" if stored.reference else "a run of one's own",
             "Method": names.method_label(record.method),
             "Cell": describe_cell(record.cell) if record.cell else "a training of its own",
             "Seed": record.seed,

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from results.aggregator.names import COSTS, DATASET_CATEGORIES, PARTIAL_MEANS, is_percent
+from results.aggregator.names import CONTROLS, COSTS, DATASET_CATEGORIES, PARTIAL_MEANS, is_percent
 from results.aggregator.records import StoredRecord
 from results.aggregator.sweep_cells import SEED_KEYS, canonical, describe_cell
 from results.aggregator.table import Value
@@ -255,6 +255,8 @@ def newest(records: Iterable[StoredRecord]) -> list[StoredRecord]:
 def kinds(records: Sequence[StoredRecord], compared: bool = False) -> list[tuple[str, list[StoredRecord]]]:
     """The records by profile and protocol, which no table mixes; the name is empty if there is only one kind.
 
+    Where reference records or controls are among them, also by data, if one name of a data set stands for several.
+
     compared: Keep apart the two experiments of the sweep ``methods`` and their settings, too.
     """
     found: dict[tuple[str, ...], list[StoredRecord]] = {}
@@ -264,9 +266,32 @@ def kinds(records: Sequence[StoredRecord], compared: bool = False) -> list[tuple
         if compared and record.cell.get(COMPARE):
             key += (str(record.cell[COMPARE]), record.setting)
         found.setdefault(key, []).append(stored)
-    if len(found) == 1:
-        return [("", next(iter(found.values())))]
-    return [(".".join(key), mine) for key, mine in sorted(found.items())]
+    several = len(found) > 1
+    return [
+        (".".join(filter(None, (".".join(key) * several, name))), part)
+        for key, mine in sorted(found.items())
+        for name, part in _by_data(mine)
+    ]
+
+
+def _by_data(records: list[StoredRecord]) -> list[tuple[str, list[StoredRecord]]]:
+    groups: dict[tuple, list[StoredRecord]] = {}
+    for stored in records:
+        groups.setdefault(data_of(stored), []).append(stored)
+    names = [name for data in groups for name in {name for name, _, _ in data}]
+    apart = any(stored.reference or stored.record.sweep in CONTROLS for stored in records)
+    if len(names) == len(set(names)) or not apart:
+        return [("", records)]
+    titles = ["-".join(f"{name}-{print_[:6]}" for name, _, print_ in data) for data in groups]
+    return list(zip(titles, groups.values(), strict=True))
+
+
+def data_of(stored: StoredRecord) -> tuple[tuple[str, tuple[str, ...], str], ...]:
+    """Names, categories and fingerprints of a record's data sets."""
+    sets = (
+        (d["name"], tuple(sorted(map(str, d["categories"]))), str(d["fingerprint"])) for d in stored.record.datasets
+    )
+    return tuple(sorted(sets))
 
 
 def axis_value(stored: StoredRecord, axis: str, dataset: str = "") -> str:

@@ -1,11 +1,11 @@
 """Whether a run done again gives its reference record's numbers, up to what another machine's rounding can move.
 
-Another processor, number of threads or library version adds the same numbers in another order. Features and a few training
-steps then differ by a relative error, and with them every image's score. :data:`NOISE` is its bound, from measurement. What a
-metric may move follows from it by counting: a ranking metric changes only where scores that are closer than the noise change
-places. Of n anomalous and m normal images each such pair moves the AUROC by 1 / (n m), and the other image metrics by at most
-the share of images that have such a neighbour. Pixels have no scores in a record; their maps are smooth and their number is
-large, so that the share of pairs within the noise is the noise times the density of scores: :data:`PIXELS` bounds it.
+Another processor, number of threads or library adds the same numbers in another order. Features and a few training steps then
+differ by a relative error, and with them every image's score: by :data:`NOISE` at most. What a metric may move follows by
+counting. A ranking changes only where two scores closer than the noise change places: of n anomalous and m normal images each
+such pair moves the AUROC by 1 / (n m), and average precision by at most the share of anomalous images that have such a
+neighbour. A record holds no pixel's score, so that for pixels the share of close pairs is bounded: it is the noise times the
+density of scores, which for scores that spread over a tenth of their size is below ten (:data:`PIXELS`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 from results.aggregator.records import StoredRecord
 
-NOISE = 2e-3
-"""Relative difference of an image's score."""
-PIXELS = 5e-3
-"""Difference of a pixel metric that is a share of all pixels or of their pairs."""
+NOISE = 1e-4
+"""Largest relative difference of an image's score. Measured over the small cells: 2.3e-7 between one and two threads."""
+PIXELS = 10 * NOISE
+"""Largest difference of a pixel metric, as a fraction."""
 SCORES = "image_scores.csv"
 COMPARED = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "pixel_aupro")
 

@@ -32,8 +32,6 @@ from sweeps.runner.errors import SweepError
 from sweeps.runner.local import Job, Runner, check_writable
 from sweeps.runner.state import DONE, RECORDS, WORK
 
-SMALL = "verify"
-"""The sweep of small cells."""
 AGAIN = WORK / "verify"
 """Where `make verify` trains."""
 LARGEST = 15_000_000
@@ -117,7 +115,7 @@ def plan(entry: Entry, threads: int, say: Callable[[str], None], results: Path |
     results: a folder of their own for the runs, beside which nothing counts as finished.
     """
     sweep = checked_sweep.load(entry.sweep)
-    base = {key: value for key, value in os.environ.items() if key not in identity.OVERRIDES}
+    base = {key: value for key, value in os.environ.items() if key not in (*identity.OVERRIDES, *prepare.CHOICES)}
     variables = prepare.environment("demo", base)
     for key, value in (
         ("DATASET", entry.dataset),
@@ -132,11 +130,11 @@ def plan(entry: Entry, threads: int, say: Callable[[str], None], results: Path |
     prepare.data(sets, "demo", say)
     jobs = prepare.jobs(sweep, cells, variables, sets, prepare.Weights(sweep, variables, say), threads)
     roots = {job.run: sorted(set(identity.code_roots(sweep, variables, job.cell.parameters))) for job in jobs}
-    data = _data(sets)
+    lay = _places(sets)
     there = {}
     for stored in reference.read_reference(reference.FOLDER, sweep.name):
         record = stored.record
-        if record.profile == "demo" and reference.data_of(stored) == data:
+        if record.profile == "demo" and reference.places(stored) == lay:
             there[(stored.cell, record.seed)] = stored
     found = {}
     for job in jobs:
@@ -149,12 +147,9 @@ def plan(entry: Entry, threads: int, say: Callable[[str], None], results: Path |
     return Planned(entry, jobs, roots, found, sets)
 
 
-def _data(sets: list[identity.Dataset]) -> tuple[Any, ...]:
-    """Names and categories as :func:`results.aggregator.reference.data_of` gives them for a record."""
-    from datamodules.readers import find_dataset
-
-    chosen = [(data.name, find_dataset(data.name, data.root, data.categories)[3]) for data in sets]
-    return tuple(sorted((name, tuple(sorted(categories))) for name, categories in chosen))
+def _places(sets: list[identity.Dataset]) -> list[str]:
+    """Names of the data sets, categories and folders relative to the project, as records tell them."""
+    return [f"{data.name} {','.join(data.categories or ())} {os.path.relpath(data.root)}" for data in sets]
 
 
 def make(options: argparse.Namespace, console: Console) -> int:
@@ -190,9 +185,8 @@ def make(options: argparse.Namespace, console: Console) -> int:
         cost = f"about {duration(each * len(train))} of one worker" if each is not None else "cost unknown"
         more = f", {len(train)} to train, {cost}" if train else ""
         published = f", {len(missing) - len(train)} only to be copied" if len(missing) > len(train) else ""
-        say(
-            f"{escape(entry.title)}: {len(planned.jobs)} cells, {len(planned.jobs) - len(missing)} not wanted or there{more}{published}"
-        )
+        here = len(planned.jobs) - len(missing)
+        say(f"{escape(entry.title)}: {len(planned.jobs)} cells, {here} there or not asked for{more}{published}")
         if missing:
             todo.append((planned, missing))
     beyond = f" and {unknown} cells of unknown cost" if unknown else ""
@@ -245,7 +239,7 @@ def _publish(planned: Planned, jobs: list[Job], say: Callable[[str], None]) -> b
         stored = read_record(job.record.parent)
         first = stored.record.seed == planned.entry.seeds[0]
         wanted = {"all": True, "none": False, "default": reference.is_default(stored, spec)}[planned.entry.pictures]
-        code = {"hash": job.identity["code"], "roots": planned.roots[job.run]}
+        code = {"hash": job.identity["code"], "roots": planned.roots[job.run], "data": _places(planned.sets)}
         try:
             reference.publish(stored, code, first and wanted)
         except RecordError as error:
@@ -260,9 +254,9 @@ def verify(options: argparse.Namespace, console: Console) -> int:
     def say(text: str) -> None:
         console.print(text, highlight=False)
 
-    entries = [entry for entry in read_plan(reference.FOLDER / reference.PLAN) if entry.sweep == SMALL]
+    entries = [entry for entry in read_plan(reference.FOLDER / reference.PLAN) if entry.sweep == reference.SMALL]
     if not entries:
-        raise SweepError(f"{reference.FOLDER / reference.PLAN} has no entry of the sweep {SMALL}.")
+        raise SweepError(f"{reference.FOLDER / reference.PLAN} has no entry of the sweep {reference.SMALL}.")
     check_writable(WORK)
     shutil.rmtree(AGAIN, ignore_errors=True)
     workers = options.workers or prepare.cores()
@@ -272,7 +266,7 @@ def verify(options: argparse.Namespace, console: Console) -> int:
         cells = expansion.select([job.cell for job in planned.jobs], options.only, checked_sweep.find(entry.sweep))
         jobs = [job for job in planned.jobs if job.cell in cells]
         for job in [job for job in jobs if job.run not in planned.there]:
-            say(f"{_label(job.cell.parameters)}: no reference record; `make reference ONLY={SMALL}` makes it")
+            say(f"{_label(job.cell.parameters)}: no reference record; `make reference ONLY={reference.SMALL}` makes it")
         jobs = [job for job in jobs if job.run in planned.there]
         if not jobs:
             continue
