@@ -149,7 +149,13 @@ def plan(entry: Entry, threads: int, say: Callable[[str], None], results: Path |
 
 def _places(sets: list[identity.Dataset]) -> list[str]:
     """Names of the data sets, categories and folders relative to the project, as records tell them."""
-    return [f"{data.name} {','.join(data.categories or ())} {os.path.relpath(data.root)}" for data in sets]
+    ours = Path(__file__).resolve().parents[2]
+    found = []
+    for data in sets:
+        root = data.root.resolve()
+        root = root.relative_to(ours) if root.is_relative_to(ours) else os.path.relpath(root)
+        found.append(f"{data.name} {','.join(data.categories or ())} {root}")
+    return found
 
 
 def make(options: argparse.Namespace, console: Console) -> int:
