@@ -17,12 +17,15 @@ $(foreach v,$(VALUES),$(if $(filter undefined,$(origin $v)),,$(eval override $v 
 help:  ## List every target with one line.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | sed -E 's/:[^#]*## */\t/' | awk -F'\t' '{printf "  %-16s %s\n", $$1, $$2}'
 
+# REQUIREMENTS=oldest installs the lower bounds of requirements.txt, to see that they are true.
+INSTALL = $(if $(filter oldest,$(REQUIREMENTS)),$(PY) -m pip install --quiet uv && $(PY) -m uv pip install --quiet --python $(PY) --resolution lowest-direct,$(PY) -m pip install --quiet)
+
 # A copy of requirements.txt inside the environment marks it as complete; it is written last.
 $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "UniRecon needs Python 3.10 or newer, found %s. Set PYTHON=/path/to/python3.10" % sys.version.split()[0])'
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)  # also one that was cut off half-made
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet -r requirements.txt
+	$(INSTALL) -r requirements.txt
 	@cp requirements.txt $@
 
 setup: $(VENV)/.installed  ## Make the virtual environment and install requirements.txt.
@@ -35,6 +38,7 @@ test-all: setup  ## Run every test, also those that start programs, kill them an
 
 lint: setup  ## Check style with ruff.
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
 train: setup  ## Train and evaluate once: METHOD= PROFILE= DATASET= DATA_ROOT= [CATEGORIES= BACKBONE= WEIGHTS= RUN= ARGS=].
 	$(PY) -m sweeps data "sweeps/profiles/$$PROFILE/$$METHOD.yaml"
