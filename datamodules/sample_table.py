@@ -146,7 +146,9 @@ def file_hashes(table: SampleTable, roots: Mapping[str, str | Path]) -> dict[str
         OSError: a file cannot be read.
     """
     paths: dict[str, dict[str, str]] = {}
-    for dataset, image, masks in zip(*(table[c].tolist() for c in ("dataset", "image_path", "mask_paths")), strict=True):
+    for dataset, image, masks in zip(
+        *(table[c].tolist() for c in ("dataset", "image_path", "mask_paths")), strict=True
+    ):
         files = paths.setdefault(dataset, {})
         files[image] = ""
         files.update(dict.fromkeys(masks, ""))
@@ -156,9 +158,7 @@ def file_hashes(table: SampleTable, roots: Mapping[str, str | Path]) -> dict[str
     return hashes
 
 
-def fingerprint(
-    table: SampleTable, roots: Mapping[str, str | Path], hashes: Mapping[str, str] | None = None
-) -> str:
+def fingerprint(table: SampleTable, roots: Mapping[str, str | Path], hashes: Mapping[str, str] | None = None) -> str:
     """sha256 over relative paths, contents, splits, labels and mask pairing: equal wherever the data is equal.
 
     Args:
