@@ -42,10 +42,14 @@ def content_hashes(paths: Iterable[str | Path], root: str | Path) -> list[str]:
         OSError: a file cannot be read.
     """
     paths = [os.fspath(path) for path in paths]
-    memory = MEMORY / f"{xxhash.xxh3_64_hexdigest(os.fsencode(os.path.abspath(root)))}.hashes"
+    place = os.path.abspath(root)
+    memory = MEMORY / f"{xxhash.xxh3_64_hexdigest(os.fsencode(place))}.hashes"
     states, hashes = _read(memory)
     below = f"{os.fspath(root).rstrip(os.sep)}{os.sep}"
-    names = [path[len(below) :] if path.startswith(below) else os.path.abspath(path) for path in paths]
+    names = [
+        path[len(below) :] if path.startswith(below) else os.path.abspath(path).removeprefix(f"{place}{os.sep}")
+        for path in paths
+    ]
     new = {
         name: path
         for name, path in zip(names, paths, strict=True)
@@ -119,6 +123,7 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
             if not entry.name.startswith(".")
             and entry.name.casefold() not in CLUTTER
             and not entry.name.casefold().endswith(PACKED)
+            and (not entry.is_symlink() or os.path.exists(entry.path))  # not to nothing or itself
         ]
     return []
 
