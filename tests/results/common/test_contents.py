@@ -118,7 +118,7 @@ def test_linked_folders_are_data_and_circles_end(data: Path, tmp_path: Path) -> 
     assert data_hash(data, ["bolt"]) != before
 
 
-def test_links_to_nothing_and_to_themselves_are_no_data(data: Path) -> None:
+def test_links_to_nothing_and_to_themselves_do_not_count(data: Path) -> None:
     before = data_hash(data), data_hash(data, ["bolt"])
     for folder in (data, data / "bolt" / "train"):
         (folder / "itself").symlink_to(folder / "itself")
