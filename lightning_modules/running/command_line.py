@@ -108,10 +108,11 @@ class UniReconCLI(internals.OpenCLI):
             self.model.set_protocol(self.run_config.protocol, self.run_config.selects)
         except ValueError as error:
             raise SystemExit(str(error)) from error
-        if self.subcommand in ("fit", "test") and self.run_config.record.exists() and not self.run_config.overwrite:
-            per_category.leave_finished(self.run_config, self._configuration())
+        self._leave_finished()
         if self.subcommand == "fit":
+            refusals.place(self.run_config, self._bytes_needed())
             resuming.claim(self.run_config)
+            self._leave_finished()  # another process may have finished the run while this one waited for it
         given = self.made("trainer")
         self.evaluation, self.curve = Evaluation(self.run_config.fpr_limits), None
         self.normal_scores, self.history = NormalScores(), History()
@@ -124,12 +125,15 @@ class UniReconCLI(internals.OpenCLI):
         if given.get("plugins") is None:
             slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
             kwargs["plugins"] = [WholeCheckpoints(), *slurm]
-        if self.subcommand == "fit":
-            refusals.place(self.run_config, self._bytes_needed())
         trainer = super().instantiate_trainer(callbacks=callbacks, default_root_dir=str(self.run_config.work), **kwargs)
         if trainer.world_size > 1:
             internals.stop_with_the_first(trainer)
         return trainer
+
+    def _leave_finished(self) -> None:
+        run = self.run_config
+        if self.subcommand in ("fit", "test") and not run.overwrite and run.finished():
+            per_category.leave_finished(run, self._configuration())
 
     def _bytes_needed(self) -> int:
         """Bytes of three checkpoints, each of the trained parameters and two moments of each."""
