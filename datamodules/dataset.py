@@ -15,7 +15,7 @@ from datamodules.anomalies.sources import Anomalies
 from datamodules.augmentation import Augmentation, apply_symmetry
 from datamodules.errors import DataError
 from datamodules.images import MAX_MEGAPIXELS, centre, read_mask, read_pair, resize_image, resize_mask
-from datamodules.sample_table import SampleTable, category_keys, rows_of
+from datamodules.sample_table import SampleTable, category_keys
 from datamodules.sampling import Draw
 
 UNKNOWN = -1
@@ -40,11 +40,12 @@ class Row(NamedTuple):
 
 def table_rows(table: SampleTable, *splits: str) -> list[Row]:
     """Rows of some splits in table order; `category` is the category key."""
-    keys = category_keys(table)
+    names = ("id", "label", "anomaly_type", "image_path", "mask_paths", "split", "dataset")
+    columns = (table[name].tolist() for name in names)
     return [
-        Row(row.id, row.dataset, key, row.label, row.anomaly_type, row.image_path, row.mask_paths)
-        for row, key in zip(rows_of(table), keys, strict=True)
-        if row.split in splits
+        Row(number, dataset, key, label, kind, image, masks)
+        for number, label, kind, image, masks, split, dataset, key in zip(*columns, category_keys(table), strict=True)
+        if split in splits
     ]
 
 

@@ -12,7 +12,7 @@ from datamodules.errors import DataError
 from datamodules.images import MAX_MEGAPIXELS, REMARKABLE, infer_bit_depth, odd_mode, read_image
 from datamodules.problems import WARNING, describe, number_of
 from datamodules.readers import DatasetReader, list_dataset, raise_on_errors
-from datamodules.sample_table import SampleTable, concatenate, fingerprint
+from datamodules.sample_table import SampleTable, concatenate, file_hashes, fingerprint
 from results.common.environment import parts
 
 
@@ -46,6 +46,7 @@ class Reading:
         table: SampleTable of all splits.
         roots: dataset -> its folder.
         fingerprints: dataset -> sha256 of its data; `fingerprint`: of all of it.
+        hashes: image or mask -> hash of its contents, those that the fingerprints are of.
         bit_depths: dataset -> significant bits of its 16-bit images, if it has any.
         thresholds: dataset -> value above which a mask pixel is defective.
         readers: dataset -> its reader.
@@ -55,6 +56,7 @@ class Reading:
     roots: dict[str, Path]
     fingerprints: dict[str, str]
     fingerprint: str
+    hashes: dict[str, str]
     bit_depths: dict[str, int]
     thresholds: dict[str, int]
     readers: dict[str, DatasetReader]
@@ -93,12 +95,13 @@ def read_datasets(
         _settle_modes(label, listing.table, bit_depth, max_megapixels, bit_depths)
     table = concatenate(listing.table for listing in listings.values())
     roots = {label: listing.root for label, listing in listings.items()}
-    fingerprints = {label: fingerprint(listing.table, roots) for label, listing in listings.items()}
+    hashes = file_hashes(table, roots)
+    fingerprints = {label: fingerprint(listing.table, roots, hashes) for label, listing in listings.items()}
     single = len(listings) == 1  # what every run does before it starts is kept short
-    whole = next(iter(fingerprints.values())) if single else fingerprint(table, roots)
+    whole = next(iter(fingerprints.values())) if single else fingerprint(table, roots, hashes)
     thresholds = {label: listing.reader.mask_threshold for label, listing in listings.items()}
     readers = {label: listing.reader for label, listing in listings.items()}
-    return Reading(table, roots, fingerprints, whole, bit_depths, thresholds, readers)
+    return Reading(table, roots, fingerprints, whole, hashes, bit_depths, thresholds, readers)
 
 
 def _settle_modes(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
@@ -13,20 +12,15 @@ from datamodules.dataset import Row
 from datamodules.images import read_mask
 from datamodules.margin import kept, margin
 from datamodules.problems import number_of
-from results.common.contents import content_hashes
 
 
-def tested_and_trained(others: Sequence[Row], test: Sequence[Row], roots: Mapping[str, str | Path]) -> list[str]:
+def tested_and_trained(others: Sequence[Row], test: Sequence[Row], hashes: Mapping[str, str]) -> list[str]:
     """A sentence if files of the test set are, byte by byte, files of another split as well.
 
-    `roots` are the folders of the datasets, by which the contents of their files are remembered.
+    `hashes` are those of the images' contents, by path.
     """
-    digests: dict[str, str] = {}
-    for dataset, root in roots.items():
-        paths = [row.image_path for row in (*others, *test) if row.dataset == dataset]
-        digests.update(zip(paths, content_hashes(paths, root), strict=True))
-    known = {digests[row.image_path]: row.image_path for row in others}
-    same = [(row.image_path, known[digests[row.image_path]]) for row in test if digests[row.image_path] in known]
+    known = {hashes[row.image_path]: row.image_path for row in others}
+    same = [(row.image_path, known[hashes[row.image_path]]) for row in test if hashes[row.image_path] in known]
     if not same:
         return []
     few = f"TRAINED ON TEST IMAGES, {number_of(len(same), 'test image')} of {len(test)}"

@@ -139,16 +139,36 @@ def category_keys(table: SampleTable) -> list[str]:
     return list(map(label, table["dataset"], categories))
 
 
-def fingerprint(table: SampleTable, roots: Mapping[str, str | Path]) -> str:
+def file_hashes(table: SampleTable, roots: Mapping[str, str | Path]) -> dict[str, str]:
+    """The hash of the contents of every image and mask, by path; `roots` as in `fingerprint`.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    paths: dict[str, dict[str, str]] = {}
+    for dataset, image, masks in zip(
+        *(table[c].tolist() for c in ("dataset", "image_path", "mask_paths")), strict=True
+    ):
+        files = paths.setdefault(dataset, {})
+        files[image] = ""
+        files.update(dict.fromkeys(masks, ""))
+    hashes: dict[str, str] = {}
+    for dataset, files in paths.items():
+        hashes.update(zip(files, content_hashes(files, roots[dataset]), strict=True))
+    return hashes
+
+
+def fingerprint(table: SampleTable, roots: Mapping[str, str | Path], hashes: Mapping[str, str] | None = None) -> str:
     """sha256 over relative paths, contents, splits, labels and mask pairing: equal wherever the data is equal.
 
     Args:
         table: the samples; their order does not matter.
         roots: dataset name -> the folder its paths are taken relative to, so that the place on disk does not matter.
+        hashes: what `file_hashes` found of these and perhaps other files; None looks at the files now.
     """
     lines = [
         "\t".join([row.dataset, row.category, row.split, str(row.label), row.anomaly_type, *files])
-        for row, files in _files_of_rows(table, roots)
+        for row, files in _files_of_rows(table, roots, hashes)
     ]
     digest = hashlib.sha256()
     for line in sorted(lines):
@@ -156,15 +176,14 @@ def fingerprint(table: SampleTable, roots: Mapping[str, str | Path]) -> str:
     return digest.hexdigest()
 
 
-def _files_of_rows(table: SampleTable, roots: Mapping[str, str | Path]) -> Iterator[tuple[TableRow, list[str]]]:
+def _files_of_rows(
+    table: SampleTable, roots: Mapping[str, str | Path], hashes: Mapping[str, str] | None = None
+) -> Iterator[tuple[TableRow, list[str]]]:
     """Each row with "place:hash of the contents" of its image and masks."""
-    paths: dict[str, dict[str, str]] = {}
+    known = file_hashes(table, roots) if hashes is None else hashes
+    folders = {dataset: str(root) for dataset, root in roots.items()}
     for row in rows_of(table):
-        paths.setdefault(row.dataset, {}).update(dict.fromkeys((row.image_path, *row.mask_paths), ""))
-    for dataset, files in paths.items():
-        files.update(zip(files, content_hashes(files, roots[dataset]), strict=True))
-    for row in rows_of(table):
-        root, known = str(roots[row.dataset]), paths[row.dataset]
+        root = folders[row.dataset]
         yield row, [f"{_place(path, root)}:{known[path]}" for path in (row.image_path, *row.mask_paths)]
 
 

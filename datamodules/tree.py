@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,10 +20,20 @@ NORMAL_NAMES = (GOOD, "ok", "normal")
 
 def list_images(folder: Path) -> list[Path]:
     """Image files directly in `folder` by suffix, hidden ones (.DS_Store, ._001.png) left out, sorted by name."""
+    return [folder / name for name in _image_names(folder)]
+
+
+def _image_names(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
-    found = (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
-    return sorted((p for p in found if p.is_file()), key=lambda p: p.name)
+    with os.scandir(folder) as entries:  # which looks at links only, where a path looks at every file
+        return sorted(
+            entry.name
+            for entry in entries
+            if os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES
+            and not entry.name.startswith(".")
+            and (os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file())
+        )
 
 
 def list_folders(folder: Path) -> list[Path]:
@@ -135,10 +146,8 @@ def unread_problems(category: str, folder: Path) -> list[Problem]:
     """What lies in a folder of images without being read: folders, dead links, files of other suffixes."""
     if not folder.is_dir():
         return []
-    read = set(list_images(folder))
-    left = [
-        p for p in folder.iterdir() if p not in read and not p.name.startswith(".") and p.name.casefold() not in CLUTTER
-    ]
+    others = set(os.listdir(folder)).difference(_image_names(folder))
+    left = [folder / name for name in others if not name.startswith(".") and name.casefold() not in CLUTTER]
     if not left:
         return []
     names = sorted(p.name + "/" * p.is_dir() for p in left)

@@ -271,7 +271,7 @@ class UnifiedDataModule(L.LightningDataModule):
     def remarks(self) -> list[str]:
         """What the numbers of a run on this data must be read with, in sentences for output and record."""
         if self._remarks is None:
-            self._remarks = tested_and_trained(self._rows("train", "val"), self._rows("test"), self._reading.roots)
+            self._remarks = tested_and_trained(self._rows("train", "val"), self._rows("test"), self._reading.hashes)
             read = self._source.mask if self._served is None else lambda row: self._served.cache.mask(row.id)
             if self.crop_from is None:
                 self._remarks += vanishing_masks(self._rows("test"), read, self._rules["thresholds"], self.image_size)

@@ -106,7 +106,7 @@ class UniReconCLI(internals.OpenCLI):
     def _leave_finished(self) -> None:
         """Refuses a run that has its record already."""
         run = RunConfig(**self.config[self.subcommand].run.as_dict())
-        if self.subcommand in ("fit", "test") and run.record.exists() and not run.overwrite:
+        if self.subcommand in ("fit", "test") and not run.overwrite and run.finished():
             per_category.leave_finished(run, self._configuration())
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -117,7 +117,9 @@ class UniReconCLI(internals.OpenCLI):
         except ValueError as error:
             raise SystemExit(str(error)) from error
         if self.subcommand == "fit":
+            refusals.place(self.run_config, self._bytes_needed())
             resuming.claim(self.run_config)
+            self._leave_finished()  # another process may have finished the run while this one waited for it
         given = self.made("trainer")
         self.evaluation, self.curve = Evaluation(self.run_config.fpr_limits), None
         self.normal_scores, self.history = NormalScores(), History()
@@ -131,8 +133,6 @@ class UniReconCLI(internals.OpenCLI):
         if given.get("plugins") is None:
             slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
             kwargs["plugins"] = [WholeCheckpoints(), *slurm]
-        if self.subcommand == "fit":
-            refusals.place(self.run_config, self._bytes_needed())
         trainer = super().instantiate_trainer(callbacks=callbacks, default_root_dir=str(self.run_config.work), **kwargs)
         if trainer.world_size > 1:
             internals.stop_with_the_first(trainer)

@@ -16,6 +16,7 @@ import yaml
 
 from lightning_modules.running.backbone import recorded_weights
 from lightning_modules.running.settings import work_folder
+from results.common.files import restore_replaced
 from results.common.foreign import read_mapping
 
 OURS = ("datamodules.UnifiedDataModule", "datamodules.unified.UnifiedDataModule")
@@ -61,6 +62,8 @@ def as_data(arguments: Sequence[str], methods: Iterable[type]) -> list[str]:
             out.append(argument)
             continue
         path = Path(file)
+        if not path.is_file():
+            restore_replaced(path.parent.parent)  # where a record lies whose replacing was cut off
         if path.is_file() and not (predicts or (path.parent / "record.json").is_file()):
             _check_text(path)
         elif path.is_file():

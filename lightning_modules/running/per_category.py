@@ -44,9 +44,10 @@ class OneModelEach(Exception):
     def run(self, fit: Callable[[list[str]], Any]) -> Path | None:
         """Calls `fit` with each category's additional arguments and writes the joint record; returns its folder."""
         run, work = self.run_config, self.run_config.work
-        if run.record.exists() and not run.overwrite:
+        finished = run.finished()
+        if finished and not run.overwrite:
             leave_finished(run, self.configuration)
-        if run.record.exists():
+        if finished:
             for folder in ("runs", "work"):  # records and checkpoints of the run that is replaced
                 shutil.rmtree(work / folder, ignore_errors=True)
         resuming.check(run, self.configuration, "", work / "runs")

@@ -60,6 +60,10 @@ def trainer(options: Mapping[str, Any]) -> None:
     if str(options.get("devices")) in ("0", "[]", ""):
         raise SystemExit(f"error: trainer.devices={options.get('devices')}: a run needs a device, at least 1.")
     accelerator = options.get("accelerator")
+    if accelerator == "cpu" and str(options.get("devices")) == "-1":
+        raise SystemExit(
+            "error: trainer.devices=-1 means every GPU: on a CPU give the number of processes, at least 1."
+        )
     if accelerator in ("gpu", "cuda") and not (
         torch.cuda.is_available() or (accelerator == "gpu" and torch.backends.mps.is_available())
     ):
@@ -71,6 +75,9 @@ def trainer(options: Mapping[str, Any]) -> None:
         value = options.get(name)
         if isinstance(value, int) and value < (0 if name == "max_epochs" else -1):
             raise SystemExit(f"error: trainer.{name}={value}: give a number of at least 0.")
+    every = options.get("accumulate_grad_batches")
+    if isinstance(every, int) and every < 1:
+        raise SystemExit(f"error: trainer.accumulate_grad_batches={every}: give a number of batches, at least 1.")
 
 
 def seed(value: Any) -> None:

@@ -16,6 +16,7 @@ import yaml
 
 from lightning_modules.metrics.version import __version__
 from results.aggregator.records import NAME
+from results.common.files import restore_replaced
 
 PROTOCOLS = ("clean", "as_released")
 
@@ -94,6 +95,11 @@ class RunConfig:
     def record(self) -> Path:
         """Folder of the finished run's record."""
         return Path(self.results) / "runs" / self.sweep / self.name
+
+    def finished(self) -> bool:
+        """Whether the run has its record; one whose replacing was cut off is brought back first."""
+        restore_replaced(self.record.parent)
+        return self.record.exists()
 
     @property
     def work(self) -> Path:

@@ -8,7 +8,6 @@ or edited with its time kept is read again. What is remembered can be deleted at
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -43,23 +42,29 @@ def content_hashes(paths: Iterable[str | Path], root: str | Path) -> list[str]:
         OSError: a file cannot be read.
     """
     paths = [os.fspath(path) for path in paths]
-    memory = MEMORY / f"{xxhash.xxh3_64_hexdigest(os.fsencode(os.path.abspath(root)))}.json"
-    known = _read(memory)
-    places = [os.path.abspath(path) for path in paths]
-    states = [_state(os.stat(path)) for path in paths]
+    place = os.path.abspath(root)
+    memory = MEMORY / f"{xxhash.xxh3_64_hexdigest(os.fsencode(place))}.hashes"
+    states, hashes = _read(memory)
+    below = f"{os.fspath(root).rstrip(os.sep)}{os.sep}"
+    names = [
+        path[len(below) :] if path.startswith(below) else os.path.abspath(path).removeprefix(f"{place}{os.sep}")
+        for path in paths
+    ]
     new = {
-        place: path
-        for place, path, state in zip(places, paths, states, strict=True)
-        if known.get(place, ("", ""))[0] != state
+        name: path
+        for name, path in zip(names, paths, strict=True)
+        if name not in states or states[name] != _state(os.stat(path))
     }
     if new:
         now = time.time_ns()
+        found = list(new.items())
         with ThreadPoolExecutor(_THREADS) as pool:
-            chunks = [list(new.items())[first::_THREADS] for first in range(_THREADS)]
-            found = {place: entry for part in pool.map(_hash_all, chunks) for place, entry in part}
-        known |= found
-        _write(memory, {place: entry for place, entry in known.items() if now - int(entry[0].split()[-1]) > RECENT})
-    return [known[place][1] for place in places]
+            for part in pool.map(_hash_all, (found[first::_THREADS] for first in range(_THREADS))):
+                for name, state, content in part:
+                    states[name], hashes[name] = state, content
+        settled = [name for name, state in states.items() if now - int(state.rpartition(" ")[2]) > RECENT]
+        _write(memory, [field for name in settled for field in (name, states[name], hashes[name])])
+    return [hashes[name] for name in names]
 
 
 def file_hash(path: str | Path) -> str:
@@ -118,6 +123,7 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
             if not entry.name.startswith(".")
             and entry.name.casefold() not in CLUTTER
             and not entry.name.casefold().endswith(PACKED)
+            and (not entry.is_symlink() or os.path.exists(entry.path))  # not to nothing or itself
         ]
     return []
 
@@ -126,8 +132,8 @@ def _state(status: os.stat_result) -> str:
     return f"{status.st_size} {status.st_ino} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
-def _hash_all(files: Iterable[tuple[str, str]]) -> list[tuple[str, tuple[str, str]]]:
-    return [(place, _hash(path)) for place, path in files]
+def _hash_all(files: Iterable[tuple[str, str]]) -> list[tuple[str, str, str]]:
+    return [(name, *_hash(path)) for name, path in files]
 
 
 def _hash(path: str) -> tuple[str, str]:
@@ -142,20 +148,23 @@ def _digest(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def _read(memory: Path) -> dict[str, tuple[str, str]]:
-    """What is remembered of a data set; {} if that is missing or damaged."""
+def _read(memory: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """What is remembered of a data set, name -> state and name -> hash; empty if that is missing or damaged."""
     with contextlib.suppress(OSError, ValueError):
         check, _, text = memory.read_bytes().partition(b"\n")
         if check.decode() == xxhash.xxh3_128_hexdigest(text):
             os.utime(memory)
-            return json.loads(text)
-    return {}
+            fields = text.decode("utf-8", "surrogateescape").split("\0")
+            names = fields[0::3]
+            return dict(zip(names, fields[1::3], strict=True)), dict(zip(names, fields[2::3], strict=True))
+    return {}, {}
 
 
-def _write(memory: Path, entries: dict[str, tuple[str, str]]) -> None:
-    """Remember; a folder that cannot be written does not stop the run."""
-    text = json.dumps(entries)
+def _write(memory: Path, fields: Sequence[str]) -> None:
+    """Remember names, states and hashes in turn; a folder that cannot be written does not stop the run."""
+    text = "\0".join(fields)
+    check = xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogateescape"))
     with contextlib.suppress(OSError):
-        write_text(memory, f"{xxhash.xxh3_128_hexdigest(text.encode())}\n{text}")
-        for old in sorted(MEMORY.glob("*.json"), key=lambda file: -file.stat().st_mtime)[KEPT:]:
+        write_text(memory, f"{check}\n{text}")
+        for old in sorted(MEMORY.glob("[!.]*"), key=lambda file: -file.stat().st_mtime)[KEPT:]:
             old.unlink(missing_ok=True)

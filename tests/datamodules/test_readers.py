@@ -14,6 +14,7 @@ from datamodules.errors import DataError
 from datamodules.images import read_mask
 from datamodules.readers import get_reader, list_dataset, load_readers
 from datamodules.readers.mvtec_loco import load_regions
+from datamodules.tree import list_images, unread_problems
 
 
 def only(table, **equal):
@@ -347,3 +348,17 @@ def test_categories_that_look_like_numbers_or_nothing_stay_text(make, tmp_path, 
         config = DatasetConfig("folder", str(tmp_path), asked)
         table = list_dataset(config.name, config.root, config.categories).table
         assert set(table["category"]) == {category}
+
+
+def test_links_to_images_are_images_and_links_to_nothing_or_to_themselves_are_named(make, tmp_path):
+    base = make.mvtec(tmp_path / "data") / "bottle"
+    good, away = base / "train/good", tmp_path / "away.png"
+    listed = list_images(good)
+    (good / "000.png").rename(away)
+    (good / "000.png").symlink_to(away)
+    (good / "dead.png").symlink_to(tmp_path / "nowhere.png")
+    (good / "itself.png").symlink_to(good / "itself.png")
+    (good / "folder.png").mkdir()
+    assert list_images(good) == listed
+    (said,) = [one.message for one in unread_problems("bottle", good)]
+    assert said.startswith("dead.png, folder.png/, itself.png in train/good left out")

@@ -8,10 +8,10 @@ import cv2
 import numpy as np
 import pytest
 
-from datamodules import DataError, DatasetConfig, UnifiedDataModule
+from datamodules import DataError, DatasetConfig, UnifiedDataModule, sample_table
 from datamodules.dataset import TableDataset
 from datamodules.sampling import EvalSampler
-from results.common import contents
+from results.common.contents import content_hashes
 
 
 def module(root, **options):
@@ -93,16 +93,21 @@ def test_a_float_image_is_refused_at_the_start_with_its_file(make, tmp_path):
         module(tmp_path)
 
 
-def test_what_is_remembered_of_the_files_is_not_read_again_for_the_remarks(make, tmp_path, monkeypatch):
+def test_each_file_is_looked_at_once_for_fingerprint_and_remarks(make, tmp_path, monkeypatch):
     base = make.mvtec(tmp_path / "data") / "bottle"
     shutil.copy(base / "train/good/001.png", base / "test/good/000.png")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(contents, "RECENT", -(10**18))
+    asked = []
+
+    def counted(paths, root):
+        paths = list(paths)
+        asked.extend(paths)
+        return content_hashes(paths, root)
+
+    monkeypatch.setattr(sample_table, "content_hashes", counted)
     data = module(tmp_path / "data")
-
-    def read_again(path):
-        raise AssertionError(f"{path} is read again")
-
-    monkeypatch.setattr(contents, "_hash", read_again)
     (said,) = data.remarks()
     assert "1 test image of 4: the same file is used for training" in said
+    files = [path for row in sample_table.rows_of(data.table) for path in (row.image_path, *row.mask_paths)]
+    assert sorted(asked) == sorted(files)
+    assert data.fingerprint == sample_table.fingerprint(data.table, data._reading.roots)

@@ -17,7 +17,7 @@ from lightning_modules.callbacks.epoch_seed import EpochSeed
 from lightning_modules.callbacks.progress import Progress
 from lightning_modules.running import resuming
 from lightning_modules.running.checkpoints import WholeCheckpoints
-from lightning_modules.running.command_line import main
+from lightning_modules.running.command_line import UniReconCLI, main
 
 
 class Interruption(BaseException):
@@ -204,6 +204,35 @@ def test_a_run_that_another_process_is_training_is_left_alone(project, monkeypat
             project.run("--run.overwrite=true")
         other.stdin.close()
     project.run("--trainer.max_epochs=1")
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_not_trained_again(project, monkeypatch):
+    project.run("--trainer.max_epochs=1")
+    record, kept, claim = project.results / "runs" / "single" / "first", project.results / "kept", resuming.claim
+    record.rename(kept)
+
+    def claim_at_last(run):
+        claim(run)
+        kept.rename(record)  # as the other process leaves it at its end
+
+    monkeypatch.setattr(resuming, "claim", claim_at_last)
+    monkeypatch.setattr(UniReconCLI, "before_fit", lambda self: pytest.fail("it is trained once more"))
+    with pytest.raises(SystemExit, match="is already a finished run"):
+        project.run("--trainer.max_epochs=1")
+
+
+def test_a_record_whose_replacing_was_cut_off_is_found_before_anything_is_trained(project, data_root, monkeypatch):
+    project.run("--trainer.max_epochs=1")
+    record = project.results / "runs" / "single" / "first"
+    hidden = record.with_name(".first.host-1-x.old")
+    record.rename(hidden)
+    images = f"--data.init_args.predict_root={data_root}"
+    main(["predict", f"--config={record}/config.yaml", images])
+    assert (project.results / "work" / "single" / "first" / "predictions").is_dir()
+    record.rename(hidden)
+    monkeypatch.setattr(UniReconCLI, "before_fit", lambda self: pytest.fail("it is trained once more"))
+    with pytest.raises(SystemExit, match="is already a finished run"):
+        project.run("--trainer.max_epochs=1")
 
 
 def test_scoring_again_keeps_how_the_weights_came_about(project):

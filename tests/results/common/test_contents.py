@@ -66,10 +66,34 @@ def test_unchanged_files_are_not_read_again(data: Path, monkeypatch: pytest.Monk
     assert data_hash(data) == before
 
 
+def test_files_of_odd_names_and_outside_the_folder_are_not_read_again_either(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["line\nbreak.png", "b\udce4d.png", "\u6f22\u5b57.png", "spaced  name.png", "../beside.png"]
+    for name in names:
+        (data / name).write_bytes(os.fsencode(name))
+    files = [f"{data}/{name}" for name in names]
+    before = content_hashes(files, data)
+    assert before == [contents.file_hash(file) for file in files]
+    monkeypatch.setattr(contents, "_hash", lambda path: pytest.fail(f"{path} was read again"))
+    assert content_hashes(files, data) == before
+    monkeypatch.setattr(contents, "MEMORY", tmp_path / contents.MEMORY)
+    monkeypatch.chdir(data)
+    assert content_hashes(names[:1], ".") == before[:1]
+
+
+def test_one_new_file_among_many_is_the_only_one_read(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, read, hashed = data_hash(data), [], contents._hash
+    replaced(data / "split.csv")
+    monkeypatch.setattr(contents, "_hash", lambda path: read.append(path) or hashed(path))
+    assert data_hash(data) != before
+    assert read == [str(data / "split.csv")]
+
+
 @pytest.mark.parametrize("damage", [b"", b"\0" * 50, b"0123\n{}"])
 def test_a_damaged_memory_is_built_anew(data: Path, damage: bytes) -> None:
     before = data_hash(data)
-    (memory,) = contents.MEMORY.glob("*.json")
+    (memory,) = contents.MEMORY.iterdir()
     memory.write_bytes(damage)
     assert data_hash(data) == before
     assert memory.read_bytes() != damage
@@ -92,6 +116,14 @@ def test_linked_folders_are_data_and_circles_end(data: Path, tmp_path: Path) -> 
     before = data_hash(data, ["bolt"])
     (tmp_path / "store" / "bolt" / "train" / "good" / "2.bmp").write_bytes(b"new")
     assert data_hash(data, ["bolt"]) != before
+
+
+def test_links_to_nothing_and_to_themselves_do_not_count(data: Path) -> None:
+    before = data_hash(data), data_hash(data, ["bolt"])
+    for folder in (data, data / "bolt" / "train"):
+        (folder / "itself").symlink_to(folder / "itself")
+        (folder / "dead.png").symlink_to(folder / "nowhere.png")
+    assert (data_hash(data), data_hash(data, ["bolt"])) == before
 
 
 def test_place_and_other_categories_do_not_matter(data: Path, tmp_path: Path) -> None:
