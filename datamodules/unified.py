@@ -283,7 +283,7 @@ class UnifiedDataModule(L.LightningDataModule):
     def remarks(self) -> list[str]:
         """What the numbers of a run on this data must be read with, in sentences for output and record."""
         if self._remarks is None:
-self._remarks = training_set.describe(
+            self._remarks = training_set.describe(
                 self.table, self.shots, self.contamination, self.contamination_reserved
             )
             self._remarks += tested_and_trained(self._rows("train", "val"), self._rows("test"), self._reading.roots)
