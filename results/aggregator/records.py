@@ -53,7 +53,8 @@ SETTINGS = ("unified", "per_category")
 SCOPES = ("category", "mean", "pooled")
 METRIC_COLUMNS = ("variant", "scope", "dataset", "category", "metric", "value", "n", "reason")
 HISTORY_COLUMNS = ("epoch", "step", "metric", "value")
-#: Columns of an attached ``heatmaps/index.csv``; `rank` is worst, median or best, `file` is relative to ``heatmaps/``.
+#: Columns of an attached ``heatmaps/index.csv``; `file` is relative to ``heatmaps/``, `rank` is worst, median, best or that of a
+#: failure.
 HEATMAP_COLUMNS = ("dataset", "category", "rank", "defect", "image_score", "file", "caption")
 FILES = ("metrics.csv", "history.csv", "config.yaml")
 HEATMAPS = "heatmaps/index.csv"
