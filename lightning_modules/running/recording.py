@@ -91,12 +91,13 @@ def write(outcome: Outcome, dump: Callable[[Any], str]) -> Path:
 
 
 def _attachments(outcome: Outcome) -> dict[str, bytes | str]:
-    """The scores of test and normal images, where the run fails, the colour scale, and heat maps if they are wanted."""
+    """Scores of test and normal images, failures, anomaly ratios, the colour scale, and heat maps if they are wanted."""
     scores = outcome.evaluation.image_scores
     failed = failures.find(scores, outcome.data.table)
     attachments: dict[str, bytes | str] = {
         "image_scores.csv": scores.to_csv(index=False),
         failures.FILE: failed.to_csv(index=False, errors="surrogateescape"),
+        "anomaly_ratio.csv": outcome.evaluation.anomaly_ratios.to_csv(index=False),
         normal_scores.FILE: outcome.normal_scores.table.to_csv(index=False),
         COLOUR_SCALE: json.dumps(outcome.evaluation.colour_scale),
     }

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from datamodules.anomaly_ratio import DEFINITIONS
 from lightning_modules.callbacks import progress
 from lightning_modules.callbacks import scoring as evaluation
 from results.aggregator.records import read_records
@@ -64,6 +65,16 @@ def test_failures_are_recorded_with_their_ranks_and_drawn(trained):
     index = trained.record().heatmaps
     assert len(index[index.file == "bolt-failures.jpg"]) == 5
     assert (folder / "heatmaps" / "bolt-failures.jpg").stat().st_size > 1000
+
+
+def test_the_record_says_how_much_of_the_images_is_anomalous(trained):
+    ratios = pd.read_csv(trained.results / "runs" / "single" / "first" / "anomaly_ratio.csv")
+    assert ratios.groupby("category").size().to_dict() == dict.fromkeys(("bolt", "disc"), len(DEFINITIONS))
+    assert set(ratios.images) == {5}
+    by_name = ratios[ratios.category == "bolt"].set_index("definition").percent
+    # All images are alike in size, three of five are anomalous.
+    assert by_name.test_pixels == pytest.approx(by_name.anomalous_pixels * 3 / 5)
+    assert 0 < by_name.image_mean <= by_name.box_mean < 100
 
 
 def test_every_test_image_has_its_score_in_the_record(trained):
