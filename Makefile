@@ -96,6 +96,11 @@ reconstructions: setup  ## Picture what a run reconstructs: RUN=<record folder>.
 	@test -n "$$RUN" || { echo 'error: reconstructions needs RUN=<record folder>'; exit 2; }
 	$(PY) -m lightning_modules.pictures.reconstructions "$$RUN" $(ARGS)
 
+gallery: setup  ## Methods side by side on the same images: RUNS="<record folders>" or METHODS="uniad rlr" [REFERENCE= ARGS=].
+	@test -n "$(RUNS)$(METHODS)" || { echo 'error: gallery needs RUNS="<record folders>" or METHODS="<names>"'; exit 2; }
+	$(PY) -m lightning_modules.pictures.gallery $(if $(RUNS),--runs $(RUNS),--methods $(METHODS)) \
+		$(if $(REFERENCE),--reference "$(REFERENCE)") $(ARGS)
+
 bench: setup  ## Time and memory of every method against a plain loop, about a minute each: [ARGS=].
 	$(PY) -m lightning_modules.benchmarks.training $(ARGS)
 
@@ -109,4 +114,4 @@ bench-start: setup  ## Time the start of a run on 60,000 small files: [ARGS=].
 	$(PY) -m lightning_modules.benchmarks.start $(ARGS)
 
 .PHONY: help setup test test-all lint train import predict submission check-data synthetic sweep sweeps wandb-sweep agents pull table tables \
-	audit figures compare report reconstructions bench bench-metrics bench-start cache
+	audit figures compare report reconstructions gallery bench bench-metrics bench-start cache

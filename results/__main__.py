@@ -185,9 +185,8 @@ def _report(options: argparse.Namespace) -> int:
     from results.aggregator.report import write_report
 
     records = _records(options) if options.root.is_dir() else RecordSet(())
-    path = write_report(
-        options.out if options.out.suffix == ".html" else options.out / "report.html", records, options.sweeps
-    )
+    out = options.out if options.out.suffix == ".html" else options.out / "report.html"
+    path = write_report(out, records, options.sweeps, options.root.parent / "figures")
     _say(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB)")
     return 0
 

@@ -227,7 +227,7 @@ def draw(
     return buffer.getvalue()
 
 
-def _image_scores(file: Path) -> pd.DataFrame:
+def image_scores(file: Path) -> pd.DataFrame:
     """A record's image scores; names stay the texts that they are."""
     texts = dict.fromkeys(("category", "dataset", "anomaly_type", "defect", "path"), str)
     return pd.read_csv(file, dtype=texts, keep_default_na=False, na_values={"image_score": [""]})
@@ -258,7 +258,7 @@ def _main(arguments: Sequence[str]) -> None:
         raise SystemExit(f"error: {module.method} does not reconstruct anything, so there is nothing to draw.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = module.to(device)
-    chosen = choose(_image_scores(options.run / "image_scores.csv"), data.table)
+    chosen = choose(image_scores(options.run / "image_scores.csv"), data.table)
     wanted = parts(options.categories)
     if unknown := [name for name in wanted if name not in chosen]:
         parser.error(f"no anomalous test image of {', '.join(unknown)}; there are: {', '.join(chosen)}.")
