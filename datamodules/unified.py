@@ -34,7 +34,7 @@ from datamodules.errors import DataError
 from datamodules.images import BIT_DEPTHS, MASK_RESIZES, MAX_MEGAPIXELS, check_crop, check_resize
 from datamodules.prediction import depth_of, unknown_rows
 from datamodules.problems import number_of
-from datamodules.reading import DatasetConfig, Reading, read_datasets
+from datamodules.reading import DatasetConfig, Reading, first_categories, read_datasets
 from datamodules.remarks import cropped_masks, tested_and_trained, vanishing_masks
 from datamodules.sample_table import SPLITS, SampleTable, category_keys, content_hash, fingerprint, hold_out
 from datamodules.sampling import EvalSampler, TrainSampler, check_sampling
@@ -72,6 +72,10 @@ class UnifiedDataModule(L.LightningDataModule):
             each of its categories). An epoch has as many draws as there are training images.
         holdout: fraction of each category's normal training images that becomes split val, chosen by file name. A
             dataset with a validation folder of its own (MVTec LOCO) keeps that instead.
+        epoch_images: draws per epoch; None for as many as there are training images. With it, runs on more or fewer images
+            make equally many steps. Methods that are fitted in one pass do not heed it.
+        category_count: use so many of the categories that are read, the first in the order in which they are named (in the
+            dataset's own order where none is): the categories of 2 are among those of 4. None for all.
         shots: train on so many images of each category, chosen by `seed`; None for all. Held-out images stay as they are.
         contamination: share of each category's training images that is replaced by defects of the test set, which are no
             longer tested; chosen by `seed`. They are trained on as if they were normal.
@@ -116,6 +120,8 @@ class UnifiedDataModule(L.LightningDataModule):
         num_workers: int | None = None,
         sampling: str = "natural",
         holdout: float = 0.0,
+        epoch_images: int | None = None,
+        category_count: int | None = None,
         shots: int | None = None,
         contamination: float = 0.0,
         contamination_reserved: float | None = None,
@@ -139,6 +145,9 @@ class UnifiedDataModule(L.LightningDataModule):
         check_sampling(sampling)
         if not 0 <= holdout < 1:
             raise DataError(f"holdout is a fraction of the normal training images, 0 <= holdout < 1, found {holdout}.")
+        for name, value in (("epoch_images", epoch_images), ("category_count", category_count)):
+            if value is not None and value < 1:
+                raise DataError(f"{name} must be at least 1 or null, found {value}.")
         training_set.check_options(shots, contamination, contamination_reserved)
         if bit_depth is not None and bit_depth not in BIT_DEPTHS:
             raise DataError(f"bit_depth must be one of {BIT_DEPTHS} or None, found {bit_depth}.")
@@ -176,6 +185,7 @@ class UnifiedDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.sampling = sampling
         self.holdout = holdout
+        self.epoch_images, self.category_count = epoch_images, category_count
         self.shots, self.contamination, self.contamination_reserved = shots, contamination, contamination_reserved
         self.augmentation = augmentation
         self.anomalies = anomalies
@@ -226,7 +236,8 @@ class UnifiedDataModule(L.LightningDataModule):
             return
         if self.table is not None:
             return
-        found = read_datasets(self.datasets, self.bit_depth, self.max_megapixels)
+        configs = self.datasets if self.category_count is None else first_categories(self.datasets, self.category_count)
+        found = read_datasets(configs, self.bit_depth, self.max_megapixels)
         table = training_set.few_shots(hold_out(found.table, self.holdout), self.shots, self.seed)
         table = training_set.contaminate(table, self.contamination, self.contamination_reserved, self.seed)
         self.categories = list(dict.fromkeys(category_keys(table)))
@@ -296,7 +307,7 @@ class UnifiedDataModule(L.LightningDataModule):
             if self.mask_resize != "nearest":
                 self._remarks.append(f"masks are resized by {self.mask_resize}")
             if self._short_batch():
-                count = number_of(len(self._rows("train")), "training image")
+                count = number_of(self.epoch_images or len(self._rows("train")), "training image")
                 self._remarks.append(
                     f"{count} make no full batch of {self.batch_size} per process: the short one is kept"
                 )
@@ -324,7 +335,10 @@ class UnifiedDataModule(L.LightningDataModule):
 
     def _short_batch(self) -> bool:
         """Whether dropping the last batch would leave a process without any."""
-        return self.drop_last and len(self._rows("train")) <= (self.batch_size - 1) * self._place()[0]
+        return (
+            self.drop_last
+            and (self.epoch_images or len(self._rows("train"))) <= (self.batch_size - 1) * self._place()[0]
+        )
 
     def normalise(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Normalise pixels so from now on, unless the constructor was given a mean and a std."""
@@ -371,6 +385,7 @@ class UnifiedDataModule(L.LightningDataModule):
             self.sampling,
             self.seed,
             *self._place(),
+            draws=self.epoch_images,
         )
         return self._loader(dataset, sampler, self.batch_size, self.drop_last and not self._short_batch())
 

@@ -29,6 +29,12 @@ SEEDS = re.compile(r"(seed_everything|(data|model)\.init_args\.seed)$")
 EXTENDS = re.compile(r"trainer\.(max_\w+|min_\w+|devices|num_nodes|strategy)(\.|$)")
 """Options that decide a result, and that an interrupted run may go on with otherwise: longer, or on another machine."""
 
+LATER = {
+    "data.init_args.shots": None, "data.init_args.contamination": 0.0, "data.init_args.contamination_reserved": None,
+    "data.init_args.epoch_images": None, "data.init_args.category_count": None,
+}  # fmt: skip
+"""Options that earlier versions did not have, with the value that means what those did: older runs stay comparable."""
+
 SHOWING = (
     "results", "sweeps", "tests", "datamodules/__main__.py", "datamodules/check.py", "datamodules/errors.py",
     "datamodules/problems.py", "lightning_modules/benchmarks", "lightning_modules/pictures",
@@ -55,6 +61,9 @@ def deciding(configuration: Mapping[str, Any], beside: re.Pattern[str] | None = 
         flat.pop("run.curve_every", None)  # watched only; as_released may choose an epoch by it
     if flat.get("cache.mode") in ("off", "float32"):
         del flat["cache.mode"]  # bit-exact
+    for key, value in LATER.items():
+        if key in flat and flat[key] == value:
+            del flat[key]
     return flat
 
 

@@ -138,3 +138,24 @@ def test_a_cached_defect_is_masked_in_tests_and_unmarked_in_training(root, tmp_p
     }
     assert all(tested[number] for number in dirty)
     assert np.count_nonzero(list(tested.values())) == 10
+
+
+def test_an_epoch_of_so_many_draws_makes_equally_many_steps_whatever_the_shots(root):
+    for shots in (1, 4, None):
+        data = module(root, shots=shots, epoch_images=12)
+        drawn = [number for batch in data.train_dataloader() for number in batch["id"].tolist()]
+        assert len(drawn) == 12
+        if shots is not None:  # every image comes equally often, up to one
+            counts = np.unique(drawn, return_counts=True)[1]
+            assert len(counts) == 2 * shots
+            assert counts.max() - counts.min() <= 1
+
+
+def test_fewer_categories_are_the_first_of_those_named(root):
+    assert module(root, category_count=1).categories == ["bottle"]
+    assert module(root, ["cable", "bottle"], category_count=1).categories == ["cable"]
+    assert module(root, category_count=2).categories == ["bottle", "cable"]
+    with pytest.raises(DataError, match="category_count is 3, but only 2 categories"):
+        module(root, category_count=3)
+    with pytest.raises(DataError, match="epoch_images must be at least 1"):
+        module(root, epoch_images=0)
