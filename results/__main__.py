@@ -167,7 +167,7 @@ def _figures(options: argparse.Namespace) -> int:
             drawn[options.name] = figures.curves_figure(spec, records, sweep)
         else:
             table = build_sweep(spec, records, sweep, False)
-            drawn[options.name] = figures.ablation_bars(table, records)
+            drawn[options.name] = figures.sweep_figure(spec, table, records)
             metric = next((column.metric for column in table.columns if column.ranked), "")
             for price in ("parameters", "seconds_per_epoch"):
                 drawn[f"{options.name}.{price}"] = figures.cost_against_quality(table, records, metric, price)

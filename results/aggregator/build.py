@@ -9,7 +9,7 @@ from typing import Any
 from results.aggregator import names
 from results.aggregator.published import KEYS, Printed, read_published
 from results.aggregator.records import SHOUTED, StoredRecord
-from results.aggregator.scores import Pool, Query, axis_value, check_table, versions
+from results.aggregator.scores import Pool, Query, axis_value, check_table, data_options, versions
 from results.aggregator.spec import Entry, Spec, SpecError
 from results.aggregator.sweep_cells import SEED_KEYS, SweepCells, canonical, cell_key, describe_cell, show_value
 from results.aggregator.table import Cell, Column, Row, Table, Value, add_gaps, mark_values
@@ -189,7 +189,9 @@ def describe_runs(records: Sequence[StoredRecord]) -> str:
             {str(d["fingerprint"])[:10] for s in records for d in s.record.datasets if d["name"] == dataset}
         )
         count = f"{len(prints)} fingerprints" if len(prints) > 3 else f"fingerprint {_list(prints)}"
-        parts.append(f"Data: {names.dataset_label(dataset)} ({part or f'{len(found)} {noun}'}, {count}).")
+        options = {data_options(d) for s in records for d in s.record.datasets if d["name"] == dataset}
+        told = f"; trained with{' or'.join(sorted(text[1:] or ' all' for text in options))}" if options != {""} else ""
+        parts.append(f"Data: {names.dataset_label(dataset)} ({part or f'{len(found)} {noun}'}, {count}{told}).")
     commits = sorted({_commit(stored) for stored in records})
     libraries = " or ".join(sorted({versions(stored) for stored in records}))
     parts.append(

@@ -100,7 +100,7 @@ def _ablation(
         drawn = [(figures.curves_figure(spec, records, sweep), "Thin lines: seeds; thick: their mean.")]
     else:
         table = sweep_table(spec, records, sweep)
-        drawn = [(figures.ablation_bars(table, records), "Mean over categories; each dot is a seed.")]
+        drawn = [(figures.sweep_figure(spec, table, records), "Mean over categories; each dot is a seed.")]
         metric = next((column.metric for column in table.columns if column.ranked), "")
         for price in ("parameters", "seconds_per_epoch"):
             figure = figures.cost_against_quality(table, records, metric, price)

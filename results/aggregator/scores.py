@@ -20,6 +20,7 @@ from results.aggregator.records import StoredRecord
 from results.aggregator.sweep_cells import SEED_KEYS, canonical, describe_cell
 from results.aggregator.table import Value
 from results.common.deciding import SEEDS, deciding
+from results.common.pair import plain
 
 #: What must agree in a whole table, and what must agree among the records of one method (its recipe).
 TABLE_AXES = ("protocol", "profile", "metric version", "random weights", "data")
@@ -28,6 +29,10 @@ AXES = (*TABLE_AXES, *METHOD_AXES)
 
 LIBRARIES = ("torch", "timm")
 """Libraries whose versions are shown with every table: they may change a number in its last digits."""
+
+#: A query's category that begins so, ``of 4``, is the mean over the categories of those records that have four of them: what
+#: runs on more categories reach on the same ones.
+OF = "of "
 
 _SEED_LINE = re.compile(r"^\s*(seed_everything|seed):")
 
@@ -116,13 +121,16 @@ class Pool:
         self.used += [(query, stored) for stored in found]
         if query.metric in COSTS:
             return _cost(found, query.metric)
-        if not is_percent(query.metric) and query.category.startswith("mean"):
+        if not is_percent(query.metric) and query.category.startswith(("mean", OF)):
             return Value(reason="a score's scale differs between categories, so it has no mean")
         by_seed: dict[int, list[StoredRecord]] = defaultdict(list)
         for stored in found:
             by_seed[stored.record.seed].append(stored)
         names = tuple(sorted(stored.name for stored in found))
-        needed = self._needed(query)
+        needed = self.needed(query)
+        known = {plain(d["name"], c) for stored in found for d in stored.record.datasets for c in d["categories"]}
+        if query.category.startswith(OF) and (lacking := set(needed) - known):
+            return Value(reason=f"knows {len(needed) - len(lacking)} of these {len(needed)} categories", records=names)
         table: list[list[float]] = []  # seed x category
         problems: dict[str, None] = {}
         for seed in sorted(by_seed):
@@ -141,11 +149,25 @@ class Pool:
                 std = math.sqrt(statistics.fmean(columns)) * scale
         return Value(statistics.fmean(means), std, len(means), records=names)
 
-    def _needed(self, query: Query) -> tuple[str, ...]:
+    def needed(self, query: Query) -> tuple[str, ...]:
+        """The categories whose mean answers a query."""
+        if query.category.startswith(OF):
+            return self._of_so_many(query)
         if query.category not in ("mean",) and (query.dataset, query.category) not in PARTIAL_MEANS:
             return (query.category,)
         partial = PARTIAL_MEANS.get((query.dataset, query.category))
         return partial or self.categories.get(query.dataset) or DATASET_CATEGORIES.get(query.dataset) or ()
+
+    def _of_so_many(self, query: Query) -> tuple[str, ...]:
+        """The categories of the records that have exactly so many of the data set; () if they are not all the same."""
+        count = int(query.category.removeprefix(OF))
+        found = {
+            tuple(sorted(plain(query.dataset, name) for name in dataset["categories"]))
+            for stored in self.records
+            for dataset in stored.record.datasets
+            if dataset["name"] == query.dataset and len(dataset["categories"]) == count
+        }
+        return found.pop() if len(found) == 1 else ()
 
 
 def seed_means(records: Iterable[StoredRecord], query: Query) -> dict[int, dict[str, float]]:
@@ -276,8 +298,15 @@ def axis_value(stored: StoredRecord, axis: str, dataset: str = "") -> str:
         return record.resize
     together = [d for d in record.datasets if record.setting == "unified" or d["name"] == dataset]
     return "; ".join(
-        f"{d['name']} ({_few(d['categories'])}), fingerprint {str(d['fingerprint'])[:10]}" for d in together
+        f"{d['name']} ({_few(d['categories'])}), fingerprint {str(d['fingerprint'])[:10]}{data_options(d)}"
+        for d in together
     )
+
+
+def data_options(dataset: Mapping[str, Any]) -> str:
+    """How a record's data set was thinned or dirtied for training, as ``, shots 4, contamination 0.1``; else nothing."""
+    options = ("shots", "contamination", "contamination_reserved")
+    return "".join(f", {name.replace('_', ' ')} {dataset[name]:g}" for name in options if dataset.get(name))
 
 
 def versions(stored: StoredRecord) -> str:
