@@ -9,7 +9,7 @@ import pytest
 from results.aggregator import figures
 from results.aggregator.build import sweep_table
 from results.aggregator.scores import ConflictError
-from results.aggregator.spec import SpecError, find_spec, read_spec
+from results.aggregator.spec import SpecError, find_spec, read_spec, spec_for_sweep
 from results.aggregator.sweep_cells import read_sweep
 
 SWEEPS = Path(__file__).parents[2] / "sweeps"
@@ -85,10 +85,10 @@ def test_the_sweeps_table_and_figure_have_every_cell(runs, name, key):
 
 def test_a_run_on_few_shots_never_stands_beside_one_on_all_images(runs):
     data = {"name": "synthetic", "fingerprint": "f00d", "categories": ["bolt", "gear", "tile"]}
-    runs.add("sar", {"a.b": 1}, 0, datasets=[data])
-    runs.add("sar", {"a.b": 1}, 1, datasets=[{**data, "shots": 4}])
+    runs.add("mine", {"a.b": 1}, 0, datasets=[data])
+    runs.add("mine", {"a.b": 1}, 1, datasets=[{**data, "shots": 4}])
     with pytest.raises(ConflictError, match="shots 4"):
-        sweep_table(find_spec("sar"), runs.read(), None)
+        sweep_table(spec_for_sweep("mine"), runs.read(), None)
 
 
 def test_lines_need_a_parameter_for_their_axis(tmp_path):
