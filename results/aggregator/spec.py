@@ -18,6 +18,7 @@
       neighbor_size: {label: Size, values: {1: 1x1, 7: 7x7}}
     default: {neighbor_size: 7}              # rows: sweep only; the cell that gaps refer to
     notes: [what a reader must know]
+    own_papers: 5                            # points from which a compared number is far from its method's own paper
     shares: {train/codes_in_use: codes in use}  # kind: curves only; recorded shares drawn beside the AUROCs, in percent
     x: shots                                 # kind: lines only; the parameter (of `parameters`) on the figure's axis
 
@@ -45,11 +46,11 @@ SELECTORS = ("source", "table", "dataset", "category", "method", "variant", "met
 _RUNS = ("variant", "cell", "sweep", "method", "setting", "dataset")
 _TOP = (
     "title", "paper", "kind", "sweep", "setting", "where", "row_headers", "rows", "columns", "compare", "digits",
-    "parameters", "default", "notes", "shares", "x",
+    "parameters", "default", "notes", "shares", "own_papers", "x",
 )  # fmt: skip
 _ROW = ("label", "labels", "group", "rule", "default", "runs", *SELECTORS)
 _COLUMN = ("label", "group", "digits", "runs", *SELECTORS)
-KINDS = ("grid", "curves", "lines")
+KINDS = ("grid", "curves", "methods", "lines")
 COMPARES = ("columns", "rows", "none")
 
 
@@ -66,6 +67,7 @@ class Entry:
     rule: bool = False
     default: bool = False
     digits: int | None = None
+    apart: bool = False  # told more than the other rows: neither ranked nor marked
     where: Mapping[str, str] = field(default_factory=dict)
     runs: Mapping[str, Any] = field(default_factory=dict)
 
@@ -90,6 +92,7 @@ class Spec:
     default: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     shares: Mapping[str, str] = field(default_factory=dict)
+    own_papers: float | None = None
     x: str = ""
 
 
@@ -173,6 +176,7 @@ def read_spec(path: str | Path) -> Spec:
         default=content.get("default") or {},
         notes=tuple(content.get("notes", ())),
         shares=content.get("shares") or {},
+        own_papers=float(content["own_papers"]) if "own_papers" in content else None,
         x=str(content.get("x", "")),
     )
 
@@ -216,7 +220,15 @@ def _expand(item: Mapping[str, Any]) -> list[Entry]:
             where.setdefault("variant", f"setting={setting}")
             runs.setdefault("setting", {"separate": "per_category"}.get(setting, setting))
         entries.append(
-            Entry(labels, group, bool(item.get("rule")), bool(item.get("default")), item.get("digits"), where, runs)
+            Entry(
+                labels,
+                group,
+                bool(item.get("rule")),
+                bool(item.get("default")),
+                item.get("digits"),
+                where=where,
+                runs=runs,
+            )
         )
     return entries
 
