@@ -70,7 +70,7 @@ def test_the_sweeps_table_and_figure_have_every_cell(runs, name, key):
     for cell in sweep.cells():
         value = cell[f"data.init_args.{key}"]
         data = {"name": "synthetic", "fingerprint": "f00d", "categories": ["bolt", "gear", "tile"]}
-        data |= {key: value} if value else {}
+        data |= {key: value} if value not in (0.0, "null") else {}
         runs.add(
             name, cell, method=cell["method"], scored=("image_auroc", "pixel_auroc", "pixel_aupro"), datasets=[data]
         )
