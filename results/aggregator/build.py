@@ -237,7 +237,8 @@ def describe_runs(records: Sequence[StoredRecord]) -> str:
         )
         count = f"{len(prints)} fingerprints" if len(prints) > 3 else f"fingerprint {_list(prints)}"
         options = {data_options(d) for s in records for d in s.record.datasets if d["name"] == dataset}
-        told = f"; trained with{' or'.join(sorted(text[1:] or ' all' for text in options))}" if options != {""} else ""
+        ways = sorted((text[2:] or "all images" for text in options), key=lambda text: (len(text), text))
+        told = f"; trained with {' or '.join(ways)}" if options != {""} else ""
         parts.append(f"Data: {names.dataset_label(dataset)} ({part or f'{len(found)} {noun}'}, {count}{told}).")
     commits = sorted({_commit(stored) for stored in records})
     libraries = " or ".join(sorted({versions(stored) for stored in records}))

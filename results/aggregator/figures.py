@@ -183,6 +183,8 @@ def lines_figure(spec: Spec, table: Table, records: Sequence[StoredRecord]) -> F
             for number, (name, points) in enumerate(lines.items()):
                 found = [(x, table.cells[i][j]) for x, i in points]
                 found = [(x, cell) for x, cell in found if cell.runs is not None and cell.runs.mean is not None]
+                if not found:
+                    continue
                 style = {"color": colours[number % len(colours)], "ls": ("-", "--", ":")[number // len(colours) % 3]}
                 axis.plot([x for x, _ in found], [cell.runs.mean for _, cell in found], lw=1.6, label=name, **style)
                 for x, cell in found:
