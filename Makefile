@@ -106,6 +106,18 @@ reconstructions: setup  ## Picture what a run reconstructs: RUN=<record folder>.
 	@test -n "$$RUN" || { echo 'error: reconstructions needs RUN=<record folder>'; exit 2; }
 	$(PY) -m lightning_modules.pictures.reconstructions "$$RUN" $(ARGS)
 
+shortcuts: setup  ## What the networks of identical_shortcut reconstruct, early and late, by one decoder: [ARGS=].
+	$(PY) -m lightning_modules.pictures.shortcuts $(ARGS)
+
+self-similarity: setup  ## What the frozen features of a run attend to: RUN=<record folder> [ARGS=--measure=cosine].
+	@test -n "$$RUN" || { echo 'error: self-similarity needs RUN=<record folder>'; exit 2; }
+	$(PY) -m lightning_modules.pictures.self_similarity "$$RUN" $(ARGS)
+
+gallery: setup  ## Methods side by side on the same images: RUNS="<record folders>" or METHODS="uniad rlr" [REFERENCE= ARGS=].
+	@test -n "$(RUNS)$(METHODS)" || { echo 'error: gallery needs RUNS="<record folders>" or METHODS="<names>"'; exit 2; }
+	$(PY) -m lightning_modules.pictures.gallery $(if $(RUNS),--runs $(RUNS),--methods $(METHODS)) \
+		$(if $(REFERENCE),--reference "$(REFERENCE)") $(ARGS)
+
 bench: setup  ## Time and memory of every method against a plain loop, about a minute each: [ARGS=].
 	$(PY) -m lightning_modules.benchmarks.training $(ARGS)
 
@@ -120,4 +132,4 @@ bench-start: setup  ## Time the start of a run on 60,000 small files: [ARGS=].
 
 .PHONY: help setup test test-all lint train import predict submission check-data synthetic sweep sweeps reference verify wandb-sweep agents \
 	pull table tables \
-	audit figures compare report reconstructions bench bench-metrics bench-start cache
+	audit figures compare report reconstructions gallery shortcuts self-similarity bench bench-metrics bench-start cache

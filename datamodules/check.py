@@ -16,6 +16,8 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
+from datamodules.anomaly_ratio import DEFINITIONS, OURS, Marked, ratios
+from datamodules.anomaly_ratio import look as marked_in
 from datamodules.errors import DataError
 from datamodules.images import MAX_MEGAPIXELS, REMARKABLE, check_crop, read_header, read_image, read_mask, resize_mask
 from datamodules.margin import kept, margin
@@ -49,12 +51,15 @@ class Report:
         counts: category -> images by train, val, test_good, structural, logical.
         masks: category -> (anomalous images with a mask, anomalous images).
         problems: all findings, errors first.
+        anomaly_ratios: category -> definition -> percent of the test images that is marked, see `datamodules.anomaly_ratio`;
+            categories without masks are absent.
     """
 
     listing: Listing
     counts: dict[str, Counts]
     masks: dict[str, tuple[int, int]]
     problems: tuple[Problem, ...] = field(default=())
+    anomaly_ratios: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def errors(self) -> int:
@@ -108,14 +113,21 @@ def check(
     problems = list(listing.problems)
     counts = count(listing.table)
     problems += _count_problems(listing, counts)
-    problems += _file_problems(listing, console, sizes, max_megapixels, crop)
+    rows = list(rows_of(listing.table))
+    looks = _look_at_all(rows, listing.reader.mask_threshold, console, sizes, max_megapixels, crop)
+    problems += _file_problems(rows, looks, sizes, crop)
     anomalous = listing.table[listing.table["label"] == 1]
     masks = {
         category: (int((rows["mask_paths"].map(len) > 0).sum()), len(rows))
         for category, rows in anomalous.groupby("category")
     }
     problems.sort(key=lambda problem: (problem.severity != ERROR, problem.category, problem.kind, problem.files))
-    return Report(listing, counts, masks, tuple(problems))
+    seen: dict[str, list[Marked]] = {}
+    for row, found in zip(rows, looks, strict=True):
+        if row.split == "test" and found.marked is not None:
+            seen.setdefault(row.category, []).append(found.marked)
+    anomalies = {category: ratios(images) for category, images in seen.items() if any(image.marked for image in images)}
+    return Report(listing, counts, masks, tuple(problems), anomalies)
 
 
 def _count_problems(listing: Listing, counts: dict[str, Counts]) -> list[Problem]:
@@ -155,29 +167,35 @@ def _count_problems(listing: Listing, counts: dict[str, Counts]) -> list[Problem
 @dataclass(frozen=True)
 class _Look:
     """What opening one row's files found: remarks (severity, kind, sentence), digest and thumbnail of the image, the
-    sizes at which its mask marks nothing, and its defective pixels without and with the centre crop."""
+    sizes at which its mask marks nothing, its defective pixels without and with the centre crop, and what is marked of
+    it (None if that is unknown)."""
 
     remarks: list[tuple[str, str, str]]
     digest: str = ""
     thumbnail: np.ndarray | None = None
     vanishes: tuple[int, ...] = ()
     inside: tuple[int, int] = (0, 0)
+    marked: Marked | None = None
 
 
-def _file_problems(
-    listing: Listing,
+def _look_at_all(
+    rows: Sequence[TableRow],
+    threshold: int,
     console: Console | None,
     sizes: Sequence[int],
     max_megapixels: float,
     crop: tuple[int, int] | None,
-) -> list[Problem]:
-    rows = list(rows_of(listing.table))
-    threshold = listing.reader.mask_threshold
+) -> list[_Look]:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         results = pool.map(lambda row: _look_at(row, threshold, sizes, max_megapixels, crop), rows)
         if console is not None:
             results = track(results, "opening files", len(rows), console=console, transient=True)
-        looks = list(results)
+        return list(results)
+
+
+def _file_problems(
+    rows: Sequence[TableRow], looks: Sequence[_Look], sizes: Sequence[int], crop: tuple[int, int] | None
+) -> list[Problem]:
     problems = []
     together: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     vanishing: dict[str, dict[int, list[str]]] = defaultdict(lambda: {size: [] for size in sizes})
@@ -258,7 +276,7 @@ def _look_at(
         remarks.append((WARNING, "small image", TOGETHER["small image"]))
     look = _Look(remarks, hashlib.sha256(image.tobytes()).hexdigest(), thumbnail(image))
     if not row.mask_paths:
-        return look
+        return look if row.label else replace(look, marked=Marked(image.shape[0] * image.shape[1]))
     try:
         mask = read_mask(row.mask_paths, threshold, max_megapixels)
     except DataError as error:
@@ -276,7 +294,7 @@ def _look_at(
         remarks.append((WARNING, "mostly marked mask", TOGETHER["mostly marked mask"]))
     lost = tuple(size for size in sizes if mask.any() and not resize_mask(mask, (size, size)).any())
     inside = kept(resize_mask(mask, (crop[0], crop[0])), (crop[1], crop[1])) if crop else (0, 0)
-    return replace(look, vanishes=lost, inside=inside)
+    return replace(look, vanishes=lost, inside=inside, marked=marked_in(mask))
 
 
 def show(report: Report, console: Console, limit: int = 50) -> None:
@@ -302,6 +320,7 @@ def show(report: Report, console: Console, limit: int = 50) -> None:
     table.add_section()
     table.add_row("all", *map(str, totals.values()), f"{with_mask} of {anomalous}")
     console.print(table)
+    _show_anomaly_ratios(report, console)
     for problem in report.problems:
         colour = "red" if problem.severity == ERROR else "yellow"
         text = f"{escape(problem.category)}: {problem.kind}: {escape(problem.message)}"
@@ -311,3 +330,17 @@ def show(report: Report, console: Console, limit: int = 50) -> None:
         if len(problem.files) > limit:
             console.print(f"    ... and {len(problem.files) - limit} more", highlight=False)
     console.print(f"{number_of(report.errors, 'error')}, {number_of(report.warnings, 'warning')}", highlight=False)
+
+
+def _show_anomaly_ratios(report: Report, console: Console) -> None:
+    """A column per definition, since the paper that prints such ratios gives no formula."""
+    if not report.anomaly_ratios:
+        return
+    caption = "; ".join(f"{name.replace('_', ' ')}: {text}" for name, text in DEFINITIONS.items())
+    table = Table(title="Anomaly ratio of the test images [%], by definition", caption=f"{caption}. Ours is the first.")
+    table.add_column("category")
+    for name in (OURS, *(name for name in DEFINITIONS if name != OURS)):
+        table.add_column(name.replace("_", " "), justify="right")
+    for category, found in report.anomaly_ratios.items():
+        table.add_row(escape(printable(category)), *(f"{value:.2f}" for value in found.values()))
+    console.print(table)

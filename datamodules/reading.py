@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,29 @@ class Reading:
     def rules(self) -> dict[str, Any]:
         """How a file becomes pixels, as arguments of `ImageSource`."""
         return {"bit_depths": self.bit_depths, "thresholds": self.thresholds}
+
+
+def first_categories(configs: Sequence[DatasetConfig], count: int) -> list[DatasetConfig]:
+    """The datasets with their first `count` categories in all, as named, or in the dataset's own order where none is.
+
+    Raises:
+        DataError: there are fewer.
+    """
+    left, kept = count, []
+    for config in configs:
+        names = config.categories
+        if names is None:
+            table = list_dataset(config.name, config.root, None, config.label).table
+            names = tuple(dict.fromkeys(table["category"].tolist()))
+        if left:
+            kept.append(replace(config, categories=tuple(names[:left])))
+        left -= min(left, len(names))
+    if left:
+        raise DataError(
+            f"category_count is {count}, but only {number_of(count - left, 'category')} are named or found: lower it, or name "
+            "more (CATEGORIES, or the dataset's `categories`)."
+        )
+    return kept
 
 
 def read_datasets(

@@ -5,7 +5,7 @@
 | id | int64 | 0..N-1, unique, the row's position |
 | dataset | str | name of the dataset in this experiment |
 | category | str | category inside its dataset |
-| split | str | train, val or test |
+| split | str | train, val or test; unused where a run trains on fewer images than there are (`datamodules.training_set`) |
 | label | int64 | 0 normal, 1 anomalous |
 | defect | str | "good", or the name of the defect's folder |
 | anomaly_type | str | good, structural or logical |

@@ -52,7 +52,7 @@ class TrainSampler(DistributedSampler):
 
     It derives from torch's DistributedSampler so that Lightning leaves it in place and calls `set_epoch`. All processes
     compute the same order and take every `num_replicas`-th draw; the end is padded from the start so that each process
-    makes the same number of steps.
+    makes the same number of steps. An epoch has `draws` of them, as many as there are images if None.
     """
 
     def __init__(
@@ -64,12 +64,15 @@ class TrainSampler(DistributedSampler):
         seed: int = 0,
         num_replicas: int = 1,
         rank: int = 0,
+        draws: int | None = None,
     ) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=True, seed=seed)
         quota = quotas(datasets, categories, sampling)
         keys = np.asarray(categories)
-        self._groups = [(np.flatnonzero(keys == name), quota[name]) for name in quota]
-        self._draws = len(categories)
+        self._draws = len(categories) if draws is None else draws
+        scale = self._draws / len(categories)
+        self._groups = [(np.flatnonzero(keys == name), quota[name] * scale) for name in quota]
+        self.num_samples = -(-self._draws // num_replicas)
 
     def order(self) -> list[Draw]:
         """All draws of the current epoch, before they are dealt to processes."""

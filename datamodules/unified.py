@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from datamodules import augmentation as policies
+from datamodules import training_set
 from datamodules.anomalies.sources import Anomalies, AnomalyConfig
 from datamodules.augmentation import Augmentation
 from datamodules.cache.entry import FeatureCache
@@ -33,7 +34,7 @@ from datamodules.errors import DataError
 from datamodules.images import BIT_DEPTHS, MASK_RESIZES, MAX_MEGAPIXELS, check_crop, check_resize
 from datamodules.prediction import depth_of, unknown_rows
 from datamodules.problems import number_of
-from datamodules.reading import DatasetConfig, Reading, read_datasets
+from datamodules.reading import DatasetConfig, Reading, first_categories, read_datasets
 from datamodules.remarks import cropped_masks, tested_and_trained, vanishing_masks
 from datamodules.sample_table import SPLITS, SampleTable, category_keys, content_hash, fingerprint, hold_out
 from datamodules.sampling import EvalSampler, TrainSampler, check_sampling
@@ -71,6 +72,15 @@ class UnifiedDataModule(L.LightningDataModule):
             each of its categories). An epoch has as many draws as there are training images.
         holdout: fraction of each category's normal training images that becomes split val, chosen by file name. A
             dataset with a validation folder of its own (MVTec LOCO) keeps that instead.
+        epoch_images: draws per epoch; None for as many as there are training images. With it, runs on more or fewer images
+            make equally many steps. Methods that are fitted in one pass do not heed it.
+        category_count: use so many of the categories that are read, the first in the order in which they are named (in the
+            dataset's own order where none is): the categories of 2 are among those of 4. None for all.
+        shots: train on so many images of each category, chosen by `seed`; None for all. Held-out images stay as they are.
+        contamination: share of each category's training images that is replaced by defects of the test set, which are no
+            longer tested; chosen by `seed`. They are trained on as if they were normal.
+        contamination_reserved: defects for this share leave the test set, trained on or not, so that runs of different
+            contamination are tested on the same images. None is `contamination`.
         augmentation: entry of `datamodules.augmentation.AUGMENTATIONS`.
         anomalies: puts synthetic anomalies into training images, after the augmentation. Training batches then carry
             `clean` (B, 3, H, W), the image without, and `mask` says where the anomaly is; the label stays 0.
@@ -110,6 +120,11 @@ class UnifiedDataModule(L.LightningDataModule):
         num_workers: int | None = None,
         sampling: str = "natural",
         holdout: float = 0.0,
+        epoch_images: int | None = None,
+        category_count: int | None = None,
+        shots: int | None = None,
+        contamination: float = 0.0,
+        contamination_reserved: float | None = None,
         augmentation: str = "none",
         anomalies: AnomalyConfig | None = None,
         mean: tuple[float, float, float] | None = None,
@@ -130,6 +145,10 @@ class UnifiedDataModule(L.LightningDataModule):
         check_sampling(sampling)
         if not 0 <= holdout < 1:
             raise DataError(f"holdout is a fraction of the normal training images, 0 <= holdout < 1, found {holdout}.")
+        for name, value in (("epoch_images", epoch_images), ("category_count", category_count)):
+            if value is not None and value < 1:
+                raise DataError(f"{name} must be at least 1 or null, found {value}.")
+        training_set.check_options(shots, contamination, contamination_reserved)
         if bit_depth is not None and bit_depth not in BIT_DEPTHS:
             raise DataError(f"bit_depth must be one of {BIT_DEPTHS} or None, found {bit_depth}.")
         if eval_batch_size < 1 or (batch_size is not None and batch_size < 1):
@@ -166,6 +185,8 @@ class UnifiedDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.sampling = sampling
         self.holdout = holdout
+        self.epoch_images, self.category_count = epoch_images, category_count
+        self.shots, self.contamination, self.contamination_reserved = shots, contamination, contamination_reserved
         self.augmentation = augmentation
         self.anomalies = anomalies
         self._normalisation_given = mean is not None
@@ -215,8 +236,10 @@ class UnifiedDataModule(L.LightningDataModule):
             return
         if self.table is not None:
             return
-        found = read_datasets(self.datasets, self.bit_depth, self.max_megapixels)
-        table = hold_out(found.table, self.holdout)
+        configs = self.datasets if self.category_count is None else first_categories(self.datasets, self.category_count)
+        found = read_datasets(configs, self.bit_depth, self.max_megapixels)
+        table = training_set.few_shots(hold_out(found.table, self.holdout), self.shots, self.seed)
+        table = training_set.contaminate(table, self.contamination, self.contamination_reserved, self.seed)
         self.categories = list(dict.fromkeys(category_keys(table)))
         if self.setting == "per_category" and len(self.categories) > 1:
             raise DataError(
@@ -271,7 +294,10 @@ class UnifiedDataModule(L.LightningDataModule):
     def remarks(self) -> list[str]:
         """What the numbers of a run on this data must be read with, in sentences for output and record."""
         if self._remarks is None:
-            self._remarks = tested_and_trained(self._rows("train", "val"), self._rows("test"), self._reading.hashes)
+            self._remarks = training_set.describe(
+                self.table, self.shots, self.contamination, self.contamination_reserved
+            )
+            self._remarks += tested_and_trained(self._rows("train", "val"), self._rows("test"), self._reading.hashes)
             read = self._source.mask if self._served is None else lambda row: self._served.cache.mask(row.id)
             if self.crop_from is None:
                 self._remarks += vanishing_masks(self._rows("test"), read, self._rules["thresholds"], self.image_size)
@@ -281,7 +307,7 @@ class UnifiedDataModule(L.LightningDataModule):
             if self.mask_resize != "nearest":
                 self._remarks.append(f"masks are resized by {self.mask_resize}")
             if self._short_batch():
-                count = number_of(len(self._rows("train")), "training image")
+                count = number_of(self.epoch_images or len(self._rows("train")), "training image")
                 self._remarks.append(
                     f"{count} make no full batch of {self.batch_size} per process: the short one is kept"
                 )
@@ -309,7 +335,10 @@ class UnifiedDataModule(L.LightningDataModule):
 
     def _short_batch(self) -> bool:
         """Whether dropping the last batch would leave a process without any."""
-        return self.drop_last and len(self._rows("train")) <= (self.batch_size - 1) * self._place()[0]
+        return (
+            self.drop_last
+            and (self.epoch_images or len(self._rows("train"))) <= (self.batch_size - 1) * self._place()[0]
+        )
 
     def normalise(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Normalise pixels so from now on, unless the constructor was given a mean and a std."""
@@ -317,12 +346,15 @@ class UnifiedDataModule(L.LightningDataModule):
             self.mean, self.std = tuple(mean), tuple(std)
 
     def provenance(self) -> list[dict[str, Any]]:
-        """Per dataset: name, fingerprint and categories, for the run record."""
+        """Per dataset: name, fingerprint, categories, and shots and contamination if set, for the run record."""
+        options = {"shots": self.shots, "contamination": self.contamination or None}
+        options["contamination_reserved"] = self.contamination_reserved
         return [
             {
                 "name": str(name),
                 "fingerprint": self.fingerprints[str(name)],
                 "categories": list(dict.fromkeys(rows["category"])),
+                **{option: value for option, value in options.items() if value is not None},
             }
             for name, rows in self.table.groupby("dataset", sort=False)
         ]
@@ -353,6 +385,7 @@ class UnifiedDataModule(L.LightningDataModule):
             self.sampling,
             self.seed,
             *self._place(),
+            draws=self.epoch_images,
         )
         return self._loader(dataset, sampler, self.batch_size, self.drop_last and not self._short_batch())
 
@@ -400,7 +433,7 @@ class UnifiedDataModule(L.LightningDataModule):
 
     def image_batch(self, ids: Sequence[int]) -> Batch:
         """One batch of chosen images, by id, read from disk whether or not features are cached."""
-        rows = {row.id: row for row in self._rows(*SPLITS)}
+        rows = {row.id: row for row in self._rows(*SPLITS, training_set.UNUSED)}
         dataset = self._dataset([rows[i] for i in ids])
         return collate([dataset[position] for position in range(len(dataset))])
 
@@ -431,22 +464,24 @@ class UnifiedDataModule(L.LightningDataModule):
         """
         if self.anomalies is not None:
             return None
-        # Those of held-out images too: an entry then serves any holdout.
-        return symmetric_rows(self._rows("train", "val"), self._augmentation(), self.image_size)
+        # Those of held-out and unused images too, as they are on disk: an entry then serves any holdout and any shots.
+        ids = {row.id for row in self._rows("train", "val", training_set.UNUSED)}
+        rows = [row for row in table_rows(self._reading.table, *SPLITS) if row.id in ids]
+        return symmetric_rows(rows, self._augmentation(), self.image_size)
 
     def all_images(self, first: int, batch_size: int, symmetric: Sequence[Row] = ()) -> DataLoader:
         """Every image of the table in the order of ids, then ``symmetric``, each with its uint8 ``pixels`` (3, H, W).
 
         ``first`` of them are left out.
         """
-        rows = [*self._rows(*SPLITS), *symmetric][first:]
+        rows = [*table_rows(self._reading.table, *SPLITS), *symmetric][first:]
         # Every image is read once, but for symmetries: those of one image follow each other.
         dataset = TableDataset(rows, LastImage(self._image_source()), self.mean, self.std, pixels=True)
         return image_loader(dataset, None, batch_size, self._workers())
 
     def content(self) -> str:
         """Hash of all images and masks in the order of their ids, for the key of a cache; see `content_hash`."""
-        return content_hash(self.table, self._reading.roots, self._rules)
+        return content_hash(self._reading.table, self._reading.roots, self._rules)
 
     def serve_images_from(self, cache: FeatureCache) -> None:
         """From now on images and masks of the table are read, decoded and resized, from an entry that holds them."""

@@ -66,6 +66,8 @@ class FittedModule(ReconstructionModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        if self.trainer.datamodule is not None:
+            self.trainer.datamodule.epoch_images = None  # one pass sees every image once
         if stage == "fit" and isinstance(self.trainer.strategy, DDPStrategy):
             self.trainer.strategy.configure_ddp = lambda: None  # there is no gradient to reduce, which DDP refuses
 

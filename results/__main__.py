@@ -174,7 +174,7 @@ def _figures(options: argparse.Namespace) -> int:
             drawn[options.name] = figures.curves_figure(spec, records, sweep)
         else:
             table = build_sweep(spec, records, sweep, False)
-            drawn[options.name] = figures.ablation_bars(table, records)
+            drawn[options.name] = figures.sweep_figure(spec, table, records)
             metric = methods.quality(table)
             for price in methods.PRICES if spec.kind == "methods" else ("parameters", "seconds_per_epoch"):
                 drawn[f"{options.name}.{price}"] = figures.cost_against_quality(table, records, metric, price)
@@ -213,9 +213,8 @@ def _report(options: argparse.Namespace) -> int:
     from results.aggregator.report import write_report
 
     records = _records(options)
-    path = write_report(
-        options.out if options.out.suffix == ".html" else options.out / "report.html", records, options.sweeps
-    )
+    out = options.out if options.out.suffix == ".html" else options.out / "report.html"
+    path = write_report(out, records, options.sweeps, options.root.parent / "figures")
     _say(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB)")
     return 0
 

@@ -32,7 +32,7 @@ class CachedImages:
         if row.label == UNKNOWN:
             return self.source.load(row)
         image = np.ascontiguousarray(self.cache.images[row.id].transpose(1, 2, 0))
-        mask = self.mask(row)
+        mask = self.mask(row) if row.mask_paths else np.zeros(self.size, bool)
         self.cache.let_go()
         return image, mask
 
@@ -96,8 +96,10 @@ class CachedBatches(Dataset):
             index = torch.from_numpy(self.place[positions, symmetries]).to(self.resident[0].device)
             features = [level.index_select(0, index) for level in self.resident]
         height, width = self.cache.image_size
-        bits = np.unpackbits(self.cache.masks[stored], axis=1, count=height * width)
         rows = [self.rows[position] for position in positions]
+        packed = self.cache.masks[stored]
+        packed[[not row.mask_paths for row in rows]] = 0  # of a defect that is trained on as if it were normal
+        bits = np.unpackbits(packed, axis=1, count=height * width)
         batch = Batch(
             features=[level.float() for level in features],
             mask=torch.from_numpy(bits.view(bool)).view(-1, 1, height, width),

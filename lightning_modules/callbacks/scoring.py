@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from datamodules.anomaly_ratio import Marked, look, ratios
 from datamodules.problems import number_of
 from datamodules.sample_table import category_keys
 from lightning_modules.base import ReconstructionModule
@@ -63,9 +64,10 @@ class Evaluation(L.Callback):
 
     :meth:`notes` says how many masks mark nothing at the maps' size, where that is not the images'.
 
-    After the test, :attr:`result` holds one long table over all variants, :attr:`image_scores` one row per image, and
-    :attr:`colour_scale` the ends of a colour scale on which normal images are dark: the median pixel, and the 90 %
-    quantile over images of the highest one.
+    After the test, :attr:`result` holds one long table over all variants, :attr:`image_scores` one row per image,
+    :attr:`anomaly_ratios` how much of the images is marked at their size, by definition, and :attr:`colour_scale` the ends
+    of a colour scale on which normal images are dark: the median pixel, and the 90 % quantile over images of the highest
+    one.
 
     Args:
         fpr_limits: False-positive rates up to which AU-PRO is integrated; None takes the data's own.
@@ -77,8 +79,10 @@ class Evaluation(L.Callback):
         self._map_size: tuple[int, int] | None = None
         self._marked: set[int] = set()
         self._vanished: set[int] = set()
+        self._marks: dict[int, Marked] = {}
         self.result: MetricResult | None = None
         self.image_scores: pd.DataFrame | None = None
+        self.anomaly_ratios: pd.DataFrame | None = None
         self.colour_scale: tuple[float, float] | None = None
         self._metrics: dict[str, AnomalyMetrics] = {}
         self._rows: list[tuple[int, str, str, int, float, str]] = []
@@ -98,6 +102,7 @@ class Evaluation(L.Callback):
     def on_test_epoch_start(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
         self._metrics, self._rows, self._ranges = {}, [], []
         self._map_size, self._marked, self._vanished = None, set(), set()
+        self._marks = {}
         data = trainer.datamodule
         self._limits = data.fpr_limits() if self.fpr_limits is None else self.fpr_limits
         conditions = data.conditions()
@@ -124,6 +129,9 @@ class Evaluation(L.Callback):
         for condition in dict.fromkeys(self._conditions[i] for i in ids if i in self._conditions):
             chosen = [n for n, i in enumerate(ids) if self._conditions.get(i) == condition]
             update_metrics(self._of(condition, trainer, directory, pooled=False), batch, outputs[""], chosen)
+        marked = [look(mask) for mask in batch["mask"][:, 0].cpu().numpy()]
+        has_mask = batch["has_mask"].tolist()
+        self._marks |= {i: seen for i, seen, has in zip(ids, marked, has_mask, strict=True) if has}
         pixels = outputs[""].maps.flatten(1)
         self._ranges += zip(pixels.median(1).values.tolist(), pixels.amax(1).tolist(), strict=True)
         scores: Tensor = outputs[""].image_scores
@@ -147,6 +155,15 @@ class Evaluation(L.Callback):
             self._vanished
         )
         return [f"pixel metrics are measured at {size} pixels{lost}"]
+
+    def _ratios(self) -> pd.DataFrame:
+        """``category,definition,percent,images`` of the categories with masks; see :mod:`datamodules.anomaly_ratio`."""
+        found = []
+        for category, mine in self.image_scores.groupby("category", sort=False):
+            images = [self._marks[i] for i in mine.id if i in self._marks]
+            if any(image.marked for image in images):
+                found += [(category, name, value, len(images)) for name, value in ratios(images).items()]
+        return pd.DataFrame(found, columns=["category", "definition", "percent", "images"])
 
     def _of(self, variant: str, trainer: L.Trainer, directory: Path | None, pooled: bool = True) -> AnomalyMetrics:
         """The metrics of a variant, made when they are first needed."""
@@ -188,13 +205,15 @@ class Evaluation(L.Callback):
         gathered = group.gather_objects(list(zip(self._rows, self._ranges, strict=True)))
         once = {row[0]: (row, ends) for part in gathered for row, ends in part}
         rows = [row for row, _ in once.values()]
-        for part in group.gather_objects((self._map_size, self._marked, self._vanished)):
+        for part in group.gather_objects((self._map_size, self._marked, self._vanished, self._marks)):
             self._map_size = self._map_size or part[0]
             self._marked |= part[1]
             self._vanished |= part[2]
+            self._marks |= part[3]
         middles, peaks = np.array([ends for _, ends in once.values()]).T
         self.colour_scale = float(np.median(middles)), float(np.quantile(peaks, 0.9))
         columns = ["id", "category", "anomaly_type", "label", "image_score", "path"]
         self.image_scores = pd.DataFrame(rows, columns=columns).sort_values("id", ignore_index=True)
+        self.anomaly_ratios = self._ratios()
         if trainer.is_global_zero:
             print_metrics(self.result.table)

@@ -42,8 +42,8 @@ def choose(image_scores: pd.DataFrame) -> dict[int, str]:
 @torch.no_grad()
 def draw(
     module: ReconstructionModule, data: Any, ranks: Mapping[int, str], image_scores: pd.DataFrame
-) -> dict[str, bytes | str]:
-    """Draws the chosen test images, one picture per category, and an index of them.
+) -> tuple[dict[str, bytes], list[tuple]]:
+    """Draws the chosen test images, one picture per category, with the pictures' lines of the index.
 
     Args:
         module: The trained method, in eval mode.
@@ -52,9 +52,9 @@ def draw(
         image_scores: The scores of all test images.
 
     Returns:
-        File name below `heatmaps/` -> JPEG bytes, and `heatmaps/index.csv` for the report.
+        File name in the record -> JPEG bytes, and the lines for :func:`index_of`.
     """
-    files: dict[str, bytes | str] = {}
+    files: dict[str, bytes] = {}
     index = []
     chosen = image_scores[image_scores.id.isin(list(ranks))]
     for category, rows in chosen.groupby("category", sort=False):
@@ -66,16 +66,20 @@ def draw(
         titles = [f"{ranks[i]}: {defect}" for i, defect in zip(ids, defects, strict=True)]
         name = f"{category.replace('/', '-')}.jpg"
         images = to_rgb(batch["image"], data.mean, data.std)
-        files[f"heatmaps/{name}"] = _picture(images, batch["mask"], scored, titles, module.map_names)
+        files[f"heatmaps/{name}"] = picture(images, batch["mask"], scored, titles, module.map_names)
         score = rows.set_index("id").image_score
         for n, i in enumerate(ids):
             caption = f"{category}: {ranks[i]} by image score, {defects[n]}"
             index.append(
                 (batch["dataset"][n], data.table["category"][i], ranks[i], defects[n], score[i], name, caption)
             )
+    return files, index
+
+
+def index_of(rows: Sequence[tuple]) -> str:
+    """The text of ``heatmaps/index.csv`` with some pictures' lines."""
     columns = ["dataset", "category", "rank", "defect", "image_score", "file", "caption"]
-    files["heatmaps/index.csv"] = pd.DataFrame(index, columns=columns).to_csv(index=False)
-    return files
+    return pd.DataFrame(rows, columns=columns).to_csv(index=False)
 
 
 def to_rgb(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
@@ -92,7 +96,7 @@ def overlay(image: np.ndarray, anomaly_map: np.ndarray, low: float, high: float)
     return (0.35 * grey + 0.65 * heat).round().astype(np.uint8)
 
 
-def _picture(
+def picture(
     images: np.ndarray, masks: Tensor, scored: ScoredMaps, titles: Sequence[str], names: Sequence[str] = ()
 ) -> bytes:
     """One JPEG: a row per image; columns image, ground truth, the levels from the highest to the lowest, fused map.

@@ -91,7 +91,7 @@ class DecoderTraining(L.LightningModule):
         self._method = (method,)  # in a tuple, so that torch does not take it for a part of this module
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        maps, _ = _maps(self._method[0].to(self.device), batch)
+        maps, _ = clean_and_reconstructed(self._method[0].to(self.device), batch)
         loss = F.mse_loss(self.decoder(maps), batch["image"])
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["label"]), prog_bar=True)
         return loss
@@ -117,7 +117,7 @@ def train_decoder(
     What ``file`` holds is used if its width is this one, it has not been trained for longer, and the run's weights are
     not newer.
     """
-    maps, _ = _maps(module, data.image_batch([0]))
+    maps, _ = clean_and_reconstructed(module, data.image_batch([0]))
     training = DecoderTraining(module, width, [m.shape[1:] for m in maps])
     done = _trained_epochs(file, training)
     if done is None or done > epochs:
@@ -169,7 +169,9 @@ def _trained_epochs(file: Path, training: DecoderTraining) -> int | None:
 
 
 @torch.no_grad()
-def _maps(module: ReconstructionModule, batch: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+def clean_and_reconstructed(
+    module: ReconstructionModule, batch: Mapping[str, Any]
+) -> tuple[list[Tensor], list[Tensor]]:
     """The clean features and the reconstructions of a batch, float32 maps (B, C, H, W)."""
     pairs = module.reconstruct({k: v.to(module.device) if isinstance(v, Tensor) else v for k, v in batch.items()})
     return [pair.target.float() for pair in pairs], [pair.reconstruction.float() for pair in pairs]
@@ -206,7 +208,7 @@ def draw(
         batch = data.image_batch([normal, anomalous])
         on_device = {k: v.to(module.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         scored = module.evaluate(on_device)[""].maps.cpu().numpy()
-        decoded = [decoder(maps)[1:] for maps in _maps(module, batch)]
+        decoded = [decoder(maps)[1:] for maps in clean_and_reconstructed(module, batch)]
         rgb = to_rgb(torch.cat([batch["image"], *(picture.cpu() for picture in decoded)]), data.mean, data.std)
         pictures: Sequence = (
             *rgb,
@@ -227,7 +229,7 @@ def draw(
     return buffer.getvalue()
 
 
-def _image_scores(file: Path) -> pd.DataFrame:
+def image_scores(file: Path) -> pd.DataFrame:
     """A record's image scores; names stay the texts that they are."""
     texts = dict.fromkeys(("category", "dataset", "anomaly_type", "defect", "path"), str)
     return pd.read_csv(file, dtype=texts, keep_default_na=False, na_values={"image_score": [""]})
@@ -258,7 +260,7 @@ def _main(arguments: Sequence[str]) -> None:
         raise SystemExit(f"error: {module.method} does not reconstruct anything, so there is nothing to draw.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = module.to(device)
-    chosen = choose(_image_scores(options.run / "image_scores.csv"), data.table)
+    chosen = choose(image_scores(options.run / "image_scores.csv"), data.table)
     wanted = parts(options.categories)
     if unknown := [name for name in wanted if name not in chosen]:
         parser.error(f"no anomalous test image of {', '.join(unknown)}; there are: {', '.join(chosen)}.")

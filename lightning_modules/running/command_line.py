@@ -31,6 +31,7 @@ from lightning_modules.callbacks.compile import Compile
 from lightning_modules.callbacks.curve import EvaluationCurve
 from lightning_modules.callbacks.epoch_seed import EpochSeed
 from lightning_modules.callbacks.history import History
+from lightning_modules.callbacks.kept_epochs import KeptEpochs
 from lightning_modules.callbacks.normal_scores import NormalScores
 from lightning_modules.callbacks.predictions import Predictions
 from lightning_modules.callbacks.progress import PlainProgress, Progress
@@ -170,6 +171,8 @@ class UniReconCLI(internals.OpenCLI):
             save_on_train_epoch_end=True,
             enable_version_counter=False,
         )
+        if run.keep_epochs:
+            callbacks.append(KeptEpochs(run.work / "checkpoints", run.keep_epochs))
         return [*callbacks, Progress(run.work / "progress.json", self.history), checkpoint]
 
     def _wandb_logger(self) -> Any:

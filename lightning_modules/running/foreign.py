@@ -24,7 +24,18 @@ SCHEDULES = "lightning_modules.running.schedules"
 """Functions that give schedules."""
 CALLABLE = ("optimizer", "lr_scheduler", "schedule")
 """Keys whose value may be the bare path of a class or a function."""
-RUN = ("name", "sweep", "protocol", "selection", "curve_every", "heatmaps", "upload", "compile", "cuda_graphs")
+RUN = (
+    "name",
+    "sweep",
+    "protocol",
+    "selection",
+    "curve_every",
+    "heatmaps",
+    "upload",
+    "keep_epochs",
+    "compile",
+    "cuda_graphs",
+)
 TRAINER = (
     "accelerator", "strategy", "devices", "num_nodes", "precision", "max_epochs", "min_epochs", "max_steps", "min_steps",
     "gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches", "deterministic", "benchmark",

@@ -22,7 +22,7 @@ from lightning_modules.callbacks.curve import EvaluationCurve
 from lightning_modules.callbacks.history import History
 from lightning_modules.callbacks.normal_scores import NormalScores
 from lightning_modules.callbacks.scoring import Evaluation
-from lightning_modules.pictures import heatmaps
+from lightning_modules.pictures import failures, heatmaps
 from lightning_modules.running import checkpoints, normalisation, refusals, tracking
 from lightning_modules.running.settings import RunConfig, provenance, sweep_parameters
 from results.aggregator.records import RunRecord, StoredRecord, read_record, write_record
@@ -93,16 +93,21 @@ def write(outcome: Outcome, dump: Callable[[Any], str]) -> Path:
 
 
 def _attachments(outcome: Outcome) -> dict[str, bytes | str]:
-    """The scores of test and normal images, the colour scale, and heat maps if they are wanted."""
+    """Scores of test and normal images, failures, anomaly ratios, the colour scale, and heat maps if they are wanted."""
     scores = outcome.evaluation.image_scores
+    failed = failures.find(scores, outcome.data.table)
     attachments: dict[str, bytes | str] = {
         "image_scores.csv": scores.to_csv(index=False),
+        failures.FILE: failed.to_csv(index=False, errors="surrogateescape"),
+        "anomaly_ratio.csv": outcome.evaluation.anomaly_ratios.to_csv(index=False),
         normal_scores.FILE: outcome.normal_scores.table.to_csv(index=False),
         COLOUR_SCALE: json.dumps(outcome.evaluation.colour_scale),
     }
     if outcome.run.heatmaps:
         outcome.model.eval().to(outcome.trainer.strategy.root_device)  # the trainer has moved it off the device
-        attachments |= heatmaps.draw(outcome.model, outcome.data, heatmaps.choose(scores), scores)
+        files, index = heatmaps.draw(outcome.model, outcome.data, heatmaps.choose(scores), scores)
+        more, further = failures.draw(outcome.model, outcome.data, failed)
+        attachments |= files | more | {"heatmaps/index.csv": heatmaps.index_of(index + further)}
     return attachments
 
 

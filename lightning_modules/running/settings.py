@@ -39,6 +39,8 @@ class RunConfig:
         overwrite: Replace a finished run of the same name.
         upload: With W&B online, also send the record and the heat maps. They hold pictures of the data and the paths
             of its files. Without, W&B gets curves, numbers and options, and no path.
+        keep_epochs: Also keep the weights at the end of these epochs (from 1), beside the run's checkpoint, for pictures of
+            how a training goes.
         fpr_limits: False-positive rates up to which AU-PRO is integrated, each in (0, 1]: 0.3 gives ``pixel_aupro``, 0.05
             ``pixel_aupro_0.05``, side by side in record and table. None is the data's own: 0.05 and 0.3 for MVTec AD 2,
             0.3 for every other data set.
@@ -58,6 +60,7 @@ class RunConfig:
     heatmaps: bool = True
     overwrite: bool = False
     upload: bool = True
+    keep_epochs: list[int] | None = None
     fpr_limits: list[float] | None = None
     compile: bool = False
     cuda_graphs: bool = False
@@ -69,6 +72,8 @@ class RunConfig:
             raise ValueError(f"run.selection is {self.selection!r}; allowed are last, best_on_test and null.")
         if self.selection == "best_on_test" and self.protocol == "clean":
             raise ValueError("run.selection=best_on_test looks at test labels: it needs run.protocol=as_released.")
+        if self.keep_epochs is not None and not all(epoch >= 1 for epoch in self.keep_epochs):
+            raise ValueError(f"run.keep_epochs is {self.keep_epochs!r}; epochs count from 1.")
         if self.fpr_limits is not None and not (self.fpr_limits and all(0 < limit <= 1 for limit in self.fpr_limits)):
             raise ValueError(
                 f"run.fpr_limits is {self.fpr_limits!r}; give one or more false-positive rates above 0 and up to 1, for "

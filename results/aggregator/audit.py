@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from results.aggregator import names
@@ -31,7 +31,7 @@ _REPEATS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One check of a printed number. `kind` is mean, gap, repeat, copy or summary; numbers are percent.
+    """One check of a printed number. `kind` is mean, row, gap, repeat, copy or summary; numbers are percent.
 
     `verdict`: exact, rounding (within one unit of the last printed digit), or disagrees.
     """
@@ -53,7 +53,8 @@ class Finding:
 def audit(published: Mapping[tuple[str, ...], Printed] | None = None) -> list[Finding]:
     """Every check of every published table, in the order of the files."""
     numbers = read_published() if published is None else published
-    return [*_means(numbers), *_gaps(numbers), *_repeats(numbers), *_summaries(numbers)]
+    rows, explained = _copied_rows(numbers)
+    return [*rows, *_means(numbers, explained), *_gaps(numbers), *_repeats(numbers), *_summaries(numbers)]
 
 
 def disagreements(findings: list[Finding]) -> list[Finding]:
@@ -90,7 +91,40 @@ def _units(numbers: Mapping[tuple[str, ...], Printed]) -> dict[tuple[str, ...], 
     return {key: min(found) if len(found := columns[_column(key)]) >= _SHORT else tables[key[:2]] for key in numbers}
 
 
-def _means(numbers: Mapping[tuple[str, ...], Printed]) -> list[Finding]:
+def _copied_rows(numbers: Mapping[tuple[str, ...], Printed]) -> tuple[list[Finding], set[tuple[str, ...]]]:
+    """Member rows that equal the mean row in all their columns, while that is not the mean: the row is the copy.
+
+    Looked at before the means, because a slip of the pen in one row is likelier than one in every column of the mean. What the
+    row should say is solved for from the printed mean and the other members.
+
+    Returns:
+        The findings, and the means (source, table, dataset, method, variant, metric) that are explained by them.
+    """
+    groups: dict[tuple[str, ...], dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    for (source, table, dataset, category, method, variant, metric), number in numbers.items():
+        groups[source, table, dataset, method, variant][category][metric] = number.value
+    findings, explained = [], set()
+    for (source, table, dataset, method, variant), rows in groups.items():
+        mean = rows.get("mean", {})
+        members = [category for category in rows if not category.startswith("mean")]
+        for category in members:
+            if len(mean) < 2 or len(members) < 2 or rows[category] != mean:
+                continue
+            solved = {
+                metric: value * len(members) - sum(rows[other][metric] for other in members if other != category)
+                for metric, value in mean.items()
+                if all(metric in rows[other] for other in members)
+            }
+            if all(math.isclose(solved[metric], mean[metric], abs_tol=0.05) for metric in solved):
+                continue  # the row is as good as the mean by chance
+            for metric, value in solved.items():
+                what = f"{_what(dataset, category, method, variant, metric)}: SUSPECT ROW, equals the mean row in all columns"
+                findings.append(Finding("row", source, table, what, mean[metric], value, "disagrees"))
+                explained.add((source, table, dataset, method, variant, metric))
+    return findings, explained
+
+
+def _means(numbers: Mapping[tuple[str, ...], Printed], explained: Collection[tuple[str, ...]] = ()) -> list[Finding]:
     members: dict[tuple, dict[str, Printed]] = defaultdict(dict)
     for (source, table, dataset, category, method, variant, metric), number in numbers.items():
         members[source, table, dataset, method, variant, metric][category] = number
@@ -100,7 +134,9 @@ def _means(numbers: Mapping[tuple[str, ...], Printed]) -> list[Finding]:
         if not single:
             continue
         for category in ("mean", "mean_objects", "mean_textures"):
-            if category not in found:
+            if category not in found or (
+                category == "mean" and (source, table, dataset, method, variant, metric) in explained
+            ):
                 continue
             part = names.PARTIAL_MEANS.get((dataset, category), tuple(single))
             values = [single[name].value for name in part if name in single]

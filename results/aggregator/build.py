@@ -8,7 +8,7 @@ from typing import Any
 
 from results.aggregator import methods, names, reference
 from results.aggregator.published import KEYS, Printed, read_published
-from results.aggregator.records import SHOUTED, StoredRecord
+from results.aggregator.records import SHOUTED, StoredRecord, data_options
 from results.aggregator.scores import Pool, Query, axis_value, check_table, versions
 from results.aggregator.spec import Entry, Spec, SpecError, spec_for_sweep
 from results.aggregator.sweep_cells import SEED_KEYS, SweepCells, canonical, cell_key, describe_cell, show_value
@@ -236,7 +236,10 @@ def describe_runs(records: Sequence[StoredRecord]) -> str:
             {str(d["fingerprint"])[:10] for s in records for d in s.record.datasets if d["name"] == dataset}
         )
         count = f"{len(prints)} fingerprints" if len(prints) > 3 else f"fingerprint {_list(prints)}"
-        parts.append(f"Data: {names.dataset_label(dataset)} ({part or f'{len(found)} {noun}'}, {count}).")
+        options = {data_options(d) for s in records for d in s.record.datasets if d["name"] == dataset}
+        ways = sorted((text[2:] or "all images" for text in options), key=lambda text: (len(text), text))
+        told = f"; trained with {' or '.join(ways)}" if options != {""} else ""
+        parts.append(f"Data: {names.dataset_label(dataset)} ({part or f'{len(found)} {noun}'}, {count}{told}).")
     commits = sorted({_commit(stored) for stored in records})
     libraries = " or ".join(sorted({versions(stored) for stored in records}))
     parts.append(
@@ -448,7 +451,7 @@ def _in_words(stored: StoredRecord) -> str:
 def _features(stored: StoredRecord) -> tuple[Any, ...]:
     """What a control must share with a row that it stands below: data, conditions, and the backbone that gives features."""
     record = stored.record
-    data = tuple(sorted((d["name"], str(d["fingerprint"])) for d in record.datasets))
+    data = tuple(sorted((d["name"], str(d["fingerprint"]), data_options(d)) for d in record.datasets))
     backbone = (record.backbone["name"], str(record.backbone["weights"]), str(record.backbone.get("sha256")))
     conditions = (record.profile, record.protocol, record.setting, str(record.metrics["version"]))
     return data, conditions, record.image_size, record.resize, backbone

@@ -23,7 +23,7 @@ from results.aggregator.curves import (
 from results.aggregator.methods import Ranks
 from results.aggregator.names import COSTS, category_label, method_label, metric_label
 from results.aggregator.records import StoredRecord
-from results.aggregator.scores import cost, seed_means
+from results.aggregator.scores import OF, Pool, Query, cost, seed_means
 from results.aggregator.spec import Spec
 from results.aggregator.sweep_cells import SweepCells
 from results.aggregator.table import Cell, Table
@@ -147,14 +147,74 @@ def ablation_bars(table: Table, records: Sequence[StoredRecord]) -> Figure:
     return figure
 
 
-def _seed_dots(records: Sequence[StoredRecord], cell: Cell) -> list[float]:
-    """The seeds' means over categories in percent, of the variant that the cell's number is of."""
-    from results.aggregator.scores import Query  # local: figures are drawn without it elsewhere
+def sweep_figure(spec: Spec, table: Table, records: Sequence[StoredRecord]) -> Figure:
+    """The figure of a sweep's table: lines over the spec's ``x`` where it has one, else bars."""
+    return lines_figure(spec, table, records) if spec.kind == "lines" else ablation_bars(table, records)
 
+
+def lines_figure(spec: Spec, table: Table, records: Sequence[StoredRecord]) -> Figure:
+    """A panel per ranked column: the score over the spec's ``x``, a line per combination of the other parameters.
+
+    Dots are the seeds, the line is their mean. Values of ``x`` stand at equal distances, in the table's order.
+    """
+    label = str(spec.parameters[spec.x].get("label", spec.x))
+    place = table.row_headers.index(label)
+    rows = [(i, row) for i, row in enumerate(table.rows) if place < len(row.labels) and row.labels[place]]
+    ticks = list(dict.fromkeys(row.labels[place] for _, row in rows))
+    lines: dict[str, list[tuple[int, int]]] = {}
+    for i, row in rows:
+        name = ", ".join(text for n, text in enumerate(row.labels) if n != place and text) or table.title
+        lines.setdefault(name, []).append((ticks.index(row.labels[place]), i))
+    shown = [
+        (j, column)
+        for j, column in enumerate(table.columns)
+        if column.ranked and any(table.cells[i][j].runs and table.cells[i][j].runs.mean is not None for i, _ in rows)
+    ]
+    by_name, pool = {stored.name: stored for stored in records}, Pool(records)
+    colours = (BLUE, RED, GREEN, ORANGE, GREY)
+    with rc_context(STYLE):
+        across = min(3, max(1, len(shown)))
+        down = -(-max(1, len(shown)) // across)
+        figure = Figure(figsize=(3.1 * across, 2.7 * down), layout="constrained")
+        axes = figure.subplots(down, across, squeeze=False)
+        for axis in axes.flat[len(shown) :]:
+            axis.set_axis_off()
+        for axis, (j, column) in zip(axes.flat, shown, strict=False):
+            for number, (name, points) in enumerate(lines.items()):
+                found = [(x, table.cells[i][j]) for x, i in points]
+                found = [(x, cell) for x, cell in found if cell.runs is not None and cell.runs.mean is not None]
+                if not found:
+                    continue
+                style = {"color": colours[number % len(colours)], "ls": ("-", "--", ":")[number // len(colours) % 3]}
+                axis.plot([x for x, _ in found], [cell.runs.mean for _, cell in found], lw=1.6, label=name, **style)
+                for x, cell in found:
+                    mine = [by_name[name] for name in cell.runs.records if name in by_name]
+                    dots = _seed_dots(mine, cell, _restricted(pool, cell))
+                    axis.plot([x] * len(dots), dots, "o", ms=3, color=style["color"], alpha=0.6)
+            axis.set_xticks(range(len(ticks)), ticks)
+            axis.set_title(f"{column.group} {column.label}".strip() + " [%]")
+            axis.set_xlabel(label)
+        handles, texts = axes.flat[0].get_legend_handles_labels()
+        figure.legend(handles, texts, loc="outside lower center", ncols=min(3, max(1, len(texts))))
+    return figure
+
+
+def _restricted(pool: Pool, cell: Cell) -> tuple[str, ...]:
+    """The categories of a number that is a mean over some of them; () for one over all."""
+    category = cell.key["category"]
+    return pool.needed(Query(cell.key["metric"], cell.key["dataset"], category)) if category.startswith(OF) else ()
+
+
+def _seed_dots(records: Sequence[StoredRecord], cell: Cell, categories: Sequence[str] = ()) -> list[float]:
+    """The seeds' means over categories (all of them if none is named) in percent, of the variant that the cell's number is of."""
     if not records:
         return []
     query = Query(cell.key["metric"], cell.key["dataset"], variant=cell.variant)
-    return [100 * sum(values.values()) / len(values) for values in seed_means(records, query).values() if values]
+    seeds = [
+        {name: value for name, value in values.items() if not categories or name in categories}
+        for values in seed_means(records, query).values()
+    ]
+    return [100 * sum(values.values()) / len(values) for values in seeds if values]
 
 
 def against_published(table: Table, metric: str) -> Figure | None:

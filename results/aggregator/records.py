@@ -59,7 +59,8 @@ SETTINGS = ("unified", "per_category")
 SCOPES = ("category", "mean", "pooled")
 METRIC_COLUMNS = ("variant", "scope", "dataset", "category", "metric", "value", "n", "reason")
 HISTORY_COLUMNS = ("epoch", "step", "metric", "value")
-#: Columns of an attached ``heatmaps/index.csv``; `rank` is worst, median or best, `file` is relative to ``heatmaps/``.
+#: Columns of an attached ``heatmaps/index.csv``; `file` is relative to ``heatmaps/``, `rank` is worst, median, best or that of a
+#: failure.
 HEATMAP_COLUMNS = ("dataset", "category", "rank", "defect", "image_score", "file", "caption")
 FILES = ("metrics.csv", "history.csv", "config.yaml")
 HEATMAPS = "heatmaps/index.csv"
@@ -299,6 +300,12 @@ def _means_of_seven(scores: Mapping[tuple[str, ...], tuple[float, str]]) -> dict
             reason = next((reason for value, reason in values if math.isnan(value)), "")
             means[(*key[:4], "mean_of_seven")] = (math.fsum(value for value, _ in values) / len(SEVEN), reason)
     return means
+
+
+def data_options(dataset: Mapping[str, Any]) -> str:
+    """How a record's data set was thinned or dirtied for training, as ``, shots 4, contamination 0.1``; else nothing."""
+    options = ("shots", "contamination", "contamination_reserved")
+    return "".join(f", {name.replace('_', ' ')} {dataset[name]:g}" for name in options if dataset.get(name))
 
 
 def record_path(root: str | Path, sweep: str, run: str) -> Path:

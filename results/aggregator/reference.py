@@ -16,7 +16,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from results.aggregator.records import HEATMAPS, RecordError, RecordSet, StoredRecord, read_records, write_record
+from results.aggregator.records import (
+    HEATMAPS,
+    RecordError,
+    RecordSet,
+    StoredRecord,
+    data_options,
+    read_records,
+    write_record,
+)
 from results.aggregator.scores import METHOD_AXES, TABLE_AXES, axis_value, data_of
 from results.aggregator.spec import Spec
 from results.aggregator.sweep_cells import canonical
@@ -101,7 +109,7 @@ def _named(stored: StoredRecord) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def _prints(stored: StoredRecord) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted((d["name"], str(d["fingerprint"])) for d in stored.record.datasets))
+    return tuple(sorted((d["name"], f"{d['fingerprint']}{data_options(d)}") for d in stored.record.datasets))
 
 
 def notes(records: Sequence[StoredRecord]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,15 +34,23 @@ class _Block:
     refused: str = ""
 
 
-def write_report(path: str | Path, records: RecordSet | Sequence[StoredRecord], sweeps: str | Path = "sweeps") -> Path:
-    """Write the page and return its path; the page needs no other file, no server and no network."""
+def write_report(
+    path: str | Path,
+    records: RecordSet | Sequence[StoredRecord],
+    sweeps: str | Path = "sweeps",
+    pictures: str | Path = "results/figures",
+) -> Path:
+    """Write the page and return its path; the page needs no other file, no server and no network.
+
+    pictures: The folder where ``make gallery`` left methods side by side, if it did.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(records, Path(sweeps)), encoding="utf-8")
+    path.write_text(page(records, Path(sweeps), Path(pictures)), encoding="utf-8")
     return path
 
 
-def page(records: RecordSet | Sequence[StoredRecord], sweeps: Path) -> str:
+def page(records: RecordSet | Sequence[StoredRecord], sweeps: Path, pictures: Path | None = None) -> str:
     """The page as HTML text."""
     shown: dict[str, StoredRecord] = {}
     ablations = _ablations(list(records), sweeps, shown)
@@ -54,6 +63,7 @@ def page(records: RecordSet | Sequence[StoredRecord], sweeps: Path) -> str:
         ablations=ablations,
         papers=papers,
         audit=audit.audit_table(audit.audit()),
+        side_by_side=_side_by_side(pictures, list(records), shown),
         gallery=gallery,
         skipped=skipped,
         definitions=_definitions(shown),
@@ -98,7 +108,7 @@ def _ablation(
         drawn = [(figures.curves_figure(spec, records, sweep), "Thin lines: seeds; thick: their mean.")]
     else:
         table = sweep_table(spec, records, sweep, controls=controls)
-        drawn = [(figures.ablation_bars(table, records), "Mean over categories; each dot is a seed.")]
+        drawn = [(figures.sweep_figure(spec, table, records), "Mean over categories; each dot is a seed.")]
         metric = methods.quality(table)
         for price in methods.PRICES if spec.kind == "methods" else ("parameters", "seconds_per_epoch"):
             figure = figures.cost_against_quality(table, records, metric, price)
@@ -197,6 +207,20 @@ def _gallery(
             pictures.append((category, ranks, _uri(kind, data)))
         gallery.append((title, stored, pictures))
     return gallery, skipped
+
+
+def _side_by_side(
+    folder: Path | None, records: Sequence[StoredRecord], shown: dict[str, StoredRecord]
+) -> tuple[str, str] | None:
+    """The picture of ``make gallery`` (data URI) and its caption; None if there is none of the records on this page."""
+    if folder is None or not (folder / "gallery.json").is_file() or not (folder / "gallery.png").is_file():
+        return None
+    content = json.loads((folder / "gallery.json").read_text(encoding="utf-8"))
+    by_name = {stored.name: stored for stored in records}
+    if not set(content["runs"]) <= set(by_name):
+        return None
+    shown.update({name: by_name[name] for name in content["runs"]})
+    return _uri("png", (folder / "gallery.png").read_bytes()), str(content["caption"])
 
 
 def _definitions(shown: dict[str, StoredRecord]) -> list[tuple[str, list[tuple[str, str]]]]:

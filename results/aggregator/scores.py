@@ -16,11 +16,12 @@ from typing import Any
 import yaml
 
 from results.aggregator.names import CONTROLS, COSTS, DATASET_CATEGORIES, PARTIAL_MEANS, is_percent
-from results.aggregator.records import StoredRecord
+from results.aggregator.records import StoredRecord, data_options
 from results.aggregator.sweep_cells import SEED_KEYS, canonical, describe_cell
 from results.aggregator.table import Value
 from results.common.deciding import SEEDS, deciding
 from results.common.methods import COMPARE
+from results.common.pair import plain
 
 #: What must agree in a whole table, and what must agree among the records of one method (its recipe).
 TABLE_AXES = ("protocol", "profile", "metric version", "random weights", "data")
@@ -29,6 +30,10 @@ AXES = (*TABLE_AXES, *METHOD_AXES)
 
 LIBRARIES = ("torch", "timm")
 """Libraries whose versions are shown with every table: they may change a number in its last digits."""
+
+#: A query's category that begins so, ``of 4``, is the mean over the categories of those records that have four of them: what
+#: runs on more categories reach on the same ones.
+OF = "of "
 
 _SEED_LINE = re.compile(r"^\s*(seed_everything|seed):")
 
@@ -118,13 +123,16 @@ class Pool:
         self.used += [(query, stored) for stored in found]
         if query.metric in COSTS:
             return _cost(found, query.metric)
-        if not is_percent(query.metric) and query.category.startswith("mean"):
+        if not is_percent(query.metric) and query.category.startswith(("mean", OF)):
             return Value(reason="a score's scale differs between categories, so it has no mean")
         by_seed: dict[int, list[StoredRecord]] = defaultdict(list)
         for stored in found:
             by_seed[stored.record.seed].append(stored)
         names = tuple(sorted(stored.name for stored in found))
-        needed = self._needed(query)
+        needed = self.needed(query)
+        known = {plain(d["name"], c) for stored in found for d in stored.record.datasets for c in d["categories"]}
+        if query.category.startswith(OF) and (lacking := set(needed) - known):
+            return Value(reason=f"knows {len(needed) - len(lacking)} of these {len(needed)} categories", records=names)
         table: list[list[float]] = []  # seed x category
         problems: dict[str, None] = {}
         for seed in sorted(by_seed):
@@ -144,11 +152,25 @@ class Pool:
                 std = math.sqrt(statistics.fmean(columns)) * scale
         return Value(statistics.fmean(means), std, len(means), records=names, reference=marked)
 
-    def _needed(self, query: Query) -> tuple[str, ...]:
+    def needed(self, query: Query) -> tuple[str, ...]:
+        """The categories whose mean answers a query."""
+        if query.category.startswith(OF):
+            return self._of_so_many(query)
         if query.category not in ("mean",) and (query.dataset, query.category) not in PARTIAL_MEANS:
             return (query.category,)
         partial = PARTIAL_MEANS.get((query.dataset, query.category))
         return partial or self.categories.get(query.dataset) or DATASET_CATEGORIES.get(query.dataset) or ()
+
+    def _of_so_many(self, query: Query) -> tuple[str, ...]:
+        """The categories of the records that have exactly so many of the data set; () if they are not all the same."""
+        count = int(query.category.removeprefix(OF))
+        found = {
+            tuple(sorted(plain(query.dataset, name) for name in dataset["categories"]))
+            for stored in self.records
+            for dataset in stored.record.datasets
+            if dataset["name"] == query.dataset and len(dataset["categories"]) == count
+        }
+        return found.pop() if len(found) == 1 else ()
 
 
 def seed_means(records: Iterable[StoredRecord], query: Query) -> dict[int, dict[str, float]]:
@@ -246,7 +268,9 @@ def newest(records: Iterable[StoredRecord]) -> list[StoredRecord]:
     last: dict[tuple, StoredRecord] = {}
     for stored in sorted(records, key=lambda stored: str(stored.record.provenance.get("started") or "")):
         record = stored.record
-        data = tuple((dataset["name"], str(dataset["fingerprint"])) for dataset in record.datasets)
+        data = tuple(
+            (dataset["name"], str(dataset["fingerprint"]), data_options(dataset)) for dataset in record.datasets
+        )
         same = (record.sweep, stored.cell, record.seed, record.profile, record.protocol, record.setting, data)
         last[(*same, axis_value(stored, "weights")) if stored.cell else (stored.name,)] = stored
     return sorted(last.values(), key=lambda stored: stored.name)
@@ -289,7 +313,8 @@ def _by_data(records: list[StoredRecord]) -> list[tuple[str, list[StoredRecord]]
 def data_of(stored: StoredRecord) -> tuple[tuple[str, tuple[str, ...], str], ...]:
     """Names, categories and fingerprints of a record's data sets."""
     sets = (
-        (d["name"], tuple(sorted(map(str, d["categories"]))), str(d["fingerprint"])) for d in stored.record.datasets
+        (d["name"], tuple(sorted(map(str, d["categories"]))), f"{d['fingerprint']}{data_options(d)}")
+        for d in stored.record.datasets
     )
     return tuple(sorted(sets))
 
@@ -319,7 +344,8 @@ def axis_value(stored: StoredRecord, axis: str, dataset: str = "") -> str:
         return record.resize
     together = [d for d in record.datasets if record.setting == "unified" or d["name"] == dataset]
     return "; ".join(
-        f"{d['name']} ({_few(d['categories'])}), fingerprint {str(d['fingerprint'])[:10]}" for d in together
+        f"{d['name']} ({_few(d['categories'])}), fingerprint {str(d['fingerprint'])[:10]}{data_options(d)}"
+        for d in together
     )
 
 

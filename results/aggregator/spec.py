@@ -20,6 +20,7 @@
     notes: [what a reader must know]
     own_papers: 5                            # points from which a compared number is far from its method's own paper
     shares: {train/codes_in_use: codes in use}  # kind: curves only; recorded shares drawn beside the AUROCs, in percent
+    x: shots                                 # kind: lines only; the parameter (of `parameters`) on the figure's axis
 
 A row or column is a metric's name or a mapping. Its selectors (source, table, dataset, category, method, variant,
 metric, setting) say what stands there; a list of values makes one row or column each, and two lists every combination,
@@ -45,11 +46,11 @@ SELECTORS = ("source", "table", "dataset", "category", "method", "variant", "met
 _RUNS = ("variant", "cell", "sweep", "method", "setting", "dataset")
 _TOP = (
     "title", "paper", "kind", "sweep", "setting", "where", "row_headers", "rows", "columns", "compare", "digits",
-    "parameters", "default", "notes", "shares", "own_papers",
+    "parameters", "default", "notes", "shares", "own_papers", "x",
 )  # fmt: skip
 _ROW = ("label", "labels", "group", "rule", "default", "runs", *SELECTORS)
 _COLUMN = ("label", "group", "digits", "runs", *SELECTORS)
-KINDS = ("grid", "curves", "methods")
+KINDS = ("grid", "curves", "methods", "lines")
 COMPARES = ("columns", "rows", "none")
 
 
@@ -92,6 +93,7 @@ class Spec:
     notes: tuple[str, ...] = ()
     shares: Mapping[str, str] = field(default_factory=dict)
     own_papers: float | None = None
+    x: str = ""
 
 
 def spec_names(folder: str | Path = FOLDER) -> list[str]:
@@ -142,6 +144,8 @@ def read_spec(path: str | Path) -> Spec:
     for key, value, allowed in (("kind", kind, KINDS), ("compare", compare, COMPARES)):
         if value not in allowed:
             raise SpecError(f"{path}: {key} is {value!r}; allowed: {', '.join(allowed)}")
+    if (kind == "lines") != (content.get("x") in (content.get("parameters") or {})):
+        raise SpecError(f"{path}: kind lines needs x, one of its parameters, and no other kind has one")
     where = {key: str(value) for key, value in (content.get("where") or {}).items()}
     _check_keys(where, SELECTORS, f"{path}: where")
     rows = content.get("rows", "sweep")
@@ -173,6 +177,7 @@ def read_spec(path: str | Path) -> Spec:
         notes=tuple(content.get("notes", ())),
         shares=content.get("shares") or {},
         own_papers=float(content["own_papers"]) if "own_papers" in content else None,
+        x=str(content.get("x", "")),
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 FREE = re.compile(
     r"(config|ckpt_path"
-    r"|run\.(name|sweep|results|heatmaps|overwrite|upload|cuda_graphs)"
+    r"|run\.(name|sweep|results|heatmaps|overwrite|upload|keep_epochs|cuda_graphs)"
     r"|cache\.(root|budget_gb|resident_gb)"
     r"|trainer\.(logger|default_root_dir|enable_\w+|log_every_n_steps|accelerator|profiler|num_sanity_val_steps)"
     r"|data\.init_args\.(num_workers|pin_memory|eval_batch_size|cache_mb|predict_root|predict_dataset|root"
@@ -29,9 +29,16 @@ SEEDS = re.compile(r"(seed_everything|(data|model)\.init_args\.seed)$")
 EXTENDS = re.compile(r"trainer\.(max_\w+|min_\w+|devices|num_nodes|strategy)(\.|$)")
 """Options that decide a result, and that an interrupted run may go on with otherwise: longer, or on another machine."""
 
+LATER = {
+    "data.init_args.shots": None, "data.init_args.contamination": 0.0, "data.init_args.contamination_reserved": None,
+    "data.init_args.epoch_images": None, "data.init_args.category_count": None,
+}  # fmt: skip
+"""Options that earlier versions did not have, with the value that means what those did: older runs stay comparable."""
+
 SHOWING = (
     "results", "sweeps", "tests", "datamodules/__main__.py", "datamodules/check.py", "datamodules/errors.py",
     "datamodules/problems.py", "lightning_modules/benchmarks", "lightning_modules/pictures",
+    "lightning_modules/callbacks/kept_epochs.py",
     "lightning_modules/callbacks/predictions.py", "lightning_modules/callbacks/progress.py",
     "lightning_modules/running/checkpoints.py", "lightning_modules/running/loading.py",
     "lightning_modules/running/parser.py", "lightning_modules/running/preemption.py",
@@ -55,6 +62,9 @@ def deciding(configuration: Mapping[str, Any], beside: re.Pattern[str] | None = 
         flat.pop("run.curve_every", None)  # watched only; as_released may choose an epoch by it
     if flat.get("cache.mode") in ("off", "float32"):
         del flat["cache.mode"]  # bit-exact
+    for key, value in LATER.items():
+        if key in flat and flat[key] == value:
+            del flat[key]
     return flat
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from datamodules.anomaly_ratio import DEFINITIONS
 from lightning_modules.callbacks import progress
 from lightning_modules.callbacks import scoring as evaluation
 from results.aggregator.records import read_records
@@ -42,11 +43,38 @@ def test_a_finished_run_leaves_a_complete_record(trained):
 
 def test_heat_maps_show_an_image_of_each_rank_and_category(trained):
     index = trained.record().heatmaps
-    assert sorted(zip(index.category, index["rank"], strict=True)) == sorted(
+    ranked = index[index["rank"].isin(["worst", "median", "best"])]
+    assert sorted(zip(ranked.category, ranked["rank"], strict=True)) == sorted(
         (category, rank) for category in ("bolt", "disc") for rank in ("worst", "median", "best")
     )
     folder = trained.results / "runs" / "single" / "first" / "heatmaps"
     assert all((folder / name).stat().st_size > 1000 for name in index.file)
+
+
+def test_failures_are_recorded_with_their_ranks_and_drawn(trained):
+    folder = trained.results / "runs" / "single" / "first"
+    scores = pd.read_csv(folder / "image_scores.csv").set_index("id")
+    failed = pd.read_csv(folder / "failures.csv")
+    assert failed.groupby(["category", "kind"]).size().tolist() == [2, 3, 2, 3]
+    for row in failed.itertuples():
+        same = scores[scores.category == row.category].image_score
+        assert row.rank == 1 + (same > same[row.id]).sum()
+        assert (row.images, row.defects) == (5, 3)
+    for (_, kind), rows in failed.groupby(["category", "kind"]):
+        assert rows["rank"].is_monotonic_increasing == (kind == "highest good")
+    index = trained.record().heatmaps
+    assert len(index[index.file == "bolt-failures.jpg"]) == 5
+    assert (folder / "heatmaps" / "bolt-failures.jpg").stat().st_size > 1000
+
+
+def test_the_record_says_how_much_of_the_images_is_anomalous(trained):
+    ratios = pd.read_csv(trained.results / "runs" / "single" / "first" / "anomaly_ratio.csv")
+    assert ratios.groupby("category").size().to_dict() == dict.fromkeys(("bolt", "disc"), len(DEFINITIONS))
+    assert set(ratios.images) == {5}
+    by_name = ratios[ratios.category == "bolt"].set_index("definition").percent
+    # All images are alike in size, three of five are anomalous.
+    assert by_name.test_pixels == pytest.approx(by_name.anomalous_pixels * 3 / 5)
+    assert 0 < by_name.image_mean <= by_name.box_mean < 100
 
 
 def test_every_test_image_has_its_score_in_the_record(trained):

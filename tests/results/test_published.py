@@ -117,7 +117,16 @@ def test_the_audit_finds_the_visa_column_that_repeats_btad_and_the_wrong_mean_of
     means = found("mean", "ulsad_paper")
     assert means["18", "VisA · DFR · I-AUROC"] == (85.18, 93.31)
     assert means["16", "BTAD · DFR · P-AUROC"] == (97.62, 97.61)
-    assert {table for table, _ in means} == {"18", "16", "23"}
+    assert {table for table, _ in means} == {"18", "16"}
+
+
+def test_the_audit_suspects_the_row_that_equals_the_mean_row_and_solves_for_what_it_should_say():
+    rows = found("row", "ulsad_paper")
+    assert {table for table, _ in rows} == {"23"}
+    assert all("pushpins" in what and "resnet50" in what and "SUSPECT ROW" in what for _, what in rows)
+    # By hand: 5 x the printed mean less the other four categories of ResNet50.
+    assert sorted(rows.values()) == [(41.26, 27.55), (75.15, 71.88), (79.49, 73.58), (81.79, 82.3)]
+    assert {finding.source for finding in audit.audit() if finding.kind == "row"} == {"ulsad_paper"}
 
 
 def test_the_audit_counts_every_mean_row_of_ulsads_appendix():

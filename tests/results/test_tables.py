@@ -5,6 +5,7 @@ import io
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -356,14 +357,15 @@ def test_runs_of_the_other_setting_are_not_taken_and_their_existence_is_told(run
 
 
 def test_costs_come_from_the_records(runs, tmp_path):
-    for references in (1, 2, 3):
+    sweep = read_sweep(Path(__file__).parents[2] / "sweeps" / "k_references.yaml")
+    for cell in sweep.cells():
         for seed in (0, 2):
-            runs.add("k_references", {"model.init_args.references": references}, seed, method="rlr",
-                     parameters={"trainable": references * 1_000_000})  # fmt: skip
-    table = sweep_table(find_spec("rlr_2"), runs.read("k_references"), None)
+            references = cell["model.init_args"]["references"]
+            runs.add("k_references", cell, seed, method="rlr", parameters={"trainable": references * 1_000_000})
+    table = sweep_table(find_spec("rlr_2"), runs.read("k_references"), sweep)
     labels = [column.label for column in table.columns[:5]]
     assert labels[2:] == ["Parameters [M]", "Time per epoch [s]", "Peak memory [MiB]"]
-    assert [value.runs.mean for value in table.cells[2][2:5]] == [3.0, 3.0, 3.0]
+    assert [line[2].runs.mean for line in table.cells] == [1.0, *[2.0] * 4, *[3.0] * 4], "a cell without its row"
     assert all(line[2].runs.mark == "" and line[2].runs.gap is None for line in table.cells)
 
 
