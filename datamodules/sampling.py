@@ -53,6 +53,8 @@ class TrainSampler(DistributedSampler):
     It derives from torch's DistributedSampler so that Lightning leaves it in place and calls `set_epoch`. All processes
     compute the same order and take every `num_replicas`-th draw; the end is padded from the start so that each process
     makes the same number of steps.
+
+    repeat: how often an epoch goes over the images.
     """
 
     def __init__(
@@ -64,12 +66,15 @@ class TrainSampler(DistributedSampler):
         seed: int = 0,
         num_replicas: int = 1,
         rank: int = 0,
+        repeat: int = 1,
     ) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=True, seed=seed)
-        quota = quotas(datasets, categories, sampling)
+        quota = {name: repeat * draws for name, draws in quotas(datasets, categories, sampling).items()}
         keys = np.asarray(categories)
         self._groups = [(np.flatnonzero(keys == name), quota[name]) for name in quota]
-        self._draws = len(categories)
+        self._draws = repeat * len(categories)
+        self.num_samples = -(-self._draws // num_replicas)
+        self.total_size = self.num_samples * num_replicas
 
     def order(self) -> list[Draw]:
         """All draws of the current epoch, before they are dealt to processes."""

@@ -76,7 +76,7 @@ class Predictions(L.Callback):
         for n, (path, error) in enumerate(zip(batch["path"], batch["error"], strict=True)):
             number = int(batch["id"][n])
             self._rows.append((number, path, np.nan if error else float(outputs.image_scores[n]), error))
-            if not error:
+            if not error and module.has_map:
                 name = f"{number:06d}-{os.fsdecode(os.fsencode(Path(path).stem)[:LONGEST])}"
                 np.save(self._new / f"{name}.npy", maps[n])
                 Image.fromarray(overlay(images[n], maps[n], *self.range)).save(self._new / f"{name}.jpg", quality=90)

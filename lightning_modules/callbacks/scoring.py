@@ -26,8 +26,11 @@ MAPS_IN_MEMORY = 2**30
 """Bytes."""
 
 
-def update_metrics(metrics: AnomalyMetrics, batch: Mapping[str, Any], scored: ScoredMaps) -> None:
-    """Adds one batch's maps and scores to the metrics. Masks follow maps of another size by the nearest pixel."""
+def update_metrics(metrics: AnomalyMetrics, batch: Mapping[str, Any], scored: ScoredMaps, has_map: bool = True) -> None:
+    """Adds one batch's maps and scores to the metrics. Masks follow maps of another size by the nearest pixel.
+
+    Without a map, pixels are not measured: no mask counts.
+    """
     masks, size = batch["mask"], scored.maps.shape[-2:]
     if masks.shape[-2:] != size:
         masks = F.interpolate(masks.to(torch.uint8), tuple(size), mode="nearest-exact").bool()
@@ -38,7 +41,7 @@ def update_metrics(metrics: AnomalyMetrics, batch: Mapping[str, Any], scored: Sc
         batch["label"],
         batch["category"],
         batch["id"],
-        has_mask=batch["has_mask"],
+        has_mask=batch["has_mask"] & has_map,
     )
 
 
@@ -83,7 +86,7 @@ class Evaluation(L.Callback):
                 self._metrics[variant] = AnomalyMetrics(
                     trainer.datamodule.dataset_of(), regions=self._regions, variant=variant, maps_directory=directory
                 )
-            update_metrics(self._metrics[variant], batch, scored)
+            update_metrics(self._metrics[variant], batch, scored, module.has_map)
             if self._logical is not None:
                 self._logical.update(variant, batch, scored.maps, scored.image_scores)
         pixels = outputs[""].maps.flatten(1)

@@ -56,8 +56,8 @@ def load_run(folder: Path) -> tuple[ReconstructionModule, UnifiedDataModule]:
     config = yaml.safe_load(record.config_text)
     for part in ("model", "data"):
         foreign.check(config.get(part), folder / "config.yaml", import_methods().values())
-    backbone = config["model"]["init_args"]["backbone"]
-    if backbone["weights"] == "auto":
+    backbone = config["model"]["init_args"].get("backbone", {})
+    if backbone.get("weights") == "auto":
         backbone["weights"] = record.record.backbone["weights"]
     checkpoint = work_folder(folder) / "checkpoints" / "last.ckpt"
     if not checkpoint.is_file() and record.record.setting == "per_category":

@@ -173,7 +173,7 @@ class UniReconCLI(LightningCLI):
                 "only; the data follows it."
             )
         data.image_size = size
-        for name in ("resize", "batch_size", "drop_last"):
+        for name in ("resize", "batch_size", "drop_last", "repeat"):
             if data.get(name) is None:
                 data[name] = getattr(recipe, name)
         released = config.run.protocol == "as_released"
@@ -254,9 +254,10 @@ class UniReconCLI(LightningCLI):
             return callbacks
         epochs = self._get(self.config_init, "trainer")["max_epochs"]
         every, select = run.curve_every, None
-        if run.protocol == "as_released" and model.recipe.best_on_test is None:
+        if run.selects == "best_on_test" and model.recipe.best_on_test is None:
             raise SystemExit(
-                f"{model.method} has no protocol as_released; its recipe names no selection on the test set."
+                f"{model.method}'s recipe names no selection on the test set. For as_released with the last epoch give "
+                "--run.selection=last."
             )
         if run.selects == "best_on_test":
             select, released_every = model.recipe.best_on_test
@@ -389,7 +390,7 @@ class UniReconCLI(LightningCLI):
             normal_scores.FILE: self.normal_scores.table.to_csv(index=False),
             COLOUR_SCALE: json.dumps(self.evaluation.colour_scale),
         }
-        if self.run_config.heatmaps:
+        if self.run_config.heatmaps and self.model.has_map:
             self.model.eval().to(self.trainer.strategy.root_device)  # the trainer has moved it off the device
             scores = self.evaluation.image_scores
             attachments |= heatmaps.draw(self.model, self.datamodule, heatmaps.choose(scores), scores)
