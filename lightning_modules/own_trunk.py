@@ -63,7 +63,8 @@ class OwnTrunkModule(ReconstructionModule):
 
     def on_test_start(self) -> None:
         # A training that was cut off after its last epoch is resumed without any, and its end is not announced.
-        if self.trained_epochs and self.fitted_epochs != self.trained_epochs:
+        # An authors' weights come without it.
+        if self.fitted_epochs != self.trained_epochs:
             self._fit_normal(self.trained_epochs)
 
     @torch.no_grad()

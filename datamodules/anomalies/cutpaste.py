@@ -63,7 +63,7 @@ def jittered(image: Image.Image, jitter: Jitter | None) -> Image.Image:
 def patch_size(share: float, aspect: float, shape: tuple[int, int]) -> tuple[int, int]:
     """(height, width) in pixels of a patch with a share of an image's area, and a width of `aspect` times its height."""
     area = share * shape[0] * shape[1]
-    return int(round(math.sqrt(area / aspect))), int(round(math.sqrt(area * aspect)))
+    return round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
 
 
 def paste_patch(
@@ -181,7 +181,8 @@ class CutPaste:
         """The image with a patch, whose jitter is drawn between its source and its target."""
         share = rng.uniform(*AREA)
         aspect = math.exp(rng.uniform(math.log(ASPECT), -math.log(ASPECT)))
-        room = [max(0, length - part) for length, part in zip(image.shape, patch_size(share, aspect, image.shape[:2]))]
+        size = patch_size(share, aspect, image.shape[:2])
+        room = [max(0, length - part) for length, part in zip(image.shape[:2], size, strict=True)]
         source = rng.uniform(0, room)
         jitter = self._jitter(rng)
         return paste_patch(image, share, aspect, source, rng.uniform(0, room), jitter)
