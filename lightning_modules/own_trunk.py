@@ -78,6 +78,13 @@ class OwnTrunkModule(ReconstructionModule):
         self.train(was_training)
         self.fitted_epochs = epochs
 
+    def pixels(self, images: Tensor) -> Tensor:
+        """Normalised images or patches (..., 3, H, W) back to [0, 1], by the run's own mean and std."""
+        data = getattr(self._trainer, "datamodule", None)
+        mean, std = (data.mean, data.std) if data is not None else (self.extractor.mean, self.extractor.std)
+        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (mean, std))
+        return images.float() * std + mean
+
     def training_images(self) -> Iterator[Mapping[str, Any]]:
         """Batches of all training images as they are, each image once over all processes, on this device."""
         for batch in self.trainer.datamodule.train_images():

@@ -87,13 +87,6 @@ class PatchSVDD(OwnTrunkModule):
     def training_views(self) -> TrainingViews:
         return self.views
 
-    def pixels(self, images: Tensor) -> Tensor:
-        """Normalised images or patches (..., 3, H, W) back to [0, 1], by the run's own mean and std."""
-        data = getattr(self._trainer, "datamodule", None)
-        mean, std = (data.mean, data.std) if data is not None else (self.extractor.mean, self.extractor.std)
-        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (mean, std))
-        return images.float() * std + mean
-
     @torch.no_grad()
     def on_fit_start(self) -> None:
         """The mean image of all training images, the same on every process."""

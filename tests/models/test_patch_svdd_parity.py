@@ -135,7 +135,7 @@ def test_recorded_draws_give_the_recorded_patches(case):
     for side in SIDES:
         for row in arrays[f"position_{side}"].tolist():
             h1, w1, label, h_shift, w_shift, *expected = row
-            corners = position_corners((h1, w1), label, _shifts(label, (h_shift, w_shift), side), side, shape)
+            corners = position_corners((h1, w1), label, (h_shift, w_shift), side, shape)
             assert [*corners.first, *corners.second, label] == expected
         for row in arrays[f"svdd_{side}"].tolist():
             h1, w1, h_shift, w_shift, *expected = row
@@ -143,17 +143,12 @@ def test_recorded_draws_give_the_recorded_patches(case):
             assert [*corners.first, *corners.second] == expected
     side = case["hparams"]["noise_K"]
     h1, w1, label, h_shift, w_shift = arrays["noise_draws"].tolist()[:5]
-    corners = position_corners((h1, w1), label, _shifts(label, (h_shift, w_shift), side), side, shape)
-    image = 0.2 * fill(case["key_prefix"] + "image", case["input"]["shape"])[0]
+    corners = position_corners((h1, w1), label, (h_shift, w_shift), side, shape)
+    image = 0.2 * fill(case["key_prefix"] + "image", case["input"]["shape"][0])[0]
     for number, (top, left) in enumerate(corners, 1):
         patch = image[:, top : top + side, left : left + side].numpy()
         found = patch + arrays[f"rgb_shift_{number}"] + arrays[f"noise_{number}"]
         assert error(found, arrays[f"patch_{number}"]) <= 1e-6
-
-
-def _shifts(label: int, drawn, side: int):
-    """The drawn shifts without the three quarters of the side that the recorded ones may carry."""
-    return [shift - 3 * side // 4 if shift >= 3 * side // 4 else shift for shift in drawn]
 
 
 @of("map_K")
