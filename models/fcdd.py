@@ -52,6 +52,7 @@ class VGG(nn.Module):
         self.features = features[:21]
         self.features[:FROZEN].requires_grad_(False)
         self.conv_final = nn.Conv2d(512, 1, 1)
+        self.train()
 
     def train(self, mode: bool = True) -> VGG:
         """The frozen part's norms follow `frozen_norm`."""
