@@ -9,7 +9,7 @@ PROFILE ?= demo
 # Values go through the environment, letter for letter: neither make nor the shell reads a `$`, a quote or a blank in them.
 # The first line is read by the command line itself, so that make, the sweep runner and `wandb agent` steer a run alike.
 VALUES := PROFILE DATASET DATA_ROOT CATEGORIES BACKBONE WEIGHTS WANDB \
-	METHOD RUN IMAGES ABLATION WORKERS GPUS SEEDS SWEEP TABLE SOURCE FORMAT A B CLEAR
+	METHOD RUN IMAGES OUT ABLATION WORKERS GPUS SEEDS SWEEP TABLE SOURCE FORMAT A B CLEAR
 $(foreach v,$(VALUES),$(if $(filter undefined,$(origin $v)),,$(eval override $v := $$(value $v))$(eval export $v)))
 
 .DEFAULT_GOAL := help
@@ -48,8 +48,12 @@ predict: setup  ## Heat maps of any images with a trained run: RUN=<record folde
 	@test -n "$$RUN" -a -n "$$IMAGES" || { echo 'error: predict needs RUN=<record folder> and IMAGES=<folder or file>'; exit 2; }
 	$(PY) -m lightning_modules predict --config "$$RUN/config.yaml" --data.init_args.predict_root="$$IMAGES" $(ARGS)
 
-check-data: setup  ## Count a dataset's images and list every problem: DATASET= DATA_ROOT= [CATEGORIES=].
-	$(PY) -m datamodules check
+submission: setup  ## MVTec AD 2's files for its evaluation server: RUN=<record folder> OUT=<new folder>.
+	@test -n "$$RUN" -a -n "$$OUT" || { echo 'error: submission needs RUN=<record folder> and OUT=<new folder>'; exit 2; }
+	$(PY) -m lightning_modules submission --run "$$RUN" --out "$$OUT" $(ARGS)
+
+check-data: setup  ## Count a dataset's images and list every problem: DATASET= DATA_ROOT= [CATEGORIES= ARGS=].
+	$(PY) -m datamodules check $(ARGS)
 
 synthetic: setup  ## Make the embedded benchmark in data/synthetic.
 	$(PY) -m datamodules synthetic data/synthetic
@@ -101,5 +105,8 @@ cache: setup  ## List the feature cache's entries, or delete some: [CLEAR=key or
 bench-metrics: setup  ## Time our metrics against other libraries.
 	$(PY) -m lightning_modules.benchmarks.metrics
 
-.PHONY: help setup test test-all lint train import predict check-data synthetic sweep sweeps wandb-sweep agents pull table tables \
-	audit figures compare report reconstructions bench bench-metrics cache
+bench-start: setup  ## Time the start of a run on 60,000 small files: [ARGS=].
+	$(PY) -m lightning_modules.benchmarks.start $(ARGS)
+
+.PHONY: help setup test test-all lint train import predict submission check-data synthetic sweep sweeps wandb-sweep agents pull table tables \
+	audit figures compare report reconstructions bench bench-metrics bench-start cache

@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from datamodules.errors import DataError
 from datamodules.problems import number_of
+from results.common import trouble
 from results.common.environment import NamedDataset, parse, parts
 
 
@@ -35,10 +36,16 @@ def _parser() -> argparse.ArgumentParser:
         help="count a dataset's images and list everything that is wrong with it",
         epilog="Without --dataset the environment names the data: DATASET, DATA_ROOT and CATEGORIES.",
     )
-    check.add_argument("--dataset", help="mvtec_ad, mvtec_loco, btad, mpdd, visa, folder, photos or synthetic")
+    check.add_argument(
+        "--dataset",
+        help="name of a reader, for example mvtec_ad, real_iad or folder",
+    )
     check.add_argument("--data-root", help="folder of the dataset; not needed for photos")
     check.add_argument("--categories", help="names separated by commas, default all")
     check.add_argument("--image-size", type=int, help="side at which defects are looked for, default 64, 128 and 256")
+    check.add_argument(
+        "--crop-from", type=int, help="count what lies in the margin of a crop from this side to --image-size"
+    )
     check.add_argument("--max-megapixels", type=float, default=179.0, help="larger image files are errors")
     cache = commands.add_parser("cache", help="list the entries of the feature cache, or delete some")
     cache.add_argument("--root", default="results/cache", help="folder of the cache")
@@ -98,9 +105,12 @@ def _check(options: argparse.Namespace, console: Console) -> int:
             raise DataError(str(error)) from error
     if not chosen:
         raise DataError("No dataset is named: set DATASET and DATA_ROOT, or --dataset and --data-root.")
+    if options.crop_from and not options.image_size:
+        raise DataError("--crop-from needs --image-size, the side of the centre that is kept.")
+    crop = (options.crop_from, options.image_size) if options.crop_from else None
     sizes, errors = (options.image_size,) if options.image_size else SIZES, 0
     for dataset in chosen:
-        report = check(dataset.name, dataset.root, dataset.categories, console, sizes, options.max_megapixels)
+        report = check(dataset.name, dataset.root, dataset.categories, console, sizes, options.max_megapixels, crop)
         show(report, console)
         errors += report.errors
     return 1 if errors else 0
@@ -108,6 +118,10 @@ def _check(options: argparse.Namespace, console: Console) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 fine, 1 the data has errors, 2 the command cannot be done."""
+    return trouble.told(_main, arguments)
+
+
+def _main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     console = Console()
     try:

@@ -17,7 +17,8 @@ from rich.progress import track
 from rich.table import Table
 
 from datamodules.errors import DataError
-from datamodules.images import MAX_MEGAPIXELS, REMARKABLE, read_header, read_image, read_mask, resize_mask
+from datamodules.images import MAX_MEGAPIXELS, REMARKABLE, check_crop, read_header, read_image, read_mask, resize_mask
+from datamodules.margin import kept, margin
 from datamodules.near_duplicates import near_pairs, perceptual_hashes, thumbnail
 from datamodules.problems import ERROR, WARNING, Problem, number_of
 from datamodules.readers import Counts, Listing, list_dataset
@@ -87,6 +88,7 @@ def check(
     console: Console | None = None,
     sizes: Sequence[int] = SIZES,
     max_megapixels: float = MAX_MEGAPIXELS,
+    crop: tuple[int, int] | None = None,
 ) -> Report:
     """Read a dataset and open every file of it.
 
@@ -95,15 +97,18 @@ def check(
         console: shows progress if given.
         sizes: sides of square images in pixels, at which masks of defects are looked for.
         max_megapixels: as in `decode`.
+        crop: sides of square images before and after a centre crop; what its margin holds of defects is then counted.
 
     Raises:
         DataError: the dataset cannot be found at all; everything smaller is in the report.
     """
+    if crop is not None:
+        check_crop((crop[0], crop[0]), (crop[1], crop[1]))
     listing = list_dataset(name, root, categories)
     problems = list(listing.problems)
     counts = count(listing.table)
     problems += _count_problems(listing, counts)
-    problems += _file_problems(listing, console, sizes, max_megapixels)
+    problems += _file_problems(listing, console, sizes, max_megapixels, crop)
     anomalous = listing.table[listing.table["label"] == 1]
     masks = {
         category: (int((rows["mask_paths"].map(len) > 0).sum()), len(rows))
@@ -116,6 +121,17 @@ def check(
 def _count_problems(listing: Listing, counts: dict[str, Counts]) -> list[Problem]:
     public = listing.reader.counts
     problems = []
+    if listing.reader.totals is not None and len(counts) == listing.reader.totals[0]:
+        published = listing.reader.totals[1]
+        sums = {column: sum(getattr(found, column) for found in counts.values()) for column in COLUMNS}
+        different = [
+            f"{column} {sums[column]} instead of {getattr(published, column)}"
+            for column in COLUMNS
+            if sums[column] != getattr(published, column)
+        ]
+        if different:
+            what = f"all {len(counts)} categories: {', '.join(different)}"
+            problems.append(Problem(WARNING, "other counts than published", listing.reader.name, what))
     if not public:
         return problems
     for category, found in counts.items():
@@ -138,22 +154,27 @@ def _count_problems(listing: Listing, counts: dict[str, Counts]) -> list[Problem
 
 @dataclass(frozen=True)
 class _Look:
-    """What opening one row's files found: remarks (severity, kind, sentence), digest and thumbnail of the image, and the
-    sizes at which its mask marks nothing."""
+    """What opening one row's files found: remarks (severity, kind, sentence), digest and thumbnail of the image, the
+    sizes at which its mask marks nothing, and its defective pixels without and with the centre crop."""
 
     remarks: list[tuple[str, str, str]]
     digest: str = ""
     thumbnail: np.ndarray | None = None
     vanishes: tuple[int, ...] = ()
+    inside: tuple[int, int] = (0, 0)
 
 
 def _file_problems(
-    listing: Listing, console: Console | None, sizes: Sequence[int], max_megapixels: float
+    listing: Listing,
+    console: Console | None,
+    sizes: Sequence[int],
+    max_megapixels: float,
+    crop: tuple[int, int] | None,
 ) -> list[Problem]:
     rows = list(rows_of(listing.table))
     threshold = listing.reader.mask_threshold
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = pool.map(lambda row: _look_at(row, threshold, sizes, max_megapixels), rows)
+        results = pool.map(lambda row: _look_at(row, threshold, sizes, max_megapixels, crop), rows)
         if console is not None:
             results = track(results, "opening files", len(rows), console=console, transient=True)
         looks = list(results)
@@ -181,6 +202,13 @@ def _file_problems(
         what = f"of {number_of(masks, 'mask')} of defects vanish {told} pixels; mask_resize=area keeps them"
         files = tuple(dict.fromkeys(file for files in lost.values() for file in files))
         problems.append(Problem(WARNING, "defects too small", category, what, files))
+    for category in sorted({row.category for row in rows}) if crop else ():
+        mine = [(row, look) for row, look in zip(rows, looks, strict=True) if row.category == category]
+        found = margin(look.inside for _, look in mine)
+        files = tuple(row.mask_paths[0] for row, look in mine if look.inside[0] and not look.inside[1])
+        what = found.sentence((crop[0], crop[0]), (crop[1], crop[1]))
+        if found.cut_pixels:
+            problems.append(Problem(WARNING, "defects in the margin", category, what, files))
     for same in digests.values():
         splits = {rows[number].split for number in same}
         if "test" in splits and len(splits) > 1:
@@ -211,7 +239,9 @@ def _near_duplicates(rows: Sequence[TableRow], looks: Sequence[_Look]) -> list[P
     return problems
 
 
-def _look_at(row: TableRow, threshold: int, sizes: Sequence[int], max_megapixels: float) -> _Look:
+def _look_at(
+    row: TableRow, threshold: int, sizes: Sequence[int], max_megapixels: float, crop: tuple[int, int] | None
+) -> _Look:
     remarks = []
     try:
         header = read_header(row.image_path)
@@ -245,7 +275,8 @@ def _look_at(row: TableRow, threshold: int, sizes: Sequence[int], max_megapixels
     elif mask.mean() > 0.5:
         remarks.append((WARNING, "mostly marked mask", TOGETHER["mostly marked mask"]))
     lost = tuple(size for size in sizes if mask.any() and not resize_mask(mask, (size, size)).any())
-    return replace(look, vanishes=lost)
+    inside = kept(resize_mask(mask, (crop[0], crop[0])), (crop[1], crop[1])) if crop else (0, 0)
+    return replace(look, vanishes=lost, inside=inside)
 
 
 def show(report: Report, console: Console, limit: int = 50) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from datamodules.anomalies.sources import Anomalies
 from datamodules.augmentation import Augmentation, apply_symmetry
 from datamodules.errors import DataError
-from datamodules.images import MAX_MEGAPIXELS, read_mask, read_pair, resize_image, resize_mask
+from datamodules.images import MAX_MEGAPIXELS, centre, read_mask, read_pair, resize_image, resize_mask
 from datamodules.sample_table import SampleTable, category_keys, rows_of
 from datamodules.sampling import Draw
 
@@ -65,6 +65,7 @@ class ImageSource:
         mask_resize: nearest or area, see `resize_mask`.
         max_megapixels: larger files are refused.
         cache_bytes: how much of the resized images to keep in memory, first come first kept.
+        crop_from: (height, width) to resize to before the centre of `size` is kept; None resizes to `size` straight away.
     """
 
     def __init__(
@@ -76,7 +77,9 @@ class ImageSource:
         mask_resize: str = "nearest",
         max_megapixels: float = MAX_MEGAPIXELS,
         cache_bytes: int = 0,
+        crop_from: tuple[int, int] | None = None,
     ) -> None:
+        self.whole = crop_from or size
         self.size, self.resize, self.mask_resize, self.max_megapixels = size, resize, mask_resize, max_megapixels
         self._bit_depths, self._thresholds = bit_depths or {}, thresholds or {}
         self._cache: dict[str, tuple[np.ndarray, np.ndarray]] = {}
@@ -90,8 +93,8 @@ class ImageSource:
         bits, threshold = self._bit_depths.get(row.dataset), self._thresholds.get(row.dataset, 0)
         image, mask = read_pair(row.image_path, row.mask_paths, bits, threshold, self.max_megapixels)
         loaded = (
-            resize_image(image, self.size, self.resize),
-            np.zeros(self.size, bool) if mask is None else resize_mask(mask, self.size, self.mask_resize),
+            np.ascontiguousarray(centre(resize_image(image, self.whole, self.resize), self.size)),
+            np.zeros(self.size, bool) if mask is None else self._resized(mask),
         )
         needed = loaded[0].nbytes + loaded[1].nbytes
         if needed <= self._room:
@@ -101,8 +104,15 @@ class ImageSource:
 
     def mask(self, row: Row) -> np.ndarray:
         """Mask bool (H, W) of a row with mask files, without its image."""
+        return np.ascontiguousarray(centre(self.whole_mask(row), self.size))
+
+    def whole_mask(self, row: Row) -> np.ndarray:
+        """Mask bool of a row with mask files, resized, with the margin that is cut off."""
         mask = read_mask(row.mask_paths, self._thresholds.get(row.dataset, 0), self.max_megapixels)
-        return resize_mask(mask, self.size, self.mask_resize)
+        return resize_mask(mask, self.whole, self.mask_resize)
+
+    def _resized(self, mask: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(centre(resize_mask(mask, self.whole, self.mask_resize), self.size))
 
 
 class LastImage:
@@ -146,9 +156,7 @@ class TableDataset(Dataset):
         self.rows, self.source, self.augmentation, self.pixels = list(rows), source, augmentation, pixels
         self.anomalies, self.views = anomalies, views
         self.mean, self.std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-        levels = torch.arange(256, dtype=torch.float32)[:, None] / 255
-        table = (levels - torch.tensor(mean)) / torch.tensor(std)
-        self.normalised = np.ascontiguousarray(table.numpy().T)  # (3, 256): one look-up per pixel is exact and fast
+        self.normalised = normalised_levels(mean, std)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -171,7 +179,7 @@ class TableDataset(Dataset):
         if self.augmentation is not None and isinstance(index, Draw):
             image, mask = self.augmentation(image, mask, row.category, index.seed)
         sample = {
-            "image": self._normalise(image),
+            "image": normalise(image, self.normalised),
             "mask": torch.from_numpy(np.array(mask)[None]),
             "has_mask": row.label == 0 or bool(row.mask_paths),
             "label": row.label,
@@ -196,13 +204,24 @@ class TableDataset(Dataset):
 
     def _normalise(self, image: np.ndarray) -> torch.Tensor:
         """uint8 (H, W, 3), or floats in [0, 1], to float32 (3, H, W)."""
-        if image.dtype != np.uint8:
-            values = (image.astype(np.float32, copy=False) - self.mean) / self.std
-            return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
-        pixels = np.empty((3, *image.shape[:2]), np.float32)
-        for channel, values in enumerate(self.normalised):
-            np.take(values, image[..., channel], out=pixels[channel], mode="clip")
-        return torch.from_numpy(pixels)
+        if image.dtype == np.uint8:
+            return normalise(image, self.normalised)
+        values = (image.astype(np.float32, copy=False) - self.mean) / self.std
+        return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
+
+
+def normalised_levels(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """What each of the 256 levels of a channel becomes, float32 (3, 256): one look-up per pixel is exact and fast."""
+    levels = torch.arange(256, dtype=torch.float32)[:, None] / 255
+    return np.ascontiguousarray(((levels - torch.tensor(mean)) / torch.tensor(std)).numpy().T)
+
+
+def normalise(image: np.ndarray, levels: np.ndarray) -> torch.Tensor:
+    """uint8 (H, W, 3) to float32 (3, H, W) by :func:`normalised_levels`."""
+    pixels = np.empty((3, *image.shape[:2]), np.float32)
+    for channel, values in enumerate(levels):
+        np.take(values, image[..., channel], out=pixels[channel], mode="clip")
+    return torch.from_numpy(pixels)
 
 
 class Batch(dict):

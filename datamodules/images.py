@@ -238,16 +238,21 @@ def decode(path: str | Path, max_megapixels: float = MAX_MEGAPIXELS) -> tuple[np
             return _turned(values, data), header.lossy
         with _open(data) as image:
             image.load()
-            with contextlib.suppress(*_BROKEN):  # a damaged orientation is none
-                ImageOps.exif_transpose(image, in_place=True)
-            image.info.pop("transparency", None)
-            if image.mode == "1" or image.mode == "LA":
-                image = image.convert("L")
-            elif image.mode not in ("L", "RGB", "I", "F") and not image.mode.startswith("I;16"):
-                image = image.convert("RGB")
-            return np.asarray(image), header.lossy
+            return _values(image), header.lossy
     except (*_BROKEN, cv2.error) as error:
         raise DataError(f"{path}: {_DAMAGED} ({error}): copy, download or export it again.") from error
+
+
+def _values(image: Image.Image) -> np.ndarray:
+    """Stored values of an open image, (H, W) or (H, W, 3), turned as EXIF says; the image may be changed."""
+    with contextlib.suppress(*_BROKEN):  # a damaged orientation is none
+        ImageOps.exif_transpose(image, in_place=True)
+    image.info.pop("transparency", None)
+    if image.mode == "1" or image.mode == "LA":
+        image = image.convert("L")
+    elif image.mode not in ("L", "RGB", "I", "F") and not image.mode.startswith("I;16"):
+        image = image.convert("RGB")
+    return np.asarray(image)
 
 
 def read_image(path: str | Path, bit_depth: int | None = None, max_megapixels: float = MAX_MEGAPIXELS) -> np.ndarray:
@@ -264,19 +269,39 @@ def read_image(path: str | Path, bit_depth: int | None = None, max_megapixels: f
     Raises:
         DataError: as `decode`; pixels of a type that images do not have; or brighter than the bit depth allows.
     """
-    values, _ = decode(path, max_megapixels)
+    return _rgb(decode(path, max_megapixels)[0], str(path), bit_depth)
+
+
+def pil_pixels(image: Image.Image, name: str, bit_depth: int | None = None) -> np.ndarray:
+    """Pixels of an opened image by the rules for files, uint8 (H, W, 3), RGB; `name` stands for it in errors.
+
+    Raises:
+        DataError: as `read_image`.
+    """
+    try:
+        values = _values(ImageOps.exif_transpose(image))  # a copy
+    except _BROKEN as error:
+        raise DataError(f"{name}: {_DAMAGED} ({error}): copy, download or export it again.") from error
+    if image.mode.startswith("I") and values.size and values.min() >= 0 and values.max() < 1 << 16:
+        values = values.astype(np.uint16)  # Pillow holds 16 bits in 32
+    return _rgb(values, name, bit_depth)
+
+
+def _rgb(values: np.ndarray, name: str, bit_depth: int | None) -> np.ndarray:
+    """Stored values as uint8 (H, W, 3)."""
     if values.dtype == np.uint16:
         top = (1 << (bit_depth or 16)) - 1
         if (brightest := int(values.max())) > top:
             raise DataError(
-                f"{path}: value {brightest} does not fit into {bit_depth} bits (at most {top}). "
+                f"{name}: value {brightest} does not fit into {bit_depth} bits (at most {top}). "
                 f"Declare the depth of these images with bit_depth, one of {BIT_DEPTHS}."
             )
         values = np.rint(values * np.float32(255 / top)).astype(np.uint8)
     elif values.dtype != np.uint8:
-        low, high = np.nanmin(values), np.nanmax(values)
+        finite = values[np.isfinite(values)]
+        found = f"from {finite.min():g} to {finite.max():g}" if finite.size else "none of them a number"
         raise DataError(
-            f"{path}: pixels are {values.dtype}, here from {low:g} to {high:g}; an image's are 8- or 16-bit unsigned "
+            f"{name}: pixels are {values.dtype}, here {found}; an image's are 8- or 16-bit unsigned "
             "integers. Convert it: values in [0, 1] times 255 to uint8 (or times 65535 to uint16); counts to uint16, "
             "with bit_depth declared."
         )
@@ -360,6 +385,21 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int], resize: str = "nearest"
         covered = np.argsort(-share, axis=None, kind="stable")
         resized.flat[covered[: max(1, round(float(share.sum())))]] = True
     return resized
+
+
+def centre(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The central (height, width) `size` of an array (H, W, ...); half an odd margin is rounded to even, as in torchvision."""
+    top, left = (round((whole - part) / 2) for whole, part in zip(array.shape, size, strict=False))
+    return array[top : top + size[0], left : left + size[1]]
+
+
+def check_crop(crop_from: tuple[int, int], size: tuple[int, int]) -> None:
+    """DataError unless images of (height, width) `crop_from` have a centre of `size`."""
+    if crop_from[0] < size[0] or crop_from[1] < size[1]:
+        raise DataError(
+            f"crop_from is {crop_from[0]} x {crop_from[1]}, but the centre of {size[0]} x {size[1]} pixels is to be kept: "
+            "give at least the image size."
+        )
 
 
 def _turned(values: np.ndarray, data: bytes) -> np.ndarray:

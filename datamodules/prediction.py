@@ -17,7 +17,7 @@ SHOWN = 20
 """At most this many files that are not images are named."""
 
 
-def unknown_rows(root: str | Path) -> list[Row]:
+def unknown_rows(root: str | Path, dataset: str = "") -> list[Row]:
     """Rows of the images under a folder, or of one file: label -1, anomaly_type "unknown", category "", no masks.
 
     Linked folders are entered once. Whatever is called as an image is a row, and fails when it is read if it is none;
@@ -30,13 +30,16 @@ def unknown_rows(root: str | Path) -> list[Row]:
         found = sorted(_files(str(root)), key=Path)
         paths = [path for path in found if path.lower().endswith(IMAGE_SUFFIXES)]
         others = [path for path in found if path not in set(paths)] if len(paths) < len(found) else []
+    if not paths and not root.exists():
+        what = "a link to nothing" if root.is_symlink() else "not there"
+        raise DataError(f"predict_root {root} is {what}: give a folder of images, or an image file.")
     if not paths:
         raise DataError(f"predict_root {root}: no image there (looked for {', '.join(IMAGE_SUFFIXES)}).")
     if others:
         names = ", ".join(os.path.relpath(path, root) for path in others[:SHOWN])
         more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
         warnings.warn(f"{number_of(len(others), 'file')} not read, by suffix: {names}{more}", stacklevel=3)
-    return [Row(number, "", "", UNKNOWN, "unknown", path, ()) for number, path in enumerate(paths)]
+    return [Row(number, dataset, "", UNKNOWN, "unknown", path, ()) for number, path in enumerate(paths)]
 
 
 def _files(root: str) -> list[str]:
@@ -58,16 +61,16 @@ def _files(root: str) -> list[str]:
 def depth_of(rows: list[Row], declared: int | None, max_megapixels: float = MAX_MEGAPIXELS) -> dict[str, int]:
     """Bit depth of the rows' 16-bit images, if there are any: the declared one, which a run's configuration holds."""
     if declared is not None:
-        return {"": declared}
+        return {row.dataset: declared for row in rows[:1]}
     deep, bits = [], 0
     for row in rows:
         with contextlib.suppress(DataError):  # of a file that cannot be read, its own row will tell
             if odd_mode(row.image_path) == "16-bit":
-                deep.append(row.image_path)
+                deep.append(row)
                 if len(deep) <= 32:
-                    bits = max(bits, infer_bit_depth(deep[-1:], max_megapixels=max_megapixels))
+                    bits = max(bits, infer_bit_depth([row.image_path], max_megapixels=max_megapixels))
     if not bits:
         return {}
     told = number_of(len(deep), "16-bit image")
     warnings.warn(f"{told} read as {bits} bits (inferred); declare bit_depth to fix it", stacklevel=3)
-    return {"": bits}
+    return {deep[0].dataset: bits}

@@ -11,7 +11,7 @@ from typing import Any
 from datamodules.errors import DataError
 from datamodules.images import MAX_MEGAPIXELS, REMARKABLE, infer_bit_depth, odd_mode, read_image
 from datamodules.problems import WARNING, describe, number_of
-from datamodules.readers import list_dataset, raise_on_errors
+from datamodules.readers import DatasetReader, list_dataset, raise_on_errors
 from datamodules.sample_table import SampleTable, concatenate, fingerprint
 from results.common.environment import parts
 
@@ -21,7 +21,8 @@ class DatasetConfig:
     """A dataset of the run.
 
     Args:
-        name: reader: mvtec_ad, mvtec_loco, btad, mpdd, visa, folder, photos or synthetic.
+        name: reader: mvtec_ad, mvtec_ad_2, mvtec_loco, btad, mpdd, visa, real_iad, real_iad_sv, real_iad_variety, folder,
+            photos or synthetic.
         root: its folder; "" for photos, which come with the project.
         categories: the subset to use, None for all; also a text "bottle,cable".
         label: its name in tables, default `name`; needed when one reader is used twice.
@@ -47,6 +48,7 @@ class Reading:
         fingerprints: dataset -> sha256 of its data; `fingerprint`: of all of it.
         bit_depths: dataset -> significant bits of its 16-bit images, if it has any.
         thresholds: dataset -> value above which a mask pixel is defective.
+        readers: dataset -> its reader.
     """
 
     table: SampleTable
@@ -55,6 +57,7 @@ class Reading:
     fingerprint: str
     bit_depths: dict[str, int]
     thresholds: dict[str, int]
+    readers: dict[str, DatasetReader]
 
     @property
     def rules(self) -> dict[str, Any]:
@@ -94,7 +97,8 @@ def read_datasets(
     single = len(listings) == 1  # what every run does before it starts is kept short
     whole = next(iter(fingerprints.values())) if single else fingerprint(table, roots)
     thresholds = {label: listing.reader.mask_threshold for label, listing in listings.items()}
-    return Reading(table, roots, fingerprints, whole, bit_depths, thresholds)
+    readers = {label: listing.reader for label, listing in listings.items()}
+    return Reading(table, roots, fingerprints, whole, bit_depths, thresholds, readers)
 
 
 def _settle_modes(

@@ -3,38 +3,43 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
 from datamodules.dataset import Row
 from datamodules.images import read_mask
+from datamodules.margin import kept, margin
 from datamodules.problems import number_of
+from results.common.contents import content_hashes
 
 
-def tested_and_trained(others: Sequence[Row], test: Sequence[Row]) -> list[str]:
-    """A sentence if files of the test set are, byte by byte, files of another split as well."""
-    by_size: dict[int, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
-    for part, rows in enumerate((others, test)):
-        for row in rows:
-            by_size[os.path.getsize(row.image_path)][part].append(row.image_path)
-    same: list[tuple[str, str]] = []
-    for trained, tested in by_size.values():
-        if trained and tested:
-            known = {_digest(path): path for path in trained}
-            same += [(path, known[digest]) for path in tested if (digest := _digest(path)) in known]
+def tested_and_trained(others: Sequence[Row], test: Sequence[Row], roots: Mapping[str, str | Path]) -> list[str]:
+    """A sentence if files of the test set are, byte by byte, files of another split as well.
+
+    `roots` are the folders of the datasets, by which the contents of their files are remembered.
+    """
+    digests: dict[str, str] = {}
+    for dataset, root in roots.items():
+        paths = [row.image_path for row in (*others, *test) if row.dataset == dataset]
+        digests.update(zip(paths, content_hashes(paths, root), strict=True))
+    known = {digests[row.image_path]: row.image_path for row in others}
+    same = [(row.image_path, known[digests[row.image_path]]) for row in test if digests[row.image_path] in known]
     if not same:
         return []
-    few = f"{number_of(len(same), 'test image')} of {len(test)}"
+    few = f"TRAINED ON TEST IMAGES, {number_of(len(same), 'test image')} of {len(test)}"
     return [f"{few}: the same file is used for training (e.g. {same[0][0]} is {same[0][1]}), so scores are too good."]
 
 
-def _digest(path: str) -> bytes:
-    return xxhash.xxh3_128_digest(Path(path).read_bytes())
+def cropped_masks(
+    test: Sequence[Row], whole: Callable[[Row], np.ndarray], whole_size: tuple[int, int], size: tuple[int, int]
+) -> list[str]:
+    """The sentence on a centre crop; `whole` gives a row's mask at (height, width) `whole_size`."""
+    rows = [row for row in test if row.mask_paths]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return [margin(pool.map(lambda row: kept(whole(row), size), rows)).sentence(whole_size, size)]
 
 
 def vanishing_masks(

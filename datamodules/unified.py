@@ -31,11 +31,11 @@ from datamodules.dataset import (
     usual_workers,
 )
 from datamodules.errors import DataError
-from datamodules.images import BIT_DEPTHS, MASK_RESIZES, MAX_MEGAPIXELS, check_resize
+from datamodules.images import BIT_DEPTHS, MASK_RESIZES, MAX_MEGAPIXELS, check_crop, check_resize
 from datamodules.prediction import depth_of, unknown_rows
 from datamodules.problems import number_of
 from datamodules.reading import DatasetConfig, Reading, read_datasets
-from datamodules.remarks import tested_and_trained, vanishing_masks
+from datamodules.remarks import cropped_masks, tested_and_trained, vanishing_masks
 from datamodules.sample_table import SPLITS, SampleTable, category_keys, content_hash, fingerprint, hold_out
 from datamodules.sampling import EvalSampler, TrainSampler, check_sampling
 from datamodules.subset import FULL, TEST_SUBSETS, left_out
@@ -61,6 +61,9 @@ class UnifiedDataModule(L.LightningDataModule):
             line fills in.
         resize: pil_bilinear, pil_lanczos, pil_nearest (PIL, the first two antialiased) or opencv_bilinear (not
             antialiased). None as above.
+        crop_from: resize to this side, or (height, width), and keep the centre of `image_size`, of images and masks alike
+            (Dinomaly and INP-Former: 448, of which 392 are kept). What the margin holds of defects is neither seen nor
+            measured; how much that is, is said and recorded. None: no crop.
         batch_size: training images per step and process. None as above.
         eval_batch_size: images per step in validation, test and prediction.
         num_workers: worker processes; None takes 0 for up to 1000 training images, else one less than the cores, at
@@ -89,6 +92,8 @@ class UnifiedDataModule(L.LightningDataModule):
             category in turn and puts their results into one record.
         cache_mb: without workers, keep up to this much of the resized images in memory.
         predict_root: folder (searched recursively, without the masks in ground_truth) or file for `predict_dataloader`.
+        predict_dataset: which of several `datasets` the images of `predict_root` are like, for models that keep
+            statistics per dataset. None takes the one in whose folder they lie, if there is one.
 
     Attributes after `setup`:
         table: SampleTable of all splits.
@@ -122,6 +127,8 @@ class UnifiedDataModule(L.LightningDataModule):
         setting: str = "unified",
         cache_mb: int = 256,
         predict_root: str | None = None,
+        predict_dataset: str | None = None,
+        crop_from: int | tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         check_sampling(sampling)
@@ -154,9 +161,12 @@ class UnifiedDataModule(L.LightningDataModule):
         twice = [label for label, count in labels.items() if count > 1]
         if twice:
             raise DataError(f"Two datasets are called {twice[0]!r}: give one of them a `label` of its own.")
+        if predict_dataset is not None and predict_dataset not in labels:
+            raise DataError(f"Unknown predict_dataset {predict_dataset!r}. {did_you_mean(predict_dataset, labels)}")
         self.datasets = list(datasets)
         self.image_size = image_size
         self.resize = resize
+        self.crop_from = crop_from
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
@@ -175,7 +185,7 @@ class UnifiedDataModule(L.LightningDataModule):
         self.setting = setting
         self.left_out: frozenset[int] = frozenset()
         self.cache_mb = cache_mb
-        self.predict_root = predict_root
+        self.predict_root, self.predict_dataset = predict_root, predict_dataset
         self.table: SampleTable | None = None
         self.categories: list[str] = []
         self.fingerprint = ""
@@ -201,9 +211,15 @@ class UnifiedDataModule(L.LightningDataModule):
             self._check_filled_in()
         if stage == "predict" and self.predict_root is not None:
             if self._source is None:
-                self._unknown = unknown_rows(self.predict_root)
+                self._unknown = unknown_rows(self.predict_root, self.predicted_dataset)
                 depths = depth_of(self._unknown, self.bit_depth, self.max_megapixels)
-                self._source = ImageSource(self.image_size, self.resize, depths, max_megapixels=self.max_megapixels)
+                self._source = ImageSource(
+                    self.image_size,
+                    self.resize,
+                    depths,
+                    max_megapixels=self.max_megapixels,
+                    crop_from=self.crop_from,
+                )
             return
         if self.table is not None:
             return
@@ -235,17 +251,41 @@ class UnifiedDataModule(L.LightningDataModule):
         if len(size) != 2 or min(size) < 1:
             raise DataError(f"image_size is a positive side or (height, width), found {self.image_size}.")
         self.image_size = size
+        if self.crop_from is not None:
+            whole = (self.crop_from,) * 2 if isinstance(self.crop_from, int) else tuple(self.crop_from)
+            if len(whole) != 2 or min(whole) < 1:
+                raise DataError(f"crop_from is a positive side or (height, width), found {self.crop_from}.")
+            check_crop(whole, size)
+            self.crop_from = whole
+
+    @property
+    def resizing(self) -> str:
+        """How an image gets its size, in words: the resize rule, and the crop if there is one."""
+        if self.crop_from is None:
+            return self.resize
+        height, width = self.crop_from
+        return f"{self.resize} to {height}x{width}, centre crop"
 
     def _image_source(self, cache_bytes: int = 0) -> ImageSource:
-        limit = self.max_megapixels
-        return ImageSource(self.image_size, self.resize, **self._rules, max_megapixels=limit, cache_bytes=cache_bytes)
+        return ImageSource(
+            self.image_size,
+            self.resize,
+            **self._rules,
+            max_megapixels=self.max_megapixels,
+            cache_bytes=cache_bytes,
+            crop_from=self.crop_from,
+        )
 
     def remarks(self) -> list[str]:
         """What the numbers of a run on this data must be read with, in sentences for output and record."""
         if self._remarks is None:
-            self._remarks = tested_and_trained(self._rows("train", "val"), self._rows("test"))
+            self._remarks = tested_and_trained(self._rows("train", "val"), self._rows("test"), self._reading.roots)
             read = self._source.mask if self._served is None else lambda row: self._served.cache.mask(row.id)
-            self._remarks += vanishing_masks(self._rows("test"), read, self._rules["thresholds"], self.image_size)
+            if self.crop_from is None:
+                self._remarks += vanishing_masks(self._rows("test"), read, self._rules["thresholds"], self.image_size)
+            else:
+                whole = self._image_source().whole_mask
+                self._remarks += cropped_masks(self._rows("test"), whole, self.crop_from, self.image_size)
             if self.mask_resize != "nearest":
                 self._remarks.append(f"masks are resized by {self.mask_resize}")
             if self._short_batch():
@@ -307,6 +347,15 @@ class UnifiedDataModule(L.LightningDataModule):
             }
             for name, rows in self.table.groupby("dataset", sort=False)
         ]
+
+    def fpr_limits(self) -> tuple[float, ...]:
+        """False-positive rates up to which AU-PRO is integrated: those of every dataset's reader, ascending."""
+        return tuple(sorted({limit for reader in self._reading.readers.values() for limit in reader.fpr_limits}))
+
+    def conditions(self) -> dict[int, str]:
+        """Id -> ``name=value``, for the test images whose reader knows under what they were taken."""
+        found = {row.id: self._reading.readers[row.dataset].condition(row.image_path) for row in self._rows("test")}
+        return {number: condition for number, condition in found.items() if condition}
 
     def dataset_of(self) -> dict[str, str]:
         """Category key -> dataset, in table order."""
@@ -381,7 +430,18 @@ class UnifiedDataModule(L.LightningDataModule):
         """Images under `predict_root`: label -1, anomaly_type "unknown", category "", no masks."""
         if self.predict_root is None:
             raise DataError("Nothing to predict on: give the data option predict_root, a folder of images or a file.")
-        return self._eval_loader(self._unknown or unknown_rows(self.predict_root), repeat=True)
+        return self._eval_loader(self._unknown or unknown_rows(self.predict_root, self.predicted_dataset), repeat=True)
+
+    @property
+    def predicted_dataset(self) -> str:
+        """Which of several datasets the images of `predict_root` are like; "" if that is not known, or there is one."""
+        if len(self.datasets) <= 1 or self.predict_root is None:
+            return ""
+        place = os.path.realpath(os.path.expanduser(self.predict_root))
+        roots = {d.label or d.name: os.path.realpath(os.path.expanduser(d.root)) for d in self.datasets if d.root}
+        around = [name for name, root in roots.items() if os.path.commonpath([root, place]) == root]
+        # Of folders inside each other the inner one is meant.
+        return self.predict_dataset or max(around, key=lambda name: len(roots[name]), default="")
 
     # -- cached features -------------------------------------------------------------------------------------------
 

@@ -98,6 +98,11 @@ class ReconstructionModule(L.LightningModule):
     """Whether the method standardises its features by itself, so that ``backbone.standardised`` is refused."""
     reconstructs: ClassVar[bool] = True
     """Whether :meth:`reconstruct` has an answer; methods that only measure distances have none to picture."""
+    needs_packages: ClassVar[Mapping[str, str]] = {}
+    """Python packages beyond requirements.txt without which the method does not run: name for import, and the command that
+    installs it. A sweep leaves the method's cells out where one is not installed."""
+    needs_files: ClassVar[tuple[str, ...]] = ()
+    """Constructor arguments that must be the path of something that exists; else a sweep leaves the method's cells out."""
     uncached: str = ""
     """Why features cannot be cached, as half a sentence; empty where they can."""
     map_names: tuple[str, ...] = ()
@@ -178,6 +183,14 @@ class ReconstructionModule(L.LightningModule):
         """Called in eval mode before the test set is scored during training, for what must be estimated first."""
 
     # ---- what no method changes --------------------------------------------------------------------------------------
+
+    @property
+    def attached(self) -> L.Trainer | None:
+        """The trainer; None for a module that is used without one."""
+        try:
+            return self.trainer
+        except RuntimeError:
+            return None
 
     def setup(self, stage: str) -> None:
         """Pixels are normalised as the backbone's weights expect, unless the data module was told otherwise."""
@@ -278,7 +291,7 @@ class ReconstructionModule(L.LightningModule):
     def optimizer_of(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """The method's optimiser over some parameters."""
         optimizer = self.optimizer(parameters)
-        if self._trainer is not None and "mixed" in str(self._trainer.precision):
+        if self.attached is not None and "mixed" in str(self.attached.precision):
             internals.allow_clipping(optimizer)
         return optimizer
 
@@ -292,7 +305,7 @@ class ReconstructionModule(L.LightningModule):
         if self.schedule is None:
             return optimizer
         schedule = self.schedule(optimizer)
-        if self._trainer is not None and getattr(schedule, "total_steps", 0) is None:
+        if self.attached is not None and getattr(schedule, "total_steps", 0) is None:
             schedule.total_steps = self.trainer.estimated_stepping_batches
         monitor = getattr(schedule, "monitor", None)  # of Lightning's ReduceLROnPlateau
         return {

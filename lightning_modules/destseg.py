@@ -84,6 +84,11 @@ class DeSTSeg(ReconstructionModule):
         segmentation_width: int = 256,
         dilations: Sequence[int] = (6, 12, 18),
     ) -> None:
+        if backbone.standardised:
+            raise ValueError(
+                "backbone.standardised: DeSTSeg's student ends in ReLUs, which cannot follow the negative half of "
+                "standardised levels. Leave it out."
+            )
         super().__init__(backbone, head, optimizer, image_size, lr_scheduler, lr_interval)
         if not 0 < student_share < 1:
             raise ValueError(

@@ -23,7 +23,8 @@ class DFR(ReconstructionModule):
 
     Args:
         backbone: VGG19, levels 1 to 4. A VGG is padded by reflection (padding ``default`` means that here) and gives
-            all its ReLU maps; another backbone gives one map per level.
+            all its ReLU maps; another backbone gives one map per level. With ``standardised``, which is not the paper's,
+            regional features are standardised, and the PCA sees them divided by their deviations in its own images.
         head: Mean square over channels, resized with aligned corners, no smoothing; image score = maximum.
         optimizer: Adam.
         lr_scheduler: None: the learning rate is constant.
@@ -51,10 +52,6 @@ class DFR(ReconstructionModule):
     ) -> None:
         if pca_images < 1:
             raise ValueError(f"pca_images is {pca_images}; the PCA needs at least one image.")
-        if backbone.standardised:
-            raise ValueError(
-                "backbone.standardised: DFR finds its latent size on the features as they are. Leave it out."
-            )
         if not 0 < explained < 1:
             raise ValueError(f"explained is {explained}; it is a share between 0 and 1.")
         if backbone.name.startswith("vgg") and "_bn" not in backbone.name:
@@ -83,7 +80,7 @@ class DFR(ReconstructionModule):
         """Number of principal components of regional features that explain more than ``explained`` of the variance."""
         covariance = StreamingCovariance(self.network.regional.channels)
         train = data.table[data.table.split == "train"].sort_values("image_path")
-        device = self.trainer.strategy.root_device if self._trainer is not None else self.device
+        device = self.trainer.strategy.root_device if self.attached is not None else self.device
         self.extractor.to(device)
         for _, rows in train.groupby(["dataset", "category"], sort=False):
             for number in rows.id.tolist()[: self.pca_images]:
@@ -91,7 +88,7 @@ class DFR(ReconstructionModule):
                 (features,) = self.extract(images)
                 covariance.update(features.permute(0, 2, 3, 1).flatten(0, 2))
         self.extractor.to(self.device)
-        return latent_dimension(covariance.eigenvalues(), self.explained)
+        return latent_dimension(covariance.eigenvalues(self.standardisation is not None), self.explained)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)

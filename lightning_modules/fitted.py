@@ -75,6 +75,7 @@ class FittedModule(ReconstructionModule):
                 f"{self.method} is fitted in one pass over the training images: trainer.max_epochs must be 1, found "
                 f"{self.trainer.max_epochs}."
             )
+        super().on_fit_start()
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()

@@ -200,7 +200,7 @@ class HVQTrans(ReconstructionModule):
         return error + self.commitment * restored.commitment
 
     def _processes(self) -> int:
-        return self._trainer.world_size if self._trainer is not None else 1
+        return self.attached.world_size if self.attached is not None else 1
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """A head without an image in any process stays as it is, as with one process."""
@@ -224,6 +224,7 @@ class HVQTrans(ReconstructionModule):
 
     @torch.no_grad()
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         if self.codebook_start == "data" and self.network.codebooks and not self.network.codebooks_started:
             self._start_codebooks()
         if self.network.classifier is not None and not self.network.classifier.fitted:
@@ -255,7 +256,9 @@ class HVQTrans(ReconstructionModule):
             for first in range(0, len(ids), 32)
         ]
         numbers = [self.class_names.index(name) for name in names]
-        self.network.start_codebooks([torch.cat(features)], numbers, torch.Generator().manual_seed(data.seed))
+        levels = [torch.cat(features)]
+        levels = levels if self.standardisation is None else self.standardisation(levels)
+        self.network.start_codebooks(levels, numbers, torch.Generator().manual_seed(data.seed))
         self.train(was_training)
 
     @torch.no_grad()

@@ -78,11 +78,15 @@ class OwnTrunkModule(ReconstructionModule):
         self.train(was_training)
         self.fitted_epochs = epochs
 
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and std of the run's pixels."""
+        data = getattr(self._trainer, "datamodule", None)
+        return (data.mean, data.std) if data is not None else (self.extractor.mean, self.extractor.std)
+
     def pixels(self, images: Tensor) -> Tensor:
         """Normalised images or patches (..., 3, H, W) back to [0, 1], by the run's own mean and std."""
-        data = getattr(self._trainer, "datamodule", None)
-        mean, std = (data.mean, data.std) if data is not None else (self.extractor.mean, self.extractor.std)
-        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (mean, std))
+        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in self.normalisation)
         return images.float() * std + mean
 
     def training_images(self) -> Iterator[Mapping[str, Any]]:
@@ -111,8 +115,13 @@ class OwnTrunkModule(ReconstructionModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
+        checkpoint["normalisation"] = self.normalisation
         checkpoint["fitted_epochs"], checkpoint["trained_steps"] = self.fitted_epochs, self.trained_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.extractor.provenance = checkpoint[
+            "backbone"
+        ]  # every weight is in the checkpoint, whatever it started from
+        self.extractor.mean, self.extractor.std = (tuple(part) for part in checkpoint["normalisation"])
         super().on_load_checkpoint(checkpoint)
         self.fitted_epochs, self.trained_steps = checkpoint["fitted_epochs"], checkpoint["trained_steps"]

@@ -229,6 +229,14 @@ class ULSAD(ReconstructionModule):
         if self._estimates != "none" and not (self._estimates == "test_good" and self._selection == "best_on_test"):
             self._estimate_quantiles()
 
+    def on_predict_start(self) -> None:
+        known = self.network.statistics.groups
+        if len(known) > 1 and self.trainer.datamodule.predicted_dataset not in known:
+            raise DataError(
+                f"This model keeps its channel statistics per dataset ({', '.join(known)}), and the images to predict lie in "
+                f"the folder of none: say which they are like, with --data.init_args.predict_dataset={known[0]} for example."
+            )
+
     def on_test_start(self) -> None:
         missing = sorted(set(self.quantiles.probabilities) - self._known_probabilities())
         if missing and self._estimates in ("held_out", "train"):
@@ -255,20 +263,30 @@ class ULSAD(ReconstructionModule):
         """Exact quantiles of each branch's maps of normal images, per dataset; only feature-sized maps are kept."""
         was_training = self.training
         self.eval()
-        kept: dict[str, list[Tensor]] = {}
+        kept: dict[str, dict[int, Tensor]] = {}
         for batch in self._batches(self._normal_images()):
             maps = self.network.branch_maps(self.reconstruct(batch)).cpu()
             for number, group in enumerate(batch["dataset"]):
                 if batch["label"][number] == 0:
-                    kept.setdefault(group, []).append(maps[number])
-        groups = sorted({group for groups in Group().gather_objects(list(kept)) for group in groups})
+                    kept.setdefault(group, {})[int(batch["id"][number])] = maps[number]
+        groups = self._each_once(kept)
         branches = self.network.branches
         values = {}
         for group in groups:
-            chunks = torch.stack(kept[group]).split(CHUNK) if group in kept else ()
+            chunks = torch.stack(list(kept[group].values())).split(CHUNK) if kept.get(group) else ()
             values[group] = {branch: self._quantiles(chunks, number) for number, branch in enumerate(branches)}
         self.network.quantiles.set(values)
         self.train(was_training)
+
+    @staticmethod
+    def _each_once(kept: dict[str, dict[int, Tensor]]) -> list[str]:
+        """Drops what a process of lower rank keeps, too (one without images repeats another's); all groups, sorted."""
+        everywhere = Group().gather_objects({group: list(maps) for group, maps in kept.items()})
+        for before in everywhere[: Group().rank]:
+            for group, ids in before.items():
+                for image in ids:
+                    kept.get(group, {}).pop(image, None)
+        return sorted({group for part in everywhere for group in part})
 
     def _quantiles(self, chunks: Iterable[Tensor], branch: int) -> dict[float, float]:
         quantiles = StreamingQuantiles(self.quantiles.probabilities)

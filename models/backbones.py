@@ -66,6 +66,8 @@ class BackboneConfig:
     standardised: each channel of what the network gets has mean 0 and standard deviation 1 over the training images
         (see `models.layers.statistics.Standardisation`). Off in every paper here but ULSAD, which does it by itself.
     maps: `levels` (one map per level) or `relu` (a VGG's, DFR: all ReLU outputs up to the highest level).
+    rectified: negative values of the levels become 0, for methods whose reconstruction ends in a ReLU (RD4AD, ULSAD) on
+        another backbone than a ResNet, whose levels have none anyway. In no paper here.
     """
 
     name: str
@@ -78,6 +80,7 @@ class BackboneConfig:
     position: Position = "timm"
     standardised: bool = False
     maps: Maps = "levels"
+    rectified: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))
@@ -140,7 +143,8 @@ class FeatureExtractor(nn.Module):
         self.sizes(images.shape[-2:])
         with torch.autocast(images.device.type, enabled=False):
             levels = self.net(images)
-        return [level.permute(0, 3, 1, 2) for level in levels] if self._channels_last else list(levels)
+        levels = [level.permute(0, 3, 1, 2) for level in levels] if self._channels_last else list(levels)
+        return [level.clamp(min=0) for level in levels] if self.config.rectified else levels
 
     def sizes(self, image_size: int | tuple[int, int]) -> list[tuple[int, int]]:
         """(height, width) of each level's map for images of `image_size`, without computing anything.

@@ -147,9 +147,20 @@ class StreamingCovariance:
             raise ValueError(f"a covariance needs at least two vectors, found {self.count}")
         return self._scatter / (self.count - 1)
 
-    def eigenvalues(self) -> Tensor:
-        """Variances along the principal components, (dimension,) float64, largest first, >= 0."""
-        return torch.linalg.eigvalsh(self.covariance()).flip(0).clamp(min=0)
+    def correlation(self) -> Tensor:
+        """(dimension, dimension) float64, the covariance of standardised values; what never varies has zeros."""
+        covariance = self.covariance()
+        inverse = covariance.diagonal().rsqrt()
+        inverse = torch.where(inverse.isfinite(), inverse, torch.zeros_like(inverse))
+        return covariance * inverse[:, None] * inverse
+
+    def eigenvalues(self, standardised: bool = False) -> Tensor:
+        """Variances along the principal components, (dimension,) float64, largest first, >= 0.
+
+        standardised: of the values divided by their standard deviations.
+        """
+        matrix = self.correlation() if standardised else self.covariance()
+        return torch.linalg.eigvalsh(matrix).flip(0).clamp(min=0)
 
 
 def latent_dimension(eigenvalues: Tensor, explained: float = 0.90) -> int:

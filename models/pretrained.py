@@ -140,7 +140,12 @@ def resolve_auto(name: str, timeout: float = AUTO_TIMEOUT) -> str:
     return "packaged" if package is not None and package.version else "random"
 
 
-def _download(name: str, timeout: float) -> bool:
+def fetch(name: str) -> bool:
+    """Bring the ImageNet weights of a timm model into timm's cache, however long it takes; False if they did not come."""
+    return cached_file(name) is not None or _download(name, None)
+
+
+def _download(name: str, timeout: float | None) -> bool:
     environment = {"HF_HUB_ETAG_TIMEOUT": "5", "HF_HUB_DOWNLOAD_TIMEOUT": "10", **os.environ}
     words = [sys.executable, __file__, name]
     try:

@@ -32,7 +32,7 @@ GLOBAL_MAPS = ("auto", "bridge", "direct", "attention", "none")
 
 @dataclass(frozen=True)
 class ULSADDetails:
-    """Where the released code and the printed paper differ. The defaults are the released code's choices.
+    """Where the released code and the printed paper differ, and one choice of ours. The defaults are the released code's.
 
     encoder_activation: "relu" (code, and the paper's Table 4) or "leaky_relu" with slope 0.01 (the paper's text).
     third_activation: activation after the third encoder convolution (Table 4: True; code: False).
@@ -41,6 +41,8 @@ class ULSADDetails:
     autoencoder_output: "linear" (code) or "relu" (Table 5).
     autoencoder_affine: learnable scale and shift in the autoencoder's batch normalisation, with PyTorch's default eps
         1e-5 (Table 5 says plain BatchNorm); False is the code: none, eps 1e-4.
+    local_output: "relu" (code) or, which is ours, "linear": a ReLU cannot give the negative half of standardised
+        features, which is small for a ResNet's, but a half for levels that do not end in a ReLU (EfficientNet).
     """
 
     encoder_activation: str = "relu"
@@ -48,11 +50,13 @@ class ULSADDetails:
     decoder_sizes: str = "released"
     autoencoder_output: str = "linear"
     autoencoder_affine: bool = False
+    local_output: str = "relu"
 
     def __post_init__(self) -> None:
         _one_of("encoder_activation", self.encoder_activation, ("relu", "leaky_relu"))
         _one_of("decoder_sizes", self.decoder_sizes, ("released", "printed"))
         _one_of("autoencoder_output", self.autoencoder_output, ("linear", "relu"))
+        _one_of("local_output", self.local_output, ("relu", "linear"))
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
@@ -103,7 +107,7 @@ class FeatureReconstructionNetwork(nn.Module):
 
     With `double_head` the last layer has 2 c* outputs: the reconstruction of U and the imitation of the global
     autoencoder. Every output is >= 0 (batch norm + ReLU at the end), although the targets are standardised: this is
-    the released code. At c* = 384 it has 65,487,744 parameters (double head).
+    the released code; `details.local_output` can leave the ReLU out. At c* = 384 it has 65,487,744 parameters (double head).
     """
 
     def __init__(self, channels: int, double_head: bool = True, details: ULSADDetails | None = None) -> None:
@@ -124,7 +128,8 @@ class FeatureReconstructionNetwork(nn.Module):
         self.decoder = nn.Sequential(
             nn.ConvTranspose2d(4 * c, 2 * c, 4, stride=2, padding=1), nn.BatchNorm2d(2 * c), nn.ReLU(True),
             nn.ConvTranspose2d(2 * c, c, 4, stride=2, padding=1), nn.BatchNorm2d(c), nn.ReLU(True),
-            nn.ConvTranspose2d(c, heads * c, 5, padding=2), nn.BatchNorm2d(heads * c), nn.ReLU(True),
+            nn.ConvTranspose2d(c, heads * c, 5, padding=2), nn.BatchNorm2d(heads * c),
+            nn.Identity() if details.local_output == "linear" else nn.ReLU(True),
         )  # fmt: skip
         # The released initialisation: the gain of a leaky ReLU with slope 0.01, biases as PyTorch sets them.
         gain = nn.init.calculate_gain("leaky_relu", 0.01)
@@ -133,7 +138,7 @@ class FeatureReconstructionNetwork(nn.Module):
                 nn.init.xavier_uniform_(module.weight, gain=gain)
 
     def forward(self, u: Tensor) -> Tensor:
-        """Standardised features (B, c*, h, w), h and w divisible by 4 -> (B, c* or 2 c*, h, w), >= 0."""
+        """Standardised features (B, c*, h, w), h and w divisible by 4 -> (B, c* or 2 c*, h, w), >= 0 with a ReLU output."""
         return self.decoder(self.encoder(u))
 
 

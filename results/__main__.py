@@ -6,6 +6,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from rich.console import Console
@@ -20,6 +21,7 @@ from results.aggregator.scores import ConflictError, kinds, newest, select
 from results.aggregator.spec import Spec, SpecError, find_spec, spec_for_sweep, spec_names
 from results.aggregator.sweep_cells import SweepCells, read_sweep
 from results.aggregator.table import Table
+from results.common import trouble
 from results.common.shown import printable
 
 OUT = Path("results/tables")
@@ -28,10 +30,19 @@ errors = Console(stderr=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns 0, 1 if something is missing and --strict was given, 2 if it could not be done."""
+    """Run one command; returns its exit code.
+
+    0 if all went well; 1 if it was done without a damaged record, which is named and left out, or, with --strict, if
+    anything is missing; 2 if it could not be done, or a table among many was refused.
+    """
+    return trouble.told(_main, arguments)
+
+
+def _main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
+    options.damaged = False
     try:
-        return options.command(options)
+        return options.command(options) or int(options.damaged)
     except (ConflictError, SpecError, RecordError, FileNotFoundError, ValueError) as error:
         _complain("error:", error)
         return 2
@@ -206,6 +217,8 @@ def _records(options: argparse.Namespace, sweep: str | None = None) -> RecordSet
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DamagedRecordWarning)
         found = read_records(options.root, sweep)
+    names = [f"{damaged.path.parent.name}/{damaged.path.name}" for damaged in found.damaged]
+    options.damaged = any(not options.runs or fnmatchcase(n, p) for n in names for p in options.runs or ("",))
     for damaged in found.damaged:
         _complain("damaged record, left out:", damaged)
     if unchecked := [stored.name for stored in found if stored.unchecked]:

@@ -5,20 +5,27 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
+from results.common import trouble
 from sweeps.runner import checked_sweep, cluster, command, expansion, listing, preflight, prepare
 from sweeps.runner.display import Display
 from sweeps.runner.errors import SweepError
+from sweeps.runner.expansion import Cell
 from sweeps.runner.local import Job, Runner, check_writable
 from sweeps.runner.state import DONE, FAILED, WORK
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code (0 good, 1 cells failed, 2 wrong input, 130 interrupted)."""
+    return trouble.told(_main, arguments)
+
+
+def _main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     console = Console(soft_wrap=not sys.stdout.isatty())
     try:
@@ -118,9 +125,10 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         weights = prepare.Weights(sweep, variables, say)
         all_jobs = prepare.jobs(sweep, every_cell, variables, sets, weights, threads)
         jobs = [job for job in all_jobs if job.cell in cells]
+        left_out: dict[int, str] = {}
         if not all(job.finished() for job in jobs):
             check = check or preflight.Check(sweep, cells, variables)
-            check.finish()
+            left_out = _left_out(jobs, cells, check.finish())
     finally:
         if check is not None:
             check.stop()
@@ -132,6 +140,9 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         sweep.metric.get("name", ""),
         min(workers, len(jobs)),
     )
+    if left_out:
+        _tell_left_out(jobs, left_out, display)
+        jobs = [job for place, job in enumerate(jobs) if place not in left_out]
     runner = Runner(
         jobs, display, workers, gpus, retry_failed=options.retry_failed, data_roots=[data.root for data in sets]
     )
@@ -148,6 +159,24 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         words += [word for run in finished for word in ("--runs", f"{sweep.name}/{run}")]
         table = subprocess.run(words, env=variables).returncode
     return table if complete else 1
+
+
+def _left_out(jobs: list[Job], cells: list[Cell], reasons: list[str | None]) -> dict[int, str]:
+    """Place of each job that cannot run on this machine -> why; what has its record already is not among them."""
+    return {
+        place: reason
+        for place, job in enumerate(jobs)
+        if not job.finished() and (reason := reasons[cells.index(job.cell)])
+    }
+
+
+def _tell_left_out(jobs: list[Job], left_out: dict[int, str], display: Display) -> None:
+    """Name the cells that are left out, below the reason that they share."""
+    for reason in dict.fromkeys(left_out.values()):
+        places = [place for place, why in left_out.items() if why == reason]
+        display.say(f"[bold yellow]left out[/], {len(places)} of {len(jobs)} cells: {escape(reason)}")
+        for place in places:
+            display.say(f"  [dim]|[/] {display.label(jobs[place])}")
 
 
 def _report(jobs: list[Job], display: Display) -> bool:

@@ -57,6 +57,7 @@ def _call(folder: Path, target: str, variables: dict[str, str], from_environment
             {f"{STRANGE}/config.yaml", f"--data.init_args.predict_root={STRANGE}"},
             ["", "", ""],
         ),
+        ("submission", {"RUN": STRANGE, "OUT": "b c"}, {STRANGE, "b c"}, ["", "", ""]),
         ("reconstructions", {"RUN": STRANGE}, {STRANGE}, ["", "", ""]),
         ("compare", {"A": STRANGE, "B": "b c"}, {STRANGE, "b c"}, ["", "", ""]),
         ("table", {"TABLE": STRANGE, "SOURCE": "runs"}, {STRANGE, "--source", "runs"}, ["", "", ""]),

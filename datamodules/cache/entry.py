@@ -154,7 +154,7 @@ def _let_go(arrays: Iterable[np.ndarray]) -> None:
     """
     for array in arrays:
         if hasattr(mmap, "MADV_DONTNEED"):
-            array._mmap.madvise(mmap.MADV_DONTNEED)
+            array.base.madvise(mmap.MADV_DONTNEED)  # a memory-mapped array lies in a mapping of the system
 
 
 def _first_damaged(arrays: Sequence[np.ndarray], checksums: np.ndarray) -> int:

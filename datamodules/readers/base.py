@@ -41,6 +41,10 @@ class DatasetReader(abc.ABC):
     """Where the dataset lies if nobody names a root; None for all that does not come with the project."""
     mask_threshold: ClassVar[int] = 0
     """Mask values above it are defective, at native resolution."""
+    fpr_limits: ClassVar[tuple[float, ...]] = (0.3,)
+    """False-positive rates up to which AU-PRO is integrated, unless a run says otherwise."""
+    totals: ClassVar[tuple[int, Counts] | None] = None
+    """(number of categories, public counts over all of them), where the authors give only these."""
 
     def locate(self, root: Path) -> Path:
         """The folder that holds the categories, given what the user named; override where archives add a level."""
@@ -49,6 +53,10 @@ class DatasetReader(abc.ABC):
     def categories(self, root: Path) -> list[str]:
         """Names of the categories under `root`, sorted; empty if the layout is not there."""
         return [folder.name for folder in list_folders(root) if is_category(folder)]
+
+    def condition(self, image_path: str) -> str:
+        """Under what a test image was taken, as ``name=value``: metrics are also told apart by it. "" for nothing known."""
+        return ""
 
     @abc.abstractmethod
     def read_category(self, root: Path, category: str, problems: list[Problem]) -> list[Sample]:

@@ -8,7 +8,7 @@ and look black. The one defect class is called "bad" in both.
 from __future__ import annotations
 
 import csv
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from datamodules.errors import DataError
 from datamodules.problems import ERROR, Problem
@@ -102,6 +102,13 @@ def _split(root: Path) -> list[dict[str, str]]:
                         f"{path}, line {lines.line_num}: {len(cells)} cells, {cells}; a row names its object, split, label "
                         "and image, and an anomaly's mask."
                     )
+                for column in ("image", "mask"):
+                    place = PurePosixPath(row.get(column, ""))
+                    if place.is_absolute() or ".." in place.parts:
+                        raise DataError(
+                            f"{path}, line {lines.line_num}: {column} {row[column]!r} leads out of the data set; a file is "
+                            "named by its path below the folder of the data set."
+                        )
                 rows.append({"mask": ""} | row)
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: not a CSV file in UTF-8: {error}.") from error

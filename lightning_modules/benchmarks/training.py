@@ -2,8 +2,9 @@
 
 Every method trains on the embedded benchmark in a process of its own, in turns: through the trainer with the feature
 cache, and in a plain loop that decodes, resizes and runs the backbone in every step, as the released codes do. Both train
-the same network object; the ratio of a round is the plain loop's time by ours in that round. With the default options
-this takes about a minute per method on two CPU cores. Weights are random: they cost what trained ones cost.
+the same network object with the method's optimiser; the ratio of a round is the plain loop's time by ours in that round.
+With the default options this takes about a minute per method on two CPU cores. Weights are random: they cost what trained
+ones cost.
 
 Peak memory is the largest resident memory of the process (of the device on a GPU) from its start to the end of a training
 with cached features. MACs are multiply-accumulates of the matrix products and convolutions in one image's forward pass;
@@ -34,7 +35,6 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
-from jsonargparse import ArgumentParser
 from lightning.fabric.utilities import move_data_to_device
 from rich.console import Console
 from rich.progress import track
@@ -49,6 +49,7 @@ from lightning_modules.base import ReconstructionModule
 from lightning_modules.callbacks.epoch_seed import EpochSeed
 from lightning_modules.callbacks.scoring import Evaluation
 from lightning_modules.fitted import FittedModule
+from lightning_modules.running.methods import build
 from lightning_modules.running.serving import CacheConfig, attach
 from lightning_modules.running.settings import code_version
 from results.common.environment import parts
@@ -123,7 +124,7 @@ class Options:
 # ---- what is measured ------------------------------------------------------------------------------------------------
 
 
-def build(
+def prepare(
     method: str, options: Options, root: Path
 ) -> tuple[ReconstructionModule, Callable[[], UnifiedDataModule], Any]:
     """The method, a maker of fresh data modules (not set up), and the recipe's gradient clipping."""
@@ -133,7 +134,7 @@ def build(
     if options.image_size is not None:
         model["init_args"]["image_size"] = options.image_size
         model["init_args"].pop("grid", None)
-    module = _instantiate(ReconstructionModule, model)
+    module = build(ReconstructionModule, model)
     module.set_protocol("clean", "last")
     recipe = module.recipe
     filled = {"image_size": module.image_size, "resize": recipe.resize, "batch_size": recipe.batch_size}
@@ -148,13 +149,7 @@ def build(
     }
     data = data | {"init_args": filled | data["init_args"] | own}
     clip = config["trainer"].get("gradient_clip_val") or recipe.gradient_clip_val
-    return module, lambda: _instantiate(UnifiedDataModule, data), clip
-
-
-def _instantiate(kind: type, config: Mapping[str, Any]) -> Any:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(kind, "made")
-    return parser.instantiate(parser.parse_object({"made": config})).made
+    return module, lambda: build(UnifiedDataModule, data), clip
 
 
 def _batches(data: UnifiedDataModule, steps: int) -> Iterator[dict[str, Any]]:
@@ -167,7 +162,8 @@ def train_plainly(
 ) -> float:
     """Seconds of some training steps that decode, resize and run the backbone each time."""
     module.train()
-    optimizer = torch.optim.AdamW(module.network.parameters(), lr=1e-4)
+    trained = [parameter for parameter in module.network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4) if module.optimizer is None else module.optimizer_of(trained)
     started = now()
     for batch in _batches(data, steps):
         loss = module.batch_loss(move_data_to_device(batch, module.device))
@@ -269,7 +265,7 @@ def measure(method: str, options: Options, root: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     now = time.perf_counter if options.clock == "wall" else time.process_time
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module, make, clip = build(method, options, root)
+    module, make, clip = prepare(method, options, root)
     module.to(device)
     plain = make()
     plain.setup("fit")
@@ -291,7 +287,7 @@ def measure(method: str, options: Options, root: Path) -> dict[str, Any]:
             times["ours"].append(train_ours(module, ours, options.steps, clip, options.precision, now))
             times["score_plain"].append(score(module, plain, now))
             times["score_ours"].append(score(module, ours, now))
-        size = sum(file.stat().st_size for file in Path(folder).rglob("*.npy"))
+        size = _cache_bytes(folder)
         largest = profile_step(module, ours)
     images, macs = options.steps * plain.batch_size, count_macs(module)
     return {
@@ -320,23 +316,31 @@ def measure(method: str, options: Options, root: Path) -> dict[str, Any]:
     }
 
 
+def _cache_bytes(folder: str) -> int:
+    """Bytes of the arrays of all cache entries in a folder."""
+    return sum(file.stat().st_size for file in Path(folder).rglob("*.npy"))
+
+
 def measure_float16(method: str, options: Options, root: Path, epochs: int = 4) -> list[dict[str, Any]]:
-    """Mean metrics after a short training with either cache, from the same seed."""
+    """Mean metrics after a short training with either cache, from the same seed, and the size of the caches."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    values = {}
+    values, sizes = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for mode in ("float32", "float16"):
+            before = _cache_bytes(folder)
             torch.manual_seed(0)
-            module, make, clip = build(method, options, root)
+            module, make, clip = prepare(method, options, root)
             data, evaluation = make(), Evaluation()
             attach(module, data, CacheConfig(mode, folder), device, build=True)
+            sizes[mode] = _cache_bytes(folder) - before
             trainer = _trainer(folder, EpochSeed(0), evaluation, max_epochs=epochs, gradient_clip_val=clip)
             trainer.fit(module, datamodule=data)
             trainer.test(module, datamodule=data, verbose=False)
             table = evaluation.result.table
             values[mode] = table[(table.scope == "mean") & (table.dataset == "")].set_index("metric").value
     names = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "pixel_aupro", "dsc")
-    return [{"metric": name, **{mode: float(values[mode][name]) for mode in values}} for name in names]
+    rows = [{"metric": name, **{mode: float(values[mode][name]) for mode in values}} for name in names]
+    return [*rows, {"metric": "cache_bytes", **sizes}]
 
 
 def growth(options: Options) -> list[Options]:
@@ -465,12 +469,14 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
         columns = ["images", "categories", "size", "train img/s", "peak MiB", "cache MiB", "first run s", "next run s"]
         made.append(_table(f"Growth: {report['growth'][0]['method']}", columns, report["growth"]))
     if report["float16"]:
-        halves = Table(title=f"Cache in float16: {rows[0]['method']}, mean over categories, percent")
+        halves = Table(title=f"Cache in float16: {rows[0]['method']}, mean over categories, metrics in percent")
         for name in ("metric", "float32", "float16", "difference"):
             halves.add_column(name, justify="left" if name == "metric" else "right")
         for row in report["float16"]:
             values = row["float32"], row["float16"], row["float16"] - row["float32"]
-            halves.add_row(row["metric"], *(f"{100 * value:.2f}" for value in values))
+            in_bytes = row["metric"] == "cache_bytes"
+            name, factor = ("cache MiB", 2**-20) if in_bytes else (row["metric"], 100)
+            halves.add_row(name, *(f"{factor * value:.2f}" for value in values))
         made.append(halves)
     return made
 

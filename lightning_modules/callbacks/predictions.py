@@ -18,6 +18,7 @@ from datamodules.problems import number_of
 from lightning_modules.base import ReconstructionModule
 from lightning_modules.callbacks.normal_scores import p_values
 from lightning_modules.metrics.sync import Group
+from lightning_modules.running import refusals
 from models.head import ScoredMaps
 from results.common.shown import printable
 
@@ -55,6 +56,10 @@ class Predictions(L.Callback):
         if trainer.is_global_zero:  # a broken-off prediction's files would mix with these
             shutil.rmtree(self._new, ignore_errors=True)
             self._new.mkdir(parents=True)
+            height, width = module.image_size
+            images = len(trainer.datamodule.predict_dataloader().dataset)
+            # A pixel of a raw map has four bytes, one of a heat map about one and a half.
+            refusals.room(self._new, int(5.5 * height * width) * images, f"maps of {number_of(images, 'image')}")
         trainer.strategy.barrier()
 
     def on_predict_batch_end(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from datamodules.problems import number_of
 from datamodules.sample_table import category_keys
 from lightning_modules.base import ReconstructionModule
 from lightning_modules.callbacks.logical import DEFINITIONS, LogicalEvaluation, has_logical
 from lightning_modules.metrics import AnomalyMetrics, MetricResult, RegionCache
 from lightning_modules.metrics.sync import Group
+from lightning_modules.running import refusals
 from lightning_modules.running.printing import print_metrics
 from models.head import ScoredMaps
 from results.common.pair import plain
@@ -26,23 +28,33 @@ MAPS_IN_MEMORY = 2**30
 """Bytes."""
 
 
-def update_metrics(metrics: AnomalyMetrics, batch: Mapping[str, Any], scored: ScoredMaps, has_map: bool = True) -> None:
+def _masks_like(masks: Tensor, maps: Tensor) -> Tensor:
+    """Masks bool (B, 1, H, W) at the size of maps (B, h, w), by the nearest pixel."""
+    if masks.shape[-2:] == maps.shape[-2:]:
+        return masks
+    return F.interpolate(masks.to(torch.uint8), tuple(maps.shape[-2:]), mode="nearest-exact").bool()
+
+
+def update_metrics(
+    metrics: AnomalyMetrics,
+    batch: Mapping[str, Any],
+    scored: ScoredMaps,
+    chosen: Sequence[int] | None = None,
+    has_map: bool = True,
+) -> None:
     """Adds one batch's maps and scores to the metrics. Masks follow maps of another size by the nearest pixel.
 
-    Without a map, pixels are not measured: no mask counts.
+    chosen: positions in the batch of the images to add; None adds all.
+    has_map: whether the maps mean something; else pixels are not measured, as if no image had a mask.
     """
-    masks, size = batch["mask"], scored.maps.shape[-2:]
-    if masks.shape[-2:] != size:
-        masks = F.interpolate(masks.to(torch.uint8), tuple(size), mode="nearest-exact").bool()
-    metrics.update(
-        scored.maps,
-        masks[:, 0],
-        scored.image_scores,
-        batch["label"],
-        batch["category"],
-        batch["id"],
-        has_mask=batch["has_mask"] & has_map,
-    )
+    masks = _masks_like(batch["mask"], scored.maps)
+    of_batch = (scored.maps, masks[:, 0], scored.image_scores, batch["label"], batch["id"], batch["has_mask"])
+    categories = batch["category"]
+    if chosen is not None:
+        of_batch = tuple(values[list(chosen)] for values in of_batch)
+        categories = [categories[n] for n in chosen]
+    maps, masks, scores, labels, ids, has_mask = of_batch
+    metrics.update(maps, masks, scores, labels, categories, ids, has_mask=has_mask & has_map)
 
 
 class Evaluation(L.Callback):
@@ -51,12 +63,25 @@ class Evaluation(L.Callback):
     Maps wait in memory, or, if all variants together would take more than :data:`MAPS_IN_MEMORY`, in a temporary file of
     the run's folder.
 
+    Where the data knows under what its test images were taken (MVTec AD 2: its light), the method's own metrics are also
+    computed over the images of each condition alone, as a variant called ``light=regular`` or ``light=shifted``.
+
+    :meth:`notes` says how many masks mark nothing at the maps' size, where that is not the images'.
+
     After the test, :attr:`result` holds one long table over all variants, :attr:`image_scores` one row per image, and
     :attr:`colour_scale` the ends of a colour scale on which normal images are dark: the median pixel, and the 90 %
     quantile over images of the highest one.
+
+    Args:
+        fpr_limits: False-positive rates up to which AU-PRO is integrated; None takes the data's own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fpr_limits: Sequence[float] | None = None) -> None:
+        self.fpr_limits = None if fpr_limits is None else tuple(sorted(set(fpr_limits)))
+        self._conditions: dict[int, str] = {}
+        self._map_size: tuple[int, int] | None = None
+        self._marked: set[int] = set()
+        self._vanished: set[int] = set()
         self.result: MetricResult | None = None
         self.image_scores: pd.DataFrame | None = None
         self.colour_scale: tuple[float, float] | None = None
@@ -66,8 +91,22 @@ class Evaluation(L.Callback):
         self._regions = RegionCache()
         self._logical: LogicalEvaluation | None = None
 
+    def on_fit_start(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
+        """Refuses a disk that is too small for the maps of the test that follows the training."""
+        height, width = module.image_size
+        needed = 4 * height * width * int((trainer.datamodule.table["split"] == "test").sum())
+        if needed > MAPS_IN_MEMORY:
+            directory = Path(trainer.default_root_dir)
+            directory.mkdir(parents=True, exist_ok=True)
+            refusals.room(directory, needed, "anomaly maps")
+
     def on_test_epoch_start(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
         self._metrics, self._rows, self._ranges = {}, [], []
+        self._map_size, self._marked, self._vanished = None, set(), set()
+        data = trainer.datamodule
+        self._limits = data.fpr_limits() if self.fpr_limits is None else self.fpr_limits
+        conditions = data.conditions()
+        self._conditions = conditions if len(set(conditions.values())) > 1 else {}
         table = trainer.datamodule.table
         self._logical = LogicalEvaluation(table, category_keys(table)) if has_logical(table) else None
 
@@ -82,24 +121,58 @@ class Evaluation(L.Callback):
     ) -> None:
         directory = self._directory(trainer, outputs)
         for variant, scored in outputs.items():
-            if variant not in self._metrics:
-                self._metrics[variant] = AnomalyMetrics(
-                    trainer.datamodule.dataset_of(), regions=self._regions, variant=variant, maps_directory=directory
-                )
-            update_metrics(self._metrics[variant], batch, scored, module.has_map)
+            update_metrics(self._of(variant, trainer, directory), batch, scored, has_map=module.has_map)
             if self._logical is not None:
                 self._logical.update(variant, batch, scored.maps, scored.image_scores)
+        ids = batch["id"].tolist()
+        self._look_at_masks(batch["mask"], outputs[""].maps, ids)
+        for condition in dict.fromkeys(self._conditions[i] for i in ids if i in self._conditions):
+            chosen = [n for n, i in enumerate(ids) if self._conditions.get(i) == condition]
+            metrics = self._of(condition, trainer, directory, pooled=False)
+            update_metrics(metrics, batch, outputs[""], chosen, module.has_map)
         pixels = outputs[""].maps.flatten(1)
         self._ranges += zip(pixels.median(1).values.tolist(), pixels.amax(1).tolist(), strict=True)
         scores: Tensor = outputs[""].image_scores
         columns = batch["id"].tolist(), batch["category"], batch["anomaly_type"], batch["label"].tolist()
         self._rows += zip(*columns, scores.tolist(), batch["path"], strict=True)
 
-    @staticmethod
-    def _directory(trainer: L.Trainer, outputs: dict[str, ScoredMaps]) -> Path | None:
+    def _look_at_masks(self, masks: Tensor, maps: Tensor, ids: Sequence[int]) -> None:
+        if masks.shape[-2:] == maps.shape[-2:]:
+            return
+        self._map_size = tuple(maps.shape[-2:])
+        before, after = (m.flatten(1).any(1).tolist() for m in (masks, _masks_like(masks, maps)))
+        self._marked |= {i for i, marked in zip(ids, before, strict=True) if marked}
+        self._vanished |= {i for i, was, left in zip(ids, before, after, strict=True) if was and not left}
+
+    def notes(self) -> list[str]:
+        """What a reader of the numbers must know, as sentences."""
+        if self._map_size is None:
+            return []
+        size = f"{self._map_size[1]} x {self._map_size[0]}"
+        lost = f"; {len(self._vanished)} of {number_of(len(self._marked), 'mask')} mark nothing there" * bool(
+            self._vanished
+        )
+        return [f"pixel metrics are measured at {size} pixels{lost}"]
+
+    def _of(self, variant: str, trainer: L.Trainer, directory: Path | None, pooled: bool = True) -> AnomalyMetrics:
+        """The metrics of a variant, made when they are first needed."""
+        if variant not in self._metrics:
+            self._metrics[variant] = AnomalyMetrics(
+                trainer.datamodule.dataset_of(),
+                pooled=pooled,
+                fpr_limits=self._limits,
+                regions=self._regions,
+                variant=variant,
+                maps_directory=directory,
+            )
+        return self._metrics[variant]
+
+    def _directory(self, trainer: L.Trainer, outputs: dict[str, ScoredMaps]) -> Path | None:
         """Where maps wait for the metrics; None for memory."""
         images = int((trainer.datamodule.table["split"] == "test").sum())
-        if images * sum(scored.maps[0].nbytes for scored in outputs.values()) <= MAPS_IN_MEMORY:
+        bytes_of_one = sum(scored.maps[0].nbytes for scored in outputs.values())
+        bytes_of_one += outputs[""].maps[0].nbytes if self._conditions else 0
+        if images * bytes_of_one <= MAPS_IN_MEMORY:
             return None
         directory = Path(trainer.default_root_dir)
         directory.mkdir(parents=True, exist_ok=True)
@@ -121,6 +194,10 @@ class Evaluation(L.Callback):
         gathered = group.gather_objects(list(zip(self._rows, self._ranges, strict=True)))
         once = {row[0]: (row, ends) for part in gathered for row, ends in part}
         rows = [row for row, _ in once.values()]
+        for part in group.gather_objects((self._map_size, self._marked, self._vanished)):
+            self._map_size = self._map_size or part[0]
+            self._marked |= part[1]
+            self._vanished |= part[2]
         middles, peaks = np.array([ends for _, ends in once.values()]).T
         self.colour_scale = float(np.median(middles)), float(np.quantile(peaks, 0.9))
         columns = ["id", "category", "anomaly_type", "label", "image_score", "path"]

@@ -59,7 +59,11 @@ def main(arguments: list[str] | None = None) -> int:
         for name, text in result.definitions.items():
             console.print(f"[bold]{name}[/bold]: {text}")
     if args.csv:
-        result.table.to_csv(args.csv, index=False, errors="surrogateescape")
+        try:
+            result.table.to_csv(args.csv, index=False, errors="surrogateescape")
+        except OSError as error:
+            print(f"error: {args.csv} cannot be written: {error.strerror or error}", file=sys.stderr)
+            return 2
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from rich.table import Table
 
@@ -23,6 +24,11 @@ HEADINGS = {
 }
 
 
+def heading(name: str, headings: Mapping[str, str] = HEADINGS) -> str:
+    """Heading of a metric's column; that of an AU-PRO states its limit unless it is 0.3."""
+    return headings.get(name, name.replace("pixel_aupro_", "AUPRO\n@"))
+
+
 def render(result: MetricResult) -> Table:
     """Rich table of the main metrics of a result; a dash stands for an undefined value."""
     rows = result.table
@@ -33,7 +39,7 @@ def render(result: MetricResult) -> Table:
     table.add_column("category")
     table.add_column("images", justify="right")
     for name in metrics:
-        table.add_column(HEADINGS.get(name, name.replace("pixel_aupro_", "AUPRO\n@")), justify="right")
+        table.add_column(heading(name), justify="right")
     previous = None
     for (variant, scope, dataset, category), part in rows.groupby(
         ["variant", "scope", "dataset", "category"], sort=False

@@ -19,7 +19,6 @@ import lightning as L
 import pandas as pd
 import torch
 import yaml
-from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -32,47 +31,34 @@ from lightning_modules.callbacks.progress import PlainProgress
 from lightning_modules.pictures.heatmaps import overlay, to_rgb
 from lightning_modules.running import checkpoints, foreign
 from lightning_modules.running.checkpoints import WholeCheckpoints
-from lightning_modules.running.command_line import import_methods
+from lightning_modules.running.loading import load_run
+from lightning_modules.running.methods import build
 from lightning_modules.running.quiet import quiet
 from lightning_modules.running.serving import CacheConfig, attach
+from lightning_modules.running.settings import work_folder
 from models.visual_decoder import VisualDecoder
 from results.aggregator.records import read_record
+from results.common import trouble
 from results.common.environment import parts
 
 COLUMNS = ("normal", "anomaly", "its features", "reconstructed", "ground truth", "anomaly map")
 
 
-def load_run(folder: Path) -> tuple[ReconstructionModule, UnifiedDataModule]:
+def trained(folder: Path) -> tuple[ReconstructionModule, UnifiedDataModule]:
     """The trained method, in eval mode, and the data module, set up, of a finished run.
 
     Args:
         folder: The run's record, ``<results>/runs/<sweep>/<run>``; its checkpoint lies in ``<results>/work``.
 
     Raises:
-        FileNotFoundError: the checkpoint is gone.
-        ValueError: the data on disk, or the backbone's weights, are not those of the run.
+        FileNotFoundError, ValueError: as :func:`lightning_modules.running.loading.load_run`; or the data on disk are not
+            those of the run.
     """
+    module = load_run(folder).module
     record = read_record(folder)
-    config = yaml.safe_load(record.config_text)
-    for part in ("model", "data"):
-        foreign.check(config.get(part), folder / "config.yaml", import_methods().values())
-    backbone = config["model"]["init_args"].get("backbone", {})
-    if backbone.get("weights") == "auto":
-        backbone["weights"] = record.record.backbone["weights"]
-    checkpoint = work_folder(folder) / "checkpoints" / "last.ckpt"
-    if not checkpoint.is_file() and record.record.setting == "per_category":
-        parts = work_folder(folder) / "runs" / "categories"
-        raise FileNotFoundError(f"{folder} holds one model per category; give one of the records in {parts}.")
-    if not checkpoint.is_file():
-        raise FileNotFoundError(f"{checkpoint} does not exist; the run's weights are needed. Train the run again.")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(ReconstructionModule, "model")
-    parser.add_subclass_arguments(UnifiedDataModule, "data")
-    built = parser.instantiate(parser.parse_object({key: config[key] for key in ("model", "data")}))
-    module, data = built.model, built.data
-    state = checkpoints.read(checkpoint)
-    module.on_load_checkpoint(state)
-    module.load_state_dict(state["state_dict"])
+    section = yaml.safe_load(record.config_text).get("data")
+    foreign.check(section, folder / "config.yaml", ())
+    data = build(UnifiedDataModule, section)
     data.setup("fit")
     for dataset in record.record.datasets:
         now = data.fingerprints[dataset["name"]]
@@ -81,13 +67,7 @@ def load_run(folder: Path) -> tuple[ReconstructionModule, UnifiedDataModule]:
                 f"The images of {dataset['name']} changed since the run {folder}: their fingerprint was "
                 f"{dataset['fingerprint'][:12]} and is {now[:12]}. Train the run again."
             )
-    return module.eval(), data
-
-
-def work_folder(folder: Path) -> Path:
-    """``<results>/work/<sweep>/<run>`` of the record ``<results>/runs/<sweep>/<run>``."""
-    folder = folder.resolve()
-    return folder.parents[2] / "work" / folder.parent.name / folder.name
+    return module, data
 
 
 class DecoderTraining(L.LightningModule):
@@ -172,11 +152,14 @@ def train_decoder(
 
 
 def _trained_epochs(file: Path, training: DecoderTraining) -> int | None:
-    """Epochs of the decoder in ``file``; None if there is none for this run and this width."""
+    """Epochs of the decoder in ``file``; None if there is no whole one for this run and this width."""
     run = file.parents[1] / "checkpoints" / "last.ckpt"
     if not file.is_file() or file.stat().st_mtime < run.stat().st_mtime:
         return None
-    stored = checkpoints.read(file)
+    try:
+        stored = checkpoints.read(file)
+    except checkpoints.CheckpointError:
+        return None
     shapes = {name: value.shape for name, value in stored["state_dict"].items()}
     return (
         stored["trained_epochs"]
@@ -221,7 +204,8 @@ def draw(
     axes = figure.subplots(len(chosen), len(COLUMNS), squeeze=False)
     for row, (category, (normal, anomalous)) in zip(axes, chosen.items(), strict=True):
         batch = data.image_batch([normal, anomalous])
-        scored = module.evaluate({"image": batch["image"].to(module.device)})[""].maps.cpu().numpy()
+        on_device = {k: v.to(module.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        scored = module.evaluate(on_device)[""].maps.cpu().numpy()
         decoded = [decoder(maps)[1:] for maps in _maps(module, batch)]
         rgb = to_rgb(torch.cat([batch["image"], *(picture.cpu() for picture in decoded)]), data.mean, data.std)
         pictures: Sequence = (
@@ -250,6 +234,11 @@ def _image_scores(file: Path) -> pd.DataFrame:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    if code := trouble.told(_main, arguments, code=1):
+        raise SystemExit(code)
+
+
+def _main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m lightning_modules.pictures.reconstructions", description=__doc__)
     parser.add_argument("run", type=Path, help="record of a finished run, results/runs/SWEEP/RUN")
     parser.add_argument("--epochs", type=int, default=100, help="epochs of the decoder (default 100)")
@@ -262,7 +251,7 @@ def main(arguments: list[str] | None = None) -> None:
     quiet()
     torch.manual_seed(0)
     try:
-        module, data = load_run(options.run)
+        module, data = trained(options.run)
     except (FileNotFoundError, ValueError) as error:  # also those of records and data
         raise SystemExit(f"error: {error}") from error
     if not module.reconstructs:

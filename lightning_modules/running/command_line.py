@@ -1,40 +1,30 @@
 """The command line: ``python -m lightning_modules fit|validate|test|predict``.
 
-``fit`` trains, scores the test set with the last epoch's weights and leaves a run record. What a configuration leaves
-open is filled from the method's recipe; what the environment names (``DATASET``, ``DATA_ROOT``, ``CATEGORIES``,
-``BACKBONE``, ``WEIGHTS``) stands between the configuration files and the explicit arguments, so that ``make``, the local
-sweep runner and ``wandb agent`` steer a run in the same way.
+``fit`` trains, scores the test set with the last epoch's weights and leaves a run record (:mod:`.recording`). What a
+configuration leaves open is filled (:mod:`.filling`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
-import pkgutil
 import shutil
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 import datamodules
-import lightning_modules
 from datamodules.errors import DataError
 from datamodules.problems import number_of
-from datamodules.readers import has_own_root
 from lightning_modules.base import ReconstructionModule
 from lightning_modules.callbacks import normal_scores
 from lightning_modules.callbacks.compile import Compile
@@ -45,85 +35,29 @@ from lightning_modules.callbacks.normal_scores import NormalScores
 from lightning_modules.callbacks.predictions import Predictions
 from lightning_modules.callbacks.progress import PlainProgress, Progress
 from lightning_modules.callbacks.scoring import Evaluation
-from lightning_modules.pictures import heatmaps
 from lightning_modules.running import (
     checkpoints,
     foreign,
+    internals,
     normalisation,
     per_category,
     preemption,
+    recording,
     refusals,
     resuming,
     tracking,
-    trouble,
 )
 from lightning_modules.running.checkpoints import WholeCheckpoints
+from lightning_modules.running.filling import fill, with_environment
+from lightning_modules.running.methods import import_methods
 from lightning_modules.running.parser import PlainParser
 from lightning_modules.running.quiet import quiet
 from lightning_modules.running.serving import CacheConfig, attach
-from lightning_modules.running.settings import RunConfig, provenance, sweep_parameters
-from results.aggregator.records import RunRecord, StoredRecord, read_record, write_record
-from results.common.environment import parse
-
-_NAME = "UNIRECON_RUN_NAME"
-"""The variable that tells the further processes of a run its name."""
-NOTHING_TO_MEASURE = (
-    "No test image, so nothing is measured; normal images are scored instead, for predict to compare with."
-)
-COLOUR_SCALE = "colour_scale.json"
-"""In a record: the ends of the colour scale of the run's heat maps, for ``predict``."""
+from lightning_modules.running.settings import RunConfig
+from results.common import trouble
 
 
-def import_methods() -> dict[str, type[ReconstructionModule]]:
-    """All methods by name: every subclass of :class:`ReconstructionModule` found in this package's files."""
-    found = {}
-    for info in pkgutil.iter_modules(lightning_modules.__path__):
-        if info.ispkg or info.name == "__main__":
-            continue
-        module = importlib.import_module(f"lightning_modules.{info.name}")
-        for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, ReconstructionModule) and "method" in vars(value):
-                found[value.method] = value
-    return found
-
-
-def environment_arguments(environment: Mapping[str, str]) -> list[str]:
-    """Command-line arguments for what the environment names.
-
-    Datasets of one reader are called after their folders. See :func:`results.common.environment.parse` for the rest.
-
-    Raises:
-        SystemExit: the variables contradict each other.
-    """
-    try:
-        named = parse(environment, has_own_root)
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
-    arguments = []
-    if named.datasets:
-        # Every key is written: what is left out would be taken over from the configuration files.
-        datasets = [asdict(dataset) for dataset in named.datasets]
-        arguments.append(f"--data.init_args.datasets={json.dumps(datasets)}")
-    for value, key in ((named.backbone, "name"), (named.weights, "weights")):
-        if value:
-            arguments.append(f"--model.init_args.backbone.{key}={value}")
-    if named.backbone and not named.backbone.startswith("tf_efficientnet_b4."):
-        arguments.append("--model.init_args.backbone.padding=default")  # a released padding belongs to its own backbone
-    return arguments
-
-
-def with_environment(arguments: list[str], environment: Mapping[str, str]) -> list[str]:
-    """The arguments with those of the environment after the last ``--config``, so that explicit ones still win."""
-    position = min(1, len(arguments))
-    for index, argument in enumerate(arguments):
-        if argument == "--config":
-            position = index + 2
-        elif argument.startswith("--config="):
-            position = index + 1
-    return [*arguments[:position], *environment_arguments(environment), *arguments[position:]]
-
-
-class UniReconCLI(LightningCLI):
+class UniReconCLI(internals.OpenCLI):
     """LightningCLI in subclass mode for model and data, with recipes, run folders and records."""
 
     def __init__(self, args: list[str]) -> None:
@@ -150,53 +84,10 @@ class UniReconCLI(LightningCLI):
         parser.add_class_arguments(RunConfig, "run")
         parser.add_class_arguments(CacheConfig, "cache")
 
-    # ---- filling in --------------------------------------------------------------------------------------------------
+    # ---- making -------------------------------------------------------------------------------------------------------
 
     def before_instantiate_classes(self) -> None:
-        config = self.config[self.subcommand]
-        if config.seed_everything is False:
-            raise SystemExit(
-                "seed_everything is false, but every run has a seed: give a number, or true for a random one."
-            )
-        refusals.seed(config.seed_everything)
-        refusals.trainer(config.trainer)
-        refusals.ckpt_path(config.get("ckpt_path"))
-        if self.subcommand == "predict":
-            refusals.predict_root(config.data.init_args.predict_root)
-        model = _class(config.model.class_path)
-        recipe = model.recipe
-        data, trainer = config.data.init_args, config.trainer
-        size = config.model.init_args.image_size
-        if data.image_size is not None and data.image_size != size:
-            raise SystemExit(
-                f"data.init_args.image_size is {data.image_size} but the model's is {size}: set --model.init_args.image_size "
-                "only; the data follows it."
-            )
-        data.image_size = size
-        for name in ("resize", "batch_size", "drop_last", "repeat"):
-            if data.get(name) is None:
-                data[name] = getattr(recipe, name)
-        released = config.run.protocol == "as_released"
-        if data.test_subset is None:
-            data.test_subset = recipe.released_subset if released else "full"
-        if data.test_subset != "full" and not released:
-            raise SystemExit(
-                f"data.init_args.test_subset={data.test_subset} leaves test images out: it needs run.protocol=as_released."
-            )
-        if not data.datasets:
-            raise SystemExit("No dataset is named: set DATASET and DATA_ROOT, or --data.init_args.datasets.")
-        if trainer.max_epochs is None and trainer.max_steps == -1:
-            trainer.max_steps = recipe.max_steps
-        for name in ("max_epochs", "gradient_clip_val"):
-            if trainer.get(name) is None:
-                trainer[name] = getattr(recipe, name)
-        data.seed = config.seed_everything
-        if config.run.name is None:
-            # A cell that W&B hands out again after a pre-emption keeps its run id, and so finds its checkpoint.
-            agent = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
-            if preemption.is_first():  # the further processes start later, and take the name over
-                os.environ[_NAME] = f"{model.method}-{self.started:%Y%m%d-%H%M%S}-seed{config.seed_everything}"
-            config.run.name = agent or os.environ[_NAME]
+        fill(self.config[self.subcommand], self.subcommand, self.started)
 
     def instantiate_classes(self) -> None:
         """Refuses what a constructor refuses with its own words, not with a trace of the parser's."""
@@ -211,7 +102,7 @@ class UniReconCLI(LightningCLI):
             raise SystemExit("\n".join(reasons) or str(error)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        self.run_config: RunConfig = self._get(self.config_init, "run")
+        self.run_config: RunConfig = self.made("run")
         normalisation.follow_weights(self.model, self.datamodule, self.config[self.subcommand].data.init_args)
         try:
             self.model.set_protocol(self.run_config.protocol, self.run_config.selects)
@@ -221,8 +112,9 @@ class UniReconCLI(LightningCLI):
             per_category.leave_finished(self.run_config, self._configuration())
         if self.subcommand == "fit":
             resuming.claim(self.run_config)
-        given = self._get(self.config_init, "trainer")
-        self.evaluation, self.normal_scores, self.history, self.curve = Evaluation(), NormalScores(), History(), None
+        given = self.made("trainer")
+        self.evaluation, self.curve = Evaluation(self.run_config.fpr_limits), None
+        self.normal_scores, self.history = NormalScores(), History()
         seed = EpochSeed(self.config[self.subcommand].seed_everything)
         own = [seed, self.normal_scores, self.evaluation, self.history, *self._callbacks()]
         more = given.get("callbacks") or []
@@ -236,7 +128,7 @@ class UniReconCLI(LightningCLI):
             refusals.place(self.run_config, self._bytes_needed())
         trainer = super().instantiate_trainer(callbacks=callbacks, default_root_dir=str(self.run_config.work), **kwargs)
         if trainer.world_size > 1:
-            preemption.stop_all_with_the_first(trainer)
+            internals.stop_with_the_first(trainer)
         return trainer
 
     def _bytes_needed(self) -> int:
@@ -247,17 +139,17 @@ class UniReconCLI(LightningCLI):
         run, model = self.run_config, self.model
         callbacks: list[L.Callback] = [RichProgressBar(leave=False) if sys.stdout.isatty() else PlainProgress()]
         if self.subcommand == "predict":
-            scale = _colour_scale(run.record / COLOUR_SCALE)
+            scale = recording.colour_scale(run.record)
             self.predictions = Predictions(run.work / "predictions", scale, normal_scores.read(run.record))
             return [*callbacks, self.predictions]
         if self.subcommand != "fit":
             return callbacks
-        epochs = self._get(self.config_init, "trainer")["max_epochs"]
+        epochs = self.made("trainer")["max_epochs"]
         every, select = run.curve_every, None
         if run.selects == "best_on_test" and model.recipe.best_on_test is None:
             raise SystemExit(
-                f"{model.method}'s recipe names no selection on the test set. For as_released with the last epoch give "
-                "--run.selection=last."
+                f"{model.method} has no protocol as_released by itself; its recipe names no selection on the test set. For the "
+                "released behaviour with the last epoch give --run.selection=last."
             )
         if run.selects == "best_on_test":
             select, released_every = model.recipe.best_on_test
@@ -281,24 +173,20 @@ class UniReconCLI(LightningCLI):
         run.work.mkdir(parents=True, exist_ok=True)
         tracking.announce(run)
         logger = WandbLogger(**tracking.settings(run, self._configuration()), save_dir=str(run.work))
-        # Lightning always passes this setting, and W&B warns of its end in every run.
-        vars(logger).get("_wandb_init", {}).pop("anonymous", None)
+        internals.without_anonymous(logger)
         return logger
 
     def _configuration(self) -> dict[str, Any]:
-        return json.loads(self._parser(self.subcommand).dump(self.config[self.subcommand], format="json"))
-
-    def _parse_ckpt_path(self) -> None:
-        """A checkpoint gives weights; options that one may hold are not taken over."""
+        return json.loads(self.dump(self.config[self.subcommand], format="json"))
 
     # ---- running -----------------------------------------------------------------------------------------------------
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def run_subcommand(self, subcommand: str) -> None:
         with contextlib.nullcontext() if subcommand == "fit" else preemption.at_once():
-            super()._run_subcommand(subcommand)
+            super().run_subcommand(subcommand)
 
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+    def subcommand_options(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super().subcommand_options(subcommand)
         if kwargs.get("ckpt_path") is None:
             last = self.run_config.work / "checkpoints" / "last.ckpt"
             if whole := checkpoints.newest_whole(last):
@@ -334,7 +222,7 @@ class UniReconCLI(LightningCLI):
         if not self.datamodule.has_test_images:
             if self.run_config.selects == "best_on_test":
                 raise DataError("No test image: run.protocol=as_released chooses its epoch on the test set. Use clean.")
-            rank_zero_info(NOTHING_TO_MEASURE)
+            rank_zero_info(recording.NOTHING_TO_MEASURE)
         if self.trainer.max_steps > 0:  # whatever counts epochs must know the last one
             loader = self.datamodule.train_dataloader()
             self.trainer.fit_loop.max_epochs = min(
@@ -359,7 +247,7 @@ class UniReconCLI(LightningCLI):
         self._training_started = time.perf_counter()
 
     def _serve_features(self, build: bool) -> None:
-        cache = self._get(self.config_init, "cache")
+        cache = self.made("cache")
         attach(self.model, self.datamodule, cache, self.trainer.strategy.root_device, build)
 
     def _validation_images(self) -> int:
@@ -376,123 +264,19 @@ class UniReconCLI(LightningCLI):
     def after_predict(self) -> None:
         if failed := self.predictions.failed:
             shown = [f"  {line}" for line in failed[:20]] + [f"  and {len(failed) - 20} more"] * (len(failed) > 20)
-            what = (
-                f"{number_of(len(failed), 'image')} could not be read and has no score (reasons stand in scores.csv):"
-            )
+            have = "has" if len(failed) == 1 else "have"
+            what = f"{number_of(len(failed), 'image')} could not be read and {have} no score (reasons in scores.csv):"
             raise SystemExit("\n".join([f"error: {what}", *shown]))
 
     def after_test(self) -> None:
-        trainer = self.trainer
-        if not trainer.is_global_zero:
+        if not self.trainer.is_global_zero:
             return
-        attachments: dict[str, bytes | str] = {
-            "image_scores.csv": self.evaluation.image_scores.to_csv(index=False),
-            normal_scores.FILE: self.normal_scores.table.to_csv(index=False),
-            COLOUR_SCALE: json.dumps(self.evaluation.colour_scale),
-        }
-        if self.run_config.heatmaps and self.model.has_map:
-            self.model.eval().to(self.trainer.strategy.root_device)  # the trainer has moved it off the device
-            scores = self.evaluation.image_scores
-            attachments |= heatmaps.draw(self.model, self.datamodule, heatmaps.choose(scores), scores)
-        config = self.config[self.subcommand]
-        config.pop("verbose", None)  # an option of `test` that `predict` does not have
-        config.run.overwrite = False  # whoever starts from the record's configuration shall not replace the record
-        depths = set(self.datamodule.bit_depths.values())
-        if len(depths) == 1:  # as inferred from the training images, for those of `predict`
-            config.data.init_args.bit_depth = depths.pop()
-        config_text = self._parser(self.subcommand).dump(config, skip_none=False)
-        before = self._scored_before()
-        path = write_record(
-            Path(self.run_config.results) / "runs",
-            self.record(before),
-            self.evaluation.result.table,
-            self.history.table() if before is None else before.history,
-            config_text,
-            attachments=attachments,
-            overwrite=self.run_config.overwrite,
-        )
-        if self.subcommand == "fit":
-            checkpoints.note_recorded(self.run_config.work / "checkpoints" / "last.ckpt")
-        if trainer.logger is not None:
-            tracking.log_record(path, self.evaluation.result.table, self.run_config.upload)
-        rank_zero_info(f"Run record: {path}")
-
-    def _scored_before(self) -> StoredRecord | None:
-        """The record of the training whose weights ``test`` scores again, which keeps how they came about."""
-        record = self.run_config.record
-        return read_record(record) if self.subcommand == "test" and record.exists() else None
-
-    def record(self, before: StoredRecord | None) -> RunRecord:
-        """What this run was, for its record; ``before`` is that of the training whose weights were scored again."""
-        model, data, trainer = self.model, self.datamodule, self.trainer
-        backbone = model.extractor.provenance
-        notes = [f"{key}: {note}" for key, note in (("backbone", backbone.get("note")),) if note]
-        notes += normalisation.notes(model, data) + ([model.origin] if model.origin else []) + model.record_notes()
-        notes += data.remarks()
-        if before is None:
-            options = self.config[self.subcommand].trainer
-            notes += refusals.notes(options, self.history.batches_seen, model.trained_epochs)
-            notes += self.datamodule.changed_since(self.started.timestamp())
-        if model.standardisation is not None:
-            notes.append("feature channels standardised over the training images")
-        if not data.has_test_images:
-            notes.append(NOTHING_TO_MEASURE)
-        if data.left_out:
-            notes.append(f"test_subset {data.test_subset}: {len(data.left_out)} test images are not evaluated")
-        if self.curve is not None and self.curve.best is not None:
-            metric, epoch = self.curve.select, self.curve.best[1]
-            notes.append(f"weights of epoch index {epoch}, chosen on the test set by {metric}")
-        device = trainer.strategy.root_device
-        started = provenance(device) | {
-            "started": self.started.isoformat(timespec="seconds"),
-            "wall_seconds": round((datetime.now().astimezone() - self.started).total_seconds(), 1),
-            "epochs": model.trained_epochs,
-            "seconds_per_epoch": round(getattr(self, "training_seconds", 0.0) / max(1, self.history.epochs_seen), 3),
-            "peak_memory_bytes": _peak_memory(device),
-            "world_size": trainer.world_size,
-            "effective_batch_size": data.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
-            "precision": str(trainer.precision),
-        }
-        if before is not None:
-            started = before.record.provenance | {"scored_again": started}
-        return RunRecord(
-            run=self.run_config.name,
-            sweep=self.run_config.sweep,
-            cell=sweep_parameters(),
-            method=model.method,
-            profile=os.environ.get("PROFILE") or "custom",
-            protocol=self.run_config.protocol,
-            setting=data.setting,
-            seed=self.config[self.subcommand].seed_everything,
-            image_size=model.image_size,
-            resize=data.resize,
-            backbone=backbone,
-            datasets=data.provenance(),
-            metrics={"version": self.evaluation.result.version, "definitions": self.evaluation.result.definitions},
-            parameters={"trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)},
-            provenance=started,
-            notes=notes,
-        )
-
-
-def _class(path: str) -> type:
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
-def _colour_scale(file: Path) -> tuple[float, float] | None:
-    """Ends of the colour scale that the run's test set gave; None if the run has no record."""
-    return tuple(json.loads(file.read_text())) if file.is_file() else None
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Largest memory use so far in bytes: of the device, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        outcome = recording.Outcome(
+            self.run_config, self.subcommand, self.config[self.subcommand], self.model, self.datamodule, self.trainer,
+            self.evaluation, self.normal_scores, self.history, self.curve, self.started,
+            getattr(self, "training_seconds", 0.0),
+        )  # fmt: skip
+        recording.write(outcome, lambda config: self.dump(config, skip_none=False))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -511,6 +295,10 @@ def main(arguments: list[str] | None = None) -> None:
                 from lightning_modules.running.importing import main as import_checkpoint
 
                 import_checkpoint(arguments[1:])
+            elif arguments[:1] == ["submission"]:
+                from lightning_modules.running.submission import main as submit
+
+                submit(arguments[1:], methods)
             else:
                 _run(with_environment(foreign.as_data(arguments, methods), os.environ))
     except Exception as error:

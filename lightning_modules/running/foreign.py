@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 import sys
@@ -12,6 +13,10 @@ from typing import Any
 
 import torch
 import yaml
+
+from lightning_modules.running.backbone import recorded_weights
+from lightning_modules.running.settings import work_folder
+from results.common.foreign import read_mapping
 
 OURS = ("datamodules.UnifiedDataModule", "datamodules.unified.UnifiedDataModule")
 SCHEDULES = "lightning_modules.running.schedules"
@@ -44,7 +49,8 @@ def as_data(arguments: Sequence[str], methods: Iterable[type]) -> list[str]:
         ForeignError: it names a class that is not the project's own, or is none at all.
     """
     out, given = [], list(arguments)
-    predicts = "predict" in given[:1]
+    command = "".join(given[:1])
+    predicts = command == "predict"
     while given:
         argument = given.pop(0)
         if argument in ("--config", "-c") and given:
@@ -55,14 +61,30 @@ def as_data(arguments: Sequence[str], methods: Iterable[type]) -> list[str]:
             out.append(argument)
             continue
         path = Path(file)
-        if path.is_file() and (predicts or (path.parent / "record.json").is_file()):
+        if path.is_file() and not (predicts or (path.parent / "record.json").is_file()):
+            _check_text(path)
+        elif path.is_file():
             # In a folder of its own: the parser works in a configuration's folder, and could import from there.
             folder = Path(tempfile.mkdtemp(prefix="unirecon-"))
             _left.append(folder)
             path = folder / "config.yaml"
-            path.write_text(yaml.safe_dump(read(Path(file), methods), sort_keys=False), encoding="utf-8")
+            content = read(Path(file), methods)
+            if command in ("validate", "test", "predict"):
+                _settle_backbone(content, Path(file).parent)
+            path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
         out.append(f"--config={path}")
     return out
+
+
+def _check_text(file: Path) -> None:
+    try:
+        file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ForeignError(
+            f"{file} is no configuration: it is not UTF-8 text ({error.reason}, byte {error.start})."
+        ) from None
+    except OSError as error:
+        raise ForeignError(f"{file} cannot be read: {error.strerror}.") from None
 
 
 def clean_up() -> None:
@@ -109,6 +131,15 @@ def read(file: Path, methods: Iterable[type]) -> dict[str, Any]:
         if trainer.get("logger") is False:
             kept["trainer"]["logger"] = False
     return kept
+
+
+def _settle_backbone(content: dict[str, Any], folder: Path) -> None:
+    """The backbone has the weights that the record names, wherever their file lies now; ``auto`` could find others."""
+    # What is missing here is told later: by the parser, by the backbone, or by the checkpoint.
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, FileNotFoundError):
+        backbone = content["model"]["init_args"]["backbone"]
+        recorded = read_mapping(folder, "record.json")["backbone"]
+        backbone["weights"] = recorded_weights(backbone, recorded, (work_folder(folder), folder))
 
 
 def check(section: Any, file: Path, methods: Iterable[type]) -> None:

@@ -19,7 +19,9 @@ import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_modules.running.command_line import UniReconCLI, with_environment
+from lightning_modules.running.command_line import UniReconCLI
+from lightning_modules.running.filling import with_environment
+from lightning_modules.running.methods import class_at
 from models.released import load_released
 from models.weight_files import file_sha256, read_state_dict
 
@@ -132,5 +134,4 @@ def main(arguments: list[str]) -> None:
 def _network_file(config: Path) -> Any:
     """The file in ``models/`` that has the network, and the authors' names, of a configuration's method."""
     path = yaml.safe_load(config.read_text())["model"]["class_path"]
-    module, _, name = path.rpartition(".")
-    return importlib.import_module(f"models.{getattr(importlib.import_module(module), name).method}")
+    return importlib.import_module(f"models.{class_at(path).method}")

@@ -2,7 +2,69 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import lightning as L
 import torch
+from lightning.pytorch.cli import LightningCLI
+
+
+class OpenCLI(LightningCLI):
+    """Lightning's command line with names for the steps between parsing and running, which a subclass may override."""
+
+    def made(self, key: str) -> Any:
+        """What was made of a part of the configuration: an object, or the part itself if it names no class."""
+        return self._get(self.config_init, key)
+
+    def dump(self, config: Any, **options: Any) -> str:
+        """A configuration of this subcommand as text."""
+        return self._parser(self.subcommand).dump(config, **options)
+
+    def run_subcommand(self, subcommand: str) -> None:
+        """Runs it, with the hooks before and after."""
+        super()._run_subcommand(subcommand)
+
+    def subcommand_options(self, subcommand: str) -> dict[str, Any]:
+        """Arguments of the trainer's method."""
+        return super()._prepare_subcommand_kwargs(subcommand)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        self.run_subcommand(subcommand)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return self.subcommand_options(subcommand)
+
+    def _parse_ckpt_path(self) -> None:
+        """A checkpoint gives weights; options that one may hold are not taken over."""
+
+
+def parser_options(parser: Any) -> Iterator[str]:
+    """Names of all options, without dashes, of a parser and of its subcommands."""
+    for action in parser._actions:
+        yield from (option.lstrip("-") for option in action.option_strings if option.startswith("--"))
+    for choice in getattr(parser._subcommands_action, "choices", None) or ():
+        yield from parser_options(parser._subcommands_action.choices[choice])
+
+
+def stop_with_the_first(trainer: L.Trainer) -> None:
+    """Lets the processes of a trainer stop in order when SIGTERM reaches the first of them, and not otherwise.
+
+    Lightning's own handler makes the processes speak to each other from within the signal, wherever each of them is.
+    They then fail or wait for each other for ever, and the first process is killed for the others' failure.
+    """
+    connector = trainer._signal_connector
+
+    def note(number: int, frame: FrameType | None) -> None:
+        connector.received_sigterm = trainer.is_global_zero
+
+    connector._sigterm_notifier_fn = note
+
+
+def without_anonymous(logger: Any) -> None:
+    """Takes a setting from a W&B logger that Lightning always passes, and of whose end W&B warns in every run."""
+    vars(logger).get("_wandb_init", {}).pop("anonymous", None)
 
 
 def allow_clipping(optimizer: torch.optim.Optimizer) -> None:

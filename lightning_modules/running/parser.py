@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_modules.running.earlier import translated
+from lightning_modules.running.internals import parser_options
 from results.common.nearest import did_you_mean
 
 _NOISE = ("Given value", "- Expected a <class 'NoneType'>", "Subtypes:", "Errors:", "Does not validate against any of")
@@ -31,21 +32,13 @@ class PlainParser(LightningArgumentParser):
         """Raises SystemExit with what was found, where, and the nearest name that would be accepted."""
         lines = essence(message).splitlines()
         parser = getattr(ex, "subcommand_parser", None) or self
-        text = "\n".join([*lines, *_hints(message, list(_options(parser)))])
+        text = "\n".join([*lines, *_hints(message, list(parser_options(parser)))])
         raise SystemExit(f"error: {text}\n`{parser.prog.replace(' [options]', '')} --help` lists all options.") from ex
 
 
 def essence(message: str) -> str:
     """The parser's message without the lines that tell how it looked at the value."""
     return "\n".join(line for line in message.strip().splitlines() if not line.strip().startswith(_NOISE))
-
-
-def _options(parser: Any) -> Iterator[str]:
-    """Names of all options, without dashes, of a parser and of its subcommands."""
-    for action in parser._actions:
-        yield from (option.lstrip("-") for option in action.option_strings if option.startswith("--"))
-    for choice in getattr(parser._subcommands_action, "choices", None) or ():
-        yield from _options(parser._subcommands_action.choices[choice])
 
 
 def _hints(message: str, options: list[str]) -> Iterator[str]:

@@ -121,7 +121,16 @@ def leave_finished(run: RunConfig, configuration: dict[str, Any]) -> NoReturn:
 
 
 def split(subcommand: str, config: Any) -> None:
-    """Raises :class:`OneModelEach` if the configuration's datasets have more than one category; else does nothing."""
+    """Raises :class:`OneModelEach` if the configuration's datasets have more than one category; else does nothing.
+
+    Raises:
+        SystemExit: the data cannot be read, or another subcommand than ``fit`` is given the joint record; the message names
+            the records of the categories.
+    """
+    if subcommand != "fit":  # needs no data: a record may stand where its images do not
+        _refuse_joint(subcommand, RunConfig(**config.run.as_dict()).work / "runs" / "categories")
+        if subcommand == "predict":
+            return
     parts = []
     for dataset in config.data.init_args.datasets:
         label = dataset.label or dataset.name
@@ -139,13 +148,23 @@ def split(subcommand: str, config: Any) -> None:
     names = run_names([part["run"] for part in parts])
     parts = [{**part, "run": name} for part, name in zip(parts, names, strict=True)]
     if subcommand != "fit":
-        folder = RunConfig(**config.run.as_dict()).work / "runs" / "categories" / parts[0]["run"]
         raise SystemExit(
-            f"setting per_category: {subcommand} works on one model, so give the configuration of one category's record: "
-            f"--config {folder}/config.yaml (make: RUN={folder})."
+            f"setting per_category: {subcommand} works on one model, but {len(parts)} categories are named and none has been "
+            "trained here: fit comes first."
         )
     plain = json.loads(json.dumps(config.as_dict(), default=str))
     raise OneModelEach(RunConfig(**plain["run"]), plain, parts)
+
+
+def _refuse_joint(subcommand: str, folder: Path) -> None:
+    """Refuses a run that holds one model per category, and names their records."""
+    names = sorted(path.parent.name for path in folder.glob("*/record.json"))
+    if names:
+        there = ", ".join(names[:20]) + (" ..." if len(names) > 20 else "")
+        raise SystemExit(
+            f"setting per_category: {subcommand} works on one model, so give the configuration of one category's record "
+            f"(there are {there}): --config {folder / names[0]}/config.yaml (make: RUN={folder / names[0]})."
+        )
 
 
 def run_names(names: list[str]) -> list[str]:

@@ -17,10 +17,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import lightning as L
 
 EXIT_CODE = 128 + signal.SIGTERM
 _PR_SET_PDEATHSIG = 1
@@ -67,20 +63,6 @@ def watch() -> None:
 def is_first() -> bool:
     """False in a process that the first one of a run started for another device."""
     return _Watch.first
-
-
-def stop_all_with_the_first(trainer: L.Trainer) -> None:
-    """Make a trainer of several processes stop when its first process is asked to, and not otherwise.
-
-    Lightning's own handler makes the processes speak to each other from within the signal, wherever each of them is.
-    They then fail or wait for each other for ever, and the first process is killed for the others' failure.
-    """
-    connector = trainer._signal_connector
-
-    def note(number: int, frame: FrameType | None) -> None:
-        connector.received_sigterm = trainer.is_global_zero
-
-    connector._sigterm_notifier_fn = note
 
 
 def _on_parents_death(number: int) -> None:

@@ -32,6 +32,13 @@ OF_SOME_DATA = ("image_auroc_structural", "image_auroc_logical", "pixel_auspro_m
 """Columns left out where a category has nothing of their kind."""
 
 
+def _shown(metrics: pd.Series) -> list[str]:
+    """The columns, with every limit of AU-PRO that was computed."""
+    limits = [name for name in dict.fromkeys(metrics) if name.startswith("pixel_aupro")]
+    place = SHOWN.index("pixel_aupro")
+    return [*SHOWN[:place], *limits, *SHOWN[place + 1 :]]
+
+
 def print_metrics(table: pd.DataFrame) -> None:
     """Prints the per-category metrics in percent, the means below, and why a number is missing."""
     console = Console()
@@ -45,9 +52,9 @@ def print_metrics(table: pd.DataFrame) -> None:
         keys = of_categories[["dataset", "category"]].drop_duplicates()
         everywhere = set(defined.index[defined == len(keys)])
         shared = set(keys.category[keys.category.duplicated()])  # the same name in two data sets
-        columns = [c for c in SHOWN if c in (everywhere if c in OF_SOME_DATA else set(rows.metric))]
+        columns = [c for c in _shown(rows.metric) if c in (everywhere if c in OF_SOME_DATA else set(rows.metric))]
         for name in columns:
-            shown.add_column(HEADINGS[name], justify="right")
+            shown.add_column(rendering.heading(name, HEADINGS), justify="right")
         for (scope, dataset, category), group in rows.groupby(["scope", "dataset", "category"], sort=False):
             if dataset and not category and rows.dataset[rows.scope == "category"].nunique() == 1:
                 continue  # the same as over all datasets

@@ -119,11 +119,16 @@ def place(run: RunConfig, needed: int) -> None:
                 f"error: {folder} cannot be written ({error.strerror}): the run could not leave its record. Free it, or "
                 "give another folder (--run.results)."
             ) from error
-    free = shutil.disk_usage(run.work).free
+    room(run.work, needed, "checkpoints")
+
+
+def room(folder: Path, needed: int, what: str) -> None:
+    """Raises SystemExit if the disk of an existing folder has less than the bytes that ``what`` will take."""
+    free = shutil.disk_usage(folder).free
     if free < needed:
         raise SystemExit(
-            f"error: the disk of {run.work} has {free / 2**20:,.0f} MiB free, but this run needs about "
-            f"{needed / 2**20:,.0f} MiB for its checkpoints and maps: free some, or give another folder (--run.results)."
+            f"error: the disk of {folder} has {free / 2**20:,.0f} MiB free, but this run needs about "
+            f"{needed / 2**20:,.0f} MiB for its {what}: free some, or give another folder (--run.results)."
         )
 
 

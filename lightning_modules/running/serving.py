@@ -20,6 +20,8 @@ from datamodules.dataset import Row
 from lightning_modules.base import ReconstructionModule
 
 BATCH = 32
+FEATURE_OPTIONS = ("levels", "final_norm", "prefix_tokens", "position", "maps", "rectified")
+"""Options of the backbone that decide what its features are, besides its weights and padding."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,9 @@ class CacheConfig:
     """The cache of backbone features, shared by all runs that need the same ones.
 
     Args:
-        mode: ``float32`` (bit-exact), ``float16`` (half the size, not exact) or ``off``.
+        mode: ``float32`` (bit-exact), ``float16`` (half the size, not exact) or ``off``. Measured on the demo's four
+            categories with packaged weights, seed 0: noisy_bottleneck 11.7 and 6.1 MB, patchcore 65.8 and 33.2 MB; image
+            AUROC and AP equal, pixel AUROC, AP and AUPRO at most 0.003 percent points apart.
         root: Its folder.
         budget_gb: GiB that it may take on disk; the least recently used entries make room.
         resident_gb: GiB of a GPU's memory that may hold features; by default half of what is free. What does not fit,
@@ -63,7 +67,7 @@ def attach(
         return
     data.setup("fit")
     data.normalise(model.extractor.mean, model.extractor.std)
-    source = {"content": data.content(), "image_size": tuple(data.image_size), "resize": data.resize}
+    source = {"content": data.content(), "image_size": tuple(data.image_size), "resize": data.resizing}
     symmetric = data.symmetric_rows()
     if symmetric is not None and not model.uncached:
         provenance, backbone = model.extractor.provenance, model.extractor.config
@@ -71,7 +75,7 @@ def attach(
         features = CacheSpec(
             **source,
             backbone={k: provenance[k] for k in ("name", "sha256", "padding")}
-            | {name: getattr(backbone, name) for name in ("levels", "final_norm", "prefix_tokens", "position", "maps")},
+            | {name: getattr(backbone, name) for name in FEATURE_OPTIONS},
             preparation=model.network.preparation,
             mean=tuple(data.mean),
             std=tuple(data.std),

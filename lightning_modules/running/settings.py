@@ -38,6 +38,9 @@ class RunConfig:
         overwrite: Replace a finished run of the same name.
         upload: With W&B online, also send the record and the heat maps. They hold pictures of the data and the paths
             of its files. Without, W&B gets curves, numbers and options, and no path.
+        fpr_limits: False-positive rates up to which AU-PRO is integrated, each in (0, 1]: 0.3 gives ``pixel_aupro``, 0.05
+            ``pixel_aupro_0.05``, side by side in record and table. None is the data's own: 0.05 and 0.3 for MVTec AD 2,
+            0.3 for every other data set.
         compile: Compile the reconstruction network (``torch.compile``) for training and scoring. The first steps then
             take a minute; numbers agree with those of an uncompiled run up to rounding, but dropout draws differ.
         cuda_graphs: Launch the compiled network as one CUDA graph per batch shape instead of kernel by kernel
@@ -54,6 +57,7 @@ class RunConfig:
     heatmaps: bool = True
     overwrite: bool = False
     upload: bool = True
+    fpr_limits: list[float] | None = None
     compile: bool = False
     cuda_graphs: bool = False
 
@@ -64,6 +68,11 @@ class RunConfig:
             raise ValueError(f"run.selection is {self.selection!r}; allowed are last, best_on_test and null.")
         if self.selection == "best_on_test" and self.protocol == "clean":
             raise ValueError("run.selection=best_on_test looks at test labels: it needs run.protocol=as_released.")
+        if self.fpr_limits is not None and not (self.fpr_limits and all(0 < limit <= 1 for limit in self.fpr_limits)):
+            raise ValueError(
+                f"run.fpr_limits is {self.fpr_limits!r}; give one or more false-positive rates above 0 and up to 1, for "
+                "example [0.05, 0.3], or null for the data's own."
+            )
         if self.cuda_graphs and not self.compile:
             raise ValueError(
                 "run.cuda_graphs=true needs run.compile=true: the graphs are made of the compiled network."
@@ -90,6 +99,12 @@ class RunConfig:
     def work(self) -> Path:
         """Folder of the run's checkpoints and logs."""
         return Path(self.results) / "work" / self.sweep / self.name
+
+
+def work_folder(folder: Path) -> Path:
+    """``<results>/work/<sweep>/<run>`` of the record ``<results>/runs/<sweep>/<run>``."""
+    folder = folder.resolve()
+    return folder.parent.parent.parent / "work" / folder.parent.name / folder.name
 
 
 def sweep_parameters() -> dict[str, Any]:

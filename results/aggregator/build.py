@@ -8,7 +8,7 @@ from typing import Any
 
 from results.aggregator import names
 from results.aggregator.published import KEYS, Printed, read_published
-from results.aggregator.records import LABELS_AT_TEST, StoredRecord
+from results.aggregator.records import SHOUTED, StoredRecord
 from results.aggregator.scores import Pool, Query, axis_value, check_table, versions
 from results.aggregator.spec import Entry, Spec, SpecError
 from results.aggregator.sweep_cells import SEED_KEYS, SweepCells, canonical, cell_key, describe_cell, show_value
@@ -199,14 +199,14 @@ def describe_runs(records: Sequence[StoredRecord]) -> str:
 
 
 def shouts(records: Iterable[StoredRecord]) -> list[str]:
-    """What must be seen before the numbers: random weights, the released code's protocol, labels given, uncommitted code."""
+    """What must be seen before the numbers: random weights, the released code's protocol, notes in capitals, dirty code."""
     records = list(records)
     found = []
     if any(stored.record.random_weights for stored in records):
         found.append("RANDOM BACKBONE WEIGHTS: the numbers show that the pipeline runs, not how good a method is.")
     if any(stored.record.protocol == "as_released" for stored in records):
         found.append("PROTOCOL as_released: these numbers follow the released code, test-set choices included.")
-    found += [f"{note}." for note in _run_notes(records) if note.startswith(LABELS_AT_TEST)]
+    found += [f"{note}." for note in _run_notes(records) if SHOUTED.match(note)]
     if any(stored.record.provenance.get("git_dirty") for stored in records):
         found.append("Some runs were made from code with uncommitted changes.")
     return found

@@ -22,7 +22,8 @@ COSTS = {
 }
 DATASETS = {
     "mvtec_ad": "MVTec AD", "mvtec_loco": "MVTec LOCO", "mvtec_3d": "MVTec 3D", "visa": "VisA", "btad": "BTAD",
-    "mpdd": "MPDD", "real_iad": "Real-IAD", "synthetic": "synthetic",
+    "mpdd": "MPDD", "real_iad": "Real-IAD", "real_iad_sv": "Real-IAD (single view)",
+    "real_iad_variety": "Real-IAD Variety", "mvtec_ad_2": "MVTec AD 2", "synthetic": "synthetic",
 }  # fmt: skip
 METHODS = {
     "uniad": "UniAD", "unias": "UniAS", "rlr": "RLR", "ulsad": "ULSAD", "dfr": "DFR", "hvq_trans": "HVQ-Trans",
@@ -47,6 +48,12 @@ _MVTEC_OBJECTS = (
     "bottle", "cable", "capsule", "hazelnut", "metal_nut", "pill", "screw", "toothbrush", "transistor", "zipper",
 )  # fmt: skip
 _MVTEC_TEXTURES = ("carpet", "grid", "leather", "tile", "wood")
+_REAL_IAD = (
+    "audiojack", "bottle_cap", "button_battery", "end_cap", "eraser", "fire_hood", "mint", "mounts", "pcb",
+    "phone_battery", "plastic_nut", "plastic_plug", "porcelain_doll", "regulator", "rolled_strip_base", "sim_card_set",
+    "switch", "tape", "terminalblock", "toothbrush", "toy", "toy_brick", "transistor1", "u_block", "usb", "usb_adaptor",
+    "vcpill", "wooden_beads", "woodstick", "zipper",
+)  # fmt: skip
 #: The full list of categories of the public data sets; a mean over fewer is not that data set's mean.
 DATASET_CATEGORIES = {
     "mvtec_ad": _MVTEC_OBJECTS + _MVTEC_TEXTURES,
@@ -56,6 +63,9 @@ DATASET_CATEGORIES = {
         "pipe_fryum",
     ),
     "btad": ("01", "02", "03"),
+    "mvtec_ad_2": ("can", "fabric", "fruit_jelly", "rice", "sheet_metal", "vial", "wallplugs", "walnuts"),
+    "real_iad": _REAL_IAD,
+    "real_iad_sv": _REAL_IAD,
     "mpdd": ("bracket_black", "bracket_brown", "bracket_white", "connector", "metal_plate", "tubes"),
 }  # fmt: skip
 #: Rows that average a named part of a data set.
@@ -83,6 +93,8 @@ def metric_label(metric: str) -> str:
     if metric in COSTS:
         label, unit, _ = COSTS[metric]
         return f"{label} [{unit}]"
+    if metric.startswith("pixel_aupro_"):
+        return f"AUPRO (FPR {metric.removeprefix('pixel_aupro_')})"
     return METRICS.get(metric, metric.replace("_", " "))
 
 

@@ -44,8 +44,10 @@ from results.common.nearest import did_you_mean
 from results.common.pair import plain
 
 SCHEMA = 1
-#: A run's note that begins like this is shouted above every table: its method is told the class of each test image.
 LABELS_AT_TEST = "CLASS LABELS AT TEST TIME"
+"""A note of a run whose method is told the class of each test image begins like this."""
+SHOUTED = re.compile(r"[A-Z]{4,} [A-Z]{2,} ")
+"""A run's note that begins in capitals is shouted above every table: nothing was trained, the data changed, labels given."""
 PROTOCOLS = ("clean", "as_released")
 SETTINGS = ("unified", "per_category")
 SCOPES = ("category", "mean", "pooled")

@@ -17,7 +17,7 @@ FREE = re.compile(
     r"|run\.(name|sweep|results|heatmaps|overwrite|upload|cuda_graphs)"
     r"|cache\.(root|budget_gb|resident_gb)"
     r"|trainer\.(logger|default_root_dir|enable_\w+|log_every_n_steps|accelerator|profiler|num_sanity_val_steps)"
-    r"|data\.init_args\.(num_workers|pin_memory|eval_batch_size|cache_mb|predict_root|root"
+    r"|data\.init_args\.(num_workers|pin_memory|eval_batch_size|cache_mb|predict_root|predict_dataset|root"
     r"|datasets\.\d+(\.init_args)?\.(root|categories))"
     r"|model\.init_args\.backbone\.weights)(\.|$)"
 )
@@ -33,9 +33,11 @@ SHOWING = (
     "results", "sweeps", "tests", "datamodules/__main__.py", "datamodules/check.py", "datamodules/errors.py",
     "datamodules/problems.py", "lightning_modules/benchmarks", "lightning_modules/pictures",
     "lightning_modules/callbacks/predictions.py", "lightning_modules/callbacks/progress.py",
-    "lightning_modules/running/checkpoints.py", "lightning_modules/running/parser.py",
-    "lightning_modules/running/preemption.py", "lightning_modules/running/printing.py",
+    "lightning_modules/running/checkpoints.py", "lightning_modules/running/loading.py",
+    "lightning_modules/running/parser.py", "lightning_modules/running/preemption.py",
+    "lightning_modules/running/printing.py",
     "lightning_modules/running/quiet.py", "lightning_modules/running/resuming.py",
+    "lightning_modules/running/requirements.py", "lightning_modules/running/submission.py",
     "lightning_modules/running/tracking.py",
 )  # fmt: skip
 """Source files and folders that only start, draw, track, print or word: an edit of theirs makes no result anew."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,15 @@ def numbers(value: Any) -> Any:
     return value
 
 
+def _parts(value: Any) -> Iterator[Any]:
+    """The value, or what lists and mappings of it hold."""
+    if isinstance(value, (list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _parts(part)
+    else:
+        yield value
+
+
 def distribution(entry: Mapping[str, Any]) -> str:
     """The distribution that W&B would infer for a parameter's entry."""
     if "distribution" in entry:
@@ -94,8 +105,9 @@ def check_parameters(parameters: Any, path: Path) -> dict[str, dict[str, Any]]:
         if "parameters" in entry:
             raise ValueError(f"{where} is nested; write each key with its dots, as on the command line ({name}.key).")
         kind = distribution(entry)
-        if kind not in _DISTRIBUTIONS:
-            known = _OTHER_NAMES.get(str(kind).lower().replace("-", "_"))
+        if not isinstance(kind, str) or kind not in _DISTRIBUTIONS:
+            written = get_close_matches(str(kind).lower().replace("-", "_"), [*_OTHER_NAMES, *_DISTRIBUTIONS], 1, 0.8)
+            known = _OTHER_NAMES.get(written[0]) if written else None
             hint = f"Did you mean {known!r}?" if known else did_you_mean(str(kind), _DISTRIBUTIONS)
             raise ValueError(f"{where}: distribution {kind!r} is unknown. {hint}")
         allowed = ("distribution", *_DISTRIBUTIONS[kind])
@@ -116,6 +128,9 @@ def check_parameters(parameters: Any, path: Path) -> dict[str, dict[str, Any]]:
             raise ValueError(f"{where}: min {entry['min']} of a {kind} parameter must be above 0; uniform takes any.")
         if "max" in entry and not entry["min"] < entry["max"]:
             raise ValueError(f"{where}: min {entry['min']} is not below max {entry['max']}.")
+        for key, value in entry.items():
+            if any(isinstance(one, float) and not math.isfinite(one) for one in _parts(value)):
+                raise ValueError(f"{where}: {key} is {value!r}; numbers must be finite.")
         if any(value is None for value in (*entry.get("values", ()), entry.get("value", 0))):
             raise ValueError(
                 f'{where}: null would reach the command line as the word None; write the string "null" in quotes.'

@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 from rich.markup import escape
 
-from results.common.files import read_json, write_json, write_text
+from results.common.files import read_json, restore_replaced, write_json, write_text
 from results.common.lock import Lock
 from sweeps.runner.display import Display
 from sweeps.runner.errors import SweepError
@@ -152,6 +152,8 @@ class Runner:
 
     def run(self) -> None:
         """Run all jobs. The first Ctrl-C lets the cells stop in order, the second kills them."""
+        for folder in {job.record.parents[1] for job in self._jobs}:
+            restore_replaced(folder)
         for job in self._jobs:
             self._look_up(job)
         if self._warm is not None and self._waiting():

@@ -1,4 +1,4 @@
-"""Ask the training program's own parser about every cell before the first one runs.
+"""Ask the training program's own parser about every cell before the first one runs, and what the cells lack here.
 
 The question is asked in a process of its own (``python -m sweeps.runner.preflight``), because the parser needs torch and the
 runner does not: JSON in, JSON out.
@@ -45,16 +45,20 @@ class Check:
         self._process.stdin.write(json.dumps(self._question()))
         self._process.stdin.close()
 
-    def finish(self) -> None:
-        """Wait for the answer; SweepError if the program would refuse a key or a value of a cell."""
+    def finish(self) -> list[str | None]:
+        """Wait for the answer; SweepError if the program would refuse a key or a value of a cell.
+
+        Returns, per cell, why it cannot run on this machine (weights, a package or a file that is absent), or None.
+        """
         if self._process is None:
-            return
+            return [None] * len(self._cells)
         answer = self._process.stdout.read()
         if self._process.wait():
             raise SweepError(f"{self._sweep.path} could not be checked: {PROGRAM} does not start; see above.")
-        problem = json.loads(answer.splitlines()[-1])
+        problem, lacking = json.loads(answer.splitlines()[-1])
         if problem is not None:
             raise SweepError(self._explain(problem))
+        return lacking
 
     def stop(self) -> None:
         """Give up a check that is no longer wanted."""
@@ -63,10 +67,12 @@ class Check:
             self._process.wait()
 
     def _question(self) -> list[dict[str, Any]]:
-        """Per group of cells with the same options: arguments without and with each single value, and a whole cell."""
+        """Per group of cells with the same options: arguments without and with each single value, and the whole cells."""
         groups: dict[str, list[Cell]] = {}
-        for cell in self._cells:
+        places: dict[str, list[int]] = {}
+        for place, cell in enumerate(self._cells):
             groups.setdefault(json.dumps(_chosen(cell)), []).append(cell)
+            places.setdefault(json.dumps(_chosen(cell)), []).append(place)
         return [
             {
                 "base": self._arguments(_chosen(cells[0])),
@@ -77,8 +83,12 @@ class Check:
                     for value in unique([cell.parameters[key] for cell in cells])
                 ],
                 "whole": self._arguments(cells[0].parameters),
+                "cells": [
+                    [place, cell.parameters, self._arguments(cell.parameters)]
+                    for place, cell in zip(places[group], cells, strict=True)
+                ],
             }
-            for cells in groups.values()
+            for group, cells in groups.items()
         ]
 
     def _arguments(self, parameters: Mapping[str, Any]) -> list[str]:
@@ -116,6 +126,36 @@ def _answer(question: list[dict[str, Any]]) -> dict[str, Any] | None:
     return None
 
 
+def _lacking(question: list[dict[str, Any]]) -> list[str | None]:
+    """Per cell, in their order, why it cannot run on this machine, or None; runs in a process of its own."""
+    from sweeps.runner.program import Parser, Refusal, needs
+
+    parser, found = Parser(), {}
+    for group in question:
+        options: tuple[str, ...] = ()
+        known: dict[str, str | None] = {}  # cells with the same needs are looked up once
+        for place, parameters, arguments in group["cells"]:
+            if not options or _part(parameters, options) not in known:
+                try:
+                    options, reason = needs(parser.parse(arguments))
+                except Refusal:  # values that are refused together: the cell says so itself
+                    found[place] = None
+                    continue
+                known[_part(parameters, options)] = reason
+            found[place] = known[_part(parameters, options)]
+    return [found[place] for place in sorted(found)]
+
+
+def _part(parameters: Mapping[str, Any], options: tuple[str, ...]) -> str:
+    """The parameters that are one of some options, or above or below one."""
+    return json.dumps({name: value for name, value in parameters.items() if _among(name, options)})
+
+
+def _among(name: str, options: tuple[str, ...]) -> bool:
+    """Whether a parameter is one of some options, one below them or one above them."""
+    return any(f"{name}.".startswith(f"{option}.") or f"{option}.".startswith(f"{name}.") for option in options)
+
+
 def _first_problem(parser: Any, group: dict[str, Any]) -> dict[str, Any] | None:
     from sweeps.runner.program import Refusal
 
@@ -144,4 +184,6 @@ def _known(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, b
 
 
 if __name__ == "__main__":
-    print(json.dumps(_answer(json.load(sys.stdin))))
+    asked = json.load(sys.stdin)
+    refused = _answer(asked)
+    print(json.dumps([refused, [] if refused else _lacking(asked)]))

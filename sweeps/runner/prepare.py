@@ -25,8 +25,8 @@ from sweeps.runner.local import Job
 from sweeps.runner.state import WORK
 
 SYNTHETIC_LOCO = Path("data/synthetic_loco")
-"""Four categories of the benchmark in the layout of MVTec LOCO AD."""
-LOCO_OPTIONS = ("--layout", "mvtec_loco", "--categories", "cable,circuit_board,gasket,pill_tray")
+"""The benchmark in the layout of MVTec LOCO AD."""
+LOCO_OPTIONS = ("--layout", "mvtec_loco")
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 

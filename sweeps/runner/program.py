@@ -9,7 +9,9 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_modules.running import command_line as cli
+from lightning_modules.running import requirements
+from lightning_modules.running.command_line import UniReconCLI
+from lightning_modules.running.filling import with_environment
 from lightning_modules.running.parser import essence
 
 
@@ -21,7 +23,7 @@ class _Built(Exception):
     """The parser is built; nothing of the program beyond it is wanted."""
 
 
-class Parser(cli.UniReconCLI):
+class Parser(UniReconCLI):
     """Parses many argument lists with the program's parser; no class is instantiated."""
 
     def __init__(self) -> None:
@@ -38,7 +40,7 @@ class Parser(cli.UniReconCLI):
         printed = io.StringIO()
         try:
             with contextlib.redirect_stderr(printed):
-                self.config = self.parser.parse_args(cli.with_environment(arguments, os.environ))
+                self.config = self.parser.parse_args(with_environment(arguments, os.environ))
                 self.subcommand = self.config["subcommand"]
                 parsed = self.config[self.subcommand]
                 configuration = parsed.as_dict()
@@ -49,3 +51,9 @@ class Parser(cli.UniReconCLI):
             message = error.code if isinstance(error.code, str) else printed.getvalue().rpartition("error: ")[2]
             raise Refusal(essence(message)) from error
         return configuration
+
+
+def needs(configuration: Mapping[str, Any]) -> tuple[tuple[str, ...], str | None]:
+    """Of a run's complete configuration: the options that decide what it needs, and what is absent of that here, or None."""
+    options = requirements.options(requirements.method_of(configuration))
+    return options, requirements.lacking(configuration, insisted=bool(os.environ.get("WEIGHTS")))

@@ -97,7 +97,59 @@ def visa_raw(root: Path) -> Path:
     return root
 
 
+def mvtec_ad_2(root: Path, category: str = "can") -> Path:
+    """One category like MVTec AD 2's: lights in the names, private images without labels."""
+    base = root / category
+    for k in range(3):
+        write_image(base / "train" / "good" / f"{k:03d}_regular.png", seed=k)
+    write_image(base / "validation" / "good" / "000_regular.png", seed=10)
+    for k, light in enumerate(("regular", "overexposed", "shift_1")):
+        write_image(base / "test_public" / "good" / f"000_{light}.png", seed=20 + k)
+        write_image(base / "test_public" / "bad" / f"000_{light}.png", seed=30 + k)
+        write_mask(base / "test_public" / "ground_truth" / "bad" / f"000_{light}_mask.png")
+    write_image(base / "test_private" / "000_regular.png", seed=40)
+    write_image(base / "test_private_mixed" / "000_mixed.png", seed=41)
+    return root
+
+
+def real_iad(
+    root: Path, category: str = "toy", images: str = "realiad_256", jsons: str = "realiad_jsons/realiad_jsons"
+) -> Path:
+    """One category like Real-IAD's: two normal objects to train on, and of the test's two objects one with a scratch that
+    only the first of its two views shows."""
+    folder = root / images / category
+    train, test = [], []
+    for number in (1, 2, 3):
+        for view in (1, 2):
+            name = f"OK/S{number:04d}/{category}_{number:04d}_OK_C{view}_20230101.jpg"
+            write_image(folder / name, seed=10 * number + view)
+            entry = {"category": category, "anomaly_class": "OK", "image_path": name, "mask_path": None}
+            (train if number < 3 else test).append(entry)
+    stem = f"NG/HS/S0009/{category}_0009_NG_HS_C1_20230101"
+    write_image(folder / f"{stem}.jpg", seed=91)
+    write_mask(folder / f"{stem}.png")
+    kind = {"category": category, "anomaly_class": "HS"}
+    test.append({**kind, "image_path": f"{stem}.jpg", "mask_path": f"{stem}.png"})
+    hidden = stem.replace("_C1_", "_C2_")
+    write_image(folder / f"{hidden}.jpg", seed=92)
+    test.append({**kind, "image_path": f"{hidden}.jpg", "mask_path": None})
+    file = root / jsons / f"{category}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    meta = {"prefix": f"{category}/", "normal_class": "OK", "pre_transform": None}
+    file.write_text(json.dumps({"meta": meta, "train": train, "test": test}))
+    return root
+
+
 @pytest.fixture(scope="session")
 def make() -> SimpleNamespace:
     """Builders of tiny datasets and files."""
-    return SimpleNamespace(image=write_image, mask=write_mask, mvtec=mvtec, loco=loco, btad=btad, visa_raw=visa_raw)
+    return SimpleNamespace(
+        image=write_image,
+        mask=write_mask,
+        mvtec=mvtec,
+        loco=loco,
+        btad=btad,
+        visa_raw=visa_raw,
+        mvtec_ad_2=mvtec_ad_2,
+        real_iad=real_iad,
+    )

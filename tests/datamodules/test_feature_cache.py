@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import multiprocessing
 import os
 import resource
@@ -333,3 +334,11 @@ def test_an_entry_with_an_empty_file_after_a_lost_power_is_built_anew(tmp_path, 
     folder = open_or_build(tmp_path, spec(), ROWS, Backbone(), BUDGET).folder
     (folder / file).write_bytes(b"")
     assert open_or_build(tmp_path, spec(), ROWS, Backbone(), BUDGET).is_intact()
+
+
+def test_a_memory_mapped_array_still_lies_directly_in_the_mapping_that_is_let_go(tmp_path):
+    """When this fails, NumPy has changed, and :func:`datamodules.cache.entry._let_go` needs another way."""
+    np.save(tmp_path / "a.npy", np.zeros(3, np.float32))
+    assert isinstance(np.load(tmp_path / "a.npy", mmap_mode="r").base, mmap.mmap)
+    made = np.lib.format.open_memmap(tmp_path / "b.npy", mode="w+", dtype=np.float32, shape=(3,))
+    assert isinstance(made.base, mmap.mmap)

@@ -97,3 +97,37 @@ def test_the_depth_of_images_is_inferred_from_those_that_can_be_read(tmp_path):
     (batch,) = data.predict_dataloader()
     assert [bool(error) for error in batch["error"]] == [True, False]
     assert batch["image"][1].amax() == pytest.approx((1 - 0.406) / 0.225, abs=1e-5)
+
+
+def test_of_several_datasets_the_images_belong_to_the_one_around_them_or_the_one_named(make, tmp_path):
+    from datamodules import DatasetConfig
+
+    inner = tmp_path / "a" / "inner"
+    datasets = [
+        DatasetConfig("mvtec_ad", str(root), label=name)
+        for name, root in (("a", tmp_path / "a"), ("b", tmp_path / "b"), ("c", inner))
+    ]
+    image = make.image(tmp_path / "new" / "x.png")
+    for folder, named, expected in (
+        (make.image(tmp_path / "b" / "x.png"), None, "b"),
+        (make.image(tmp_path / "a" / "x.png").parent, None, "a"),
+        (make.image(inner / "x.png"), None, "c"),
+        (image, None, ""),
+        (image, "b", "b"),
+        (tmp_path / "a", "b", "b"),
+    ):
+        options = {"predict_root": str(folder), "predict_dataset": named, "num_workers": 0}
+        data = UnifiedDataModule(datasets, 16, "pil_bilinear", 2, **options)
+        data.setup("predict")
+        batch = next(iter(data.predict_dataloader()))
+        assert set(batch["dataset"]) == {expected}
+    with pytest.raises(DataError, match="Did you mean"):
+        UnifiedDataModule(datasets, 16, "pil_bilinear", 2, predict_dataset="bb")
+
+
+def test_a_place_that_is_not_there_is_told_from_a_folder_without_images(tmp_path):
+    (tmp_path / "dead.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    for name, words in (("nowhere", "is not there"), ("dead.png", "a link to nothing"), ("empty", "no image there")):
+        with pytest.raises(DataError, match=words):
+            unknown_rows(tmp_path / name)

@@ -311,6 +311,14 @@ def test_a_new_dataset_is_one_new_file(make, tmp_path, monkeypatch):
         (lambda text: text + "candle,test,normal\n", r"line 6: 3 cells.*names its object, split, label and image"),
         (lambda text: text + ",test,normal,a.png,\n", r"line 6: 5 cells.*names its object"),
         (lambda text: "", r"line 1: no column object"),
+        (
+            lambda text: text + "candle,test,normal,../../a.png,\n",
+            r"line 6: image '\.\./\.\./a\.png' leads out of the data",
+        ),
+        (
+            lambda text: text + "candle,test,anomaly,a.png,/etc/passwd\n",
+            r"line 6: mask '/etc/passwd' leads out of the data",
+        ),
     ],
 )
 def test_a_wrong_row_of_visas_csv_is_named_with_its_line(make, tmp_path, change, message):

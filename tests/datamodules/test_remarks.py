@@ -11,6 +11,7 @@ import pytest
 from datamodules import DataError, DatasetConfig, UnifiedDataModule
 from datamodules.dataset import TableDataset
 from datamodules.sampling import EvalSampler
+from results.common import contents
 
 
 def module(root, **options):
@@ -90,3 +91,18 @@ def test_a_float_image_is_refused_at_the_start_with_its_file(make, tmp_path):
     cv2.imwrite(str(base / "train/good/009.tiff"), np.ones((8, 8), np.float32))
     with pytest.raises(DataError, match=r"009\.tiff: pixels are float32, here from 1 to 1"):
         module(tmp_path)
+
+
+def test_what_is_remembered_of_the_files_is_not_read_again_for_the_remarks(make, tmp_path, monkeypatch):
+    base = make.mvtec(tmp_path / "data") / "bottle"
+    shutil.copy(base / "train/good/001.png", base / "test/good/000.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(contents, "RECENT", -(10**18))
+    data = module(tmp_path / "data")
+
+    def read_again(path):
+        raise AssertionError(f"{path} is read again")
+
+    monkeypatch.setattr(contents, "_hash", read_again)
+    (said,) = data.remarks()
+    assert "1 test image of 4: the same file is used for training" in said

@@ -6,9 +6,11 @@ import json
 
 import pytest
 
+from lightning_modules.benchmarks import start
 from lightning_modules.benchmarks import training as benchmark
 from lightning_modules.uniad import UniAD
 from models.backbones import BackboneConfig
+from results.common import contents
 
 
 @pytest.fixture
@@ -37,6 +39,8 @@ def test_the_benchmark_measures_pace_memory_work_sweep_growth_and_float16(report
     assert larger["image_size"] == [64, 64]
     assert larger["macs_per_image"]["backbone"] > first["macs_per_image"]["backbone"]
     assert {row["metric"] for row in report["float16"]} >= {"image_auroc", "pixel_ap"}
+    (sizes,) = (row for row in report["float16"] if row["metric"] == "cache_bytes")
+    assert sizes["float16"] < 0.7 * sizes["float32"]  # masks and checksums are the same in both
     for title in ("Pace", "Work per image", "Data and backbone", "Growth", "Cache in float16"):
         assert title in report["text"]
 
@@ -80,3 +84,15 @@ def test_a_new_method_is_measured_without_an_edit_of_the_benchmark(tmp_path, mon
 def test_what_cannot_be_measured_is_refused_at_once(argument, words):
     with pytest.raises(SystemExit, match=words):
         benchmark.main([argument])
+
+
+def test_the_benchmark_of_the_start_reads_files_when_cold_and_not_when_warm(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(contents, "RECENT", -(10**18))
+    read: list[str] = []
+    hashed = contents._hash
+    monkeypatch.setattr(contents, "_hash", lambda path: read.append(path) or hashed(path))
+    start.write_tree(tmp_path / "data", 20)
+    found = {state: (start.first_batch(tmp_path / "data", state), len(read)) for state in ("cold", "warm")}
+    assert [count for _, count in found.values()] == [20, 20]
+    assert all(seconds["cpu"] > 0 for seconds, _ in found.values())

@@ -6,7 +6,8 @@ import pytest
 
 from lightning_modules.callbacks.epoch_seed import EpochSeed
 from lightning_modules.callbacks.history import History
-from lightning_modules.running.command_line import environment_arguments, main, with_environment
+from lightning_modules.running.command_line import main
+from lightning_modules.running.filling import environment_arguments, with_environment
 
 
 def test_environment_stands_between_the_configuration_files_and_explicit_arguments():

@@ -10,9 +10,10 @@ import pytest
 import torch
 import yaml
 
-from lightning_modules.pictures.reconstructions import load_run
+from lightning_modules.pictures.reconstructions import trained as trained_run
 from lightning_modules.running import checkpoints, foreign
-from lightning_modules.running.command_line import import_methods, main
+from lightning_modules.running.command_line import main
+from lightning_modules.running.methods import import_methods
 
 TRAP = """
 import pathlib
@@ -94,7 +95,7 @@ def test_a_foreign_record_builds_no_class_but_the_projects_own(record, data_root
     else:
         (record / "trap.py").unlink()
         with pytest.raises(ValueError, match=r"names the class|are a class_path|checksum|changed|differs"):
-            load_run(record)
+            trained_run(record)
     assert not (record / "ran").exists()
 
 
@@ -144,7 +145,7 @@ def test_pickle_in_a_checkpoint_is_not_run(record, data_root, project, tmp_path,
         "fit": lambda: project.run(name="other"),
         "ckpt_path": lambda: project.run(f"--ckpt_path={last}", name="other"),
         "predict": lambda: _predict(record, data_root),
-        "reconstructions": lambda: load_run(record),
+        "reconstructions": lambda: trained_run(record),
     }
     with pytest.raises((SystemExit, ValueError), match="classes beyond tensors"):
         started[how]()

@@ -6,6 +6,7 @@ import yaml
 
 from lightning_modules.callbacks.epoch_seed import EpochSeed
 from lightning_modules.running.command_line import main
+from models import hvq_trans as network
 from results.aggregator.build import shouts
 from results.aggregator.records import LABELS_AT_TEST
 
@@ -54,6 +55,26 @@ def test_a_record_says_before_every_number_that_class_labels_were_given(make):
     assert len(in_use) == 2
     assert in_use.between(0, 1).all()
     assert {"train/loss_features", "train/loss_commitment"} <= set(history.metric)
+
+
+def test_codebooks_start_from_standardised_tokens_where_features_are_standardised(make, monkeypatch):
+    seen = []
+    original = network.HVQTrans.start_codebooks
+
+    def start(self, features, *others):
+        seen.extend(level.transpose(0, 1).flatten(1) for level in features)
+        original(self, features, *others)
+
+    monkeypatch.setattr(network.HVQTrans, "start_codebooks", start)
+    project = make(codebook_start="data")
+    for run, standardised in (("plain", "false"), ("standardised", "true")):
+        option = f"--model.init_args.backbone.standardised={standardised}"
+        project.run(option, "--trainer.max_epochs=1", name=run)
+    plain, standardised = seen
+    varying = plain.std(1) > 1e-4
+    z = [(x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True) for x in (plain[varying], standardised[varying])]
+    torch.testing.assert_close(z[1], z[0], rtol=1e-3, atol=1e-3)
+    assert standardised[varying].std(1).median() == pytest.approx(1, abs=0.5)
 
 
 @pytest.mark.parametrize("selector", ["classifier", "none"])

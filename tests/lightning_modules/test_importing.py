@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 
+import pandas as pd
 import pytest
 import torch
 import yaml
 
+from lightning_modules import load_run
 from lightning_modules.destseg import DeSTSeg
 from lightning_modules.hvq_trans import HVQTrans
+from lightning_modules.mkd import MKD
 from lightning_modules.running.command_line import main
 from lightning_modules.uniad import UniAD
 from models.backbones import BackboneConfig
@@ -98,7 +101,13 @@ def uniad_state() -> dict[str, torch.Tensor]:
     return state | {f"module.backbone.{name}": value for name, value in module.extractor.net.state_dict().items()}
 
 
+def mkd_state() -> dict[str, torch.Tensor]:
+    """A plain state dict of the cloner; the source is not in the authors' file."""
+    return MKD(BackboneConfig(**BACKBONE), image_size=64).network.state_dict()
+
+
 METHODS = {
+    "mkd": ("MKD", {}, mkd_state),
     "hvq_trans": ("HVQTrans", HVQ_TRANS, hvq_trans_state),
     "destseg": ("DeSTSeg", DESTSEG, destseg_state),
     "uniad": ("UniAD", UNIAD, uniad_state),
@@ -140,7 +149,7 @@ def test_a_record_of_the_authors_weights_can_be_tested_and_predicted_with(prepar
     record = read_record(folder)
     assert any("authors.pth" in note and "not trained here" in note for note in record.record.notes)
     assert record.record.provenance["epochs"] == 0
-    assert record.record.backbone["weights"] == "file"
+    assert record.record.backbone["weights"] == ("random" if method == "mkd" else "file")
     before = record.metrics.value.tolist()
     main(["test", f"--config={folder / 'config.yaml'}", "--trainer.logger=false", "--run.overwrite=true"])
     again = read_record(folder)
@@ -149,7 +158,10 @@ def test_a_record_of_the_authors_weights_can_be_tested_and_predicted_with(prepar
     more = ["--model.init_args.predicted_class=bolt"] if method == "hvq_trans" else []
     images = f"--data.init_args.predict_root={data_root / 'bolt' / 'test'}"
     main(["predict", f"--config={folder / 'config.yaml'}", "--trainer.logger=false", images, *more])
-    assert (project.results / "work" / "imported" / "theirs" / "predictions" / "scores.csv").is_file()
+    table = pd.read_csv(project.results / "work" / "imported" / "theirs" / "predictions" / "scores.csv")
+    model = load_run(folder, category="bolt" if method == "hvq_trans" else None)
+    scored = model(table.image.tolist()).image_scores.tolist()
+    assert scored == pytest.approx(table.image_score.tolist(), rel=1e-5)
 
 
 def test_the_weights_and_the_backbone_are_those_of_the_file(prepared):

@@ -259,7 +259,11 @@ def test_two_processes_gather_the_statistics_of_one(programs, make_project, writ
     data = write_data(tmp_path / "data", train=5)
     project = project_of(make_project, tmp_path, data, method)
     bolts = [{"name": "mvtec_ad", "root": str(data), "categories": ["bolt"]}]
-    more = (f"--data.init_args.datasets={json.dumps(bolts)}", "--model.init_args.optimizer.lr=0", "--trainer.max_epochs=1")
+    more = (
+        f"--data.init_args.datasets={json.dumps(bolts)}",
+        "--model.init_args.optimizer.lr=0",
+        "--trainer.max_epochs=1",
+    )
     project.run(*more, name="one")
     programs.run(project.arguments(*more, "--trainer.devices=2", "--trainer.strategy=ddp", name="two"))
     one, two = network_of(project, "one"), network_of(project, "two")

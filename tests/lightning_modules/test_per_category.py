@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pandas as pd
 import pytest
 import yaml
@@ -65,3 +67,21 @@ def test_a_category_that_two_data_sets_share_is_shown_with_its_data_set(capsys):
     printed = capsys.readouterr().out
     assert "a/wood" in printed
     assert "b/wood" in printed
+
+
+def test_predict_needs_the_models_and_not_the_images_that_they_were_trained_on(
+    tmp_path, write_data, make_project, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    root = write_data(tmp_path / "data")
+    project = make_project(tmp_path, root)
+    project.run("--data.init_args.setting=per_category", "--trainer.max_epochs=1")
+    (tmp_path / "data" / "bolt" / "test" / "good").rename(tmp_path / "new")
+    shutil.rmtree(root)
+    images = f"--data.init_args.predict_root={tmp_path / 'new'}"
+    joint = project.results / "runs" / "single" / "first" / "config.yaml"
+    with pytest.raises(SystemExit, match=r"\(there are bolt, disc\)") as refusal:
+        main(["predict", f"--config={joint}", images])
+    folder = str(refusal.value).partition("RUN=")[2].rstrip(").")
+    main(["predict", f"--config={folder}/config.yaml", images])
+    assert (project.results / "work/single/first/work/categories/bolt/predictions/scores.csv").is_file()

@@ -12,6 +12,7 @@ from PIL import Image
 from datamodules import DatasetConfig, UnifiedDataModule
 from lightning_modules.pictures import reconstructions
 from lightning_modules.rlr import RLR
+from lightning_modules.running.settings import work_folder
 from models.backbones import BackboneConfig
 from results.aggregator.records import METRIC_COLUMNS, RunRecord, write_record
 
@@ -87,7 +88,7 @@ def run(tmp_path):
 
 def test_a_run_comes_back_from_its_folder_with_the_weights_it_was_trained_to(run):
     folder, module = run
-    loaded, data = reconstructions.load_run(folder)
+    loaded, data = reconstructions.trained(folder)
     images = data.image_batch([0, 1])["image"]
     with torch.no_grad():
         assert torch.equal(loaded(images).maps, module.eval()(images).maps)
@@ -98,7 +99,7 @@ def test_the_figure_has_a_row_per_category_and_the_decoder_is_trained_once(run, 
     arguments = [str(folder), "--epochs=2", "--width=16"]
     reconstructions.main(arguments)
     assert "mean squared error" in capsys.readouterr().out
-    work = reconstructions.work_folder(folder)
+    work = work_folder(folder)
     first = (work / "reconstructions.jpg").read_bytes()
     width, height = Image.open(io.BytesIO(first)).size
     assert 2 < width / height < 3.5  # six columns, two rows
@@ -109,7 +110,7 @@ def test_the_figure_has_a_row_per_category_and_the_decoder_is_trained_once(run, 
 
 def test_a_decoder_that_was_interrupted_goes_on_to_the_same_weights(run):
     folder, _ = run
-    file = reconstructions.work_folder(folder) / "visual_decoder" / "last.ckpt"
+    file = work_folder(folder) / "visual_decoder" / "last.ckpt"
 
     def weights(epochs: int) -> dict:
         reconstructions.main([str(folder), f"--epochs={epochs}", "--width=16"])
@@ -142,14 +143,14 @@ def test_a_run_whose_images_changed_is_refused(run, tmp_path):
     folder, _ = run
     Image.new("RGB", (64, 64)).save(tmp_path / "data" / "nut" / "train" / "good" / "9.png")
     with pytest.raises(ValueError, match="changed since the run"):
-        reconstructions.load_run(folder)
+        reconstructions.trained(folder)
 
 
 def test_a_run_without_its_checkpoint_says_what_is_missing(run):
     folder, _ = run
-    (reconstructions.work_folder(folder) / "checkpoints" / "last.ckpt").unlink()
+    (work_folder(folder) / "checkpoints" / "last.ckpt").unlink()
     with pytest.raises(FileNotFoundError, match=r"last\.ckpt"):
-        reconstructions.load_run(folder)
+        reconstructions.trained(folder)
 
 
 def test_a_mistyped_category_is_refused(run, capsys):
@@ -162,3 +163,29 @@ def test_a_mistyped_category_is_refused(run, capsys):
 def test_a_folder_without_record_is_refused_in_plain_words(tmp_path):
     with pytest.raises(SystemExit, match="no record"):
         reconstructions.main([str(tmp_path)])
+
+
+@pytest.mark.parametrize("content", [b"", b"cut off", None])
+def test_of_damaged_weights_the_ones_before_are_used_and_without_them_a_sentence_is_all(run, content, capsys):
+    folder, module = run
+    last = reconstructions.work_folder(folder) / "checkpoints" / "last.ckpt"
+    whole = last.read_bytes()
+    if content is None:
+        torch.save({"model": torch.zeros(3)}, last)
+    else:
+        last.write_bytes(content)
+    with pytest.raises(SystemExit, match=r"last\.ckpt cannot be read as a checkpoint"):
+        reconstructions.main([str(folder)])
+    last.with_name("previous.ckpt").write_bytes(whole)
+    loaded, _ = reconstructions.load_run(folder)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), module.parameters(), strict=True))
+
+
+def test_a_damaged_decoder_is_trained_anew(run, capsys):
+    folder, _ = run
+    arguments = [str(folder), "--epochs=1", "--width=16"]
+    reconstructions.main(arguments)
+    (reconstructions.work_folder(folder) / "visual_decoder" / "last.ckpt").write_bytes(b"")
+    capsys.readouterr()
+    reconstructions.main(arguments)
+    assert "mean squared error" in capsys.readouterr().out

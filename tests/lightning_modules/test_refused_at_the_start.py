@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from lightning_modules.callbacks import scoring
 from lightning_modules.running import refusals
 from lightning_modules.running.settings import RunConfig
 
@@ -106,3 +107,33 @@ def test_the_traceback_can_be_had(project, monkeypatch, way):
         monkeypatch.setenv("UNIRECON_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         project.run(*(["--debug"] if way == "--debug" else []), name="second")
+
+
+def test_a_disk_too_small_for_the_maps_of_the_test_set_is_refused_before_the_training(project, monkeypatch):
+    monkeypatch.setattr(scoring, "MAPS_IN_MEMORY", 0)
+    ask = refusals.room
+
+    def only_maps(folder, needed, what):
+        ask(folder, 2**70 if what == "anomaly maps" else 0, what)
+
+    monkeypatch.setattr(refusals, "room", only_maps)
+    assert "for its anomaly maps" in _refusal(project)
+    assert not project.checkpoint().exists()
+
+
+def test_a_disk_too_small_for_a_prediction_keeps_the_one_before(project, data_root, monkeypatch):
+    project.run("--trainer.max_epochs=1")
+    images = f"--data.init_args.predict_root={data_root / 'bolt' / 'test' / 'good'}"
+    project.run(images, command="predict")
+    scores = project.results / "work/single/first/predictions/scores.csv"
+    before = scores.stat().st_mtime_ns
+    ask = refusals.room
+    monkeypatch.setattr(refusals, "room", lambda folder, needed, what: ask(folder, needed * 2**50, what))
+    with pytest.raises(SystemExit, match="for its maps of 2 images"):
+        project.run(images, command="predict")
+    assert scores.stat().st_mtime_ns == before
+
+
+def test_a_configuration_that_is_no_text_is_named(project):
+    project.config.write_bytes(b"\xff\xfe\0")
+    assert f"{project.config} is no configuration: it is not UTF-8 text" in _refusal(project)

@@ -76,7 +76,7 @@ def test_what_is_compiled_is_what_a_step_of_the_method_computes(method, tmp_path
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_with_a_counter)
     data = generate(tmp_path / "data", Plan(size=64, train=20, test=1, defects=1, categories=("wood",)), workers=1)
-    module, make, _ = benchmark.build(method, benchmark.Options(), data)
+    module, make, _ = benchmark.prepare(method, benchmark.Options(), data)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the trainer, about data loaders
         trainer = benchmark._trainer(str(tmp_path), Compile(), max_epochs=1, limit_train_batches=1)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lightning_modules.base import ReconstructionModule
+from lightning_modules.destseg import DeSTSeg
 from lightning_modules.ulsad import ULSAD
 from models.backbones import BackboneConfig
 
@@ -45,3 +46,8 @@ def test_the_statistics_come_with_the_checkpoint(project):
 def test_a_method_that_standardises_by_itself_refuses_the_option():
     with pytest.raises(ValueError, match="ulsad standardises its features already"):
         ULSAD(BackboneConfig("resnet10t", (2, 3), weights="random", standardised=True), image_size=64)
+
+
+def test_destseg_whose_student_cannot_follow_standardised_levels_refuses_them():
+    with pytest.raises(ValueError, match="ends in ReLUs"):
+        DeSTSeg(BackboneConfig("resnet10t", (2, 3, 4), weights="random", standardised=True), image_size=64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 
 import lightning as L
@@ -21,6 +22,7 @@ from lightning_modules.callbacks.curve import EvaluationCurve
 from lightning_modules.callbacks.history import History
 from lightning_modules.callbacks.scoring import Evaluation
 from lightning_modules.dfr import DFR
+from lightning_modules.pictures import reconstructions
 from lightning_modules.running.command_line import main
 from lightning_modules.ulsad import ULSAD, QuantileConfig
 from models.backbones import BackboneConfig
@@ -432,3 +434,25 @@ def test_dfr_finds_its_latent_size_in_the_first_training_images_and_learns(loco,
     assert torch.equal(other.eval().evaluate(batch)[""].maps, scored.maps)
     with pytest.raises(ValueError, match="latent size"):
         trainer(tmp_path).validate(DFR(BACKBONE, image_size=64), datamodule=source, verbose=False)
+
+
+def test_a_model_of_two_datasets_predicts_and_is_pictured(loco, tmp_path):
+    for name, category in (("a", "anchor"), ("b", "bolt")):
+        shutil.copytree(loco / category, tmp_path / name / category)
+    roots = [{"name": "mvtec_loco", "root": str(tmp_path / name), "label": name} for name in ("a", "b")]
+    record = run(loco, tmp_path, f"--data.init_args.datasets={json.dumps(roots)}").path
+    scores = tmp_path / "work" / "single" / "x" / "predictions" / "scores.csv"
+
+    def predict(images, *arguments) -> pd.DataFrame:
+        main(["predict", f"--config={record}/config.yaml", f"--data.init_args.predict_root={images}", *arguments])
+        return pd.read_csv(scores).image_score
+
+    tested = pd.read_csv(record / "image_scores.csv")
+    found = predict(tmp_path / "b" / "bolt" / "test" / "good")
+    assert found.tolist() == pytest.approx(tested[tested.path.str.contains("/b/bolt/test/good/")].image_score.tolist())
+    shutil.copytree(tmp_path / "b" / "bolt" / "test" / "good", tmp_path / "new")
+    with pytest.raises(SystemExit, match=r"per dataset \(a, b\).*predict_dataset"):
+        predict(tmp_path / "new")
+    assert predict(tmp_path / "new", "--data.init_args.predict_dataset=b").tolist() == found.tolist()
+    reconstructions.main([str(record), "--epochs=1", "--width=16"])
+    assert (tmp_path / "work" / "single" / "x" / "reconstructions.jpg").is_file()

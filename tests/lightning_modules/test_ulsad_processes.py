@@ -59,3 +59,24 @@ def test_three_processes_one_of_them_without_images_agree_with_one(tmp_path):
         assert theirs == quantiles
         for a, b in zip(other, moments, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def drop(rank: int, world: int) -> tuple[list[str], dict[str, list[int]]]:
+    """What a process keeps of two groups; the second process repeats the only image of group b."""
+    kept = {"a": {0: torch.zeros(1), 2: torch.zeros(1)}, "b": {5: torch.zeros(1)}} if rank == 0 else {}
+    kept = kept or ({"b": {5: torch.zeros(1)}} if rank == 1 else {"a": {1: torch.zeros(1)}})
+    groups = ULSAD._each_once(kept)
+    return groups, {group: list(maps) for group, maps in kept.items()}
+
+
+def dropper(rank: int, world: int, store: str, out: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    torch.save(drop(rank, world), f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_an_image_that_an_idle_process_repeats_counts_once_in_the_quantiles(tmp_path):
+    mp.spawn(dropper, args=(3, str(tmp_path / "store"), str(tmp_path)), nprocs=3)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(3)]
+    assert [groups for groups, _ in found] == [["a", "b"]] * 3
+    assert [kept for _, kept in found] == [{"a": [0, 2], "b": [5]}, {"b": []}, {"a": [1]}]

@@ -64,6 +64,13 @@ def test_levels_have_the_channels_strides_and_sizes_that_are_announced(name):
     assert all(level.isfinite().all() for level in maps)
 
 
+def test_rectified_levels_are_the_same_without_their_negative_values():
+    plain, rectified = (extractor("test_efficientnet", (2, 4), rectified=option)(images()) for option in (False, True))
+    for level, changed in zip(plain, rectified, strict=True):
+        assert level.min() < 0
+        assert torch.equal(changed, torch.where(level > 0, level, torch.zeros_like(level)))
+
+
 def test_sizes_are_right_where_the_stride_does_not_divide_the_image():
     net = extractor("test_efficientnet", (1, 2, 3))
     maps = net(images(75, 49))

@@ -118,3 +118,13 @@ def test_latent_size_by_hand():
     assert latent_dimension(torch.tensor([0.5, 0.25, 0.25]), 0.75) == 3  # 0.75 does not exceed 0.75
     with pytest.raises(ValueError, match="do not vary"):
         latent_dimension(torch.zeros(3))
+
+
+def test_the_latent_size_of_standardised_features_comes_from_their_correlations():
+    generator = np.random.default_rng(3)
+    x = generator.normal(size=(200, 5)) @ generator.normal(size=(5, 5)) * [1, 10, 100, 0.1, 0]
+    covariance = StreamingCovariance(5)
+    for part in np.array_split(x, 7):
+        covariance.update(torch.from_numpy(part))
+    oracle = np.linalg.eigvalsh(np.corrcoef(x[:, :4], rowvar=False))[::-1]  # the last channel never varies
+    np.testing.assert_allclose(covariance.eigenvalues(standardised=True), [*oracle, 0], atol=1e-9)

@@ -102,6 +102,16 @@ def test_local_outputs_are_not_negative_and_the_autoencoder_takes_both_signs(tra
     assert encoded.target.min() < 0
 
 
+def test_a_linear_local_output_takes_both_signs_and_is_the_released_one_where_that_is_positive():
+    released = FeatureReconstructionNetwork(8)
+    linear = FeatureReconstructionNetwork(8, details=ULSADDetails(local_output="linear"))
+    linear.load_state_dict(released.state_dict())
+    u = torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected, found = released(u), linear(u)
+    assert found.min() < 0
+    assert torch.equal(torch.where(found > 0, found, torch.zeros_like(found)), expected)
+
+
 def test_printed_details_change_the_network_and_released_ones_do_not():
     torch.manual_seed(0)
     printed = ULSADDetails("leaky_relu", True, "printed", "relu", True)

@@ -127,6 +127,22 @@ def test_the_caption_states_protocol_profile_seeds_backbone_weights_data_and_com
         assert part in caption, caption
 
 
+@pytest.mark.parametrize(
+    "note",
+    [
+        "NOTHING WAS TRAINED: the network is as it was initialised, and no number says anything of the method",
+        "DATA CHANGED DURING THE RUN: the images are not those that the training began with",
+        "TRAINED ON TEST IMAGES, 1 test image of 8: the very same file is trained on",
+    ],
+)
+def test_a_run_that_did_not_train_or_measure_what_its_table_says_is_shouted_above_it(runs, sweep, note):
+    for seed in (0, 1):
+        runs.add("mask", {SIZE: 7, PLACE: ["encoder"]}, seed, notes=[note, "backbone: a plain note"])
+    table = sweep_table(spec(), runs.read("mask"), sweep)
+    assert f"{note}." in table.warnings
+    assert not any("plain note" in warning for warning in table.warnings)
+
+
 def test_random_weights_and_released_protocol_are_shouted(runs, sweep):
     for seed in (0, 1):
         runs.add(
@@ -495,7 +511,7 @@ def test_the_command_line_prints_writes_and_names_damaged_records(runs, tmp_path
     damaged = next((runs.root / "mask").iterdir()) / "metrics.csv"
     damaged.write_bytes(damaged.read_bytes()[:40])
     arguments = ["sweep", "mask", "--root", str(runs.root), "--sweeps", str(tmp_path), "--out", str(tmp_path / "out")]
-    assert main(arguments) == 0
+    assert main(arguments) == 1
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         f"mask{part}.{suffix}" for part in ("", ".categories") for suffix in ("md", "csv", "tex")
     }
@@ -504,6 +520,10 @@ def test_the_command_line_prints_writes_and_names_damaged_records(runs, tmp_path
     assert "Missing" in shown.out
     assert main([*arguments, "--strict"]) == 1
     assert main([*arguments, "--profile", "paper"]) == 2
+    assert main([*arguments, "--runs", f"mask/{damaged.parent.name}", "--runs", "mask/*"]) == 1
+    others = [name.name for name in (runs.root / "mask").iterdir() if name != damaged.parent]
+    chosen = [word for name in others for word in ("--runs", f"mask/{name}")]
+    assert main([*arguments, *chosen]) == 0, "the damaged one was not asked for"
     assert main(["sweep", "msk", "--root", str(runs.root)]) == 2
     assert "Did you mean 'mask'" in capsys.readouterr().err.replace("\n", " ")
 
@@ -558,3 +578,17 @@ def test_a_sweep_of_many_cells_has_every_seed_of_every_cell_in_its_table(runs, t
     assert [row.labels for row in table.rows] == [(str(value),) for value in values]
     assert [line[0].runs.n for line in table.cells] == [5] * 24
     assert [line[0].runs.mean for line in table.cells] == pytest.approx(values)
+
+
+def test_all_tables_are_written_without_a_damaged_record_and_the_exit_code_says_so(runs, tmp_path, capsys):
+    (tmp_path / "mask.yaml").write_text(SWEEP)
+    fill(runs)
+    arguments = ["tables", "--root", str(runs.root), "--sweeps", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    whole = {path.name for path in (tmp_path / "out").iterdir()}
+    damaged = next((runs.root / "mask").iterdir()) / "metrics.csv"
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    capsys.readouterr()
+    assert main(arguments) == 1
+    assert {path.name for path in (tmp_path / "out").iterdir()} == whole
+    assert damaged.parent.name in capsys.readouterr().err.replace("\n", "")

@@ -40,7 +40,7 @@ def test_every_sweep_runs_with_every_profile(name: str, profile: str) -> None:
     [
         ({"model.init_args.neighbour_size": 7}, "_args.neighbour_size' is not an option .*'model.init_args.neighbor_size'"),
         ({"trainer.max_epoch": 7}, "'trainer.max_epoch' is not an option .*Did you mean 'trainer.max_epochs'"),
-        ({"model.init_args.backbone.nam": "x"}, "_args.backbone.nam' is no .*'model.init_args.backbone.name'"),
+        ({"model.init_args.backbone.nam": "x"}, "_args.backbone.nam' is not an option .*'model.init_args.backbone.name'"),
         ({"run.protcol": "clean"}, "'run.protcol' is not an option .*Did you mean 'run.protocol'"),
         ({"model.init_args.query": "nonne"}, "value nonne of parameter 'model.init_args.query' .*'none', 'first'"),
         ({"model.init_args.decoder_layers": [4, "four"]}, "value four of parameter 'model.init_args.decoder_layers'"),

@@ -75,7 +75,7 @@ def test_single_training_finds_the_embedded_benchmark_made(prepared: Any) -> Non
 @pytest.mark.parametrize(
     ("variables", "told"),
     [
-        ({"DATASET": "mvtec_add", "DATA_ROOT": "data/nuts"}, "Did you mean 'mvtec_ad'?"),
+        ({"DATASET": "mvtec_add", "DATA_ROOT": "data/nuts"}, "Did you mean 'mvtec_ad' or 'mvtec_ad_2'?"),
         ({"DATASET": "folder", "DATA_ROOT": "data/nust"}, "should be in data/nust, which is not a folder"),
         ({"DATASET": "folder", "DATA_ROOT": "data/nuts", "CATEGORIES": "m8,m10x"}, "Did you mean 'm10'?"),
         ({"DATASET": "folder", "DATA_ROOT": "data/nuts", "CATEGORIES": "m8"}, ""),

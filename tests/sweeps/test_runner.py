@@ -242,3 +242,15 @@ def test_damaged_record_is_named_and_not_overwritten(project: Any) -> None:
     assert code == 2
     assert f"{record.relative_to(project.folder)} is damaged" in output
     assert record.read_text() == "{"
+
+
+def test_a_record_whose_replacing_was_cut_off_counts_as_finished(project: Any) -> None:
+    project.sweep({"seed_everything": [0, 1]})
+    project.run(*RUN)
+    record = next((project.folder / "results/runs/toy").iterdir())
+    record.rename(record.with_name(f".{record.name}.host-1-abc.old"))
+    code, output = project.run(*RUN)
+    assert code == 0
+    assert "2 finished before" in output
+    assert (record / "record.json").is_file()
+    assert len(project.starts()) == 2, "nothing is run again"

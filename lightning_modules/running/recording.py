@@ -1,0 +1,202 @@
+"""What a finished run leaves: its record, with scores, normal scores and heat maps beside the numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from datamodules import UnifiedDataModule
+from lightning_modules.base import ReconstructionModule
+from lightning_modules.callbacks import normal_scores
+from lightning_modules.callbacks.curve import EvaluationCurve
+from lightning_modules.callbacks.history import History
+from lightning_modules.callbacks.normal_scores import NormalScores
+from lightning_modules.callbacks.scoring import Evaluation
+from lightning_modules.pictures import heatmaps
+from lightning_modules.running import checkpoints, normalisation, refusals, tracking
+from lightning_modules.running.settings import RunConfig, provenance, sweep_parameters
+from results.aggregator.records import RunRecord, StoredRecord, read_record, write_record
+
+NOTHING_TO_MEASURE = (
+    "No test image, so nothing is measured; normal images are scored instead, for predict to compare with."
+)
+COLOUR_SCALE = "colour_scale.json"
+"""In a record: the ends of the colour scale of the run's heat maps, for ``predict``."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run whose test set is scored.
+
+    Args:
+        run: Its name, place and protocol.
+        subcommand: ``fit``, or ``test``, which scores a training's weights again.
+        config: The subcommand's complete configuration.
+        model, data, trainer: What ran.
+        evaluation, normal_scores, history, curve: The callbacks that watched it; no curve unless one was asked for.
+        started: When the program did.
+        training_seconds: How long the training took, in this process; 0 without one.
+    """
+
+    run: RunConfig
+    subcommand: str
+    config: Any
+    model: ReconstructionModule
+    data: UnifiedDataModule
+    trainer: L.Trainer
+    evaluation: Evaluation
+    normal_scores: NormalScores
+    history: History
+    curve: EvaluationCurve | None
+    started: datetime
+    training_seconds: float
+
+
+def write(outcome: Outcome, dump: Callable[[Any], str]) -> Path:
+    """Writes the run's record and tells W&B; returns the record's folder.
+
+    Args:
+        outcome: The run.
+        dump: Turns a configuration into YAML.
+    """
+    run, table = outcome.run, outcome.evaluation.result.table
+    attachments = _attachments(outcome)
+    config_text = dump(_configuration(outcome))
+    before = _scored_before(outcome)
+    path = write_record(
+        Path(run.results) / "runs",
+        describe(outcome, before),
+        table,
+        outcome.history.table() if before is None else before.history,
+        config_text,
+        attachments=attachments,
+        overwrite=run.overwrite,
+    )
+    if outcome.subcommand == "fit":
+        checkpoints.note_recorded(run.work / "checkpoints" / "last.ckpt")
+    if outcome.trainer.logger is not None:
+        tracking.log_record(path, table, run.upload)
+    rank_zero_info(f"Run record: {path}")
+    return path
+
+
+def _attachments(outcome: Outcome) -> dict[str, bytes | str]:
+    """The scores of test and normal images, the colour scale, and heat maps if they are wanted."""
+    scores = outcome.evaluation.image_scores
+    attachments: dict[str, bytes | str] = {
+        "image_scores.csv": scores.to_csv(index=False),
+        normal_scores.FILE: outcome.normal_scores.table.to_csv(index=False),
+        COLOUR_SCALE: json.dumps(outcome.evaluation.colour_scale),
+    }
+    if outcome.run.heatmaps and outcome.model.has_map:
+        outcome.model.eval().to(outcome.trainer.strategy.root_device)  # the trainer has moved it off the device
+        attachments |= heatmaps.draw(outcome.model, outcome.data, heatmaps.choose(scores), scores)
+    return attachments
+
+
+def _configuration(outcome: Outcome) -> Any:
+    """The run's configuration, as ``test`` and ``predict`` go on from it."""
+    config = outcome.config
+    config.pop("verbose", None)  # an option of `test` that `predict` does not have
+    config.run.overwrite = False  # whoever starts from the record's configuration shall not replace the record
+    depths = set(outcome.data.bit_depths.values())
+    if len(depths) == 1:  # as inferred from the training images, for those of `predict`
+        config.data.init_args.bit_depth = depths.pop()
+    return config
+
+
+def _scored_before(outcome: Outcome) -> StoredRecord | None:
+    """The record of the training whose weights ``test`` scores again, which keeps how they came about."""
+    record = outcome.run.record
+    return read_record(record) if outcome.subcommand == "test" and record.exists() else None
+
+
+def describe(outcome: Outcome, before: StoredRecord | None) -> RunRecord:
+    """What the run was; ``before`` is the record of the training whose weights were scored again."""
+    run, model, data = outcome.run, outcome.model, outcome.data
+    result = outcome.evaluation.result
+    came_about = _came_about(outcome)
+    if before is not None:
+        came_about = before.record.provenance | {"scored_again": came_about}
+    return RunRecord(
+        run=run.name,
+        sweep=run.sweep,
+        cell=sweep_parameters(),
+        method=model.method,
+        profile=os.environ.get("PROFILE") or "custom",
+        protocol=run.protocol,
+        setting=data.setting,
+        seed=outcome.config.seed_everything,
+        image_size=model.image_size,
+        resize=data.resizing,
+        backbone=model.extractor.provenance,
+        datasets=data.provenance(),
+        metrics={"version": result.version, "definitions": result.definitions},
+        parameters={"trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)},
+        provenance=came_about,
+        notes=_notes(outcome, trained_here=before is None),
+    )
+
+
+def _notes(outcome: Outcome, trained_here: bool) -> list[str]:
+    """What the numbers must be read with."""
+    model, data, curve = outcome.model, outcome.data, outcome.curve
+    notes = [f"backbone: {note}"] if (note := model.extractor.provenance.get("note")) else []
+    notes += normalisation.notes(model, data) + ([model.origin] if model.origin else []) + model.record_notes()
+    notes += data.remarks() + outcome.evaluation.notes()
+    if trained_here:
+        notes += refusals.notes(outcome.config.trainer, outcome.history.batches_seen, model.trained_epochs)
+        notes += data.changed_since(outcome.started.timestamp())
+    if model.standardisation is not None:
+        notes.append("feature channels standardised over the training images")
+    if model.has_backbone and model.extractor.config.rectified:
+        notes.append("levels of the backbone without their negative values")
+    if not data.has_test_images:
+        notes.append(NOTHING_TO_MEASURE)
+    if data.left_out:
+        notes.append(f"test_subset {data.test_subset}: {len(data.left_out)} test images are not evaluated")
+    if curve is not None and curve.best is not None:
+        notes.append(f"weights of epoch index {curve.best[1]}, chosen on the test set by {curve.select}")
+    return notes
+
+
+def _came_about(outcome: Outcome) -> dict[str, Any]:
+    """Where, when and how the run's numbers came about."""
+    trainer, epochs = outcome.trainer, outcome.history.epochs_seen
+    device = trainer.strategy.root_device
+    return provenance(device) | {
+        "started": outcome.started.isoformat(timespec="seconds"),
+        "wall_seconds": round((datetime.now().astimezone() - outcome.started).total_seconds(), 1),
+        "epochs": outcome.model.trained_epochs,
+        "seconds_per_epoch": round(outcome.training_seconds / max(1, epochs), 3),
+        "peak_memory_bytes": _peak_memory(device),
+        "world_size": trainer.world_size,
+        "effective_batch_size": outcome.data.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
+        "precision": str(trainer.precision),
+    }
+
+
+def colour_scale(record: Path) -> tuple[float, float] | None:
+    """Ends of the colour scale that a run's test set gave; None if the run has no record."""
+    file = record / COLOUR_SCALE
+    return tuple(json.loads(file.read_text())) if file.is_file() else None
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Largest memory use so far in bytes: of the device, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
