@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -15,14 +15,19 @@ from datamodules.anomalies.cutpaste import CutPaste as Views
 from datamodules.anomalies.cutpaste import CutPasteConfig
 from datamodules.dataset import TrainingViews
 from lightning_modules.base import ImageSize, Interval, Recipe
+from lightning_modules.metrics.sync import Group
 from lightning_modules.own_trunk import OwnTrunkModule
 from models import cutpaste as networks
 from models.head import HeadConfig, ScoredMaps
+from models.layers.gaussian import Moments, merged, moments
+from models.layers.receptive import Reception, spread
 from models.optimizers import HalfCosine
 from models.trunk import build_trunk
 
 PAPER_STEPS = 65_536
 """256 epochs of 256 steps."""
+WINDOWS = 512
+"""Windows that go through the network at a time."""
 
 
 class CutPaste(OwnTrunkModule):
@@ -30,10 +35,13 @@ class CutPaste(OwnTrunkModule):
 
     The paper trains one model per category (`data.init_args.setting=per_category`), and prints the mean score of five of
     them in the ensemble that UniAD's table quotes (96.1 image AUROC on MVTec AD); this is the single model (95.2).
-    The trunk is trained, so no feature is cached. This is the image-level model: it has no map, and pixels are not measured.
+    The trunk is trained, so no feature is cached. The default is the image-level model: it has no map, and pixels are not
+    measured. The paper's patch model, `localisation=patches`, is trained on random crops and scores every window of that size;
+    nothing of it was released. Its map takes a Gaussian over each window, whose sigma the paper does not name, divided by
+    that of ones; its image score is the highest window's.
 
     Args:
-        head: Not used, since there is no map.
+        head: Smoothing of the patch model's map, none by default.
         optimizer: SGD, momentum 0.9, L2 term 3e-5 on everything.
         lr_scheduler: Half a cosine over the training's steps; as in the reimplementation its first step counts twice.
         lr_interval: Whether the schedule goes on after every `epoch` or every `step`.
@@ -44,6 +52,9 @@ class CutPaste(OwnTrunkModule):
         frozen_steps: Steps in which the trunk's weights rest, while its batch norm does not (20 in the reimplementation
             where it starts from ImageNet).
         cutpaste: What is pasted.
+        localisation: `none`, the image-level model, or `patches`.
+        patch_side, patch_stride: Of the patch model's windows, in pixels: 2,401 of them at 256 pixels.
+        upsampling_std: Of the Gaussian that makes the patch model's map, in pixels.
         head_layers, density: See :class:`models.cutpaste.CutPasteNet`.
     """
 
@@ -54,7 +65,7 @@ class CutPaste(OwnTrunkModule):
 
     def __init__(
         self,
-        head: HeadConfig = HeadConfig(),
+        head: HeadConfig = HeadConfig(image_score="max"),
         optimizer: OptimizerCallable = lambda parameters: SGD(parameters, lr=0.03, momentum=0.9, weight_decay=3e-5),
         lr_scheduler: LRSchedulerCallable | None = lambda optimizer: HalfCosine(optimizer),
         lr_interval: Interval = "step",
@@ -65,7 +76,23 @@ class CutPaste(OwnTrunkModule):
         cutpaste: CutPasteConfig = CutPasteConfig(),
         head_layers: Sequence[int] = (512, 128),
         density: networks.Density = "gaussian",
+        localisation: Literal["none", "patches"] = "none",
+        patch_side: int = 64,
+        patch_stride: int = 4,
+        upsampling_std: float = 12.0,
     ) -> None:
+        if localisation not in ("none", "patches"):
+            raise ValueError(f'localisation is "{localisation}"; choose none or patches.')
+        if localisation == "patches" and density == "kernels":
+            raise ValueError(
+                "density=kernels would keep the embedding of every window of every training image: with localisation=patches "
+                "use density=gaussian."
+            )
+        if patch_side < 1 or patch_stride < 1 or upsampling_std <= 0:
+            raise ValueError(
+                f"patch_side, patch_stride and upsampling_std must be positive, found {patch_side}, {patch_stride} and "
+                f"{upsampling_std}."
+            )
         if frozen_steps < 0:
             raise ValueError(f"frozen_steps must not be negative, found {frozen_steps}.")
         net, extractor = build_trunk(trunk, start)
@@ -73,11 +100,15 @@ class CutPaste(OwnTrunkModule):
         self.cutpaste, self.frozen_steps = cutpaste, frozen_steps
         self.network = networks.CutPasteNet(net, net.num_features, cutpaste.classes, head=head_layers, density=density)
         self.shrinkage = math.nan
+        self.localisation, self.has_map = localisation, localisation == "patches"
+        self.reception, self.upsampling_std = Reception(patch_stride, patch_side, (patch_side - 1) / 2), upsampling_std
+        if self.has_map and min(self.image_size) < patch_side:
+            raise ValueError(f"patch_side is {patch_side}, but images are {self.image_size}: give smaller patches.")
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
     def training_views(self) -> TrainingViews:
-        return Views(self.cutpaste)
+        return Views(self.cutpaste, self.reception.field if self.has_map else None)
 
     def batch_loss(self, batch: Mapping[str, Any]) -> Tensor:
         """Cross entropy over the views of all images."""
@@ -92,12 +123,40 @@ class CutPaste(OwnTrunkModule):
     # ---- scoring -----------------------------------------------------------------------------------------------------
 
     def fit_normal(self) -> None:
-        self.shrinkage = self.network.fit(self.of_all_images(self.network.embed))
+        if self.has_map:
+            self._fit_windows()
+        else:
+            self.shrinkage = self.network.fit(self.of_all_images(self.network.embed))
+
+    def _windows(self, images: Tensor) -> Tensor:
+        """Embeddings of all windows of images, float64 (B, I, J, C), one by one: padding makes the whole image another."""
+        stride, side, _ = self.reception
+        windows = images.unfold(2, side, stride).unfold(3, side, stride).permute(0, 2, 3, 1, 4, 5)
+        found = [self.network.embed(part) for part in windows.flatten(0, 2).split(WINDOWS)]
+        return torch.cat(found).view(*windows.shape[:3], -1)
+
+    def _fit_windows(self) -> None:
+        """One Gaussian of the windows of all training images, summed up around those of the first one."""
+        data, group = self.trainer.datamodule, Group()
+        first = int(data.table[data.table["split"] == "train"].id.min())
+        centre = self._windows(data.image_batch([first])["image"].to(self.device)).flatten(0, 2).mean(0)
+        parts = [moments(centre[None][:0], centre)]
+        for batch in self.training_images():
+            for image in batch["image"].float().split(1):
+                parts = [merged(parts[0], moments(self._windows(image).flatten(0, 2), centre))]
+        summed = Moments(*(torch.from_numpy(group.sum(part.cpu().numpy())).to(self.device) for part in parts[0]))
+        self.shrinkage = self.network.set_gaussian(summed, centre)
 
     def evaluate(self, batch: Mapping[str, Any]) -> dict[str, ScoredMaps]:
-        """Image scores; the map is 0 everywhere, and nothing measures it."""
+        """Image scores; the image-level model's map is 0 everywhere, and nothing measures it."""
         images = batch["image"].float()
         with torch.autocast(images.device.type, enabled=False):
+            if self.has_map:
+                embeddings = torch.cat([self._windows(image) for image in images.split(1)])
+                cells = self.network.score(embeddings.flatten(0, 2)).view(embeddings.shape[:3]).float()
+                maps = spread(cells, self.image_size, self.reception, self.upsampling_std, normalised=True)
+                scored = self.head.score([maps], self.image_size)
+                return {"": scored._replace(image_scores=cells.flatten(1).amax(1), level_maps=[cells])}
             scores = self.network.score(self.network.embed(images)).float()
         return {"": ScoredMaps(images.new_zeros(len(images), *self.image_size), scores, [])}
 
@@ -109,7 +168,10 @@ class CutPaste(OwnTrunkModule):
             f"{self.extractor.provenance['weights']}",
             f"embeddings before the head, density {self.network.density}"
             + ("" if math.isnan(self.shrinkage) else f", shrinkage {self.shrinkage:.3g}"),
-            "no map: image scores only",
+            f"patch model, windows of {self.reception.field} pixels every {self.reception.jump}, Gaussian upsampling of std "
+            f"{self.upsampling_std:g}, divided by that of ones"
+            if self.has_map
+            else "no map: image scores only",
         ]
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------

@@ -11,12 +11,13 @@ released code differ, the released code is followed.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.layers.receptive import Reception, spread
 from models.reconstruction import FeatureNetwork
 from models.trunk import NoBackbone, build_trunk
 
@@ -25,14 +26,6 @@ FrozenNorm = Literal["batch", "running"]
 FROZEN = 15
 """Layers of VGG11's features that are frozen; six more are trained."""
 TINY = 1e-31
-
-
-class Reception(NamedTuple):
-    """jump: pixels from one cell's centre to the next; field: side of a cell's receptive field; start: the first centre."""
-
-    jump: int
-    field: int
-    start: float
 
 
 class VGG(nn.Module):
@@ -91,34 +84,6 @@ class Small(nn.Module):
 def default_std(field: int) -> float:
     """Of the Gaussian, where none is given: as the released code has it."""
     return 10.0 if field >= 32 else math.log10(0.45 * field + 1) + 0.25
-
-
-def spreading(cells: int, pixels: int, reception: Reception, std: float) -> Tensor:
-    """float32 (pixels, cells): what a cell adds to each pixel along one axis.
-
-    A Gaussian around the cell's centre, cut to its receptive field. Its peak is 1, and 1/2 for a field of even side, whose two
-    middle pixels are equal; it is not normalised, so that maps are darker at the border.
-    """
-    y = torch.arange(pixels, dtype=torch.float64)[:, None]
-    away = (y - (reception.jump * torch.arange(cells, dtype=torch.float64) + reception.start)).abs()
-    even = reception.field % 2 == 0
-    distance = (away - 0.5).clamp_min(0) if even else away
-    weights = (0.5 if even else 1.0) * torch.exp(-distance.square() / (2 * std**2))
-    return torch.where(away <= (reception.field - 1) / 2, weights, 0.0).float()
-
-
-def spread(cells: Tensor, size: tuple[int, int], reception: Reception, std: float, normalised: bool = False) -> Tensor:
-    """Cells (B, h, w) -> (B, H, W), the released Gaussian upsampling as two products of matrices.
-
-    normalised: divided by what a map of ones would become.
-    """
-    rows, columns = (
-        spreading(count, pixels, reception, std).to(cells.device)
-        for count, pixels in zip(cells.shape[-2:], size, strict=True)
-    )
-    if normalised:
-        rows, columns = (part / part.sum(1, keepdim=True).clamp_min(1e-12) for part in (rows, columns))
-    return rows @ cells @ columns.T
 
 
 def pseudo_huber(output: Tensor) -> Tensor:

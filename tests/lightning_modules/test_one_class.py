@@ -15,6 +15,7 @@ from lightning_modules.cutpaste import CutPaste
 from lightning_modules.fcdd import FCDD
 from lightning_modules.patch_svdd import PatchSVDD
 from lightning_modules.running.command_line import main
+from lightning_modules.running.loading import load_run
 
 SMALL = {"widths": [4, 4, 4, 4, 4, 4, 4], "dim": 4, "hidden": 8}
 METHODS = {
@@ -82,6 +83,21 @@ def test_training_leaves_a_record_and_its_checkpoint_scores_alike(trained, metho
     assert len(list(folder.glob("*.npy"))) == (0 if method == "cutpaste" else 5)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_finished_run_is_loaded_without_data_or_the_weights_that_it_started_from(trained, method):
+    project = trained(method)
+    model = load_run(project.results / "runs" / "single" / "first").module
+    own = network_of(project)
+    assert all(torch.equal(value, own[f"network.{name}"]) for name, value in model.network.state_dict().items())
+    assert model(torch.zeros(1, 3, *model.image_size)).image_scores.isfinite().all()
+
+
+def test_a_backbone_from_the_environment_is_refused_where_there_is_none(trained, monkeypatch):
+    monkeypatch.setenv("WEIGHTS", "random")
+    with pytest.raises(SystemExit, match="backbone"):
+        trained("patch_svdd").run(name="other")
+
+
 def test_an_image_level_method_has_no_pixel_number_and_no_picture(trained):
     record = trained("cutpaste").record()
     pixels = record.metrics[record.metrics.metric.str.startswith("pixel")]
@@ -138,6 +154,24 @@ def test_patch_svdds_last_weight_rests_and_everything_else_learns(trained):
     same = {name for name, value in start.items() if torch.equal(value, fixed[name])}
     assert {"network.cls_64.fc3.weight", "network.cls_32.fc3.weight"} == {n for n in same if "mean_image" not in n}
     assert not torch.equal(moved["network.cls_64.fc3.weight"], start["network.cls_64.fc3.weight"])
+
+
+def test_the_patch_model_has_a_map_and_scores_an_image_by_its_highest_window(make_project, tmp_path, data_root):
+    project = project_of(
+        make_project, tmp_path, data_root, "cutpaste", localisation="patches", patch_side=16, patch_stride=8
+    )
+    project.run()
+    record = project.record()
+    assert record.metrics[record.metrics.metric == "pixel_auroc"].value.notna().all()
+    assert any("windows of 16 pixels every 8" in note for note in record.record.notes)
+    model = load_run(project.results / "runs" / "single" / "first").module
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        scored = model(images)
+        corner = model.network.score(model.network.embed(images[:, :, 16:, 8:24])).float()
+    torch.testing.assert_close(scored.level_maps[0][:, 2, 1], corner, rtol=1e-4, atol=1e-5)
+    assert torch.equal(scored.image_scores, scored.level_maps[0].flatten(1).amax(1))
+    assert scored.maps.shape == (2, 32, 32)
 
 
 def test_fcdds_frozen_part_keeps_its_weights_while_its_statistics_move(make_project, tmp_path, data_root):
@@ -231,6 +265,9 @@ def test_impossible_options_are_refused():
         (CutPaste, {"trunk": "resnet81"}, "knows no trunk"),
         (CutPaste, {"start": "packaged"}, "no package holds weights of resnet18"),
         (CutPaste, {"density": "kde"}, "gaussian, kernels"),
+        (CutPaste, {"localisation": "gradcam"}, "none or patches"),
+        (CutPaste, {"localisation": "patches", "density": "kernels"}, "density=gaussian"),
+        (CutPaste, {"localisation": "patches", "image_size": 48}, "smaller patches"),
         (PatchSVDD, {"image_size": 72}, "multiples of 16"),
         (PatchSVDD, {"near_weight": -1.0}, "must not be negative"),
         (PatchSVDD, {"position_clip": "moved"}, "kept, redraw"),
