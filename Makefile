@@ -9,7 +9,7 @@ PROFILE ?= demo
 # Values go through the environment, letter for letter: neither make nor the shell reads a `$`, a quote or a blank in them.
 # The first line is read by the command line itself, so that make, the sweep runner and `wandb agent` steer a run alike.
 VALUES := PROFILE DATASET DATA_ROOT CATEGORIES BACKBONE WEIGHTS WANDB \
-	METHOD RUN IMAGES OUT ABLATION WORKERS GPUS SEEDS SWEEP TABLE SOURCE FORMAT A B CLEAR
+	METHOD RUN IMAGES OUT ABLATION COMPARE SETTING WORKERS GPUS SEEDS SWEEP TABLE SOURCE FORMAT A B CLEAR
 $(foreach v,$(VALUES),$(if $(filter undefined,$(origin $v)),,$(eval override $v := $$(value $v))$(eval export $v)))
 
 .DEFAULT_GOAL := help
@@ -58,14 +58,20 @@ check-data: setup  ## Count a dataset's images and list every problem: DATASET= 
 synthetic: setup  ## Make the embedded benchmark in data/synthetic.
 	$(PY) -m datamodules synthetic data/synthetic
 
-sweep: setup  ## Run an ablation and rebuild its table: ABLATION= [PROFILE= WORKERS= GPUS= SEEDS= ONLY= RETRY_FAILED=1].
+sweep: setup  ## Run an ablation and rebuild its table: ABLATION= [PROFILE= COMPARE= SETTING= WORKERS= GPUS= SEEDS= ONLY= RETRY_FAILED=1].
 	$(PY) -m sweeps run "$$ABLATION" $(if $(WORKERS),--workers "$$WORKERS") $(if $(GPUS),--gpus "$$GPUS") \
 		$(if $(SEEDS),--seeds "$$SEEDS") $(foreach o,$(ONLY),--only $(o)) $(if $(RETRY_FAILED),--retry-failed)
 
 sweeps: setup  ## List all ablations.
 	$(PY) -m sweeps list
 
-wandb-sweep: setup  ## Register an ablation with W&B and print how to start agents: ABLATION= [PROFILE= SEEDS=].
+reference: setup  ## Train and publish what results/reference/plan.yaml lists: [ONLY="sweep key=value" WORKERS= AGAIN=1 ARGS=--dry-run].
+	$(PY) -m sweeps reference $(foreach o,$(ONLY),--only $(o)) $(if $(WORKERS),--workers "$$WORKERS") $(if $(AGAIN),--again) $(ARGS)
+
+verify: setup  ## Run one small cell per method again, compare with its reference record: [ONLY=method=uniad WORKERS=].
+	$(PY) -m sweeps verify $(foreach o,$(ONLY),--only $(o)) $(if $(WORKERS),--workers "$$WORKERS")
+
+wandb-sweep: setup  ## Register an ablation with W&B and print how to start agents: ABLATION= [PROFILE= COMPARE= SETTING= SEEDS=].
 	$(PY) -m sweeps register "$$ABLATION" $(if $(SEEDS),--seeds "$$SEEDS")
 
 agents: setup  ## One W&B agent per GPU: SWEEP=entity/project/sweep [GPUS=0,1 WORKERS=].
@@ -108,5 +114,6 @@ bench-metrics: setup  ## Time our metrics against other libraries.
 bench-start: setup  ## Time the start of a run on 60,000 small files: [ARGS=].
 	$(PY) -m lightning_modules.benchmarks.start $(ARGS)
 
-.PHONY: help setup test test-all lint train import predict submission check-data synthetic sweep sweeps wandb-sweep agents pull table tables \
+.PHONY: help setup test test-all lint train import predict submission check-data synthetic sweep sweeps reference verify wandb-sweep agents \
+	pull table tables \
 	audit figures compare report reconstructions bench bench-metrics bench-start cache

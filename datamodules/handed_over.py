@@ -13,7 +13,7 @@ from torch import Tensor
 
 from datamodules.dataset import UNKNOWN, Row, normalise, normalised_levels
 from datamodules.errors import DataError
-from datamodules.images import MAX_MEGAPIXELS, check_resize, pil_pixels, read_image, resize_image
+from datamodules.images import MAX_MEGAPIXELS, centre, check_resize, pil_pixels, read_image, resize_image
 from datamodules.prediction import depth_of
 
 OneImage = Tensor | Image.Image | str | os.PathLike
@@ -31,6 +31,7 @@ class Preparation:
         mean, std: Of the normalisation, for pixels in [0, 1].
         bit_depth: Significant bits of 16-bit images; None infers them from those of a call, as ``predict`` does.
         max_megapixels: Larger image files are refused.
+        crop_from: (height, width) to resize to before the centre of `size` is kept; None resizes to `size`.
     """
 
     size: tuple[int, int]
@@ -39,6 +40,7 @@ class Preparation:
     std: tuple[float, float, float]
     bit_depth: int | None = None
     max_megapixels: float = MAX_MEGAPIXELS
+    crop_from: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         check_resize(self.resize)
@@ -61,7 +63,8 @@ class Preparation:
         for first in range(0, len(images), batch_size):
             numbered = enumerate(images[first : first + batch_size], first)
             pixels = [self._pixels(image, f"image {number}", depth) for number, image in numbered]
-            yield torch.stack([normalise(resize_image(p, self.size, self.resize), levels) for p in pixels])
+            resized = (resize_image(p, self.crop_from or self.size, self.resize) for p in pixels)
+            yield torch.stack([normalise(np.ascontiguousarray(centre(r, self.size)), levels) for r in resized])
 
     def _pixels(self, image: OneImage, name: str, depth: int | None) -> np.ndarray:
         """uint8 (H, W, 3), RGB, in the image's own size."""

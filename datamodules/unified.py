@@ -302,7 +302,7 @@ class UnifiedDataModule(L.LightningDataModule):
         are read again.
         """
         try:
-            now = fingerprint(self.table, self._reading.roots)
+            now = fingerprint(self._reading.table, self._reading.roots)  # as split on disk, before any is held out
         except OSError as error:
             return [f"DATA CHANGED DURING THE RUN: {error.filename} can no longer be read ({error.strerror})"]
         if now == self.fingerprint:

@@ -22,17 +22,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import timm
 import torch
-from timm.models import eva, vision_transformer
-from timm.models._features import FeatureGetterNet, FeatureInfo
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models.pretrained import AUTO_TIMEOUT, PACKAGES, cached_file, hub_answers, package_of, resolve_auto
-from models.vit_tokens import PrefixGetterNet, use_released_position
 from models.weight_files import check_finite, check_fit, few, file_sha256, read_state_dict, state_sha256
+
+# timm is imported where a network is made: it takes seconds, and a mistake on the command line is answered without it. Not
+# under TYPE_CHECKING either, which the command line's parser executes to resolve the constructors' types.
 
 Padding = Literal["default", "same", "released", "reflect"]
 Position = Literal["timm", "released"]
@@ -257,6 +254,11 @@ def _normalisation(net: nn.Module, config: BackboneConfig, weights: str) -> tupl
 
 
 def _create(config: BackboneConfig, pretrained: bool = False) -> nn.Module:
+    import timm
+    from timm.models._features import FeatureGetterNet
+
+    from models.vit_tokens import PrefixGetterNet, use_released_position
+
     architecture, _, tag = config.name.partition(".")
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
@@ -334,17 +336,24 @@ def _not_delivered(name: str, why: str) -> str:
 
 def _blueprint(architecture: str) -> nn.Module:
     """The extractor of all levels of an architecture, built without memory."""
+    import timm
+
     with torch.device("meta"):
         return timm.create_model(architecture, features_only=True)
 
 
 def _follows_size(net: nn.Module | None) -> bool:
     """Whether a network is a vision transformer whose position codes timm can fit to the image's size."""
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
     return isinstance(net, VisionTransformer | Eva)
 
 
 def _has_final_norm(architecture: str) -> bool:
     """Whether a vision transformer's last block is followed by a norm that its levels can go through."""
+    import timm
+
     with torch.device("meta"):
         net = timm.create_model(architecture)
     return _follows_size(net) and not isinstance(getattr(net, "norm", nn.Identity()), nn.Identity)
@@ -354,6 +363,8 @@ class ReLUMaps(nn.Module):
     """All ReLU outputs of a VGG's feature layers, lowest first, in place of one per level."""
 
     def __init__(self, net: nn.Module, name: str) -> None:
+        from timm.models._features import FeatureInfo
+
         super().__init__()
         self.layers = nn.Sequential(*net.children())
         if not all(isinstance(layer, nn.Conv2d | nn.ReLU | nn.MaxPool2d) for layer in self.layers):
@@ -512,8 +523,11 @@ def _match_names(wanted: list[str], available: list[str]) -> dict[str, str]:
     return best
 
 
-def _from_authors(source: dict[str, Tensor], net: VisionTransformer | Eva) -> dict[str, Tensor]:
+def _from_authors(source: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
     """Names of a vision transformer's authors in timm's, by timm's own rules; unchanged where these do not apply."""
+    from timm.models import eva, vision_transformer
+    from timm.models.eva import Eva
+
     convert = eva.checkpoint_filter_fn if isinstance(net, Eva) else vision_transformer.checkpoint_filter_fn
     try:
         return dict(convert(dict(source), net))
@@ -568,6 +582,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--weights", default="auto", choices=("auto", "imagenet", "packaged", "random"))
     parser.add_argument("--timeout", type=float, default=AUTO_TIMEOUT, help="seconds to wait for the weights")
     options = parser.parse_args(arguments)
+    import timm
+
     if not timm.is_model(options.tag.partition(".")[0]):
         parser.error(f'timm {timm.__version__} knows no backbone "{options.tag}".')
     print(resolve_auto(options.tag, options.timeout) if options.weights == "auto" else options.weights)

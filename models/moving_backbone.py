@@ -6,7 +6,6 @@ them slowly, and stochastic depth drops residual branches.
 
 from __future__ import annotations
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -37,6 +36,8 @@ def set_moving(net: nn.Module, name: str) -> None:
     name: of the timm model, which tells how many blocks the whole network has (the extractor may have lost its last).
     Blocks count from 0; only those with a shortcut have a branch to drop.
     """
+    import timm  # late: it takes seconds, see models.backbones
+
     for module in net.modules():
         if isinstance(module, _BatchNorm):
             module.momentum = MOMENTUM

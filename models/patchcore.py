@@ -11,8 +11,10 @@ Size and time by arithmetic, for MVTec AD in the unified setting (3,629 images; 
 1024 channels): 2.85 M vectors, 11.7 GB before the choice and 1.46 GB projected to 128 dimensions; the bank has 0.12 GB
 with a share of 1 %, 1.17 GB with 10 %. With anomalib's 1536 channels the 2.85 M vectors take 17.5 GB (at 256 pixels there
 are 3.7 M of them: 22.8 GB), the bank of 1 % 0.18 GB. Greedy choice reads the projected vectors once per pick when nothing
-is pruned: 28,500 picks x 1.46 GB = 42 TB for 1 %. An image is scored by 784 x 28,500 x 1024 multiplications, 23 GFLOP
-x 2, ten times that for 10 %.
+is pruned: 28,500 picks x 1.46 GB = 42 TB for 1 %. With pruning, one CPU thread took 0.31 s to choose 1 % of 15,680 vectors
+of the embedded benchmark (128 dimensions) and 1.22 s of 31,360: the time grows with the square of their number. By that
+slope, over a factor of 90, MVTec AD's 2.85 M vectors would take 10,000 s, about three hours. An image is scored by
+784 x 28,500 x 1024 multiplications, 23 GFLOP x 2, ten times that for 10 %.
 """
 
 from __future__ import annotations

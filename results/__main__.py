@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from results.aggregator import audit as auditing
-from results.aggregator import render
-from results.aggregator.build import SOURCES, category_tables, paper_table, sweep_table
+from results.aggregator import methods, names, reference, render
+from results.aggregator.build import SOURCES, category_tables, paper_table, sweep_table, varies
 from results.aggregator.curves import curve_table
 from results.aggregator.records import DamagedRecordWarning, RecordError, RecordSet, StoredRecord, read_records
-from results.aggregator.scores import ConflictError, kinds, newest, select
+from results.aggregator.scores import ConflictError, data_of, kinds, newest, select
 from results.aggregator.spec import Spec, SpecError, find_spec, spec_for_sweep, spec_names
 from results.aggregator.sweep_cells import SweepCells, read_sweep
 from results.aggregator.table import Table
@@ -55,7 +55,7 @@ def _sweep(options: argparse.Namespace) -> int:
     records = _records(options, options.name)
     if not records:
         raise ValueError(f"no record of sweep {options.name} is left to show{_filters(options)}")
-    table = build_sweep(spec, records, sweep, options.std == "rms")
+    table = build_sweep(spec, records, sweep, options.std == "rms", _controls(options))
     _show(table, options)
     if spec.kind == "curves":
         from results.aggregator import figures
@@ -64,6 +64,8 @@ def _sweep(options: argparse.Namespace) -> int:
             path = figures.save(figures.curves_figure(spec, records, sweep), options.out / f"{table.name}.png")
             _say(f"figure: {path}")
     else:
+        if spec.kind == "methods":
+            _methods(spec, records, table, options)
         details = category_tables(spec, records, sweep, options.std == "rms")
         if options.categories:
             for detail in details:
@@ -85,7 +87,7 @@ def _table(options: argparse.Namespace) -> int:
         options.name = spec.sweep
         options.categories = False
         return _sweep(options)
-    records = _records(options) if options.source != "published" and options.root.is_dir() else ()
+    records = _records(options) if options.source != "published" else ()
     table = paper_table(spec, options.source, records, rms_std=options.std == "rms")
     _show(table, options, f".{options.source}")
     return int(options.strict and bool(table.missing))
@@ -93,7 +95,7 @@ def _table(options: argparse.Namespace) -> int:
 
 def _tables(options: argparse.Namespace) -> int:
     """Rebuild everything under results/tables/."""
-    records = _records(options) if options.root.is_dir() else RecordSet(())
+    records = _records(options)
     written, refused = [], []
     for build, suffix in _everything(records, options):
         try:
@@ -114,11 +116,16 @@ def _tables(options: argparse.Namespace) -> int:
 
 def _everything(records: Sequence[StoredRecord], options: argparse.Namespace):
     """(how to build it, suffix of its files) for every table that can be built."""
+    controls = [stored for stored in records if stored.record.sweep in names.CONTROLS]
     for sweep in sorted({stored.record.sweep for stored in records if stored.record.cell}):
-        for kind, mine in kinds([stored for stored in records if stored.record.sweep == sweep]):
+        for kind, mine in kinds([stored for stored in records if stored.record.sweep == sweep], compared=True):
             suffix = f".{kind}" if kind else ""
+            if spec_for_sweep(sweep).kind == "methods":
+                suffix = f".{mine[0].record.profile}" if kind else ""  # the table's own name says the rest
             yield (
-                lambda s=sweep, m=mine: build_sweep(spec_for_sweep(s), m, load_sweep(s, options.sweeps), False),
+                lambda s=sweep, m=mine: build_sweep(
+                    spec_for_sweep(s), m, load_sweep(s, options.sweeps), False, controls
+                ),
                 suffix,
             )
     for name in spec_names():
@@ -168,8 +175,8 @@ def _figures(options: argparse.Namespace) -> int:
         else:
             table = build_sweep(spec, records, sweep, False)
             drawn[options.name] = figures.ablation_bars(table, records)
-            metric = next((column.metric for column in table.columns if column.ranked), "")
-            for price in ("parameters", "seconds_per_epoch"):
+            metric = methods.quality(table)
+            for price in methods.PRICES if spec.kind == "methods" else ("parameters", "seconds_per_epoch"):
                 drawn[f"{options.name}.{price}"] = figures.cost_against_quality(table, records, metric, price)
     wanted = {name: figure for name, figure in drawn.items() if figure is not None}
     paths = [figures.save(figure, options.out / f"{name}.{options.suffix}") for name, figure in wanted.items()]
@@ -180,11 +187,32 @@ def _figures(options: argparse.Namespace) -> int:
     return 0
 
 
+def _methods(spec: Spec, records: Sequence[StoredRecord], table: Table, options: argparse.Namespace) -> None:
+    """What the table of the sweep ``methods`` is accompanied by: each method against the control, costs, ranks."""
+    from results.aggregator import figures
+
+    beside = methods.control_table(spec, records, load_sweep(spec.sweep, options.sweeps))
+    if beside is not None:
+        _show(beside, options)
+    else:
+        _complain("note:", f"no control was run ({', '.join(methods.CONTROLS)}), so nothing is compared with one")
+    found = methods.ranks(records)
+    if options.format is not None:
+        return
+    _say(found.silent or methods.sentence(found))
+    drawn = {} if found.silent else {"ranks": figures.critical_difference(found)}
+    for price in methods.PRICES:
+        drawn[price] = figures.cost_against_quality(table, records, methods.quality(table), price)
+    for name, figure in drawn.items():
+        if figure is not None:
+            _say(f"figure: {figures.save(figure, options.out / f'{table.name}.{name}.png')}")
+
+
 def _report(options: argparse.Namespace) -> int:
     """One self-contained HTML page of everything."""
     from results.aggregator.report import write_report
 
-    records = _records(options) if options.root.is_dir() else RecordSet(())
+    records = _records(options)
     path = write_report(
         options.out if options.out.suffix == ".html" else options.out / "report.html", records, options.sweeps
     )
@@ -200,11 +228,17 @@ def _list(options: argparse.Namespace) -> int:
     return 0
 
 
-def build_sweep(spec: Spec, records: Sequence[StoredRecord], sweep: SweepCells | None, rms_std: bool = False) -> Table:
+def build_sweep(
+    spec: Spec,
+    records: Sequence[StoredRecord],
+    sweep: SweepCells | None,
+    rms_std: bool = False,
+    controls: Sequence[StoredRecord] = (),
+) -> Table:
     """The table of a sweep, whatever its kind."""
     if spec.kind == "curves":
         return curve_table(spec, records, sweep)
-    return sweep_table(spec, records, sweep, rms_std=rms_std)
+    return sweep_table(spec, records, sweep, rms_std=rms_std, controls=controls)
 
 
 def load_sweep(name: str, folder: Path) -> SweepCells | None:
@@ -214,18 +248,50 @@ def load_sweep(name: str, folder: Path) -> SweepCells | None:
 
 
 def _records(options: argparse.Namespace, sweep: str | None = None) -> RecordSet:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DamagedRecordWarning)
-        found = read_records(options.root, sweep)
-    names = [f"{damaged.path.parent.name}/{damaged.path.name}" for damaged in found.damaged]
+    """One's own records and, for cells without any, the reference records, as the options choose them."""
+    folder = options.reference or options.root.parent / reference.FOLDER.name
+    coming = reference.read_reference(folder, sweep)
+    found = RecordSet(())
+    if (options.root if sweep is None else options.root / sweep).is_dir() or not coming:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DamagedRecordWarning)
+            found = _own(options, sweep)
+    names = [f"{damaged.path.parent.name}/{damaged.path.name}" for damaged in (*found.damaged, *coming.damaged)]
     options.damaged = any(not options.runs or fnmatchcase(n, p) for n in names for p in options.runs or ("",))
-    for damaged in found.damaged:
+    for damaged in (*found.damaged, *coming.damaged):
         _complain("damaged record, left out:", damaged)
     if unchecked := [stored.name for stored in found if stored.unchecked]:
         more = f" and {len(unchecked) - 3} more" if len(unchecked) > 3 else ""
         _complain("note:", f"attachments without checksums (an older version's): {', '.join(unchecked[:3])}{more}")
-    chosen = select(found, options.profile, options.protocol, options.runs or ())
-    return RecordSet(tuple(newest(chosen) if options.newest else chosen), found.damaged)
+    kind = options.profile, options.protocol
+    experiment = options.compare or None, options.setting or None
+    chosen = select(found, *kind, options.runs or (), *experiment)
+    chosen = newest(chosen) if options.newest else chosen
+    beside = select(coming, *kind, (), *experiment)
+    if sweep is None:
+        beside = [stored for stored in beside if stored.record.sweep != reference.SMALL]
+    if sweep is not None and chosen:  # a table of this sweep's data
+        data = {data_of(stored) for stored in chosen}
+        beside = [stored for stored in beside if data_of(stored) in data]
+    together = reference.complete(
+        chosen, beside, lambda name: varies(spec_for_sweep(name), load_sweep(name, options.sweeps))
+    )
+    return RecordSet(tuple(sorted(together, key=lambda stored: stored.name)), found.damaged)
+
+
+def _own(options: argparse.Namespace, sweep: str | None) -> RecordSet:
+    """One's own records; without any folder of records only where one sweep's are asked for is that an error."""
+    if sweep is None and not options.root.is_dir():
+        return RecordSet(())
+    return read_records(options.root, sweep)
+
+
+def _controls(options: argparse.Namespace) -> list[StoredRecord]:
+    """The records that stand as controls beside the tables of other sweeps."""
+    own = argparse.Namespace(**{**vars(options), "runs": None})
+    folders = (options.root, options.reference or options.root.parent / reference.FOLDER.name)
+    there = [name for name in names.CONTROLS if any((folder / name).is_dir() for folder in folders)]
+    return [stored for name in there for stored in _records(own, name)]
 
 
 def _say(text: str) -> None:
@@ -238,7 +304,7 @@ def _complain(label: str, what: object) -> None:
 
 
 def _filters(options: argparse.Namespace) -> str:
-    given = {"profile": options.profile, "protocol": options.protocol, "runs": options.runs}
+    given = {name: getattr(options, name) for name in ("profile", "protocol", "compare", "setting", "runs")}
     text = ", ".join(f"--{name} {value}" for name, value in given.items() if value)
     return f" (after {text})" if text else ""
 
@@ -273,9 +339,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     records = argparse.ArgumentParser(add_help=False)
     records.add_argument("--root", type=Path, default=Path("results/runs"), help="folder of the run records")
+    records.add_argument(
+        "--reference", type=Path, help="folder of the reference records (default: reference, beside that of the runs)"
+    )
     records.add_argument("--sweeps", type=Path, default=Path("sweeps"), help="folder of the sweep files")
     records.add_argument("--profile", help="only runs of this profile (demo, paper)")
     records.add_argument("--protocol", help="only runs of this protocol (clean, as_released)")
+    records.add_argument("--setting", help="only runs of this setting (unified, per_category)")
+    records.add_argument("--compare", help="of the sweep methods only this experiment (recipe, matched)")
     records.add_argument(
         "--runs", action="append", metavar="PATTERN", help="only runs whose sweep/run fits; may be repeated"
     )

@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
-from results.common import trouble
+from results.common import methods, trouble
 from sweeps.runner import checked_sweep, cluster, command, expansion, listing, preflight, prepare
 from sweeps.runner.display import Display
 from sweeps.runner.errors import SweepError
 from sweeps.runner.expansion import Cell
+from sweeps.runner.impossible import methods_that_cannot
 from sweeps.runner.local import Job, Runner, check_writable
 from sweeps.runner.state import DONE, FAILED, WORK
 
@@ -61,6 +62,22 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("ablation", nargs="?", help="list the cells of this ablation")
     show.add_argument("--profile", help="folder in sweeps/profiles/ (default: $PROFILE or demo)")
 
+    made = commands.add_parser("reference", help="train and publish what results/reference/plan.yaml lists")
+    made.set_defaults(function=_reference)
+    made.add_argument(
+        "--only", action="append", default=[], metavar="WORD", help="a sweep of the plan, or KEY=VALUE; may be repeated"
+    )
+    made.add_argument("--again", action="store_true", help="also cells whose record other code made")
+    made.add_argument("--workers", type=_positive, help="cells at a time (default: one per core)")
+    made.add_argument("--dry-run", action="store_true", help="only say what is missing and what it costs")
+
+    again = commands.add_parser(
+        "verify", help="run one small cell per method again and compare with its reference record"
+    )
+    again.set_defaults(function=_verify)
+    again.add_argument("--only", action="append", default=[], metavar="KEY=VALUE", help="only these, like method=uniad")
+    again.add_argument("--workers", type=_positive, help="cells at a time (default: one per core)")
+
     data = commands.add_parser(
         "data", help="look for the data of a configuration; make it if it is the embedded benchmark"
     )
@@ -105,14 +122,32 @@ def _data(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _reference(options: argparse.Namespace, console: Console) -> int:
+    from sweeps.runner import reference  # late: it needs pandas
+
+    return reference.make(options, console)
+
+
+def _verify(options: argparse.Namespace, console: Console) -> int:
+    from sweeps.runner import reference
+
+    return reference.verify(options, console)
+
+
 def _run(options: argparse.Namespace, console: Console) -> int:
     def say(text: str) -> None:
         console.print(text, highlight=False)
 
-    sweep = checked_sweep.load(options.ablation)
     variables = prepare.environment(options.profile)
+    sweep = prepare.chosen(checked_sweep.load(options.ablation), variables)
     every_cell = sweep.cells(options.seeds, options.count, options.sampler_seed)
+    variables = prepare.with_shared_data(sweep, every_cell, variables)
     cells = expansion.select(every_cell, options.only, sweep.path)
+    impossible = methods_that_cannot(every_cell, variables)
+    _tell_impossible(cells, impossible, say)
+    every_cell, cells = _of_others(every_cell, impossible), _of_others(cells, impossible)
+    if not cells:
+        return 0
     check_writable(WORK)
     # The check takes seconds; on a sweep's first run it goes on beside the other preparations.
     check = preflight.Check(sweep, cells, variables) if not (WORK / sweep.name).exists() else None
@@ -159,6 +194,18 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         words += [word for run in finished for word in ("--runs", f"{sweep.name}/{run}")]
         table = subprocess.run(words, env=variables).returncode
     return table if complete else 1
+
+
+def _of_others(cells: list[Cell], impossible: dict[str, str]) -> list[Cell]:
+    return [cell for cell in cells if not impossible or cell.parameters[methods.METHOD] not in impossible]
+
+
+def _tell_impossible(cells: list[Cell], impossible: dict[str, str], say: Callable[[str], None]) -> None:
+    """A line for each method that was asked for and has no place in the experiment."""
+    wanted = [cell.parameters[methods.METHOD] for cell in cells if methods.of(cell.parameters)]
+    for name in dict.fromkeys(wanted):
+        if name in impossible:
+            say(f"[bold yellow]left out[/] {name}: {escape(impossible[name])}")
 
 
 def _left_out(jobs: list[Job], cells: list[Cell], reasons: list[str | None]) -> dict[int, str]:

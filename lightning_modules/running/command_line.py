@@ -35,6 +35,7 @@ from lightning_modules.callbacks.normal_scores import NormalScores
 from lightning_modules.callbacks.predictions import Predictions
 from lightning_modules.callbacks.progress import PlainProgress, Progress
 from lightning_modules.callbacks.scoring import Evaluation
+from lightning_modules.callbacks.throughput import Throughput
 from lightning_modules.running import (
     checkpoints,
     foreign,
@@ -94,12 +95,19 @@ class UniReconCLI(internals.OpenCLI):
         if self.config[self.subcommand].data.init_args.setting == "per_category":
             per_category.split(self.subcommand, self.config[self.subcommand])
         try:
+            self._leave_finished()  # before anything is built, which takes seconds
             super().instantiate_classes()
         except ValueError as error:
             # Some constructors are called by the parser, which wraps their words in its own.
             reasons = [line[4:] for line in str(error).splitlines() if line.startswith("  - ")]
             reasons = [reason for reason in reasons if not reason.startswith("Expected a <class 'NoneType'>")]
             raise SystemExit("\n".join(reasons) or str(error)) from error
+
+    def _leave_finished(self) -> None:
+        """Refuses a run that has its record already."""
+        run = RunConfig(**self.config[self.subcommand].run.as_dict())
+        if self.subcommand in ("fit", "test") and run.record.exists() and not run.overwrite:
+            per_category.leave_finished(run, self._configuration())
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         self.run_config: RunConfig = self.made("run")
@@ -108,15 +116,14 @@ class UniReconCLI(internals.OpenCLI):
             self.model.set_protocol(self.run_config.protocol, self.run_config.selects)
         except ValueError as error:
             raise SystemExit(str(error)) from error
-        if self.subcommand in ("fit", "test") and self.run_config.record.exists() and not self.run_config.overwrite:
-            per_category.leave_finished(self.run_config, self._configuration())
         if self.subcommand == "fit":
             resuming.claim(self.run_config)
         given = self.made("trainer")
         self.evaluation, self.curve = Evaluation(self.run_config.fpr_limits), None
         self.normal_scores, self.history = NormalScores(), History()
         seed = EpochSeed(self.config[self.subcommand].seed_everything)
-        own = [seed, self.normal_scores, self.evaluation, self.history, *self._callbacks()]
+        self.throughput = Throughput()
+        own = [seed, self.normal_scores, self.evaluation, self.throughput, self.history, *self._callbacks()]
         more = given.get("callbacks") or []
         callbacks = [*(more if isinstance(more, list) else [more]), *own]
         if given.get("logger") is None:
@@ -274,7 +281,7 @@ class UniReconCLI(internals.OpenCLI):
         outcome = recording.Outcome(
             self.run_config, self.subcommand, self.config[self.subcommand], self.model, self.datamodule, self.trainer,
             self.evaluation, self.normal_scores, self.history, self.curve, self.started,
-            getattr(self, "training_seconds", 0.0),
+            getattr(self, "training_seconds", 0.0), self.throughput.images_per_second,
         )  # fmt: skip
         recording.write(outcome, lambda config: self.dump(config, skip_none=False))
 

@@ -17,6 +17,7 @@ from typing import Any
 from datamodules.readers import has_own_root
 from lightning_modules.running import preemption, refusals
 from lightning_modules.running.methods import class_at
+from results.common import methods
 from results.common.environment import parse
 
 _NAME = "UNIRECON_RUN_NAME"
@@ -49,14 +50,25 @@ def environment_arguments(environment: Mapping[str, str]) -> list[str]:
 
 
 def with_environment(arguments: list[str], environment: Mapping[str, str]) -> list[str]:
-    """The arguments with those of the environment after the last ``--config``, so that explicit ones still win."""
+    """The arguments with those of the environment after the last ``--config``, so that explicit ones still win.
+
+    ``--method`` and ``--compare``, the parameters of the sweep ``methods``, become what they stand for; see
+    :mod:`results.common.methods`.
+
+    Raises:
+        SystemExit: the variables or those two contradict each other.
+    """
+    try:
+        arguments, shared = methods.expand(arguments, environment)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     position = min(1, len(arguments))
     for index, argument in enumerate(arguments):
         if argument == "--config":
             position = index + 2
         elif argument.startswith("--config="):
             position = index + 1
-    return [*arguments[:position], *environment_arguments(environment), *arguments[position:]]
+    return [*arguments[:position], *shared, *environment_arguments(environment), *arguments[position:]]
 
 
 def fill(config: Any, subcommand: str, started: datetime) -> None:

@@ -22,6 +22,10 @@ class OpenCLI(LightningCLI):
         """A configuration of this subcommand as text."""
         return self._parser(self.subcommand).dump(config, **options)
 
+    def instantiate(self, part: Any) -> Any:
+        """The objects that a part of this subcommand's configuration names."""
+        return self._parser(self.subcommand).instantiate_classes(part)
+
     def run_subcommand(self, subcommand: str) -> None:
         """Runs it, with the hooks before and after."""
         super()._run_subcommand(subcommand)

@@ -184,7 +184,11 @@ def _preparation(module: ReconstructionModule, stored: StoredRecord, configurati
     options = (configuration.get("data") or {}).get("init_args") or {}
     further = {key: options[key] for key in ("bit_depth", "max_megapixels") if options.get(key) is not None}
     mean, std = options.get("mean") or module.extractor.mean, options.get("std") or module.extractor.std
-    return Preparation(module.image_size, stored.record.resize, tuple(mean), tuple(std), **further)
+    if (whole := options.get("crop_from")) is not None:
+        further["crop_from"] = (whole, whole) if isinstance(whole, int) else tuple(whole)
+    return Preparation(
+        module.image_size, options.get("resize") or stored.record.resize, tuple(mean), tuple(std), **further
+    )
 
 
 def _weights(folder: Path, given: str | Path | None) -> Path:

@@ -11,6 +11,7 @@ import io
 import json
 import re
 import shutil
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -189,8 +190,15 @@ def join_records(records: list[RunRecord], run: str, sweep: str) -> RunRecord:
     for entry in datasets.values():
         entry["fingerprint"] = hashlib.sha256("".join(entry["fingerprint"]).encode()).hexdigest()
     provenance = dict(first.provenance)
-    for key, rule in (("wall_seconds", sum), ("seconds_per_epoch", sum), ("peak_memory_bytes", max)):
-        values = [record.provenance[key] for record in records if key in record.provenance]
+    rules = {
+        "wall_seconds": sum,
+        "seconds_per_epoch": sum,
+        "train_seconds": sum,
+        "images_per_second": statistics.fmean,
+        "peak_memory_bytes": max,
+    }
+    for key, rule in rules.items():
+        values = [record.provenance[key] for record in records if record.provenance.get(key) is not None]
         if values:
             provenance[key] = rule(values)
     notes = list(dict.fromkeys(note for record in records for note in record.notes))

@@ -46,6 +46,7 @@ class Outcome:
         evaluation, normal_scores, history, curve: The callbacks that watched it; no curve unless one was asked for.
         started: When the program did.
         training_seconds: How long the training took, in this process; 0 without one.
+        images_per_second: Scored from image files; None if nothing was timed.
     """
 
     run: RunConfig
@@ -60,6 +61,7 @@ class Outcome:
     curve: EvaluationCurve | None
     started: datetime
     training_seconds: float
+    images_per_second: float | None
 
 
 def write(outcome: Outcome, dump: Callable[[Any], str]) -> Path:
@@ -179,6 +181,8 @@ def _came_about(outcome: Outcome) -> dict[str, Any]:
         "wall_seconds": round((datetime.now().astimezone() - outcome.started).total_seconds(), 1),
         "epochs": outcome.model.trained_epochs,
         "seconds_per_epoch": round(outcome.training_seconds / max(1, epochs), 3),
+        "train_seconds": round(outcome.training_seconds, 1),
+        "images_per_second": outcome.images_per_second and round(outcome.images_per_second, 2),
         "peak_memory_bytes": _peak_memory(device),
         "world_size": trainer.world_size,
         "effective_batch_size": outcome.data.batch_size * trainer.world_size * trainer.accumulate_grad_batches,

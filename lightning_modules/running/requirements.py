@@ -53,6 +53,10 @@ def lacking(config: Mapping[str, Any], insisted: bool = False) -> str | None:
             return f"{method.method} needs a file, and none is named: give --model.init_args.{option}=<path>."
         if not Path(path).expanduser().exists():
             return f"{method.method} needs the file {path} (model.init_args.{option}), which does not exist."
+    data = config.get("data", {}).get("init_args", {})
+    pictures = (data.get("anomalies") or {}).get("folder")
+    if pictures and not Path(pictures).expanduser().is_dir():
+        return f"{method.method} needs the folder of pictures {pictures} (data.init_args.anomalies.folder), which is not there."
     backbone = arguments.get("backbone")
     return None if insisted or not isinstance(backbone, Mapping) else _weights(backbone["name"], backbone["weights"])
 

@@ -18,6 +18,7 @@ from results.aggregator.spec import find_spec, spec_names
 from results.aggregator.table import Cell, Column, Row, Table, Value
 
 _SEVEN = ("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_aupro")
+_SHORT = 4
 #: (summary table, the table whose mean row it repeats) per source and metric.
 _REPEATS = {
     "ulsad_paper": {
@@ -67,13 +68,26 @@ def _verdict(printed: float, recomputed: float, unit: float) -> str:
     return "rounding" if difference <= unit + 1e-9 else "disagrees"
 
 
-def _units(numbers: Mapping[tuple[str, ...], Printed]) -> dict[tuple[str, str], float]:
-    """(source, table) -> one unit of the last digit that the table prints."""
-    units: dict[tuple[str, str], float] = defaultdict(lambda: 1.0)
+def _column(key: tuple[str, ...]) -> tuple[str, ...]:
+    """What decides in how many digits a number is printed: its table, data set, method, variant and metric."""
+    source, table, dataset, _, method, variant, metric = key
+    return source, table, dataset, method, variant, metric.removesuffix("_gap")
+
+
+def _units(numbers: Mapping[tuple[str, ...], Printed]) -> dict[tuple[str, ...], float]:
+    """Key of a number -> one unit of the last digit that its column prints.
+
+    The files do not keep zeros at the end, so a column's digits are the most that any of its numbers has, and those of the
+    whole table where the column is too short (:data:`_SHORT`) for that to tell.
+    """
+    columns: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    tables: dict[tuple[str, ...], float] = defaultdict(lambda: 1.0)
     for key, number in numbers.items():
         text = f"{number.value:.6f}".rstrip("0")
-        units[key[:2]] = min(units[key[:2]], 10.0 ** -len(text.partition(".")[2]))
-    return units
+        unit = 10.0 ** -len(text.partition(".")[2])
+        columns[_column(key)].append(unit)
+        tables[key[:2]] = min(tables[key[:2]], unit)
+    return {key: min(found) if len(found := columns[_column(key)]) >= _SHORT else tables[key[:2]] for key in numbers}
 
 
 def _means(numbers: Mapping[tuple[str, ...], Printed]) -> list[Finding]:
@@ -92,7 +106,9 @@ def _means(numbers: Mapping[tuple[str, ...], Printed]) -> list[Finding]:
             values = [single[name].value for name in part if name in single]
             what = _what(dataset, "" if category == "mean" else category, method, variant, metric)
             recomputed = statistics.fmean(values)
-            verdict = _verdict(found[category].value, recomputed, units[source, table])
+            verdict = _verdict(
+                found[category].value, recomputed, units[source, table, dataset, category, method, variant, metric]
+            )
             findings.append(Finding("mean", source, table, what, found[category].value, recomputed, verdict))
     return findings
 
@@ -114,7 +130,7 @@ def _gaps(numbers: Mapping[tuple[str, ...], Printed]) -> list[Finding]:
         default = numbers[(*head, defaults[key[0], key[1]], plain)].value
         recomputed = default - numbers[(*head, variant, plain)].value
         what = _what(head[2], "", head[4], variant, plain)
-        verdict = _verdict(gap.value, recomputed, units[key[0], key[1]])
+        verdict = _verdict(gap.value, recomputed, units[key])
         findings.append(Finding("gap", key[0], key[1], what, gap.value, recomputed, verdict))
     return findings
 

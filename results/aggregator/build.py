@@ -6,19 +6,23 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from results.aggregator import names
+from results.aggregator import methods, names, reference
 from results.aggregator.published import KEYS, Printed, read_published
 from results.aggregator.records import SHOUTED, StoredRecord
 from results.aggregator.scores import Pool, Query, axis_value, check_table, versions
-from results.aggregator.spec import Entry, Spec, SpecError
+from results.aggregator.spec import Entry, Spec, SpecError, spec_for_sweep
 from results.aggregator.sweep_cells import SEED_KEYS, SweepCells, canonical, cell_key, describe_cell, show_value
 from results.aggregator.table import Cell, Column, Row, Table, Value, add_gaps, mark_values
+from results.common.methods import COMPARE
 from results.common.nearest import did_you_mean
 
 SOURCES = ("published", "runs", "both")
+OWN_PAPERS = "own_papers"
+"""Source of the published numbers that a method's own paper prints."""
 #: Which axes a sweep may vary, recognised by the key that it sets.
 _SWEPT_AXES = (
     (".backbone", ("backbone", "weights")),
+    (".method", ("random weights",)),
     ("image_size", ("image size",)),
     ("resize", ("resize",)),
     ("setting", ("setting", "data")),
@@ -47,7 +51,7 @@ def paper_table(
     printed = read_published() if published is None else published
     pool = Pool(records, rms_std)
     keys = _known_keys([stored for stored in records if stored.record.sweep == spec.sweep], None)
-    rows = [Row(row.labels, row.group, row.rule, row.default) for row in spec.rows]
+    rows = [Row(row.labels, row.group, row.rule, row.default, apart=row.apart) for row in spec.rows]
     columns = [_column(column, spec) for column in spec.columns]
     cells = [[Cell(key=_merge(spec, row, column)) for column in spec.columns] for row in spec.rows]
     for row, line in zip(spec.rows, cells, strict=True):
@@ -56,20 +60,57 @@ def paper_table(
                 cell.published = _printed_value(cell.key, printed)
             runs = {**row.runs, **column.runs}
             if source != "published" and cell.key.get("method") != "dataset" and "absent" not in runs:
-                cell.runs = pool.value(_query(spec, cell.key, runs, keys))
+                query = _query(spec, cell.key, runs, keys)
+                of_sweep = _of_methods(query)
+                cell.runs = pool.value(of_sweep if query.sweep is None and pool.find(of_sweep) else query)
     table = Table(spec.name, spec.title, source, spec.row_headers, rows, columns, cells, notes=list(spec.notes))
-    check_table(pool.used, _varies(spec, None), f"table {spec.name}")
+    check_table(pool.used, varies(spec, None), f"table {spec.name}")
     _finish(table, spec, pool)
+    if source == "both" and spec.own_papers is not None:
+        _add_own_papers(table, spec, printed)
     return table
+
+
+def _add_own_papers(table: Table, spec: Spec, printed: Mapping[tuple[str, ...], Printed]) -> None:
+    """Beside a column with a number far from its method's own paper, a column of the own papers' numbers; and a footnote."""
+    own = {
+        (dataset, category, method, variant, metric): (paper, number)
+        for (source, paper, dataset, category, method, variant, metric), number in printed.items()
+        if source == OWN_PAPERS
+    }
+    setting = f"setting={spec.setting or 'per_category'}"
+    for j in reversed(range(len(table.columns))):
+        column, cells, far = table.columns[j], [], []
+        for line in table.cells:
+            key, value = line[j].key, line[j].published
+            wanted = (key.get("dataset"), key.get("category"), key.get("method"), setting, key.get("metric"))
+            paper, number = own.get(wanted, ("", None))
+            shown = Value(reason="its own paper's number is not known here")
+            if number is not None:
+                shown = Value(number.value, note=f"{paper}; {number.certainty}: {number.note}", printed=True)
+                gap = None if value is None or value.mean is None else value.mean - number.value
+                if gap is not None and abs(gap) >= spec.own_papers:
+                    name = f"{names.method_label(key['method'])}, {names.metric_label(key['metric'])}"
+                    far.append(f"{name}: {value.mean:g} here, {number.value:g} in {paper} ({number.note})")
+            cells.append(Cell(published=shown, key={**key, "source": OWN_PAPERS}))
+        if not far:
+            continue
+        label = f"{column.label}, own paper" if column.group else column.label
+        group = column.group or "own paper"
+        table.columns.insert(j + 1, dataclasses.replace(column, label=label, group=group, metric="threshold"))
+        for line, cell in zip(table.cells, cells, strict=True):
+            line.insert(j + 1, cell)
+        table.notes.append(f"Far from the method's own paper: {'; '.join(far)}.")
 
 
 def sweep_table(
     spec: Spec,
     records: Sequence[StoredRecord],
     sweep: SweepCells | None = None,
-    reference: bool = True,
+    printed_beside: bool = True,
     rms_std: bool = False,
     published: Mapping[tuple[str, ...], Printed] | None = None,
+    controls: Sequence[StoredRecord] = (),
 ) -> Table:
     """The table of one sweep: a row per cell (or as the spec lists them), on whatever data it was run.
 
@@ -77,7 +118,8 @@ def sweep_table(
         spec: see :mod:`results.aggregator.spec`; its `where` concerns only what the paper printed.
         records: the sweep's records.
         sweep: the sweep file; without it the rows are the cells that were run.
-        reference: append the paper's printed columns where the spec names them.
+        printed_beside: append the paper's printed columns where the spec names them.
+        controls: records of the sweeps in :data:`names.CONTROLS`; those on the same features stand below, a row per cell.
     """
     datasets = list(dict.fromkeys(dataset["name"] for stored in records for dataset in stored.record.datasets))
     pool = Pool(records, rms_std, categories=_found_categories(records))
@@ -101,7 +143,7 @@ def sweep_table(
             value = Value(reason="no run corresponds") if "absent" in runs else None
             query = _query(spec, key, runs, keys, sweep=True)
             line.append(Cell(runs=value or pool.value(query), key=key, variant=query.variant))
-    if reference and "source" in spec.where:
+    if printed_beside and "source" in spec.where:
         printed = read_published() if published is None else published
         paper = f"printed, {names.dataset_label(spec.where.get('dataset', ''))}".rstrip(", ")
         for column in spec.columns:
@@ -110,9 +152,14 @@ def sweep_table(
                 columns.append(dataclasses.replace(_column(column, spec), group=paper))
                 for row, line, value in zip(entries, cells, found, strict=True):
                     line.append(Cell(published=value, key=_merge(spec, row, column)))
-    rows = [Row(row.labels, row.group, row.rule, row.default) for row in entries]
+    rows = [Row(row.labels, row.group, row.rule, row.default, apart=row.apart) for row in entries]
     table = Table(spec.name, spec.title, "runs", headers, rows, columns, cells, notes=list(spec.notes))
-    check_table(pool.used, _varies(spec, sweep), f"the table of sweep {spec.sweep}")
+    if spec.kind == "methods":
+        suffix, what = methods.experiment(records)
+        table.name, table.title = spec.name + suffix, f"{spec.title}, {what}" if what else spec.title
+    check_table(pool.used, varies(spec, sweep), f"the table of sweep {spec.sweep}")
+    if spec.sweep not in names.CONTROLS and spec.kind != "methods":  # the methods have their control among them
+        _add_controls(table, spec, pool, controls)
     table.missing += _missing_seeds(entries, pool, spec, keys)
     if strays:
         listed = ", ".join(strays[:5]) + (f" and {len(strays) - 5} more" if len(strays) > 5 else "")
@@ -150,12 +197,12 @@ def category_tables(
         )
         table.missing += _missing_values(table)
         tables.append(table)
-    check_table(pool.used, _varies(spec, sweep), f"the tables of sweep {spec.sweep}")
+    check_table(pool.used, varies(spec, sweep), f"the tables of sweep {spec.sweep}")
     for table in tables:
         used = _records_of(table, records)
         table.caption = describe_runs(used)
         table.warnings = shouts(used)
-        table.notes += version_notes(table, used)
+        table.notes += [*version_notes(table, used), *reference.notes(used)]
     return tables
 
 
@@ -271,6 +318,11 @@ def _query(
     )
 
 
+def _of_methods(query: Query) -> Query:
+    """The same number from the sweep ``methods``, where each method has its own recipe as in its paper."""
+    return dataclasses.replace(query, sweep="methods", cell=cell_key({COMPARE: "recipe"}))
+
+
 def _full_key(short: str, known: Sequence[str], where: str) -> str:
     """The dotted key that a spec means by its last part."""
     if short in known or not known:
@@ -304,6 +356,8 @@ def _sweep_rows(
     spec: Spec, records: Sequence[StoredRecord], sweep: SweepCells | None, known: Sequence[str]
 ) -> tuple[list[Entry], tuple[str, ...], list[str]]:
     """The rows of a sweep's table, their headers, and the runs that no row stands for."""
+    if spec.kind == "methods":
+        return methods.rows(spec, records, sweep), methods.HEADERS, []
     if spec.rows is not None:
         return list(spec.rows), spec.row_headers, []
     chosen = [_full_key(key, known, spec.name) for key in spec.parameters] if known else []
@@ -325,7 +379,7 @@ def _sweep_rows(
     )
     entries = []
     for cell in cells:
-        texts = tuple(_value_label(labels.get(key, {}).get("values", {}), value) for key, value in cell.items())
+        texts = tuple(_value_label(labels.get(key, {}).get("values", {}), value, key) for key, value in cell.items())
         is_default = bool(default) and all(
             canonical(cell.get(key)) == value for key, value in default.items() if key in cell
         )
@@ -334,11 +388,11 @@ def _sweep_rows(
     return entries, headers or ("",), strays
 
 
-def _value_label(labels: Mapping[Any, str], value: Any) -> str:
+def _value_label(labels: Mapping[Any, str], value: Any, key: str = "") -> str:
     for key, text in labels.items():
         if canonical(key) == canonical(value) or str(key) == show_value(value):
             return str(text)
-    return show_value(value)
+    return names.method_label(str(value)) if key == "method" else show_value(value)
 
 
 def _varying_in(records: Sequence[StoredRecord]) -> list[str]:
@@ -351,7 +405,56 @@ def _varying_in(records: Sequence[StoredRecord]) -> list[str]:
     return [key for key, found in values.items() if len(found) > 1]
 
 
-def _varies(spec: Spec, sweep: SweepCells | None) -> set[str]:
+def _add_controls(table: Table, spec: Spec, pool: Pool, controls: Sequence[StoredRecord]) -> None:
+    """Rows below the table for what was looked up in the same features, on the same data, under the same conditions."""
+    wanted = {_features(stored) for _, stored in pool.used}
+    rows = {stored.record.method for _, stored in pool.used}
+    found = [stored for stored in controls if _features(stored) in wanted and stored.record.method not in rows]
+    cells: dict[frozenset, StoredRecord] = {}
+    for stored in sorted(
+        found, key=lambda stored: [repr(value) for value in map(canonical, stored.record.cell.values())]
+    ):
+        cells.setdefault(stored.cell, stored)
+    beside = Pool(found, pool.rms_std, categories=pool.categories)
+    for cell, stored in cells.items():
+        line = []
+        for column, above in zip(table.columns, table.cells[0] if table.cells else (), strict=True):
+            if above.runs is None:  # a printed column
+                line.append(Cell(published=Value(reason="not printed"), key=dict(above.key)))
+                continue
+            key = {**above.key, "metric": column.metric, "method": stored.record.method, "variant": ""}
+            value = beside.value(
+                Query(column.metric, key["dataset"], key["category"], sweep=stored.record.sweep, cell=cell)
+            )
+            line.append(Cell(runs=value, key=key))
+        label = f"{names.method_label(stored.record.method)}, {_in_words(stored)}"
+        labels = (label, *[""] * (len(table.row_headers) - 1))
+        table.rows.append(Row(labels, "Control, nothing trained", control=True))
+        table.cells.append(line)
+    pool.used += beside.used
+
+
+def _in_words(stored: StoredRecord) -> str:
+    """A control's cell as its own sweep's table calls it: ``grid 8×8``."""
+    known = spec_for_sweep(stored.record.sweep).parameters
+    parts = []
+    for key, value in stored.record.cell.items():
+        if key in known:
+            label = _value_label(known[key].get("values", {}), value)
+            parts.append(f"{str(known[key].get('label', key)).lower()} {label}")
+    return ", ".join(parts) or describe_cell(stored.record.cell)
+
+
+def _features(stored: StoredRecord) -> tuple[Any, ...]:
+    """What a control must share with a row that it stands below: data, conditions, and the backbone that gives features."""
+    record = stored.record
+    data = tuple(sorted((d["name"], str(d["fingerprint"])) for d in record.datasets))
+    backbone = (record.backbone["name"], str(record.backbone["weights"]), str(record.backbone.get("sha256")))
+    conditions = (record.profile, record.protocol, record.setting, str(record.metrics["version"]))
+    return data, conditions, record.image_size, record.resize, backbone
+
+
+def varies(spec: Spec, sweep: SweepCells | None) -> set[str]:
     """Axes on which the records of a sweep differ on purpose."""
     keys = list(sweep.varying) if sweep else []
     for entry in (*(spec.rows or ()), *spec.columns):
@@ -416,7 +519,7 @@ def _finish(table: Table, spec: Spec, pool: Pool) -> None:
     if table.source != "published":
         parts.append(describe_runs(used))
         table.warnings += shouts(used)
-        table.notes += [*_run_notes(used), *version_notes(table, used)]
+        table.notes += [*_run_notes(used), *version_notes(table, used), *reference.notes(used)]
     if any(row.default for row in table.rows):
         parts.append("In brackets: distance to the default row (★).")
     table.caption = " ".join(parts)

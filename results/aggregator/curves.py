@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from results.aggregator import reference
 from results.aggregator.build import _known_keys as known_keys
 from results.aggregator.build import _sweep_rows, describe_runs, shouts, version_notes
 from results.aggregator.records import RecordError, StoredRecord
@@ -106,7 +107,9 @@ def curve_table(spec: Spec, records: Sequence[StoredRecord], sweep: SweepCells |
         cells.append(line)
     used = [(Query("image_auroc", d["name"]), stored) for stored in records for d in stored.record.datasets]
     check_table(used, where=f"the curves of sweep {spec.sweep}")
-    table = Table(spec.name, spec.title, "runs", headers, rows, columns, cells, notes=list(spec.notes))
+    table = Table(
+        spec.name, spec.title, "runs", headers, rows, columns, cells, notes=[*spec.notes, *reference.notes(records)]
+    )
     table.missing = list(dict.fromkeys(missing))
     table.warnings = [*shouts(records), *problems]
     table.notes += version_notes(table, records)
@@ -130,7 +133,11 @@ def _summary(name: str, curves: Sequence[Curve], records: Sequence[StoredRecord]
     names = tuple(sorted(stored.name for stored in records))
     return [
         Value(
-            statistics.fmean(column), statistics.stdev(column) if len(column) > 1 else None, len(column), records=names
+            statistics.fmean(column),
+            statistics.stdev(column) if len(column) > 1 else None,
+            len(column),
+            records=names,
+            reference=any(stored.reference for stored in records),
         )
         for column in columns
     ]

@@ -20,7 +20,8 @@ from results.aggregator.curves import (
     read_curve,
     with_history,
 )
-from results.aggregator.names import COSTS, category_label, metric_label
+from results.aggregator.methods import Ranks
+from results.aggregator.names import COSTS, category_label, method_label, metric_label
 from results.aggregator.records import StoredRecord
 from results.aggregator.scores import cost, seed_means
 from results.aggregator.spec import Spec
@@ -210,17 +211,58 @@ def cost_against_quality(table: Table, records: Sequence[StoredRecord], metric: 
         for x, value, _, default in points:
             style = {"fmt": "*", "ms": 10} if default else {"fmt": "o", "ms": 5}
             axis.errorbar(x, value.mean, yerr=value.std, color=BLUE, capsize=2, elinewidth=0.8, **style)
-        if max(prices) > 4 * min(prices):
+        if 0 < 4 * min(prices) < max(prices):  # methods without training have no parameters
             axis.set_xscale("log")
         axis.margins(0.15)
         lowest, highest = axis.get_ylim()
         taken: list[tuple[float, float]] = []
         for x, value, text, _ in sorted(points, key=lambda point: point[1].mean):
             y = value.mean  # labels of neighbours are moved up until they can be read
-            while any(abs(y - other) < 0.05 * (highest - lowest) and 0.6 < x / at < 1.7 for at, other in taken):
+            while any(abs(y - other) < 0.05 * (highest - lowest) and 0.6 * at < x < 1.7 * at for at, other in taken):
                 y += 0.01 * (highest - lowest)
             taken.append((x, y))
             axis.text(x, y, f"   {text}", size=7, va="center")
         axis.set_xlabel(f"{label} [{unit}]")
         axis.set_ylabel(f"{metric_label(metric)} [%]")
+    return figure
+
+
+def critical_difference(ranks: Ranks) -> Figure:
+    """Average ranks on an axis (the best at the left); a bar joins methods that do not differ significantly."""
+    count = len(ranks.methods)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(5.8, 1.5 + 0.2 * count), layout="constrained")
+        axis = figure.subplots()
+        height = -(-count // 2)
+        for number, (method, rank) in enumerate(zip(ranks.methods, ranks.average, strict=True)):
+            left = number < height
+            depth = -1.0 - (number if left else count - 1 - number)
+            end = 0.6 if left else count + 0.4
+            axis.plot([rank, rank, end], [0, depth, depth], color=GREY, lw=0.9)
+            axis.plot(rank, 0, "o", color=BLUE, ms=4)
+            text = f"{method_label(method)} ({rank:.2f})"
+            axis.text(
+                end, depth, f"{text} " if left else f" {text}", ha="right" if left else "left", va="center", size=7.5
+            )
+        top = 0.45
+        reached = -1
+        for first, rank in enumerate(ranks.average):
+            last = max(i for i, other in enumerate(ranks.average) if other - rank <= ranks.critical)
+            if last > first and last > reached:
+                axis.plot(
+                    [rank - 0.03, ranks.average[last] + 0.03], [top, top], color=RED, lw=2.4, solid_capstyle="butt"
+                )
+                top += 0.35
+                reached = last
+        axis.plot([1, 1 + ranks.critical], [top + 0.6] * 2, color="#1d2733", lw=1.4, marker="|", ms=6)
+        axis.text(1 + ranks.critical / 2, top + 0.75, f"critical difference {ranks.critical:.2f}", ha="center", size=7)
+        axis.set_ylim(-1.6 - height, top + 1.4)
+        axis.set_xlim(-1.2, count + 2.2)
+        axis.set_yticks([])
+        axis.grid(False)
+        for side in ("left", "bottom"):
+            axis.spines[side].set_visible(False)
+        axis.set_xticks([])
+        axis.plot([1, count], [0, 0], color="#1d2733", lw=1.0, zorder=0)
+        figure.suptitle(f"Average rank over {ranks.categories} categories, {metric_label(ranks.metric)}", size=9)
     return figure

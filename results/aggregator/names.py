@@ -18,12 +18,15 @@ COSTS = {
     "parameters": ("Parameters", "M", 2),
     "seconds_per_epoch": ("Time per epoch", "s", 2),
     "wall_seconds": ("Total time", "s", 0),
+    "train_seconds": ("Training", "s", 1),
+    "images_per_second": ("Speed", "images/s", 1),
     "peak_memory": ("Peak memory", "MiB", 0),
 }
 DATASETS = {
     "mvtec_ad": "MVTec AD", "mvtec_loco": "MVTec LOCO", "mvtec_3d": "MVTec 3D", "visa": "VisA", "btad": "BTAD",
     "mpdd": "MPDD", "real_iad": "Real-IAD", "real_iad_sv": "Real-IAD (single view)",
-    "real_iad_variety": "Real-IAD Variety", "mvtec_ad_2": "MVTec AD 2", "synthetic": "synthetic",
+    "real_iad_variety": "Real-IAD Variety", "adnet": "ADNet", "mvtec_ad_2": "MVTec AD 2", "synthetic": "synthetic",
+    "photos": "photographs",
 }  # fmt: skip
 METHODS = {
     "uniad": "UniAD", "unias": "UniAS", "rlr": "RLR", "ulsad": "ULSAD", "dfr": "DFR", "hvq_trans": "HVQ-Trans",
@@ -35,8 +38,30 @@ METHODS = {
     "dinomaly_l_dinov3": "Dinomaly-L (DINOv3)", "dinomaly_costfilter": "Dinomaly + CostFilter",
     "inp_former": "INP-Former", "rad_training_free_dinov3": "RAD (training-free, DINOv3)", "dinomaly2": "Dinomaly2",
     "dinomaly": "Dinomaly", "noisy_bottleneck": "Noisy bottleneck", "anomaly_dino": "AnomalyDINO", "rad": "RAD",
-    "dataset": "",
+    "nearest_neighbours": "Nearest neighbours", "identical_shortcut": "Identical shortcut", "onenip": "OneNIP",
+    "uninet": "UniNet", "dataset": "",
 }  # fmt: skip
+#: Families of methods in the order of the papers' tables. A method that stands in none comes last.
+FAMILIES = {
+    "Memory bank, density": ("nearest_neighbours", "patchcore", "padim", "anomaly_dino", "rad", "cfa"),
+    "Image reconstruction": ("draem", "realnet", "diad", "omiad"),
+    "Feature reconstruction": (
+        "uniad", "unias", "hvq_trans", "rlr", "ulsad", "dfr", "identical_shortcut", "noisy_bottleneck", "onenip", "vitad",
+        "invad", "mambaad", "dinomaly", "dinomaly2", "inp_former",
+    ),
+    "Distillation": ("us", "mkd", "rd4ad", "rdpp", "recontrast", "destseg", "efficientad", "uninet"),
+    "Flow": ("cflow", "fastflow", "pyramidalflow"),
+    "One-class": ("patch_svdd", "cutpaste", "fcdd", "simplenet"),
+}  # fmt: skip
+OTHER_FAMILY = "Other"
+#: Published names of a method that several sizes share: (method, what the backbone's name holds, published name).
+_SIZES = (
+    ("dinomaly", ("vit_large", "dinov3"), "dinomaly_l_dinov3"),
+    ("dinomaly", ("vit_large",), "dinomaly_l"),
+    ("dinomaly", ("vit_base",), "dinomaly_b"),
+    ("dinomaly", ("vit_small",), "dinomaly_s"),
+    ("rad", ("dinov3",), "rad_training_free_dinov3"),
+)
 CATEGORIES = {
     "mean": "Mean",
     "mean_objects": "Mean of objects",
@@ -78,6 +103,10 @@ PARTIAL_MEANS = {
 _NOT_RANKED = re.compile(r"threshold|precision|recall|floor|ratio|unlabelled")
 
 
+#: Sweeps whose cells stand as controls beside the tables of all others that were run on the same features.
+CONTROLS = ("nearest_neighbours",)
+
+
 def is_ranked(metric: str) -> bool:
     """Whether best and second best make sense for the metric (then higher is better)."""
     return metric not in COSTS and not _NOT_RANKED.search(metric)
@@ -106,6 +135,19 @@ def dataset_label(name: str) -> str:
 def method_label(name: str) -> str:
     """Table heading of a method."""
     return METHODS.get(name, name)
+
+
+def family(method: str) -> str:
+    """The family that a method belongs to."""
+    return next((name for name, members in FAMILIES.items() if method in members), OTHER_FAMILY)
+
+
+def published_name(method: str, backbone: str) -> str:
+    """A method's name in the published tables, where its size decides it: Dinomaly on a ViT-B is ``dinomaly_b``."""
+    for known, parts, name in _SIZES:
+        if known == method and all(part in backbone for part in parts):
+            return name
+    return method
 
 
 def category_label(name: str) -> str:

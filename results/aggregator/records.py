@@ -37,9 +37,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from results.aggregator.names import published_name
 from results.aggregator.sweep_cells import cell_key
 from results.common import foreign
 from results.common.files import REPLACED, restore_replaced, sync_folder
+from results.common.methods import of
 from results.common.nearest import did_you_mean
 from results.common.pair import plain
 
@@ -48,6 +50,10 @@ LABELS_AT_TEST = "CLASS LABELS AT TEST TIME"
 """A note of a run whose method is told the class of each test image begins like this."""
 SHOUTED = re.compile(r"[A-Z]{4,} [A-Z]{2,} ")
 """A run's note that begins in capitals is shouted above every table: nothing was trained, the data changed, labels given."""
+LABELS_IN_TRAINING = "training labels"
+"""A run's note that holds this is of a method that is given the class of each training image."""
+SEVEN = ("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_aupro")
+"""The seven metrics whose mean benchmarks print as mAD."""
 PROTOCOLS = ("clean", "as_released")
 SETTINGS = ("unified", "per_category")
 SCOPES = ("category", "mean", "pooled")
@@ -57,7 +63,9 @@ HISTORY_COLUMNS = ("epoch", "step", "metric", "value")
 HEATMAP_COLUMNS = ("dataset", "category", "rank", "defect", "image_score", "file", "caption")
 FILES = ("metrics.csv", "history.csv", "config.yaml")
 HEATMAPS = "heatmaps/index.csv"
-_NUMBERS = ("wall_seconds", "epochs", "seconds_per_epoch", "peak_memory_bytes")  # of the provenance, in tables
+_NUMBERS = (
+    "wall_seconds", "epochs", "seconds_per_epoch", "peak_memory_bytes", "train_seconds", "images_per_second",
+)  # fmt: skip  # of the provenance, in tables
 # Families whose values are fractions; a 97.3 among them is a percentage by mistake.
 _FRACTION = re.compile(r"^(image|pixel|dsc|iou|pooled)(_|$)(?!.*threshold)")
 NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9._=,+\-]*$")
@@ -80,7 +88,8 @@ class RunRecord:
     pixels; `backbone` needs at least `name` and `weights`; every entry of `datasets` needs `name`, `fingerprint` and
     `categories`; `metrics` needs `version`. `parameters` counts (`trainable`). `provenance` is free, but tables read
     these keys of it: `git_commit`, `git_dirty`, `versions`, `device`, `started`, `wall_seconds`, `epochs`,
-    `seconds_per_epoch`, `peak_memory_bytes`, `command`, `world_size`, `effective_batch_size`.
+    `seconds_per_epoch`, `train_seconds` (on cached features, where they are cached), `images_per_second` (scoring, backbone
+    included), `peak_memory_bytes`, `command`, `world_size`, `effective_batch_size`.
     """
 
     run: str
@@ -170,6 +179,7 @@ class StoredRecord:
     columns: dict[str, list]  # the raw columns of metrics.csv; values are floats, NaN where undefined
     files: dict[str, str] = field(default_factory=dict)  # sha256 of every file, as record.json lists them
     unchecked: tuple[str, ...] = ()  # files beside them that an older version wrote without checksums
+    reference: bool = False  # one of those that come with the project, see results.aggregator.reference
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
@@ -182,12 +192,31 @@ class StoredRecord:
         columns = self.columns
         keys = zip(*(columns[name] for name in METRIC_COLUMNS[:5]), strict=True)
         pairs = zip(columns["value"], columns["reason"], strict=True)
-        return {(v, s, d, plain(d, c), m): pair for (v, s, d, c, m), pair in zip(keys, pairs, strict=True)}
+        found = {(v, s, d, plain(d, c), m): pair for (v, s, d, c, m), pair in zip(keys, pairs, strict=True)}
+        return found | _means_of_seven(found)
 
     @cached_property
     def name(self) -> str:
         """``sweep/run``, by which messages and tables name a record."""
         return f"{self.record.sweep}/{self.record.run}"
+
+    @property
+    def labels(self) -> str:
+        """What the run was told of the images' classes: ``test``, ``training`` or nothing."""
+        notes = self.record.notes
+        if any(note.startswith(LABELS_AT_TEST) for note in notes):
+            return "test"
+        return "training" if any(LABELS_IN_TRAINING in note for note in notes) else ""
+
+    @cached_property
+    def methods(self) -> frozenset[str]:
+        """The names under which the run's method may be asked for: its own and the published one of its size.
+
+        A cell of the sweep ``methods`` is asked for by its profile, which may be another method's control.
+        """
+        of_sweep = of(self.record.cell)
+        own = of_sweep[0] if of_sweep else self.record.method
+        return frozenset((own, published_name(own, str(self.record.backbone["name"]))))
 
     @cached_property
     def cell(self) -> frozenset:
@@ -259,6 +288,17 @@ class RecordSet(Sequence[StoredRecord]):
 
     def __getitem__(self, index: Any) -> Any:
         return self.records[index]
+
+
+def _means_of_seven(scores: Mapping[tuple[str, ...], tuple[float, str]]) -> dict[tuple[str, ...], tuple[float, str]]:
+    """The mean of the seven metrics of every category, where a record has them all; undefined where one is."""
+    means = {}
+    for key in [key for key in scores if key[1] == "category" and key[4] == SEVEN[0]]:
+        values = [scores.get((*key[:4], metric)) for metric in SEVEN]
+        if None not in values:
+            reason = next((reason for value, reason in values if math.isnan(value)), "")
+            means[(*key[:4], "mean_of_seven")] = (math.fsum(value for value, _ in values) / len(SEVEN), reason)
+    return means
 
 
 def record_path(root: str | Path, sweep: str, run: str) -> Path:

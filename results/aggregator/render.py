@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from results.aggregator.reference import MARK
 from results.aggregator.table import Cell, Column, Row, Table, Value
 from results.common.shown import printable, spelled
 
@@ -27,7 +28,8 @@ DASH = "–"
 #: Columns of the CSV output: the long schema of the published tables, and beside it what our runs say.
 CSV_COLUMNS = (
     "row", "group", "column", "source", "table", "dataset", "category", "method", "variant", "metric", "published",
-    "published_std", "published_gap", "value", "std", "n", "gap", "difference", "mark", "default", "missing", "records",
+    "published_std", "published_gap", "value", "std", "n", "gap", "difference", "mark", "default", "reference", "missing",
+    "records",
 )  # fmt: skip
 _PREAMBLE = r"""\documentclass{article}
 \usepackage[utf8]{inputenc}
@@ -51,6 +53,8 @@ def number_text(value: Value | None, column: Column, show_n: bool = False) -> st
         text += f" ({gap})"
     if show_n and value.n is not None:
         text += f" [n={value.n}]"
+    if value.reference:
+        text += MARK
     return text.replace("-", "−") if not column.scientific else text
 
 
@@ -207,6 +211,7 @@ def csv_text(table: Table) -> str:
                     "difference": _plain(cell.difference),
                     "mark": cell.main.mark,
                     "default": "yes" if row.default else "",
+                    "reference": "yes" if ours and ours.reference else "",
                     "missing": cell.main.reason,
                     "records": " ".join(ours.records) if ours else "",
                 }
@@ -377,7 +382,7 @@ _TEX = {"\\": "\\textbackslash{}", "&": "\\&", "%": "\\%", "$": "\\$", "#": "\\#
         "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "<": "$<$", ">": "$>$", "|": "$|$", "±": "$\\pm$",
         "−": "$-$", "–": "--", "★": "$\\star$", "×": "$\\times$", "λ": "$\\lambda$", "α": "$\\alpha$", "β": "$\\beta$",
         "θ": "$\\theta$", "Δ": "$\\Delta$", "↓": "$\\downarrow$", "↑": "$\\uparrow$", "≥": "$\\geq$", "≤": "$\\leq$",
-        "✓": "$\\surd$"}  # fmt: skip
+        "✓": "$\\surd$", "†": "$^\\dagger$"}  # fmt: skip
 
 
 def tex(text: str) -> str:

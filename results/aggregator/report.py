@@ -9,7 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from results.aggregator import audit, figures, names, render
+from results.aggregator import audit, figures, methods, names, render
 from results.aggregator.build import category_tables, paper_table, sweep_table
 from results.aggregator.curves import curve_table
 from results.aggregator.records import RecordError, RecordSet, StoredRecord
@@ -64,12 +64,15 @@ def page(records: RecordSet | Sequence[StoredRecord], sweeps: Path) -> str:
 
 def _ablations(records: Sequence[StoredRecord], folder: Path, shown: dict[str, StoredRecord]) -> list[_Block]:
     blocks = []
+    controls = [stored for stored in records if stored.record.sweep in names.CONTROLS]
     for name in sorted({stored.record.sweep for stored in records if stored.record.cell}):
         file = folder / f"{name}.yaml"
         sweep = read_sweep(file) if file.is_file() else None
         spec = spec_for_sweep(name)
-        for kind, mine in kinds([stored for stored in records if stored.record.sweep == name]):
-            blocks.append(_guarded(name, kind, lambda s=spec, m=mine, w=sweep, k=kind: _ablation(s, m, w, k, shown)))
+        for kind, mine in kinds([stored for stored in records if stored.record.sweep == name], compared=True):
+            blocks.append(
+                _guarded(name, kind, lambda s=spec, m=mine, w=sweep, k=kind: _ablation(s, m, w, k, shown, controls))
+            )
     return [block for block in blocks if block]
 
 
@@ -82,22 +85,27 @@ def _guarded(name: str, kind: str, make: Callable[[], _Block | None]) -> _Block 
 
 
 def _ablation(
-    spec: Spec, records: Sequence[StoredRecord], sweep: SweepCells | None, kind: str, shown: dict[str, StoredRecord]
+    spec: Spec,
+    records: Sequence[StoredRecord],
+    sweep: SweepCells | None,
+    kind: str,
+    shown: dict[str, StoredRecord],
+    controls: Sequence[StoredRecord] = (),
 ) -> _Block:
     per_category = None
     if spec.kind == "curves":
         table = curve_table(spec, records, sweep)
         drawn = [(figures.curves_figure(spec, records, sweep), "Thin lines: seeds; thick: their mean.")]
     else:
-        table = sweep_table(spec, records, sweep)
+        table = sweep_table(spec, records, sweep, controls=controls)
         drawn = [(figures.ablation_bars(table, records), "Mean over categories; each dot is a seed.")]
-        metric = next((column.metric for column in table.columns if column.ranked), "")
-        for price in ("parameters", "seconds_per_epoch"):
+        metric = methods.quality(table)
+        for price in methods.PRICES if spec.kind == "methods" else ("parameters", "seconds_per_epoch"):
             figure = figures.cost_against_quality(table, records, metric, price)
             if figure is not None:
                 drawn.append((figure, "Cost against quality."))
         per_category = [_named(each, kind) for each in category_tables(spec, records, sweep)]
-    _use(table, records, shown)
+    _use(table, [*records, *controls], shown)
     return _Block(_named(table, kind), [(_source(figure), text) for figure, text in drawn], per_category)
 
 
@@ -217,6 +225,7 @@ def _records(shown: dict[str, StoredRecord]) -> list[tuple[str, dict[str, object
             " with uncommitted changes" if came.get("git_dirty") else ""
         )
         facts = {
+            "Kind": "reference record, comes with the project" if stored.reference else "a run of one's own",
             "Method": names.method_label(record.method),
             "Cell": describe_cell(record.cell) if record.cell else "a training of its own",
             "Seed": record.seed,

@@ -15,11 +15,12 @@ from typing import Any
 
 import yaml
 
-from results.aggregator.names import COSTS, DATASET_CATEGORIES, PARTIAL_MEANS, is_percent
+from results.aggregator.names import CONTROLS, COSTS, DATASET_CATEGORIES, PARTIAL_MEANS, is_percent
 from results.aggregator.records import StoredRecord
 from results.aggregator.sweep_cells import SEED_KEYS, canonical, describe_cell
 from results.aggregator.table import Value
 from results.common.deciding import SEEDS, deciding
+from results.common.methods import COMPARE
 
 #: What must agree in a whole table, and what must agree among the records of one method (its recipe).
 TABLE_AXES = ("protocol", "profile", "metric version", "random weights", "data")
@@ -44,7 +45,8 @@ class ConflictError(ValueError):
                 shown = ", ".join(sorted(names)[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
                 lines.append(f"    {value}: {shown}")
         lines.append(
-            "choose with --profile, --protocol, --newest (of several runs of one cell) or --runs 'sweep/run*' (make: "
+            "choose with --profile, --protocol, --compare, --setting, "
+            "--newest (of several runs of one cell) or --runs 'sweep/run*' (make: "
             "ARGS=--newest), or move the runs of one kind away"
         )
         super().__init__("\n".join(lines))
@@ -97,7 +99,7 @@ class Pool:
         return [
             stored
             for stored in self.of_cell(query.sweep, query.cell)
-            if (query.method is None or stored.record.method == query.method)
+            if (query.method is None or query.method in stored.methods)
             and (query.setting is None or stored.record.setting == query.setting)
             and any(dataset["name"] == query.dataset for dataset in stored.record.datasets)
         ]
@@ -131,6 +133,7 @@ class Pool:
             table.append(values)
         if problems:
             return Value(reason="; ".join(problems), records=names, n=len(by_seed))
+        marked = any(stored.reference for stored in found)
         scale = 100 if is_percent(query.metric) else 1
         means = [statistics.fmean(values) * scale for values in table]
         std = None
@@ -139,7 +142,7 @@ class Pool:
             if self.rms_std and len(needed) > 1:
                 columns = [statistics.variance(column) for column in zip(*table, strict=True)]
                 std = math.sqrt(statistics.fmean(columns)) * scale
-        return Value(statistics.fmean(means), std, len(means), records=names)
+        return Value(statistics.fmean(means), std, len(means), records=names, reference=marked)
 
     def _needed(self, query: Query) -> tuple[str, ...]:
         if query.category not in ("mean",) and (query.dataset, query.category) not in PARTIAL_MEANS:
@@ -193,7 +196,8 @@ def _cost(records: Sequence[StoredRecord], metric: str) -> Value:
     if silent:
         return Value(reason=f"{metric} is not recorded in {', '.join(silent[:3])}", records=names)
     std = statistics.stdev(values) if len(values) > 1 and metric != "parameters" else None
-    return Value(statistics.fmean(values), std, len(values), records=names)
+    marked = any(stored.reference for stored in records)
+    return Value(statistics.fmean(values), std, len(values), records=names, reference=marked)
 
 
 def cost(stored: StoredRecord, metric: str) -> float | None:
@@ -211,7 +215,7 @@ def cost(stored: StoredRecord, metric: str) -> float | None:
     if metric == "peak_memory":
         peak = provenance.get("peak_memory_bytes")
         return None if peak is None else peak / 2**20
-    return provenance.get("wall_seconds")
+    return provenance.get(metric)
 
 
 def select(
@@ -219,13 +223,20 @@ def select(
     profile: str | None = None,
     protocol: str | None = None,
     runs: Sequence[str] = (),
+    compare: str | None = None,
+    setting: str | None = None,
 ) -> list[StoredRecord]:
-    """The records of a profile and protocol whose ``sweep/run`` fits one of the patterns (shell style)."""
+    """The records of a profile and protocol whose ``sweep/run`` fits one of the patterns (shell style).
+
+    compare, setting: Of the sweep ``methods`` only the cells of this experiment, and only records of this setting.
+    """
     return [
         stored
         for stored in records
         if (profile is None or stored.record.profile == profile)
         and (protocol is None or stored.record.protocol == protocol)
+        and (compare is None or stored.record.cell.get(COMPARE) in (None, compare))
+        and (setting is None or stored.record.setting == setting)
         and (not runs or any(fnmatch.fnmatchcase(stored.name, pattern) for pattern in runs))
     ]
 
@@ -241,14 +252,46 @@ def newest(records: Iterable[StoredRecord]) -> list[StoredRecord]:
     return sorted(last.values(), key=lambda stored: stored.name)
 
 
-def kinds(records: Sequence[StoredRecord]) -> list[tuple[str, list[StoredRecord]]]:
-    """The records by profile and protocol, which no table mixes; the name is empty if there is only one kind."""
-    found: dict[tuple[str, str], list[StoredRecord]] = {}
+def kinds(records: Sequence[StoredRecord], compared: bool = False) -> list[tuple[str, list[StoredRecord]]]:
+    """The records by profile and protocol, which no table mixes; the name is empty if there is only one kind.
+
+    Where reference records or controls are among them, also by data, if one name of a data set stands for several.
+
+    compared: Keep apart the two experiments of the sweep ``methods`` and their settings, too.
+    """
+    found: dict[tuple[str, ...], list[StoredRecord]] = {}
     for stored in records:
-        found.setdefault((stored.record.profile, stored.record.protocol), []).append(stored)
-    if len(found) == 1:
-        return [("", next(iter(found.values())))]
-    return [(f"{profile}.{protocol}", mine) for (profile, protocol), mine in sorted(found.items())]
+        record = stored.record
+        key = (record.profile, record.protocol)
+        if compared and record.cell.get(COMPARE):
+            key += (str(record.cell[COMPARE]), record.setting)
+        found.setdefault(key, []).append(stored)
+    several = len(found) > 1
+    return [
+        (".".join(filter(None, (".".join(key) * several, name))), part)
+        for key, mine in sorted(found.items())
+        for name, part in _by_data(mine)
+    ]
+
+
+def _by_data(records: list[StoredRecord]) -> list[tuple[str, list[StoredRecord]]]:
+    groups: dict[tuple, list[StoredRecord]] = {}
+    for stored in records:
+        groups.setdefault(data_of(stored), []).append(stored)
+    names = [name for data in groups for name in {name for name, _, _ in data}]
+    apart = any(stored.reference or stored.record.sweep in CONTROLS for stored in records)
+    if len(names) == len(set(names)) or not apart:
+        return [("", records)]
+    titles = ["-".join(f"{name}-{print_[:6]}" for name, _, print_ in data) for data in groups]
+    return list(zip(titles, groups.values(), strict=True))
+
+
+def data_of(stored: StoredRecord) -> tuple[tuple[str, tuple[str, ...], str], ...]:
+    """Names, categories and fingerprints of a record's data sets."""
+    sets = (
+        (d["name"], tuple(sorted(map(str, d["categories"]))), str(d["fingerprint"])) for d in stored.record.datasets
+    )
+    return tuple(sorted(sets))
 
 
 def axis_value(stored: StoredRecord, axis: str, dataset: str = "") -> str:

@@ -18,6 +18,7 @@
       neighbor_size: {label: Size, values: {1: 1x1, 7: 7x7}}
     default: {neighbor_size: 7}              # rows: sweep only; the cell that gaps refer to
     notes: [what a reader must know]
+    own_papers: 5                            # points from which a compared number is far from its method's own paper
     shares: {train/codes_in_use: codes in use}  # kind: curves only; recorded shares drawn beside the AUROCs, in percent
 
 A row or column is a metric's name or a mapping. Its selectors (source, table, dataset, category, method, variant,
@@ -44,11 +45,11 @@ SELECTORS = ("source", "table", "dataset", "category", "method", "variant", "met
 _RUNS = ("variant", "cell", "sweep", "method", "setting", "dataset")
 _TOP = (
     "title", "paper", "kind", "sweep", "setting", "where", "row_headers", "rows", "columns", "compare", "digits",
-    "parameters", "default", "notes", "shares",
+    "parameters", "default", "notes", "shares", "own_papers",
 )  # fmt: skip
 _ROW = ("label", "labels", "group", "rule", "default", "runs", *SELECTORS)
 _COLUMN = ("label", "group", "digits", "runs", *SELECTORS)
-KINDS = ("grid", "curves")
+KINDS = ("grid", "curves", "methods")
 COMPARES = ("columns", "rows", "none")
 
 
@@ -65,6 +66,7 @@ class Entry:
     rule: bool = False
     default: bool = False
     digits: int | None = None
+    apart: bool = False  # told more than the other rows: neither ranked nor marked
     where: Mapping[str, str] = field(default_factory=dict)
     runs: Mapping[str, Any] = field(default_factory=dict)
 
@@ -89,6 +91,7 @@ class Spec:
     default: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     shares: Mapping[str, str] = field(default_factory=dict)
+    own_papers: float | None = None
 
 
 def spec_names(folder: str | Path = FOLDER) -> list[str]:
@@ -169,6 +172,7 @@ def read_spec(path: str | Path) -> Spec:
         default=content.get("default") or {},
         notes=tuple(content.get("notes", ())),
         shares=content.get("shares") or {},
+        own_papers=float(content["own_papers"]) if "own_papers" in content else None,
     )
 
 
@@ -211,7 +215,15 @@ def _expand(item: Mapping[str, Any]) -> list[Entry]:
             where.setdefault("variant", f"setting={setting}")
             runs.setdefault("setting", {"separate": "per_category"}.get(setting, setting))
         entries.append(
-            Entry(labels, group, bool(item.get("rule")), bool(item.get("default")), item.get("digits"), where, runs)
+            Entry(
+                labels,
+                group,
+                bool(item.get("rule")),
+                bool(item.get("default")),
+                item.get("digits"),
+                where=where,
+                runs=runs,
+            )
         )
     return entries
 

@@ -24,6 +24,7 @@ class Value:
     mark: str = ""
     note: str = ""
     printed: bool = False  # a paper's number: its spread is shown as printed, its gap without sign
+    reference: bool = False  # from records that come with the project
 
 
 @dataclass
@@ -50,12 +51,18 @@ class Cell:
 
 @dataclass
 class Row:
-    """A row's labels (one per row header), the group that it stands in, and whether a line goes above it."""
+    """A row's labels (one per row header), the group that it stands in, and whether a line goes above it.
+
+    A `control` stands beside the rows that are compared, and a row `apart` is told more than they are: neither is ranked
+    among them.
+    """
 
     labels: tuple[str, ...]
     group: str = ""
     rule: bool = False
     default: bool = False
+    control: bool = False
+    apart: bool = False
 
 
 @dataclass
@@ -112,7 +119,11 @@ def mark_values(table: Table, compare: str) -> None:
     for which in ("published", "runs"):
         if compare == "columns":
             lines = [
-                [(getattr(row[j], which), column.digits) for row in table.cells]
+                [
+                    (getattr(cells[j], which), column.digits)
+                    for row, cells in zip(table.rows, table.cells, strict=True)
+                    if not row.control and not row.apart
+                ]
                 for j, column in enumerate(table.columns)
                 if column.ranked
             ]
@@ -120,7 +131,8 @@ def mark_values(table: Table, compare: str) -> None:
             metrics = dict.fromkeys(column.metric for column in table.columns if column.ranked)
             lines = [
                 [(getattr(row[j], which), c.digits) for j, c in enumerate(table.columns) if c.metric == metric]
-                for row in table.cells
+                for line, row in zip(table.rows, table.cells, strict=True)
+                if not line.control
                 for metric in metrics
             ]
         for line in lines:

@@ -15,6 +15,7 @@ import sys
 import time
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,12 +24,13 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from results.common import foreign
+from results.common import foreign, methods
 from results.common.files import write_text
 from results.common.shown import printable
 from sweeps.runner import checked_sweep, command, preflight, prepare
 from sweeps.runner.errors import SweepError
 from sweeps.runner.expansion import SEED, Cell, draw
+from sweeps.runner.impossible import methods_that_cannot
 from sweeps.runner.local import check_writable
 from sweeps.runner.process import die_with_parent
 from sweeps.runner.state import RECORDS, WORK
@@ -41,9 +43,10 @@ _SWEEP = re.compile(r"[^/\s]+/[^/\s]+/[^/\s]+")
 
 def register(options: argparse.Namespace, console: Console) -> int:
     """Check a sweep, register it with W&B under the chosen profile and print how to start agents."""
-    sweep = checked_sweep.load(options.ablation)
     variables = prepare.environment(options.profile) | {"WANDB_MODE": "online"}
+    sweep = prepare.chosen(checked_sweep.load(options.ablation), variables)
     check_writable(WORK)
+    sweep = _of_methods_that_can(sweep, variables, console)
     parameters = dict(sweep.parameters)
     if options.seeds:
         parameters[SEED] = {"values": options.seeds}
@@ -72,6 +75,19 @@ def register(options: argparse.Namespace, console: Console) -> int:
         highlight=False,
     )
     return 0
+
+
+def _of_methods_that_can(
+    sweep: checked_sweep.CheckedSweep, variables: Mapping[str, str], console: Console
+) -> checked_sweep.CheckedSweep:
+    """The sweep ``methods`` without those that have no place in the chosen experiment; any other as it is."""
+    impossible = methods_that_cannot(sweep.cells() if methods.COMPARE in sweep.parameters else [], variables)
+    for name, reason in impossible.items():
+        console.print(f"left out {name}: {escape(reason)}", highlight=False)
+    if not impossible:
+        return sweep
+    kept = [name for name in sweep.parameters[methods.METHOD]["values"] if name not in impossible]
+    return replace(sweep, parameters={**sweep.parameters, methods.METHOD: {"values": kept}})
 
 
 def _left_alone(words: tuple[str, ...]) -> dict[str, str]:

@@ -41,10 +41,24 @@ def resolve(command: tuple[str, ...], environment: Mapping[str, str]) -> list[st
     return [_VARIABLE.sub(lambda match: environment.get(match[1], match[1]), word) for word in command]
 
 
-def configs(command: tuple[str, ...], environment: Mapping[str, str] = os.environ) -> list[Path]:
-    """The files that the command names with ``--config FILE`` or ``--config=FILE``, in their order."""
+METHOD = "method"
+"""The parameter whose value names a method's profile."""
+
+
+def configs(
+    command: tuple[str, ...],
+    environment: Mapping[str, str] = os.environ,
+    parameters: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """The files that the command names with ``--config FILE`` or ``--config=FILE``, in their order.
+
+    parameters: of a cell. Its ``method`` names one more, the method's profile.
+    """
     words = resolve(command, environment)
+    method = (parameters or {}).get(METHOD)
+    own = [] if method is None else [Path("sweeps/profiles", environment.get("PROFILE") or "demo", f"{method}.yaml")]
     return [
+        *own,
         *(Path(after) for word, after in itertools.pairwise(words) if word == "--config"),
         *(Path(word.partition("=")[2]) for word in words if word.startswith("--config=")),
     ]

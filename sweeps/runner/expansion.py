@@ -100,8 +100,8 @@ def select(cells: list[Cell], only: list[str], path: Path) -> list[Cell]:
     """Keep the cells that fulfil every ``key=value`` in ``only``.
 
     A key is a parameter's full name or its last parts (``query`` for ``model.init_args.query``); the value is read as
-    YAML. Several values of one key, or one key named twice, mean "any of them". SweepError if the key or value does not
-    occur in the sweep.
+    YAML. Several values of one key, separated by commas, or one key named twice, mean "any of them". SweepError if the key
+    or value does not occur in the sweep.
     """
     wanted: dict[str, list[Any]] = {}
     known = sorted({name for cell in cells for name in cell.parameters})
@@ -114,7 +114,12 @@ def select(cells: list[Cell], only: list[str], path: Path) -> list[Cell]:
             found = f"fits several parameters: {', '.join(matches)}" if matches else "is not a parameter of this sweep"
             hint = did_you_mean(key, [*known, *(name.rsplit(".", 1)[-1] for name in known)])
             raise SweepError(f"--only {condition!r}: {key!r} {found} ({path}). {hint}")
-        wanted.setdefault(matches[0], []).append(numbers(yaml.safe_load(text)))
+        value = numbers(yaml.safe_load(text))
+        occurs = any(same(value, cell.parameters[matches[0]]) for cell in cells)
+        several = isinstance(value, str) and "," in value and not occurs
+        wanted.setdefault(matches[0], []).extend(
+            [numbers(yaml.safe_load(part)) for part in value.split(",") if part.strip()] if several else [value]
+        )
     for name, values in wanted.items():
         occurring = unique([cell.parameters[name] for cell in cells])
         for value in values:

@@ -51,6 +51,7 @@ class Job:
     words: list[str]
     environment: dict[str, str]
     identity: dict[str, Any]
+    results: Path = WORK.parent  # what --run.results among the words says, if it is there
     state: str = WAITING
     elsewhere: bool = False
     seconds: float | None = None
@@ -64,12 +65,12 @@ class Job:
     @property
     def work(self) -> Path:
         """Working folder: state, log, checkpoints."""
-        return WORK / self.sweep / self.run
+        return self.results / WORK.name / self.sweep / self.run
 
     @property
     def record(self) -> Path:
         """The run record's main file; it exists only if the record is complete."""
-        return RECORDS / self.sweep / self.run / "record.json"
+        return self.results / RECORDS.name / self.sweep / self.run / "record.json"
 
     @property
     def log(self) -> Path:

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from results.common import methods
+from results.common.methods import COMPARE, METHOD
 from results.common.nearest import did_you_mean
 from sweeps.runner import command
 from sweeps.runner.checked_sweep import CheckedSweep
@@ -21,7 +23,8 @@ from sweeps.runner.expansion import Cell, unique
 
 PROGRAM = "lightning_modules"
 # Parameters that decide which other keys exist.
-_CHOOSES_KEYS = re.compile(r"config|model|data|.*\.class_path")
+_CHOOSES_KEYS = re.compile(rf"config|model|data|{METHOD}|{COMPARE}|.*\.class_path")
+_STANDS_FOR_FILES = ("config", METHOD, COMPARE)
 
 
 class Check:
@@ -79,7 +82,7 @@ class Check:
                 "values": [
                     [key, str(value), self._arguments(_chosen(Cell({**cells[0].parameters, key: value}), key))]
                     for key in cells[0].parameters
-                    if key != "config"
+                    if key not in _STANDS_FOR_FILES
                     for value in unique([cell.parameters[key] for cell in cells])
                 ],
                 "whole": self._arguments(cells[0].parameters),
@@ -98,7 +101,7 @@ class Check:
 
     def _explain(self, problem: dict[str, Any]) -> str:
         path = self._sweep.path
-        configs = ", ".join(map(str, command.configs(self._sweep.command, self._variables)))
+        configs = ", ".join(map(str, command.configs(self._sweep.command, self._variables))) or "its method's profile"
         if problem["what"] == "base":
             return f"{configs}, the profile of {path}, is refused by the program:\n{problem['message']}"
         if problem["what"] == "whole":
@@ -141,6 +144,9 @@ def _lacking(question: list[dict[str, Any]]) -> list[str | None]:
                 except Refusal:  # values that are refused together: the cell says so itself
                     found[place] = None
                     continue
+                if reason is None and (methods.of(parameters) or ("", ""))[1] == "matched":
+                    # Not the backbone and the image size that the profile was made for.
+                    reason = parser.unbuildable([*arguments, "--model.init_args.backbone.weights=random"]) or None
                 known[_part(parameters, options)] = reason
             found[place] = known[_part(parameters, options)]
     return [found[place] for place in sorted(found)]

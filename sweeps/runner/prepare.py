@@ -7,12 +7,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 
+from results.common import methods
 from results.common.environment import parse, parts
 from results.common.files import read_json, write_json
 from results.common.lock import Lock
@@ -27,12 +28,16 @@ from sweeps.runner.state import WORK
 SYNTHETIC_LOCO = Path("data/synthetic_loco")
 """The benchmark in the layout of MVTec LOCO AD."""
 LOCO_OPTIONS = ("--layout", "mvtec_loco")
+CHOICES = {"COMPARE": methods.COMPARE, "SETTING": methods.SETTING}
+"""Variables that choose the value of a parameter which is one experiment or another."""
+_ALLOWED = {"COMPARE": methods.COMPARES, "SETTING": ("unified", "per_category")}
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
 def environment(profile: str | None, base: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment of a sweep's programs: PROFILE set, empty overrides dropped, W&B offline unless WANDB=online."""
-    result = {key: value for key, value in base.items() if value or key not in (*OVERRIDES, "PROFILE", "WANDB")}
+    may_be_empty = (*OVERRIDES, *CHOICES, "PROFILE", "WANDB")
+    result = {key: value for key, value in base.items() if value or key not in may_be_empty}
     result["PROFILE"] = profile or result.get("PROFILE") or "demo"
     mode = result.pop("WANDB", None)
     if mode not in (None, "online", "offline", "disabled"):
@@ -41,6 +46,44 @@ def environment(profile: str | None, base: Mapping[str, str] = os.environ) -> di
     # A run of this sweep must not take itself for one of a sweep on a server.
     result.pop("WANDB_SWEEP_ID", None)
     return result
+
+
+def chosen(sweep: CheckedSweep, variables: Mapping[str, str]) -> CheckedSweep:
+    """The sweep with the values that COMPARE and SETTING choose; SweepError if it does not ask for such a choice."""
+    parameters = dict(sweep.parameters)
+    for name, key in CHOICES.items():
+        value = variables.get(name)
+        if not value:
+            continue
+        if key not in parameters:
+            raise SweepError(
+                f"{name}={value}, but {sweep.path} has no parameter {key} that it could choose. Leave it out."
+            )
+        if value not in _ALLOWED[name]:
+            raise SweepError(f"{name} is {value!r}. Allowed: {', '.join(_ALLOWED[name])}.")
+        parameters[key] = {"value": value}
+    return replace(sweep, parameters=parameters)
+
+
+def with_shared_data(sweep: CheckedSweep, cells: list[Cell], variables: Mapping[str, str]) -> dict[str, str]:
+    """The variables, for a sweep over methods with DATASET: the data of all methods of its profile if none is named.
+
+    Without it each method would have its own profile's data, and no table could hold them together.
+    """
+    if variables.get("DATASET") or not cells or command.METHOD not in cells[0].parameters:
+        return dict(variables)
+    try:
+        found = methods.datasets(variables["PROFILE"])
+    except ValueError as error:
+        raise SweepError(str(error)) from error
+    named = {
+        "DATASET": ",".join(entry["name"] for entry in found),
+        "DATA_ROOT": ",".join(entry.get("root") or "" for entry in found),
+    }
+    categories = variables.get("CATEGORIES") or ",".join(found[0].get("categories") or ())
+    if len(found) == 1 and categories:
+        named["CATEGORIES"] = categories
+    return {**variables, **named}
 
 
 def datasets(configs: Iterable[Path], variables: Mapping[str, str]) -> list[Dataset]:
@@ -121,17 +164,21 @@ class Weights:
         self._say = say
         self._kept = WORK / sweep.name / "weights.json"
         self._decided: dict[str, str] = {}
-        self._profile: dict[str, Any] = {}
-        for path in command.configs(sweep.command, variables):
-            self._profile.update(lookup(read_config(path), "model.init_args.backbone") or {})
+        self._sweep = sweep
 
     def of(self, cell: Cell) -> str | None:
         """The cell's WEIGHTS, or None if neither the environment nor ``auto`` in the profile asks for any."""
         prefix = "model.init_args.backbone."
+        profile: dict[str, Any] = {}
+        for path in command.configs(self._sweep.command, self._variables, cell.parameters):
+            profile.update(lookup(read_config(path), prefix[:-1]) or {})
+        if key := methods.of(cell.parameters):
+            options = methods.shared(*key, self._variables["PROFILE"])
+            profile |= {name.removeprefix(prefix): v for name, v in options.items() if name.startswith(prefix)}
         weights = cell.parameters.get(f"{prefix}weights") or self._variables.get("WEIGHTS")
-        if (weights or self._profile.get("weights")) != "auto":
+        if (weights or profile.get("weights")) != "auto":
             return weights
-        tag = cell.parameters.get(f"{prefix}name") or self._variables.get("BACKBONE") or self._profile.get("name")
+        tag = cell.parameters.get(f"{prefix}name") or self._variables.get("BACKBONE") or profile.get("name")
         if tag is None:
             raise SweepError(
                 "WEIGHTS=auto needs the backbone's name: BACKBONE=<timm tag> or backbone.name in the profile."

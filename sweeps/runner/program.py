@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from jsonargparse import Namespace
+
 from lightning_modules.running import requirements
 from lightning_modules.running.command_line import UniReconCLI
 from lightning_modules.running.filling import with_environment
@@ -51,6 +53,19 @@ class Parser(UniReconCLI):
             message = error.code if isinstance(error.code, str) else printed.getvalue().rpartition("error: ")[2]
             raise Refusal(essence(message)) from error
         return configuration
+
+    def unbuildable(self, arguments: list[str]) -> str:
+        """Why the model of these arguments cannot be built here, in the program's words; empty if it can."""
+        try:
+            self.parse(arguments)
+            parsed = self.config[self.subcommand]
+            self.instantiate(Namespace(model=parsed.model))
+        except Refusal:
+            raise
+        except (ValueError, ImportError, OSError, RuntimeError, SystemExit) as error:
+            reasons = [line.strip().removeprefix("- ") for line in str(error).splitlines() if line.startswith("  - ")]
+            return (reasons or str(error).splitlines() or [type(error).__name__])[0]
+        return ""
 
 
 def needs(configuration: Mapping[str, Any]) -> tuple[tuple[str, ...], str | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections import Counter
 
@@ -149,6 +150,12 @@ def test_fingerprint_is_of_the_data_not_of_the_holdout(root):
     part = module(DatasetConfig("mvtec_ad", str(root), ("cable",)))
     assert part.fingerprint != whole.fingerprint
     assert whole.fingerprints == {"mvtec_ad": whole.fingerprint}
+
+
+def test_images_that_are_held_out_are_not_taken_for_changed_data(root):
+    data = module(DatasetConfig("mvtec_ad", str(root)), holdout=0.2)
+    assert (data.table["split"] == "val").any()
+    assert data.changed_since(time.time()) == []
 
 
 def test_order_of_categories_asked_for_does_not_matter(root):

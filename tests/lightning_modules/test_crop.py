@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_modules import load_run
 from lightning_modules.callbacks.scoring import Evaluation
 from results.common.deciding import deciding
 
@@ -49,6 +50,8 @@ def test_predict_sees_the_crop_of_the_training(cropped):
     tested = pd.read_csv(scores).set_index("path").image_score
     expected = tested[predicted.index].to_numpy()
     np.testing.assert_allclose(predicted.image_score.to_numpy(), expected, rtol=1e-5)
+    loaded = load_run(config.parent)(list(predicted.index))
+    np.testing.assert_allclose(loaded.image_scores.numpy(), expected, rtol=1e-5)
 
 
 def test_crop_and_limits_of_au_pro_decide_a_result():

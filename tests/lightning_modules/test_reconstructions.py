@@ -177,7 +177,7 @@ def test_of_damaged_weights_the_ones_before_are_used_and_without_them_a_sentence
     with pytest.raises(SystemExit, match=r"last\.ckpt cannot be read as a checkpoint"):
         reconstructions.main([str(folder)])
     last.with_name("previous.ckpt").write_bytes(whole)
-    loaded, _ = reconstructions.load_run(folder)
+    loaded, _ = reconstructions.trained(folder)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), module.parameters(), strict=True))
 
 

@@ -109,7 +109,10 @@ def test_outputs_maps_and_scores(case):
 def test_first_three_training_steps(case):
     ours = trained(case)
     # Rectifiers switch by rounding, and Adam turns that into steps of full length: an array is compared as closely as
-    # this training repeats itself when its inputs change in the last bit.
+    # this training repeats itself when its inputs change in the last bit. No tighter bound follows from float64: in the
+    # bottleneck case a float64 run of this network is 1.1e-2 from the released float32 gradient of the embedding's first
+    # convolution and 1.0e-2 from its third loss, so the released numbers themselves are that far from exact (ours in float32:
+    # 1.1e-2 and 1.2e-3). In the basic case, where no rectifier switches, all agree within 1e-5.
     others = [trained(case, seed) for seed in range(1, 6)]
     first = {**case, "stored": {"first": case["stored"]["train_losses"][:1]}}
     agrees(first, "first", ours["train_losses"][:1])

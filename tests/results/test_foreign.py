@@ -93,7 +93,7 @@ def test_one_bad_record_is_named_and_the_others_make_every_table(runs, tmp_path,
         ["figures", "mask", *where, "--out", str(tmp_path / "out")],
         ["report", *where, "--out", str(tmp_path / "report.html")],
     ):
-        assert main(command) == 0, command
+        assert main(command) == 1, command  # everything is written, and the code says that a record was left out
         assert f"left out: {path}" in capsys.readouterr().err, command
     found = read_records(runs.root, warn=False)
     assert (len(found), len(found.damaged)) == (3, 1)
@@ -129,7 +129,7 @@ def test_no_picture_of_a_record_lies_outside_of_it(runs, tmp_path, capsys, file)
     path = runs.add(attachments={"heatmaps/index.csv": INDEX, "heatmaps/bolt.jpg": PICTURE})
     (path / "heatmaps/link.jpg").symlink_to(tmp_path / "secret")
     rewrite(path, "heatmaps/index.csv", INDEX.replace("bolt.jpg", file).encode())
-    assert main(["report", "--root", str(runs.root), "--out", str(tmp_path / "r.html")]) == 0
+    assert main(["report", "--root", str(runs.root), "--out", str(tmp_path / "r.html")]) == 1
     assert f"left out: {path}" in capsys.readouterr().err
     assert "U0VDUkVU" not in (tmp_path / "r.html").read_text(), "base64 of the secret"
 

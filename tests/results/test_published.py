@@ -156,3 +156,20 @@ def test_a_wrong_spec_is_refused_with_the_key_and_what_is_allowed(tmp_path, text
     (tmp_path / "t.yaml").write_text(text)
     with pytest.raises(SpecError, match=message):
         read_spec(tmp_path / "t.yaml")
+
+
+def test_the_audit_finds_the_means_of_uninets_readme_that_are_not_the_means():
+    assert found("mean", "uninet_readme") == {
+        ("multi-class MVTec AD (picture)", "MVTec AD · SimpleNet · setting=unified · I-AP"): (98.36, 98.35),
+        ("multi-class VisA (picture)", "VisA · DiAD · setting=unified · I-AUROC"): (86.8, 86.42),
+        ("multi-class VisA (picture)", "VisA · UniAD · setting=unified · I-AUROC"): (91.5, 85.5),
+        ("multi-class VisA (picture)", "VisA · UniAD · setting=unified · I-AP"): (90.8, 85.46),
+    }
+
+
+def test_a_column_of_two_decimals_is_not_excused_by_its_neighbours_of_one():
+    """98.36 against 98.35 is rounding at one decimal, and a disagreement (0.013) in a column of two."""
+    (simplenet,) = [f for f in audit.audit() if "SimpleNet · setting=unified · I-AP" in f.what and "MVTec" in f.what]
+    assert simplenet.verdict == "disagrees"
+    columns = {key: audit._units(read_published())[key] for key in read_published() if key[0] == "uninet_readme"}
+    assert set(columns.values()) == {0.1, 0.01}

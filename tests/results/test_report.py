@@ -59,7 +59,7 @@ def site(runs_at, tmp_path_factory):
         f"name: components\nmethod: grid\nparameters: {{{QUERY}: {{values: [none, first, layerwise]}}}}"
     )
     out = tmp_path / "report.html"
-    assert main(["report", "--root", str(runs.root), "--sweeps", str(tmp_path), "--out", str(out)]) == 0
+    assert main(["report", "--root", str(runs.root), "--sweeps", str(tmp_path), "--out", str(out)]) == 1
     return out.read_text(encoding="utf-8"), tmp_path
 
 

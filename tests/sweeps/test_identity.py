@@ -12,10 +12,11 @@ import pytest
 import yaml
 
 from results.common import deciding
+from results.common.code import code_hash, reached_files
 from sweeps.runner import checked_sweep, command, identity, prepare
 from sweeps.runner.errors import SweepError
 from sweeps.runner.expansion import Cell
-from sweeps.runner.identity import Dataset, Identifier, code_hash, reached_files
+from sweeps.runner.identity import Dataset, Identifier
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -15,7 +15,7 @@ import yaml
 from lightning_modules.running import requirements
 from lightning_modules.uniad import UniAD
 from models import pretrained
-from sweeps.runner import preflight, sweep_file
+from sweeps.runner import checked_sweep, preflight
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VIT = "vit_small_patch14_reg4_dinov2.lvd142m"
@@ -91,7 +91,7 @@ def test_package_and_file_that_a_method_names_are_asked_for(
 def test_each_cell_gets_its_own_answer_and_equal_needs_are_looked_up_once(
     no_hub: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sweep = sweep_file.load("vit_backbones")
+    sweep = checked_sweep.load("vit_backbones")
     asked: list[str] = []
     real = requirements.lacking
 

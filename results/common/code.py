@@ -1,0 +1,103 @@
+"""The source code that a program reaches by imports, as one hash: what names of cells and the age of records go by."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+
+from results.common.deciding import shows_only
+
+
+def code_hash(modules: Iterable[str], root: Path) -> str:
+    """Hash of the source files below root that the named modules reach by imports.
+
+    Comments, docstrings, layout and the words of errors do not count, and neither do the files of other methods and those
+    that only show (:data:`results.common.deciding.SHOWING`): a sweep that took days is not started again for them.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(reached_files(modules, root)):
+        digest.update(f"{path.relative_to(root)}\0{_normalised(path, path.stat().st_mtime_ns)}\n".encode())
+    return digest.hexdigest()
+
+
+def reached_files(modules: Iterable[str], root: Path) -> set[Path]:
+    """Source files below root that the modules import, directly or not; parents' ``__init__.py`` included.
+
+    Files that only show (:data:`results.common.deciding.SHOWING`) are not among them. A package that looks its modules up
+    by name counts as a whole, except a program's own (one with ``__main__``): which of its classes a run uses is named in
+    the run's configuration, and that is where the search starts.
+    """
+    modules = list(modules)
+    programs = {module.split(".")[0] for module in modules if module.endswith(".__main__")}
+    found: set[Path] = set()
+    waiting = [file for module in modules for file in _module_files(module, root)]
+    while waiting:
+        path = waiting.pop()
+        if path in found or shows_only(path.relative_to(root)):
+            continue
+        found.add(path)
+        for module in _imports(path, root):
+            waiting += _module_files(module, root)
+        if path.relative_to(root).parts[0] not in programs and _looks_modules_up(path):
+            waiting += [other for other in path.parent.glob("*.py") if other.name != "__main__.py"]
+    return found
+
+
+def _looks_modules_up(path: Path) -> bool:
+    """Whether a source file imports modules whose names it does not write down."""
+    names = {"import_module", "iter_modules", "walk_packages", "__import__"}
+    return any(
+        (isinstance(node, ast.Name) and node.id in names) or (isinstance(node, ast.Attribute) and node.attr in names)
+        for node in ast.walk(_tree(path, path.stat().st_mtime_ns))
+    )
+
+
+def _module_files(dotted: str, root: Path) -> list[Path]:
+    """Files of the longest part of a dotted name that is a module, with its parents; [] if it is not below root."""
+    parts = dotted.split(".")
+    files = []
+    for length in range(1, len(parts) + 1):
+        base = root.joinpath(*parts[:length])
+        file = base / "__init__.py" if (base / "__init__.py").is_file() else base.with_suffix(".py")
+        if not file.is_file():
+            break
+        files.append(file)
+    return files
+
+
+def _imports(path: Path, root: Path) -> Iterator[str]:
+    """Dotted names that a source file imports, wherever in it; relative ones are resolved."""
+    package = path.relative_to(root).parent.parts
+    for node in ast.walk(_tree(path, path.stat().st_mtime_ns)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+@cache
+def _tree(path: Path, _modified: int) -> ast.Module:
+    try:
+        return ast.parse(path.read_text())
+    except SyntaxError as error:
+        raise ValueError(f"{path} line {error.lineno} is no valid Python: {error.msg}") from error
+
+
+@cache
+def _normalised(path: Path, modified: int) -> str:
+    """The code of a file without comments, docstrings, layout and the words of its errors."""
+    tree = ast.parse(ast.unparse(_tree(path, modified)))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(
+            node
+        ):
+            node.body = node.body[1:] or [ast.Pass()]
+        elif isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            node.exc.args, node.exc.keywords = [], []
+    return ast.unparse(tree)
