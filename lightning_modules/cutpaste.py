@@ -46,7 +46,7 @@ class CutPaste(OwnTrunkModule):
         lr_scheduler: Half a cosine over the training's steps; as in the reimplementation its first step counts twice.
         lr_interval: Whether the schedule goes on after every `epoch` or every `step`.
         image_size: Input size in pixels.
-        trunk: timm model whose pooled numbers are the embedding.
+        trunk: timm model whose pooled numbers are the embedding; the tag after its dot matters for `start=imagenet`.
         start: `scratch`, or weights to start from: `imagenet` (timm's), `packaged` or a file. The paper starts from ImageNet
             only in its transfer experiment, with an EfficientNet-B4.
         frozen_steps: Steps in which the trunk's weights rest, while its batch norm does not (20 in the reimplementation
@@ -70,7 +70,7 @@ class CutPaste(OwnTrunkModule):
         lr_scheduler: LRSchedulerCallable | None = lambda optimizer: HalfCosine(optimizer),
         lr_interval: Interval = "step",
         image_size: ImageSize = 256,
-        trunk: str = "resnet18",
+        trunk: str = "resnet18.tv_in1k",
         start: str = "scratch",
         frozen_steps: int = 0,
         cutpaste: CutPasteConfig = CutPasteConfig(),
@@ -104,6 +104,10 @@ class CutPaste(OwnTrunkModule):
         self.reception, self.upsampling_std = Reception(patch_stride, patch_side, (patch_side - 1) / 2), upsampling_std
         if self.has_map and min(self.image_size) < patch_side:
             raise ValueError(f"patch_side is {patch_side}, but images are {self.image_size}: give smaller patches.")
+
+    @classmethod
+    def starts_from(cls, arguments: Mapping[str, Any]) -> tuple[str, str] | None:
+        return None if arguments["start"] == "scratch" else (arguments["trunk"], arguments["start"])
 
     # ---- training ----------------------------------------------------------------------------------------------------
 

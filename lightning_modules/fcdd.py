@@ -89,6 +89,14 @@ class FCDD(OwnTrunkModule):
                 "run.selection=last, and say so beside the numbers."
             )
 
+    @classmethod
+    def starts_from(cls, arguments: Mapping[str, Any]) -> tuple[str, str] | None:
+        return (
+            (fcdd.VGG_NAME, arguments["start"])
+            if arguments["net"] == "vgg11_bn" and arguments["start"] != "scratch"
+            else None
+        )
+
     # ---- training ----------------------------------------------------------------------------------------------------
 
     def training_views(self) -> TrainingViews:

@@ -49,6 +49,11 @@ class OwnTrunkModule(ReconstructionModule):
     def fit_normal(self) -> None:
         """Estimates what scoring needs from the training images; called in eval mode, without gradient."""
 
+    @classmethod
+    def starts_from(cls, arguments: Mapping[str, Any]) -> tuple[str, str] | None:
+        """timm model and weights that the trunk starts from with these arguments of the constructor; None from scratch."""
+        return None
+
     # ---- when it is called -------------------------------------------------------------------------------------------
 
     def before_scoring(self, last_epoch: bool) -> None:

@@ -23,6 +23,8 @@ from models.trunk import NoBackbone, build_trunk
 
 Net = Literal["vgg11_bn", "cnn224"]
 FrozenNorm = Literal["batch", "running"]
+VGG_NAME = "vgg11_bn.tv_in1k"
+"""In timm."""
 FROZEN = 15
 """Layers of VGG11's features that are frozen; six more are trained."""
 TINY = 1e-31
@@ -166,7 +168,7 @@ def build(net: Net, start: str, frozen_norm: FrozenNorm) -> tuple[VGG | Small, N
         raise ValueError(f'net is "{net}"; choose one of {", ".join(get_args(Net))}.')
     if net == "cnn224":
         return Small(), NoBackbone("cnn224")
-    trunk, extractor = build_trunk("vgg11_bn.tv_in1k", start)
+    trunk, extractor = build_trunk(VGG_NAME, start)
     if start == "scratch":
         extractor.provenance["weights"] = "random"
         extractor.provenance["note"] = "the frozen part has random weights"
