@@ -20,6 +20,12 @@ from datamodules.sampling import Draw
 
 UNKNOWN = -1
 """Label of an image of which nothing is known (prediction on a folder)."""
+TrainingViews = Callable[[np.ndarray, int, Callable[[np.ndarray], torch.Tensor]], dict[str, Any]]
+"""(image uint8 (H, W, 3), seed of the draw, `normalise`) -> what a sample carries besides or instead of its image.
+
+`normalise` makes a normalised float32 (3, h, w) of uint8 levels or of float pixels in [0, 1], (h, w, 3). What it returns
+depends on image and seed alone.
+"""
 SMALL = 1000
 """Up to this many training images, reading them in the main process is quicker than starting workers."""
 
@@ -134,6 +140,7 @@ class TableDataset(Dataset):
         augmentation: applied to draws only.
         anomalies: put into draws only; their samples also carry `clean`, the image without, and `mask` is the anomaly's.
         pixels: samples also carry `pixels`, the resized image as uint8 (3, H, W).
+        views: what the samples of draws carry more; they may replace `image` and `mask`.
     """
 
     def __init__(
@@ -145,9 +152,10 @@ class TableDataset(Dataset):
         augmentation: Augmentation | None = None,
         anomalies: Anomalies | None = None,
         pixels: bool = False,
+        views: TrainingViews | None = None,
     ) -> None:
         self.rows, self.source, self.augmentation, self.pixels = list(rows), source, augmentation, pixels
-        self.anomalies = anomalies
+        self.anomalies, self.views = anomalies, views
         self.mean, self.std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
         self.normalised = normalised_levels(mean, std)
 
@@ -187,11 +195,20 @@ class TableDataset(Dataset):
             sample["clean"], sample["mask"] = sample["image"], torch.from_numpy(blobs[None])
             values = (corrupted / np.float32(255) - self.mean) / self.std
             sample["image"] = torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
+        if self.views is not None and isinstance(index, Draw):
+            sample |= self.views(image, index.seed, self._normalise)
         if row.label == UNKNOWN:
             sample["error"] = error
         if self.pixels:
             sample["pixels"] = torch.from_numpy(image.transpose(2, 0, 1).copy())
         return sample
+
+    def _normalise(self, image: np.ndarray) -> torch.Tensor:
+        """uint8 (H, W, 3), or floats in [0, 1], to float32 (3, H, W)."""
+        if image.dtype == np.uint8:
+            return normalise(image, self.normalised)
+        values = (image.astype(np.float32, copy=False) - self.mean) / self.std
+        return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
 
 
 def normalised_levels(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:

@@ -52,7 +52,7 @@ class TrainSampler(DistributedSampler):
 
     It derives from torch's DistributedSampler so that Lightning leaves it in place and calls `set_epoch`. All processes
     compute the same order and take every `num_replicas`-th draw; the end is padded from the start so that each process
-    makes the same number of steps. An epoch has `draws` of them, as many as there are images if None.
+    makes the same number of steps. An epoch has `repeat` times `draws` of them, as many draws as images if None.
     """
 
     def __init__(
@@ -65,14 +65,16 @@ class TrainSampler(DistributedSampler):
         num_replicas: int = 1,
         rank: int = 0,
         draws: int | None = None,
+        repeat: int = 1,
     ) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=True, seed=seed)
         quota = quotas(datasets, categories, sampling)
         keys = np.asarray(categories)
-        self._draws = len(categories) if draws is None else draws
+        self._draws = repeat * (len(categories) if draws is None else draws)
         scale = self._draws / len(categories)
         self._groups = [(np.flatnonzero(keys == name), quota[name] * scale) for name in quota]
         self.num_samples = -(-self._draws // num_replicas)
+        self.total_size = self.num_samples * num_replicas
 
     def order(self) -> list[Draw]:
         """All draws of the current epoch, before they are dealt to processes."""

@@ -25,6 +25,7 @@ from datamodules.dataset import (
     LastImage,
     Row,
     TableDataset,
+    TrainingViews,
     collate,
     image_loader,
     table_rows,
@@ -93,6 +94,8 @@ class UnifiedDataModule(L.LightningDataModule):
         max_megapixels: larger image files are refused.
         drop_last: leave out a last training batch that is not full, unless it is the only one. None stands for the
             method's recipe.
+        repeat: how often an epoch goes over the training images. None stands for the method's recipe, which is 1 but for
+            methods whose papers count otherwise.
         test_subset: full, or drop_last_32, what released code of some methods evaluates (see `datamodules.subset`). None
             is full, unless the protocol is as_released and the method's recipe says otherwise.
         setting: unified, one model for all categories, or per_category: the command line trains one model for each
@@ -134,6 +137,7 @@ class UnifiedDataModule(L.LightningDataModule):
         mask_resize: str = "nearest",
         max_megapixels: float = MAX_MEGAPIXELS,
         drop_last: bool | None = None,
+        repeat: int | None = None,
         test_subset: str | None = None,
         setting: str = "unified",
         cache_mb: int = 256,
@@ -156,6 +160,8 @@ class UnifiedDataModule(L.LightningDataModule):
         for name, value in (("num_workers", num_workers), ("cache_mb", cache_mb), ("seed", seed)):
             if value is not None and value < 0:
                 raise DataError(f"{name} must be at least 0, found {value}.")
+        if repeat is not None and repeat < 1:
+            raise DataError(f"repeat must be at least 1, found {repeat}.")
         if max_megapixels <= 0:
             raise DataError(f"max_megapixels must be positive, found {max_megapixels}.")
         for name, value, known in (
@@ -195,6 +201,7 @@ class UnifiedDataModule(L.LightningDataModule):
         self.bit_depth = bit_depth
         self.mask_resize, self.max_megapixels = mask_resize, max_megapixels
         self.drop_last = bool(drop_last)
+        self.repeat = 1 if repeat is None else repeat
         self.test_subset = test_subset or FULL
         self.setting = setting
         self.left_out: frozenset[int] = frozenset()
@@ -211,6 +218,7 @@ class UnifiedDataModule(L.LightningDataModule):
         self._unknown: list[Row] = []
         self._source: ImageSource | CachedImages | None = None
         self._served: CachedSplits | None = None
+        self._views: TrainingViews | None = None
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -335,15 +343,25 @@ class UnifiedDataModule(L.LightningDataModule):
 
     def _short_batch(self) -> bool:
         """Whether dropping the last batch would leave a process without any."""
-        return (
-            self.drop_last
-            and (self.epoch_images or len(self._rows("train"))) <= (self.batch_size - 1) * self._place()[0]
-        )
+        draws = self.repeat * (self.epoch_images or len(self._rows("train")))
+        return self.drop_last and draws <= (self.batch_size - 1) * self._place()[0]
 
     def normalise(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Normalise pixels so from now on, unless the constructor was given a mean and a std."""
         if not self._normalisation_given:
             self.mean, self.std = tuple(mean), tuple(std)
+
+    def view_training_images(self, views: TrainingViews) -> None:
+        """From now on training batches also carry what `views` makes of each drawn image.
+
+        Raises:
+            DataError: synthetic anomalies are asked for, which would be in those images too.
+        """
+        if self.anomalies is not None:
+            raise DataError(
+                "data.init_args.anomalies: this method makes its own training images of normal ones. Leave it out."
+            )
+        self._views = views
 
     def provenance(self) -> list[dict[str, Any]]:
         """Per dataset: name, fingerprint, categories, and shots and contamination if set, for the run record."""
@@ -377,7 +395,7 @@ class UnifiedDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Training images in the order of the own seeded sampler."""
         rows = self._rows("train")
-        dataset = self._dataset(rows, self._augmentation(), self._anomalies())
+        dataset = self._dataset(rows, self._augmentation(), self._anomalies(), self._views)
         sampler = TrainSampler(
             dataset,
             [row.dataset for row in rows],
@@ -386,6 +404,7 @@ class UnifiedDataModule(L.LightningDataModule):
             self.seed,
             *self._place(),
             draws=self.epoch_images,
+            repeat=self.repeat,
         )
         return self._loader(dataset, sampler, self.batch_size, self.drop_last and not self._short_batch())
 
@@ -527,9 +546,13 @@ class UnifiedDataModule(L.LightningDataModule):
         return self._anomalies().describe() if self.anomalies is not None else ""
 
     def _dataset(
-        self, rows: Sequence[Row], augmentation: Augmentation | None = None, anomalies: Anomalies | None = None
+        self,
+        rows: Sequence[Row],
+        augmentation: Augmentation | None = None,
+        anomalies: Anomalies | None = None,
+        views: TrainingViews | None = None,
     ) -> TableDataset:
-        return TableDataset(rows, self._source, self.mean, self.std, augmentation, anomalies)
+        return TableDataset(rows, self._source, self.mean, self.std, augmentation, anomalies, views=views)
 
     def _eval_loader(self, rows: Sequence[Row], repeat: bool = False) -> DataLoader:
         dataset = self._dataset(rows)

@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from datamodules.dataset import TrainingViews
 from lightning_modules.metrics.sync import Group
 from lightning_modules.running import internals
 from models.backbones import BackboneConfig, FeatureExtractor
 from models.head import AnomalyHead, HeadConfig, ScoredMaps
 from models.layers.statistics import Standardisation
 from models.reconstruction import FeatureNetwork, Pair
+from models.trunk import NoBackbone
 
 ImageSize = int | tuple[int, int]
 """Side of a square image, or (height, width), in pixels."""
@@ -46,6 +48,7 @@ class Recipe:
         drop_last: Whether the last incomplete training batch is left out.
         released_subset: The part of the test set that the released code evaluates, a ``test_subset`` of the data module.
             Only the protocol ``as_released`` does so.
+        repeat: How often an epoch goes over the training images.
     """
 
     resize: str
@@ -57,6 +60,7 @@ class Recipe:
     drop_last: bool = False
     max_steps: int = -1
     released_subset: str = "full"
+    repeat: int = 1
 
 
 class NonFiniteLossError(RuntimeError):
@@ -70,7 +74,7 @@ class ReconstructionModule(L.LightningModule):
     the paper's loss is not the mean squared error.
 
     Args:
-        backbone: The frozen feature extractor.
+        backbone: The frozen feature extractor; or what stands in its place where a method trains all that it uses.
         head: Distance, fusion, smoothing and image score.
         optimizer: Gives an optimiser of the trainable parameters. Learning rates are not scaled with the number of
             processes. None for a method that is not trained by gradients: its ``training_step`` returns None.
@@ -86,6 +90,10 @@ class ReconstructionModule(L.LightningModule):
     recipe: ClassVar[Recipe]
     needs_images: ClassVar[bool] = False
     """Whether the network reads the images besides their features."""
+    has_backbone: ClassVar[bool] = True
+    """Whether features of a frozen backbone are used; else the method trains its own trunk on images."""
+    has_map: bool = True
+    """Whether maps mean something; else pixels are not measured and none are pictured."""
     standardises: ClassVar[bool] = False
     """Whether the method standardises its features by itself, so that ``backbone.standardised`` is refused."""
     reconstructs: ClassVar[bool] = True
@@ -103,7 +111,7 @@ class ReconstructionModule(L.LightningModule):
 
     def __init__(
         self,
-        backbone: BackboneConfig,
+        backbone: BackboneConfig | NoBackbone,
         head: HeadConfig,
         optimizer: OptimizerCallable | None,
         image_size: ImageSize,
@@ -114,11 +122,12 @@ class ReconstructionModule(L.LightningModule):
         # class's None on to a subclass, whose own schedule would be lost.
         super().__init__()
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        self.extractor = FeatureExtractor(backbone)
+        self.extractor = backbone if isinstance(backbone, NoBackbone) else FeatureExtractor(backbone)
         self.extractor.sizes(self.image_size)  # a size that the backbone does not take is refused here
-        if backbone.standardised and self.standardises:
+        standardised = self.has_backbone and backbone.standardised
+        if standardised and self.standardises:
             raise ValueError(f"backbone.standardised: {self.method} standardises its features already. Leave it out.")
-        self.standardisation = Standardisation() if backbone.standardised else None
+        self.standardisation = Standardisation() if standardised else None
         self.head = AnomalyHead(head)
         self.optimizer, self.schedule, self.interval = optimizer, schedule, interval
         if optimizer is not None:  # impossible options are refused now, not after minutes of preparation
@@ -163,6 +172,10 @@ class ReconstructionModule(L.LightningModule):
         """What a reader of the run's numbers must know besides the configuration."""
         return []
 
+    def training_views(self) -> TrainingViews | None:
+        """What training batches carry instead of plain images; None: the images themselves."""
+        return None
+
     def prepare_import(self, state: Mapping[str, Tensor], categories: Sequence[str]) -> None:
         """Called before an authors' checkpoint is imported, for what its tensors and the data's categories decide."""
 
@@ -184,6 +197,9 @@ class ReconstructionModule(L.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "normalise"):
             data.normalise(self.extractor.mean, self.extractor.std)
+        views = self.training_views()
+        if views is not None and hasattr(data, "view_training_images"):
+            data.view_training_images(views)
 
     def features(self, batch: Mapping[str, Any]) -> list[Tensor]:
         """The prepared levels, each (B, C_l, H_l, W_l) float32: from the batch if it carries them, else computed."""

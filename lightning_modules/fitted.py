@@ -183,6 +183,20 @@ class PatchStore:
             self.file.unlink(missing_ok=True)
 
 
+def all_vectors(store: PatchStore, group: Group) -> Tensor:
+    """The vectors of all processes' stores, float32 (images * P, C) on every process, in the order of the images' ids."""
+    places = store.places(group)
+    patches, channels = store.vectors.shape[1:]
+    whole = torch.zeros(len(places), patches, channels)
+    for number, place in enumerate(places):
+        if place.rank == group.rank:
+            whole[number] = store.vectors[place.row]
+    if group.size > 1:
+        for part in whole.split(max(1, ROWS // patches)):
+            part.copy_(torch.from_numpy(group.sum(part.numpy())))
+    return whole.flatten(0, 1)
+
+
 class MemoryBankModule(FittedModule):
     """A fitted method whose network has a :class:`models.layers.nearest.MemoryBank`, filled with a coreset.
 

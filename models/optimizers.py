@@ -1,4 +1,5 @@
-"""StableAdamW and the warm cosine, the optimiser and the schedule of Dinomaly and INP-Former; Adam as RD4AD has it.
+"""StableAdamW and the warm cosine, the optimiser and the schedule of Dinomaly and INP-Former; Adam as RD4AD has it; half a
+cosine as CutPaste has it.
 
 StableAdamW: Wortsman et al., "Stable and low-precision training for large-scale vision-language models", NeurIPS 2023,
 https://arxiv.org/abs/2304.13013, in the form of Dinomaly's released code.
@@ -176,3 +177,31 @@ class WarmCosine(LRScheduler):
         length = self.total_steps - self.warmup_steps
         progress = min(1.0, (step - self.warmup_steps) / length) if length > 0 else 1.0
         return self.final_ratio + (1 - self.final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class HalfCosine(LRScheduler):
+    """Learning rate per step: half a cosine from the full rate down to 0. Step it per step.
+
+    Step k of N has (1 + cos(pi max(k - late, 0) / N)) / 2 of the rate. late: steps before the cosine begins; 1 where the
+    schedule is asked before the optimiser's first step, as in CutPaste's reimplementation, so that two steps have the full
+    rate. total_steps: N; None = the training's length, which whoever trains fills in.
+    """
+
+    def __init__(self, optimizer: Optimizer, total_steps: int | None = None, late: int = 1) -> None:
+        if late < 0:
+            raise ValueError(f"late must not be negative, found {late}.")
+        self.total_steps, self.late = total_steps, late
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        """The learning rate of each parameter group in the present step."""
+        return [rate * self.factor(self.last_epoch) for rate in self.base_lrs]
+
+    def factor(self, step: int) -> float:
+        """What the learning rate is multiplied by in step 0, 1, 2, ..."""
+        late = max(step - self.late, 0)
+        if late == 0:
+            return 1.0
+        if self.total_steps is None:
+            raise ValueError("total_steps of HalfCosine is None: set it to the number of steps of the training.")
+        return 0.5 * (1 + math.cos(math.pi * min(late, self.total_steps) / self.total_steps))

@@ -10,7 +10,12 @@ keeps outside parameters and buffers of the network's own form (ULSAD's statisti
 
     def import_released_extras(network, state) -> list[str]
 
-given the authors' state dict without the prefix; it returns the names that it used.
+given the authors' state dict without the prefix; it returns the names that it used. Where the authors' files hold a part of
+the network only (Patch SVDD's encoder),
+
+    def released_part(network) -> nn.Module
+
+names it; the names of `released_name` are then those of the part.
 """
 
 from __future__ import annotations
@@ -59,6 +64,7 @@ def load_released(network: nn.Module, checkpoint: str | Path | Mapping[str, Tens
     backbone's, are listed as unused. Raises ValueError for a missing or misshapen tensor, NaN, or a network
     whose file tells no names.
     """
+    network = getattr(sys.modules[type(network).__module__], "released_part", lambda whole: whole)(network)
     translate: Callable[[str], str | None] | None = getattr(
         sys.modules[type(network).__module__], "released_name", None
     )

@@ -64,11 +64,12 @@ Clock = Callable[[], float]
 
 
 def trained(profile: str) -> tuple[str, ...]:
-    """The methods with a profile that are trained in steps, which is what is measured here; sorted."""
+    """The methods with a profile that are trained in steps on a frozen backbone, which is measured here; sorted."""
     found = []
     for file in sorted((PROFILES / profile).glob("*.yaml")):
         module, _, name = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]["class_path"].rpartition(".")
-        if not issubclass(getattr(importlib.import_module(module), name), FittedModule):
+        method = getattr(importlib.import_module(module), name)
+        if method.has_backbone and not issubclass(method, FittedModule):
             found.append(file.stem)
     return tuple(found)
 

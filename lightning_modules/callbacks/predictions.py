@@ -81,7 +81,7 @@ class Predictions(L.Callback):
         for n, (path, error) in enumerate(zip(batch["path"], batch["error"], strict=True)):
             number = int(batch["id"][n])
             self._rows.append((number, path, np.nan if error else float(outputs.image_scores[n]), error))
-            if not error:
+            if not error and module.has_map:
                 name = f"{number:06d}-{os.fsdecode(os.fsencode(Path(path).stem)[:LONGEST])}"
                 np.save(self._new / f"{name}.npy", maps[n])
                 Image.fromarray(overlay(images[n], maps[n], *self.range)).save(self._new / f"{name}.jpg", quality=90)
@@ -92,7 +92,8 @@ class Predictions(L.Callback):
         table = table.drop_duplicates("id").sort_values("id", ignore_index=True).drop(columns="id")
         failed = table[table.reason != ""]
         self.failed = [printable(reason) for reason in failed.reason]
-        said = f"{number_of(len(table), 'image')}: scores, raw maps and heat maps are in {self.folder}"
+        what = "scores, raw maps and heat maps" if module.has_map else "scores (the method has no map)"
+        said = f"{number_of(len(table), 'image')}: {what} are in {self.folder}"
         if self.normal is not None:
             p = p_values(table.image_score.to_numpy(), self.normal.image_score.to_numpy())
             table.insert(2, "p_value", np.where(table.reason == "", p, np.nan))

@@ -37,11 +37,16 @@ def _masks_like(masks: Tensor, maps: Tensor) -> Tensor:
 
 
 def update_metrics(
-    metrics: AnomalyMetrics, batch: Mapping[str, Any], scored: ScoredMaps, chosen: Sequence[int] | None = None
+    metrics: AnomalyMetrics,
+    batch: Mapping[str, Any],
+    scored: ScoredMaps,
+    chosen: Sequence[int] | None = None,
+    has_map: bool = True,
 ) -> None:
     """Adds one batch's maps and scores to the metrics. Masks follow maps of another size by the nearest pixel.
 
     chosen: positions in the batch of the images to add; None adds all.
+    has_map: whether the maps mean something; else pixels are not measured, as if no image had a mask.
     """
     masks = _masks_like(batch["mask"], scored.maps)
     of_batch = (scored.maps, masks[:, 0], scored.image_scores, batch["label"], batch["id"], batch["has_mask"])
@@ -50,7 +55,7 @@ def update_metrics(
         of_batch = tuple(values[list(chosen)] for values in of_batch)
         categories = [categories[n] for n in chosen]
     maps, masks, scores, labels, ids, has_mask = of_batch
-    metrics.update(maps, masks, scores, labels, categories, ids, has_mask=has_mask)
+    metrics.update(maps, masks, scores, labels, categories, ids, has_mask=has_mask & has_map)
 
 
 class Evaluation(L.Callback):
@@ -121,14 +126,15 @@ class Evaluation(L.Callback):
     ) -> None:
         directory = self._directory(trainer, outputs)
         for variant, scored in outputs.items():
-            update_metrics(self._of(variant, trainer, directory), batch, scored)
+            update_metrics(self._of(variant, trainer, directory), batch, scored, has_map=module.has_map)
             if self._logical is not None:
                 self._logical.update(variant, batch, scored.maps, scored.image_scores)
         ids = batch["id"].tolist()
         self._look_at_masks(batch["mask"], outputs[""].maps, ids)
         for condition in dict.fromkeys(self._conditions[i] for i in ids if i in self._conditions):
             chosen = [n for n, i in enumerate(ids) if self._conditions.get(i) == condition]
-            update_metrics(self._of(condition, trainer, directory, pooled=False), batch, outputs[""], chosen)
+            metrics = self._of(condition, trainer, directory, pooled=False)
+            update_metrics(metrics, batch, outputs[""], chosen, module.has_map)
         marked = [look(mask) for mask in batch["mask"][:, 0].cpu().numpy()]
         has_mask = batch["has_mask"].tolist()
         self._marks |= {i: seen for i, seen, has in zip(ids, marked, has_mask, strict=True) if has}

@@ -154,9 +154,10 @@ class UniReconCLI(internals.OpenCLI):
             return callbacks
         epochs = self.made("trainer")["max_epochs"]
         every, select = run.curve_every, None
-        if run.protocol == "as_released" and model.recipe.best_on_test is None:
+        if run.selects == "best_on_test" and model.recipe.best_on_test is None:
             raise SystemExit(
-                f"{model.method} has no protocol as_released; its recipe names no selection on the test set."
+                f"{model.method} has no protocol as_released by itself; its recipe names no selection on the test set. For the "
+                "released behaviour with the last epoch give --run.selection=last."
             )
         if run.selects == "best_on_test":
             select, released_every = model.recipe.best_on_test

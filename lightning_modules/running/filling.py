@@ -99,7 +99,7 @@ def fill(config: Any, subcommand: str, started: datetime) -> None:
             "only; the data follows it."
         )
     data.image_size = size
-    for name in ("resize", "batch_size", "drop_last"):
+    for name in ("resize", "batch_size", "drop_last", "repeat"):
         if data.get(name) is None:
             data[name] = getattr(recipe, name)
     released = config.run.protocol == "as_released"

@@ -56,6 +56,15 @@ class ImportCLI(UniReconCLI):
             raise SystemExit(str(error)) from error
         rank_zero_info(str(imported))
         model.origin = self.origin
+        self._save()
+        super().before_test()
+
+    def after_test(self) -> None:
+        self._save()  # with what the method has estimated from the training images before it could score
+        super().after_test()
+
+    def _save(self) -> None:
+        model = self.model
         checkpoint: dict[str, Any] = {
             "epoch": 0,
             "global_step": 0,
@@ -66,7 +75,6 @@ class ImportCLI(UniReconCLI):
         self.trainer.strategy.checkpoint_io.save_checkpoint(
             checkpoint, self.run_config.work / "checkpoints" / "last.ckpt"
         )
-        super().before_test()
 
 
 def backbone_part(state: dict[str, Tensor], marker: str) -> dict[str, Tensor]:

@@ -151,20 +151,33 @@ def _module(
     file = folder / "config.yaml"
     section = configuration.get("model") if isinstance(configuration, Mapping) else None
     arguments = section.get("init_args") if isinstance(section, Mapping) else None
-    if not isinstance(arguments, Mapping) or not isinstance(arguments.get("backbone"), Mapping):
+    methods = import_methods().values()
+    trains_all = {f"{m.__module__}.{m.__qualname__}" for m in methods if not m.has_backbone}
+    own_trunk = isinstance(arguments, Mapping) and section.get("class_path") in trains_all
+    if not own_trunk and not (isinstance(arguments, Mapping) and isinstance(arguments.get("backbone"), Mapping)):
         raise ValueError(f"{file} does not describe a model with a backbone, so nothing can be built from it.")
     arguments = {key: value for key, value in arguments.items() if key not in OF_TRAINING}
     section = {"class_path": section.get("class_path"), "init_args": arguments}
-    foreign.check(section, file, import_methods().values())
-    places = (work_folder(folder), folder)
-    weights = recorded_weights(arguments["backbone"], stored.record.backbone, places, backbone_file)
-    arguments["backbone"] = {**arguments["backbone"], "weights": weights}
+    foreign.check(section, file, methods)
+    if own_trunk:  # all weights are in the checkpoint, whatever they started from
+        arguments |= {"start": "scratch"} if "start" in arguments else {}
+    else:
+        _find_backbone(folder, stored, arguments, backbone_file)
     with torch.random.fork_rng(devices=[]):  # the caller's draws do not depend on what is loaded
         module = build(ReconstructionModule, section)
     run = configuration.get("run") or {}
     chosen = RunConfig(protocol=stored.record.protocol, selection=run.get("selection"))
     module.set_protocol(chosen.protocol, chosen.selects)
     return module
+
+
+def _find_backbone(
+    folder: Path, stored: StoredRecord, arguments: dict[str, Any], backbone_file: str | Path | None
+) -> None:
+    """Puts the weights that the run had into the arguments."""
+    places = (work_folder(folder), folder)
+    weights = recorded_weights(arguments["backbone"], stored.record.backbone, places, backbone_file)
+    arguments["backbone"] = {**arguments["backbone"], "weights": weights}
 
 
 def _preparation(module: ReconstructionModule, stored: StoredRecord, configuration: Mapping[str, Any]) -> Preparation:

@@ -103,7 +103,7 @@ def _attachments(outcome: Outcome) -> dict[str, bytes | str]:
         normal_scores.FILE: outcome.normal_scores.table.to_csv(index=False),
         COLOUR_SCALE: json.dumps(outcome.evaluation.colour_scale),
     }
-    if outcome.run.heatmaps:
+    if outcome.run.heatmaps and outcome.model.has_map:
         outcome.model.eval().to(outcome.trainer.strategy.root_device)  # the trainer has moved it off the device
         files, index = heatmaps.draw(outcome.model, outcome.data, heatmaps.choose(scores), scores)
         more, further = failures.draw(outcome.model, outcome.data, failed)
@@ -166,7 +166,7 @@ def _notes(outcome: Outcome, trained_here: bool) -> list[str]:
         notes += data.changed_since(outcome.started.timestamp())
     if model.standardisation is not None:
         notes.append("feature channels standardised over the training images")
-    if model.extractor.config.rectified:
+    if model.has_backbone and model.extractor.config.rectified:
         notes.append("levels of the backbone without their negative values")
     if not data.has_test_images:
         notes.append(NOTHING_TO_MEASURE)

@@ -25,7 +25,8 @@ OPTIONS = ("model.class_path", "model.init_args.backbone")
 
 def options(method: type[ReconstructionModule]) -> tuple[str, ...]:
     """The options that decide what a run of the method needs, by dotted name."""
-    return (*OPTIONS, *(f"model.init_args.{name}" for name in method.needs_files))
+    own = () if method.has_backbone else ("trunk", "net", "start")
+    return (*OPTIONS, *(f"model.init_args.{name}" for name in (*method.needs_files, *own)))
 
 
 def method_of(config: Mapping[str, Any]) -> type[ReconstructionModule]:
@@ -57,6 +58,9 @@ def lacking(config: Mapping[str, Any], insisted: bool = False) -> str | None:
     pictures = (data.get("anomalies") or {}).get("folder")
     if pictures and not Path(pictures).expanduser().is_dir():
         return f"{method.method} needs the folder of pictures {pictures} (data.init_args.anomalies.folder), which is not there."
+    if not method.has_backbone:
+        start = method.starts_from(arguments)
+        return None if insisted or start is None else _weights(*start)
     backbone = arguments.get("backbone")
     return None if insisted or not isinstance(backbone, Mapping) else _weights(backbone["name"], backbone["weights"])
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -68,21 +68,21 @@ def attach(
     data.setup("fit")
     data.normalise(model.extractor.mean, model.extractor.std)
     source = {"content": data.content(), "image_size": tuple(data.image_size), "resize": data.resizing}
-    provenance, backbone = model.extractor.provenance, model.extractor.config
-    features = CacheSpec(
-        **source,
-        backbone={k: provenance[k] for k in ("name", "sha256", "padding")}
-        | {name: getattr(backbone, name) for name in FEATURE_OPTIONS},
-        preparation=model.network.preparation,
-        mean=tuple(data.mean),
-        std=tuple(data.std),
-        dtype=config.mode,
-        images=images or model.needs_images,
-    )
     symmetric = data.symmetric_rows()
     if symmetric is not None and not model.uncached:
+        provenance, backbone = model.extractor.provenance, model.extractor.config
         turns = json.dumps([(row.id, row.symmetry) for row in symmetric]) if symmetric else ""
-        features = replace(features, symmetries=turns and hashlib.sha256(turns.encode()).hexdigest())
+        features = CacheSpec(
+            **source,
+            backbone={k: provenance[k] for k in ("name", "sha256", "padding")}
+            | {name: getattr(backbone, name) for name in FEATURE_OPTIONS},
+            preparation=model.network.preparation,
+            mean=tuple(data.mean),
+            std=tuple(data.std),
+            dtype=config.mode,
+            images=images or model.needs_images,
+            symmetries=turns and hashlib.sha256(turns.encode()).hexdigest(),
+        )
         try:
             cache = _open(features, model, data, config, device, build, symmetric)
             if cache is not None:
@@ -93,7 +93,8 @@ def attach(
     else:
         changed = "get synthetic anomalies" if data.anomalies else f"are augmented ({data.augmentation})"
         why = model.uncached or f"images {changed}, so their features differ each time"
-    rank_zero_info(f"No feature cache: {why}. The backbone runs in every step; decoded images are cached.")
+    runs = "The backbone runs in every step; decoded" if model.has_backbone else "Decoded"
+    rank_zero_info(f"No feature cache: {why}. {runs} images are cached.")
     try:
         cache = _open(CacheSpec(**source, images=True), model, data, config, device, build)
         if cache is not None:
