@@ -111,13 +111,15 @@ class ReconstructionModule(L.LightningModule):
 
     def __init__(
         self,
-        backbone: BackboneConfig | NoBackbone,
+        backbone: BackboneConfig,
         head: HeadConfig,
         optimizer: OptimizerCallable | None,
         image_size: ImageSize,
         schedule: LRSchedulerCallable | None = None,
         interval: Interval = "epoch",
     ) -> None:
+        # A method that trains its trunk hands over a NoBackbone; were it in the annotation, the parser would take a part
+        # of a backbone's options for neither of the two.
         # Subclasses call these two lr_scheduler and lr_interval. Under one name, the command line would hand the base
         # class's None on to a subclass, whose own schedule would be lost.
         super().__init__()

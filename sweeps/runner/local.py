@@ -118,6 +118,16 @@ class Job:
         write_json(self.work / "state.json", content)
 
 
+def _clear(job: Job) -> None:
+    """Removes what a killed runner left half-written of a job's state, unless another runner is at the job."""
+    if left := list(job.work.glob(".state.json.*")):
+        lock = Lock(job.work / "lock")
+        if lock.acquire():
+            for part in left:
+                part.unlink(missing_ok=True)
+            lock.release()
+
+
 class Runner:
     """Works through jobs with one process per slot; a slot is a GPU, or a share of the CPU's cores.
 
@@ -190,6 +200,7 @@ class Runner:
 
     def _look_up(self, job: Job) -> None:
         """Take over what earlier or other runners found out about a job."""
+        _clear(job)
         if job.finished():
             job.state = DONE
             return

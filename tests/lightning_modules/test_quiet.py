@@ -11,7 +11,7 @@ def test_predict_prints_where_its_weights_come_from_and_where_its_results_are(pr
     more = (f"--data.init_args.predict_root={data_root / 'bolt'}", "--trainer.accelerator=cpu")
     output = programs.run(trained.arguments(*more, command="predict", logger=True))
     printed = [line for line in output.splitlines() if "RANDOM WEIGHTS" not in line]
-    assert [line.split()[0] for line in printed] == ["Seed", "GPU", "Weights", "11", "Those"], printed
+    assert [line.split()[0] for line in printed] == ["UniRecon", "Seed", "GPU", "Weights", "11", "Images"], printed
 
 
 def test_a_run_prints_nothing_about_other_products_or_deprecations(programs, project):
