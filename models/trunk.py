@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import timm
 from torch import Tensor, nn
 
 from models.backbones import IMAGENET_MEAN, IMAGENET_STD, load_backbone_file
@@ -71,6 +70,8 @@ def build_trunk(name: str, start: str) -> Trunk:
     Raises ValueError for an unknown model, or weights that are not to be had.
     """
     architecture = name.partition(".")[0]
+    import timm  # late: it takes seconds, see models.backbones
+
     if not timm.is_model(architecture):
         raise ValueError(f'timm {timm.__version__} knows no trunk "{name}"; `timm.list_models()` names them all.')
     net = timm.create_model(

@@ -14,8 +14,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import timm
-
 from lightning_modules.base import ReconstructionModule
 from models.pretrained import cached_file, fetch, hub_answers, package_of
 
@@ -67,6 +65,8 @@ def lacking(config: Mapping[str, Any], insisted: bool = False) -> str | None:
 
 def _weights(name: str, weights: str) -> str | None:
     """Why the weights of a backbone are not to be had, or None."""
+    import timm  # late: it takes seconds
+
     if weights in ("random", "auto") or not timm.is_model(name.partition(".")[0]):
         return None
     if weights == "packaged":
