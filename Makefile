@@ -46,7 +46,7 @@ train: setup  ## Train and evaluate once: METHOD= PROFILE= DATASET= DATA_ROOT= [
 
 import: export PROFILE := $(if $(filter file,$(origin PROFILE)),paper,$(PROFILE))
 import: setup  ## A run record from an authors' checkpoint: CHECKPOINT= METHOD= DATASET= DATA_ROOT= [CATEGORIES= RUN= ARGS=].
-	$(PY) -m lightning_modules import --method "$(METHOD)" --checkpoint "$(CHECKPOINT)" $(if $(RUN),--run.name="$(RUN)") $(ARGS)
+	$(PY) -m lightning_modules import --method "$$METHOD" --checkpoint "$$CHECKPOINT" $(if $(RUN),--run.name="$$RUN") $(ARGS)
 
 predict: setup  ## Heat maps of any images with a trained run: RUN=<record folder> IMAGES=<folder>.
 	@test -n "$$RUN" -a -n "$$IMAGES" || { echo 'error: predict needs RUN=<record folder> and IMAGES=<folder or file>'; exit 2; }
@@ -114,9 +114,9 @@ self-similarity: setup  ## What the frozen features of a run attend to: RUN=<rec
 	$(PY) -m lightning_modules.pictures.self_similarity "$$RUN" $(ARGS)
 
 gallery: setup  ## Methods side by side on the same images: RUNS="<record folders>" or METHODS="uniad rlr" [REFERENCE= ARGS=].
-	@test -n "$(RUNS)$(METHODS)" || { echo 'error: gallery needs RUNS="<record folders>" or METHODS="<names>"'; exit 2; }
-	$(PY) -m lightning_modules.pictures.gallery $(if $(RUNS),--runs $(RUNS),--methods $(METHODS)) \
-		$(if $(REFERENCE),--reference "$(REFERENCE)") $(ARGS)
+	@test -n "$$RUNS$$METHODS" || { echo 'error: gallery needs RUNS="<record folders>" or METHODS="<names>"'; exit 2; }
+	$(PY) -m lightning_modules.pictures.gallery $(if $(RUNS),--runs $$RUNS,--methods $$METHODS) \
+		$(if $(REFERENCE),--reference "$$REFERENCE") $(ARGS)
 
 bench: setup  ## Time and memory of every method against a plain loop, about a minute each: [ARGS=].
 	$(PY) -m lightning_modules.benchmarks.training $(ARGS)
