@@ -9,7 +9,8 @@ PROFILE ?= demo
 # Values go through the environment, letter for letter: neither make nor the shell reads a `$`, a quote or a blank in them.
 # The first line is read by the command line itself, so that make, the sweep runner and `wandb agent` steer a run alike.
 VALUES := PROFILE DATASET DATA_ROOT CATEGORIES BACKBONE WEIGHTS WANDB \
-	METHOD RUN IMAGES OUT ABLATION COMPARE SETTING WORKERS GPUS SEEDS SWEEP TABLE SOURCE FORMAT A B CLEAR
+	METHOD RUN IMAGES OUT ABLATION COMPARE SETTING WORKERS GPUS SEEDS SWEEP TABLE SOURCE FORMAT A B CLEAR \
+	RUNS METHODS REFERENCE CHECKPOINT
 $(foreach v,$(VALUES),$(if $(filter undefined,$(origin $v)),,$(eval override $v := $$(value $v))$(eval export $v)))
 
 .DEFAULT_GOAL := help
