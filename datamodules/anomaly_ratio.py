@@ -1,7 +1,7 @@
 """How much of the images is anomalous, in percent, from masks: column AR of UniAS's supplement, Tables 1 and 2.
 
 The paper (WACV 2025) prints one number per category and gives no formula, so several definitions are offered by name. Ours, where
-one is needed, is :data:`OURS`. All are over test images; an anomalous image without a mask is left out, and so is one whose mask
+one is needed, is `OURS`. All are over test images; an anomalous image without a mask is left out, and so is one whose mask
 marks nothing.
 """
 

@@ -124,7 +124,7 @@ class LastImage:
         self._last: tuple[str, tuple[np.ndarray, np.ndarray]] | None = None
 
     def load(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
-        """As :meth:`ImageSource.load`."""
+        """As `ImageSource.load`."""
         if self._last is None or self._last[0] != row.image_path:
             self._last = row.image_path, self.source.load(row)
         return self._last[1]
@@ -218,7 +218,7 @@ def normalised_levels(mean: Sequence[float], std: Sequence[float]) -> np.ndarray
 
 
 def normalise(image: np.ndarray, levels: np.ndarray) -> torch.Tensor:
-    """uint8 (H, W, 3) to float32 (3, H, W) by :func:`normalised_levels`."""
+    """uint8 (H, W, 3) to float32 (3, H, W) by `normalised_levels`."""
     pixels = np.empty((3, *image.shape[:2]), np.float32)
     for channel, values in enumerate(levels):
         np.take(values, image[..., channel], out=pixels[channel], mode="clip")

@@ -27,9 +27,9 @@ class Preparation:
 
     Args:
         size: (height, width) that the network takes.
-        resize: Name of the resize, see :data:`datamodules.images.RESIZES`.
+        resize: Name of the resize, see `datamodules.images.RESIZES`.
         mean, std: Of the normalisation, for pixels in [0, 1].
-        bit_depth: Significant bits of 16-bit images; None infers them from those of a call, as ``predict`` does.
+        bit_depth: Significant bits of 16-bit images; None infers them from those of a call, as `predict` does.
         max_megapixels: Larger image files are refused.
         crop_from: (height, width) to resize to before the centre of `size` is kept; None resizes to `size`.
     """

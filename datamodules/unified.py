@@ -382,7 +382,7 @@ class UnifiedDataModule(L.LightningDataModule):
         return tuple(sorted({limit for reader in self._reading.readers.values() for limit in reader.fpr_limits}))
 
     def conditions(self) -> dict[int, str]:
-        """Id -> ``name=value``, for the test images whose reader knows under what they were taken."""
+        """Id -> `name=value`, for the test images whose reader knows under what they were taken."""
         found = {row.id: self._reading.readers[row.dataset].condition(row.image_path) for row in self._rows("test")}
         return {number: condition for number, condition in found.items() if condition}
 
@@ -489,9 +489,9 @@ class UnifiedDataModule(L.LightningDataModule):
         return symmetric_rows(rows, self._augmentation(), self.image_size)
 
     def all_images(self, first: int, batch_size: int, symmetric: Sequence[Row] = ()) -> DataLoader:
-        """Every image of the table in the order of ids, then ``symmetric``, each with its uint8 ``pixels`` (3, H, W).
+        """Every image of the table in the order of ids, then `symmetric`, each with its uint8 `pixels` (3, H, W).
 
-        ``first`` of them are left out.
+        `first` of them are left out.
         """
         rows = [*table_rows(self._reading.table, *SPLITS), *symmetric][first:]
         # Every image is read once, but for symmetries: those of one image follow each other.
@@ -509,7 +509,7 @@ class UnifiedDataModule(L.LightningDataModule):
     def serve_from(
         self, cache: FeatureCache, device: torch.device, resident_bytes: int, symmetric: Sequence[Row] = ()
     ) -> None:
-        """From now on training, validation and test batches carry ``features`` from the cache instead of images.
+        """From now on training, validation and test batches carry `features` from the cache instead of images.
 
         Args:
             cache: An entry for this table.

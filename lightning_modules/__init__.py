@@ -1,4 +1,4 @@
-"""Methods that reconstruct features, and ``load_run``, which gives a finished run's model back.
+"""Methods that reconstruct features, and `load_run`, which gives a finished run's model back.
 
 from lightning_modules import load_run
 

@@ -11,7 +11,7 @@ from models.layers.coreset import CoresetConfig
 
 
 class AnomalyDINO(MemoryBankModule):
-    """AnomalyDINO with all training images as references, unmasked; see :mod:`models.anomaly_dino`.
+    """AnomalyDINO with all training images as references, unmasked; see `models.anomaly_dino`.
 
     Args:
         backbone: DINOv2 ViT-S/14, its last block.
@@ -19,7 +19,7 @@ class AnomalyDINO(MemoryBankModule):
         image_size: Input size in pixels, a multiple of 14.
         coreset: Which vectors make up the bank: all of them in the paper.
         memory_gb: GB of collected vectors that stay in memory; more go to a memory-mapped file until the bank is chosen.
-        network: Arguments of :class:`models.anomaly_dino.AnomalyDINONetwork`.
+        network: Arguments of `models.anomaly_dino.AnomalyDINONetwork`.
     """
 
     method = "anomaly_dino"

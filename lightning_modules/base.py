@@ -1,6 +1,6 @@
 """What every method shares: frozen features in, pairs of target and reconstruction, anomaly maps out.
 
-A method is a subclass that names its paper's recipe and builds its network; see ``lightning_modules/uniad.py``.
+A method is a subclass that names its paper's recipe and builds its network; see `lightning_modules/uniad.py`.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ class Recipe:
     """What a paper fixes outside its network; a configuration that leaves these open gets these values.
 
     Args:
-        resize: Resize rule of the data module (``pil_bilinear``, ``pil_lanczos``, ``pil_nearest``, ``opencv_bilinear``).
+        resize: Resize rule of the data module (`pil_bilinear`, `pil_lanczos`, `pil_nearest`, `opencv_bilinear`).
         batch_size: Images per training step and process.
         max_epochs: Training epochs.
         max_steps: Optimiser steps after which the training ends earlier; -1 for never. It counts where the configuration
             gives no number of epochs.
         gradient_clip_val: Largest total L2 norm of the gradient; None for no clipping.
         best_on_test: The metric and the interval in epochs by which the released code picks its checkpoint on the test
-            set. Only the protocol ``as_released`` does so.
-        best_on_test_tie: Which of equally good epochs it keeps, ``last`` or ``first``.
+            set. Only the protocol `as_released` does so.
+        best_on_test_tie: Which of equally good epochs it keeps, `last` or `first`.
         drop_last: Whether the last incomplete training batch is left out.
-        released_subset: The part of the test set that the released code evaluates, a ``test_subset`` of the data module.
-            Only the protocol ``as_released`` does so.
+        released_subset: The part of the test set that the released code evaluates, a `test_subset` of the data module.
+            Only the protocol `as_released` does so.
         repeat: How often an epoch goes over the training images.
     """
 
@@ -70,17 +70,17 @@ class NonFiniteLossError(RuntimeError):
 class ReconstructionModule(L.LightningModule):
     """Base of all methods: a frozen backbone, a network that reconstructs its features, a head that scores the residual.
 
-    Subclasses set ``method`` and ``recipe``, assign ``self.network`` in the constructor and override :meth:`loss` when
+    Subclasses set `method` and `recipe`, assign `self.network` in the constructor and override `loss` when
     the paper's loss is not the mean squared error.
 
     Args:
         backbone: The frozen feature extractor; or what stands in its place where a method trains all that it uses.
         head: Distance, fusion, smoothing and image score.
         optimizer: Gives an optimiser of the trainable parameters. Learning rates are not scaled with the number of
-            processes. None for a method that is not trained by gradients: its ``training_step`` returns None.
+            processes. None for a method that is not trained by gradients: its `training_step` returns None.
         image_size: Size of the input images in pixels.
         schedule: Gives the optimiser's schedule; None for a constant learning rate.
-        interval: Whether the schedule goes on after every ``epoch`` or every ``step``.
+        interval: Whether the schedule goes on after every `epoch` or every `step`.
 
     Raises:
         ValueError: the optimiser or the schedule refuses its own options.
@@ -95,9 +95,9 @@ class ReconstructionModule(L.LightningModule):
     has_map: bool = True
     """Whether maps mean something; else pixels are not measured and none are pictured."""
     standardises: ClassVar[bool] = False
-    """Whether the method standardises its features by itself, so that ``backbone.standardised`` is refused."""
+    """Whether the method standardises its features by itself, so that `backbone.standardised` is refused."""
     reconstructs: ClassVar[bool] = True
-    """Whether :meth:`reconstruct` has an answer; methods that only measure distances have none to picture."""
+    """Whether `reconstruct` has an answer; methods that only measure distances have none to picture."""
     needs_packages: ClassVar[Mapping[str, str]] = {}
     """Python packages beyond requirements.txt without which the method does not run: name for import, and the command that
     installs it. A sweep leaves the method's cells out where one is not installed."""
@@ -106,7 +106,7 @@ class ReconstructionModule(L.LightningModule):
     uncached: str = ""
     """Why features cannot be cached, as half a sentence; empty where they can."""
     map_names: tuple[str, ...] = ()
-    """Names of the level maps in pictures, in the order of :attr:`ScoredMaps.level_maps`; empty: they are numbered."""
+    """Names of the level maps in pictures, in the order of `ScoredMaps.level_maps`; empty: they are numbered."""
     network: FeatureNetwork
 
     def __init__(
@@ -161,11 +161,11 @@ class ReconstructionModule(L.LightningModule):
         return self.loss(self.reconstruct(batch))
 
     def compiled_parts(self) -> list[nn.Module]:
-        """The modules whose forward passes are a step's work, for ``run.compile``."""
+        """The modules whose forward passes are a step's work, for `run.compile`."""
         return [self.network]
 
     def set_protocol(self, protocol: str, selection: str) -> None:
-        """Told by the command line before anything runs: ``clean`` or ``as_released``, and ``last`` or ``best_on_test``.
+        """Told by the command line before anything runs: `clean` or `as_released`, and `last` or `best_on_test`.
 
         Raises ValueError when the method's arguments contradict it.
         """
@@ -242,7 +242,7 @@ class ReconstructionModule(L.LightningModule):
         self._unchecked_loss = (on_host, ready, batch, self.global_step)
 
     def keep(self, losses: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
-        """Keeps scalars of a step; their means over the epoch's images are logged as ``train/<name>``."""
+        """Keeps scalars of a step; their means over the epoch's images are logged as `train/<name>`."""
         for name, loss in losses.items():
             self._losses.setdefault(name, []).append((loss, len(batch["label"])))
 

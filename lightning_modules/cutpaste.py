@@ -55,7 +55,7 @@ class CutPaste(OwnTrunkModule):
         localisation: `none`, the image-level model, or `patches`.
         patch_side, patch_stride: Of the patch model's windows, in pixels: 2,401 of them at 256 pixels.
         upsampling_std: Of the Gaussian that makes the patch model's map, in pixels.
-        head_layers, density: See :class:`models.cutpaste.CutPasteNet`.
+        head_layers, density: See `models.cutpaste.CutPasteNet`.
     """
 
     method = "cutpaste"

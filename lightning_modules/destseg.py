@@ -46,7 +46,7 @@ class DeSTSeg(ReconstructionModule):
         segmentation_loss: `focal+l1` or `focal`.
         score_distances: Also score the product of the three cosine distances, without the segmentation network, as variant
             `segmentation=off`.
-        decoder, widths, stem, segmentation_input, segmentation_width, dilations: See :class:`models.destseg.DeSTSeg`.
+        decoder, widths, stem, segmentation_input, segmentation_width, dilations: See `models.destseg.DeSTSeg`.
     """
 
     method = "destseg"

@@ -19,16 +19,16 @@ from models.reconstruction import Pair
 class DFR(ReconstructionModule):
     """DFR with the released configuration as defaults: 150 epochs, Adam 1e-4, batch 4, last epoch's model.
 
-    The paper trains one model per category (``data.init_args.setting=per_category``).
+    The paper trains one model per category (`data.init_args.setting=per_category`).
 
     Args:
-        backbone: VGG19, levels 1 to 4. A VGG is padded by reflection (padding ``default`` means that here) and gives
-            all its ReLU maps; another backbone gives one map per level. With ``standardised``, which is not the paper's,
+        backbone: VGG19, levels 1 to 4. A VGG is padded by reflection (padding `default` means that here) and gives
+            all its ReLU maps; another backbone gives one map per level. With `standardised`, which is not the paper's,
             regional features are standardised, and the PCA sees them divided by their deviations in its own images.
         head: Mean square over channels, resized with aligned corners, no smoothing; image score = maximum.
         optimizer: Adam.
         lr_scheduler: None: the learning rate is constant.
-        lr_interval: Whether the schedule goes on after every ``epoch`` or every ``step``.
+        lr_interval: Whether the schedule goes on after every `epoch` or every `step`.
         image_size: Input size in pixels, a multiple of 4.
         latent: Channels of the latent layer; None finds them by PCA when training starts.
         explained: Share of the features' variance that the latent channels must exceed in the PCA.
@@ -77,7 +77,7 @@ class DFR(ReconstructionModule):
         return super().reconstruct(batch)
 
     def find_latent(self, data: Any) -> int:
-        """Number of principal components of regional features that explain more than ``explained`` of the variance."""
+        """Number of principal components of regional features that explain more than `explained` of the variance."""
         covariance = StreamingCovariance(self.network.regional.channels)
         train = data.table[data.table.split == "train"].sort_values("image_path")
         device = self.trainer.strategy.root_device if self.attached is not None else self.device

@@ -40,7 +40,7 @@ class Dinomaly(ReconstructionModule):
         mining_share: Share of the positions, the best reconstructed ones, whose gradient is scaled.
         mining_steps: Steps over which the share grows from 0.
         mining_factor: What their gradient is multiplied by; 1 = no mining ("loose loss" off).
-        network: Arguments of :class:`models.dinomaly.Dinomaly`.
+        network: Arguments of `models.dinomaly.Dinomaly`.
     """
 
     method = "dinomaly"
@@ -111,11 +111,11 @@ class Dinomaly2(Dinomaly):
         lr_interval: Whether the schedule goes on after every `epoch` or every `step`.
         image_size: Input size in pixels, which the patch divides.
         narrow_lr_ratio: Learning rate of the bottleneck's first layer, relative to the others'.
-        narrow: See :class:`models.dinomaly.Dinomaly`, as all others.
+        narrow: See `models.dinomaly.Dinomaly`, as all others.
         dropout: Likewise.
         recenter: Likewise.
         attention_epsilon: Likewise.
-        further: Other arguments of :class:`Dinomaly`.
+        further: Other arguments of `Dinomaly`.
     """
 
     method = "dinomaly2"

@@ -45,7 +45,7 @@ class FCDD(OwnTrunkModule):
         supervision: `confetti` or `real_defects`.
         confetti: How it is drawn.
         map_loss: Whether the loss is one of maps (released for MVTec AD); else of cells (released for data without masks).
-        frozen_norm: See :class:`models.fcdd.VGG`.
+        frozen_norm: See `models.fcdd.VGG`.
         upsampling_std: Of the Gaussian that makes maps of cells, in pixels, in loss and score: 12 for MVTec AD.
         normalised_upsampling: Divide maps by those of ones, which makes up for the dark border.
     """

@@ -32,7 +32,7 @@ ROWS = 2**16
 
 
 class FittedModule(ReconstructionModule):
-    """One epoch without an optimiser; :meth:`collect` sees every training image, :meth:`fit_network` makes the fit.
+    """One epoch without an optimiser; `collect` sees every training image, `fit_network` makes the fit.
 
     Args:
         backbone: The frozen feature extractor.
@@ -146,7 +146,7 @@ class PatchStore:
         images: How many images it has room for.
         patches: P, vectors per image.
         channels: C.
-        file: Where the vectors go if they take more than ``memory_bytes``.
+        file: Where the vectors go if they take more than `memory_bytes`.
         memory_bytes: How much may stay in memory.
     """
 
@@ -198,7 +198,7 @@ def all_vectors(store: PatchStore, group: Group) -> Tensor:
 
 
 class MemoryBankModule(FittedModule):
-    """A fitted method whose network has a :class:`models.layers.nearest.MemoryBank`, filled with a coreset.
+    """A fitted method whose network has a `models.layers.nearest.MemoryBank`, filled with a coreset.
 
     Args:
         backbone, head, image_size: As for every method.

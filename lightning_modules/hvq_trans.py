@@ -41,19 +41,19 @@ class HVQTrans(ReconstructionModule):
             own: the residual's L2 norm plus the transport score.
         optimizer: AdamW with weight decay 1e-4 on every trainable tensor.
         lr_scheduler: A tenth from epoch index 801.
-        lr_interval: Whether the schedule goes on after every ``epoch`` or every ``step``.
+        lr_interval: Whether the schedule goes on after every `epoch` or every `step`.
         image_size: Input size in pixels; each side a multiple of the highest level's stride.
         grid: Token grid (height, width); None = the size of the highest level.
         commitment: Weight of the commitment terms, which are summed over the levels.
-        codebook_start: ``released``: normal codes that have counted nothing. The first update divides their sums by tiny
-            counts, and for over a thousand updates of a class one code serves all its tokens. ``data``: tokens of the
+        codebook_start: `released`: normal codes that have counted nothing. The first update divides their sums by tiny
+            counts, and for over a thousand updates of a class one code serves all its tokens. `data`: tokens of the
             untrained network on some training images of each class.
-        backbone_mode: ``eval``: frozen features, cached. ``train``: as released, batch norms use and follow the training
+        backbone_mode: `eval`: frozen features, cached. `train`: as released, batch norms use and follow the training
             batches and stochastic depth is on during training, so that features cannot be cached.
-        predicted_class: The category of images without one (``predict``), where the selector needs it.
+        predicted_class: The category of images without one (`predict`), where the selector needs it.
         score_transport: More weights of the transport score; each is scored at the lowest level and over all levels,
-            as variants ``transport=lowest,weight=W`` and ``transport=all,weight=W``, next to ``transport=off``.
-        network: Arguments of :class:`models.hvq_trans.HVQTrans`.
+            as variants `transport=lowest,weight=W` and `transport=all,weight=W`, next to `transport=off`.
+        network: Arguments of `models.hvq_trans.HVQTrans`.
     """
 
     method = "hvq_trans"

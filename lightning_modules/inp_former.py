@@ -35,7 +35,7 @@ class INPFormer(ReconstructionModule):
         coherence_weight: Weight of the mean distance of all tokens to their nearest prototype.
         score_distance: Also score the distance to the nearest prototype alone, the zero-shot map, as variant
             `map=distance`.
-        network: Arguments of :class:`models.inp_former.INPFormer`.
+        network: Arguments of `models.inp_former.INPFormer`.
     """
 
     method = "inp_former"

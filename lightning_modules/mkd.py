@@ -25,12 +25,12 @@ Input = Literal["unit", "backbone"]
 class MKD(ReconstructionModule):
     """MKD with the released setting for MVTec AD as defaults: 128 pixels, Adam 1e-3, batch 64, 602 passes, the last epoch.
 
-    The paper trains one model per category (``data.init_args.setting=per_category``). The map is the gradient of an
+    The paper trains one model per category (`data.init_args.setting=per_category`). The map is the gradient of an
     image's score by its pixels, so that scoring runs both networks forwards and backwards.
 
     The released code stretches every image's map to [0, 1] on its own, opens it, and leaves all normal images out of the
-    pixel metrics: with them, a normal image gets as high values as a defective one. The protocol ``as_released`` stretches
-    and opens, and adds the map of the protocol ``clean`` as variant ``map=unstretched``. ``clean`` smooths the gradient as
+    pixel metrics: with them, a normal image gets as high values as a defective one. The protocol `as_released` stretches
+    and opens, and adds the map of the protocol `clean` as variant `map=unstretched`. `clean` smooths the gradient as
     it is, so that images compare. Pixel metrics are over all test images under both.
 
     Args:
@@ -38,18 +38,18 @@ class MKD(ReconstructionModule):
         head: Gaussian of sigma 4 with symmetric border. The image score is not read from the map.
         optimizer: Adam.
         lr_scheduler: None: the learning rate is constant.
-        lr_interval: Whether the schedule goes on after every ``epoch`` or every ``step``.
+        lr_interval: Whether the schedule goes on after every `epoch` or every `step`.
         image_size: Input size in pixels, a multiple of the highest level's stride (32).
-        input: What both networks see: ``unit``, pixels in [0, 1], as released for MVTec AD; ``backbone``, normalised as the
+        input: What both networks see: `unit`, pixels in [0, 1], as released for MVTec AD; `backbone`, normalised as the
             data module does. Only the latter's source features are cached.
         magnitude_weight: Weight of the squared error beside the cosine (released: 0.5 for MVTec AD, 0.01 elsewhere).
         direction_only: Leave the squared error out (the paper's ablation).
-        map: ``gradients``; ``gbp``, guided backpropagation through the cloner (the released configuration's default);
-            ``smooth_grad``, the mean over noisy copies. The released numbers are most likely ``gradients``.
-        smooth_draws: Noisy copies for ``smooth_grad``. All images get the same draws, scaled, so that batches do not matter.
-        noise_rule: Their standard deviation: ``released``, (0.05 / range)^2, or ``smoothgrad``, 0.05 * range, which was
+        map: `gradients`; `gbp`, guided backpropagation through the cloner (the released configuration's default);
+            `smooth_grad`, the mean over noisy copies. The released numbers are most likely `gradients`.
+        smooth_draws: Noisy copies for `smooth_grad`. All images get the same draws, scaled, so that batches do not matter.
+        noise_rule: Their standard deviation: `released`, (0.05 / range)^2, or `smoothgrad`, 0.05 * range, which was
             probably meant.
-        stages, equal_size, bias: See :class:`models.mkd.MKD`.
+        stages, equal_size, bias: See `models.mkd.MKD`.
     """
 
     method = "mkd"

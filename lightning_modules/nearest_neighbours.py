@@ -11,15 +11,15 @@ from models.nearest_neighbours import NearestNeighboursNetwork
 
 
 class NearestNeighbours(MemoryBankModule):
-    """Distance to the nearest vector of all training images; see :mod:`models.nearest_neighbours`.
+    """Distance to the nearest vector of all training images; see `models.nearest_neighbours`.
 
     Args:
-        backbone: EfficientNet-B4, levels 1 to 4, as UniAD. With ``standardised`` all channels weigh alike.
+        backbone: EfficientNet-B4, levels 1 to 4, as UniAD. With `standardised` all channels weigh alike.
         head: Resized without aligned corners, not smoothed. Its distance and image score have no meaning here.
         image_size: Input size in pixels.
         coreset: Which vectors make up the bank: all of them.
         memory_gb: GB of collected vectors that stay in memory; more go to a memory-mapped file until the bank is filled.
-        network: Arguments of :class:`models.nearest_neighbours.NearestNeighboursNetwork`.
+        network: Arguments of `models.nearest_neighbours.NearestNeighboursNetwork`.
     """
 
     method = "nearest_neighbours"

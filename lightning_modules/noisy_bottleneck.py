@@ -25,7 +25,7 @@ class NoisyBottleneck(ReconstructionModule):
         lr_scheduler: Warm-up over 300 steps from 0, cosine to 0.
         lr_interval: Whether the schedule goes on after every `epoch` or every `step`.
         image_size: Input size in pixels.
-        network: Arguments of :class:`models.noisy_bottleneck.NoisyBottleneckNetwork`.
+        network: Arguments of `models.noisy_bottleneck.NoisyBottleneckNetwork`.
     """
 
     method = "noisy_bottleneck"

@@ -19,7 +19,7 @@ from models.trunk import NoBackbone
 class OwnTrunkModule(ReconstructionModule):
     """No frozen backbone: the network reads images, so that no feature is cached, and `batch_loss` reads training views.
 
-    :meth:`fit_normal` is called when training ends, and before each point of a curve, for what is estimated from plain
+    `fit_normal` is called when training ends, and before each point of a curve, for what is estimated from plain
     training images.
 
     Args:

@@ -17,7 +17,7 @@ from models.padim import POSITIONS, PaDiMNetwork
 
 
 class PaDiM(FittedModule):
-    """PaDiM at the paper's setting: WideResNet50-2, 550 of 1792 channels, epsilon 0.01; see :mod:`models.padim`.
+    """PaDiM at the paper's setting: WideResNet50-2, 550 of 1792 channels, epsilon 0.01; see `models.padim`.
 
     The paper trains one model per category (`data.init_args.setting=per_category`). One Gaussian per position for all
     categories is poor by its nature: UniAD's paper prints 84.2 image AUROC on MVTec AD for it, against 95.5.

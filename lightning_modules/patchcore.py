@@ -17,11 +17,11 @@ RELEASED_HEAD = HeadConfig(align_corners=False, smoothing_sigma=4.0, smoothing_b
 
 
 class PatchCore(MemoryBankModule):
-    """PatchCore by the released rule, or, with `rule=anomalib`, as anomalib has it; see :mod:`models.patchcore`.
+    """PatchCore by the released rule, or, with `rule=anomalib`, as anomalib has it; see `models.patchcore`.
 
     The paper trains one model per category (`data.init_args.setting=per_category`) on a tenth of the vectors, and so
     does the profile `paper`. The default here is 1 %, because a unified model of MVTec AD has 2.85 million vectors at 224
-    pixels; their sizes stand in :mod:`models.patchcore`.
+    pixels; their sizes stand in `models.patchcore`.
 
     Args:
         backbone: WideResNet50-2, levels 3 and 4 (strides 8 and 16).
@@ -30,7 +30,7 @@ class PatchCore(MemoryBankModule):
         image_size: Input size in pixels. The released code resizes to 256 and crops 224; here nothing is cropped.
         coreset: Which vectors make up the bank; anomalib's: projection `sparse`, start `random`, ratio 0.1.
         memory_gb: GB of collected vectors that stay in memory; more go to a memory-mapped file until the bank is chosen.
-        network: Arguments of :class:`models.patchcore.PatchCoreNetwork`.
+        network: Arguments of `models.patchcore.PatchCoreNetwork`.
     """
 
     method = "patchcore"

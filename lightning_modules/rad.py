@@ -19,7 +19,7 @@ from models.rad import RADNetwork
 
 
 class RAD(FittedModule):
-    """RAD with the released rule: 150 retrieved images, patches within one position, four blocks; see :mod:`models.rad`.
+    """RAD with the released rule: 150 retrieved images, patches within one position, four blocks; see `models.rad`.
 
     Args:
         backbone: DINOv3 ViT-B/16, the blocks with the indices 3, 6, 9 and 11, which are levels 4, 7, 10 and 12.
@@ -27,7 +27,7 @@ class RAD(FittedModule):
             the highest 1 % of pixels. Its distance has no meaning here.
         image_size: Input size in pixels, a multiple of 16. The released code resizes to 512 and crops 448; here nothing is
             cropped.
-        network: Arguments of :class:`models.rad.RADNetwork`.
+        network: Arguments of `models.rad.RADNetwork`.
     """
 
     method = "rad"

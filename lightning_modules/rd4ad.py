@@ -26,7 +26,7 @@ class RD4AD(ReconstructionModule):
         lr_scheduler: None: the learning rate is constant.
         lr_interval: Whether the schedule goes on after every `epoch` or every `step`.
         image_size: Input size in pixels, a multiple of 32.
-        network: Arguments of :class:`models.rd4ad.RD4AD`. They follow the backbone: for ResNet18 block `basic`,
+        network: Arguments of `models.rd4ad.RD4AD`. They follow the backbone: for ResNet18 block `basic`,
             width_per_group 64, embedding_blocks 2 and decoder_blocks [2, 2, 2].
     """
 

@@ -39,7 +39,7 @@ class RLR(ReconstructionModule):
         diversity_weight: Weight of the diversity term of the references (1 in the released code where it is switched
             on); without effect for a single reference.
         diversity_normaliser: `released`, half of the mean cosine over pairs, or `pairs`, the mean.
-        network: Arguments of :class:`models.rlr.RLRNetwork`.
+        network: Arguments of `models.rlr.RLRNetwork`.
     """
 
     method = "rlr"

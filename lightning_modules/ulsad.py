@@ -33,14 +33,14 @@ class QuantileConfig:
     Quantiles are exact, over all pixels of all maps of normal images of a dataset (smoothed, at image size).
 
     Args:
-        source: Which normal images. ``held_out``: the data module's validation split (LOCO's own validation folder,
-            else set ``data.init_args.holdout``). ``train``: the training images themselves. ``test_good``: the good
-            test images, what the released code does (protocol ``as_released`` only). ``none``: maps are added as they
-            are. ``protocol``: held_out if clean, test_good if as_released.
+        source: Which normal images. `held_out`: the data module's validation split (LOCO's own validation folder,
+            else set `data.init_args.holdout`). `train`: the training images themselves. `test_good`: the good
+            test images, what the released code does (protocol `as_released` only). `none`: maps are added as they
+            are. `protocol`: held_out if clean, test_good if as_released.
         alpha: Probability of the lower quantile, which becomes 0.
         beta: Probability of the upper one, which becomes 0.1.
         alphas, betas: More values; every pair of them is scored from the same trained model, as a variant of the run
-            named ``alpha=A,beta=B``, next to ``quantiles=none``.
+            named `alpha=A,beta=B`, next to `quantiles=none`.
     """
 
     source: str = "protocol"
@@ -74,10 +74,10 @@ class QuantileConfig:
 class ULSAD(ReconstructionModule):
     """ULSAD with the released configuration as defaults: 200 epochs, Adam 2e-4 with L2 decay 2e-5, batch 8.
 
-    The paper trains one model per category (``data.init_args.setting=per_category``). One model for all categories
-    (``unified``) is this repository's own experiment; channel statistics and quantiles are then kept per dataset.
+    The paper trains one model per category (`data.init_args.setting=per_category`). One model for all categories
+    (`unified`) is this repository's own experiment; channel statistics and quantiles are then kept per dataset.
 
-    The protocol ``as_released`` does what the released code does: the epoch with the best image AUROC on the test set
+    The protocol `as_released` does what the released code does: the epoch with the best image AUROC on the test set
     counts (the first of equals), the test set loses its last incomplete batch of 32, and quantiles come from good test
     images and belong to the last epoch's weights only, so that they act only if the last epoch is the best one.
 
@@ -87,11 +87,11 @@ class ULSAD(ReconstructionModule):
             cosine_weight follows lambda_l and lambda_g.
         optimizer: Adam.
         lr_scheduler: None: the learning rate is constant.
-        lr_interval: Whether the schedule goes on after every ``epoch`` or every ``step``.
+        lr_interval: Whether the schedule goes on after every `epoch` or every `step`.
         image_size: Input size in pixels, a multiple of 64.
         quantiles: The common scale of the two maps.
-        score_branches: Also score the local and the global map alone, as variants ``map=local`` and ``map=global``.
-        network: Arguments of :class:`models.ulsad.ULSADNetwork`.
+        score_branches: Also score the local and the global map alone, as variants `map=local` and `map=global`.
+        network: Arguments of `models.ulsad.ULSADNetwork`.
     """
 
     method = "ulsad"

@@ -25,7 +25,7 @@ class UniAD(ReconstructionModule):
         lr_scheduler: A tenth from epoch index 801.
         lr_interval: Whether the schedule goes on after every `epoch` or every `step`.
         image_size: Input size in pixels; each side a multiple of the highest level's stride.
-        network: Arguments of :class:`models.uniad.UniAD`. Its grid is by default the highest level's size, which is the
+        network: Arguments of `models.uniad.UniAD`. Its grid is by default the highest level's size, which is the
             paper's, the image size divided by 16.
     """
 

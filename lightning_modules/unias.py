@@ -39,7 +39,7 @@ class UniAS(ReconstructionModule):
         select: Subsets of levels, as `4+3`, whose maps are also multiplied and scored at test: variants of the one
             training. A subset with a level that is not reconstructed is left out, so that one list serves all rows of
             an ablation of `levels`.
-        network: Arguments of :class:`models.unias.UniAS`.
+        network: Arguments of `models.unias.UniAS`.
     """
 
     method = "unias"

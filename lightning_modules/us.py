@@ -47,8 +47,8 @@ class TeacherConfig:
         batch_size: Patches per step.
         lr, weight_decay: Of Adam; the decay is an L2 term.
         distillation, triplet, compactness_weight: Weights of the three losses. The paper's for MVTec AD are 1, 0 and 1.
-        compactness: Correlations between descriptors' ``dims`` or between ``samples``; see
-            :func:`models.us.compactness_loss`. The paper leaves it open.
+        compactness: Correlations between descriptors' `dims` or between `samples`; see
+            `models.us.compactness_loss`. The paper leaves it open.
         delta: Margin of the triplet loss.
     """
 
@@ -82,26 +82,26 @@ class US(ReconstructionModule):
     """US with the paper's setting as defaults: three patch sizes, three students each, 256 pixels, Adam 1e-4, batch 1, 100
     epochs, the last one.
 
-    The paper trains one ensemble per category (``data.init_args.setting=per_category``). First the teachers are distilled
+    The paper trains one ensemble per category (`data.init_args.setting=per_category`). First the teachers are distilled
     from the backbone; the students then learn them from whole images. Maps are put on the scale of normal images when
-    training ends: of those held out (``data.init_args.holdout``), else of the training images, and the record says which.
+    training ends: of those held out (`data.init_args.holdout`), else of the training images, and the record says which.
     No test image takes part.
 
-    Nothing was released. The usual reimplementation's reading is ``target=decoded``, ``teacher.compactness=samples``,
-    ``calibration=train`` and 15 epochs.
+    Nothing was released. The usual reimplementation's reading is `target=decoded`, `teacher.compactness=samples`,
+    `calibration=train` and 15 epochs.
 
     Args:
         backbone: What the teachers are distilled from: ResNet18's last level, averaged over a patch.
         head: Mean of the patch sizes' maps, not smoothed; image score = maximum (the paper has none).
         optimizer: Adam with weight decay 1e-5 as an L2 term, of all students.
         lr_scheduler: None: the learning rate is constant.
-        lr_interval: Whether the schedule goes on after every ``epoch`` or every ``step``.
+        lr_interval: Whether the schedule goes on after every `epoch` or every `step`.
         image_size: Input size in pixels.
         teacher: Where the teachers come from.
-        calibration: ``auto``, held-out normal images if there are any, else the training images; or ``train``.
-        score_parts: Also score error and variance alone, as variants ``map=error`` and ``map=variance``, and each patch
-            size, as ``patch_size=P``.
-        patch_sizes, students, target, widths, padding: See :class:`models.us.US`.
+        calibration: `auto`, held-out normal images if there are any, else the training images; or `train`.
+        score_parts: Also score error and variance alone, as variants `map=error` and `map=variance`, and each patch
+            size, as `patch_size=P`.
+        patch_sizes, students, target, widths, padding: See `models.us.US`.
     """
 
     method = "us"
@@ -361,5 +361,5 @@ class US(ReconstructionModule):
 
 
 def _evenly(values: list) -> list:
-    """At most :data:`POOL` of them."""
+    """At most `POOL` of them."""
     return [values[i] for i in np.unique(np.linspace(0, len(values) - 1, min(POOL, len(values))).astype(int))]

@@ -45,7 +45,7 @@ class CutPasteNet(FeatureNetwork):
     density: `gaussian`, with the covariance of Ledoit and Wolf; or `kernels`, a Gaussian of width 1 around every training
         embedding.
 
-    The state dict holds `mean` (C,) and `precision` (C, C), float64, NaN until :meth:`fit`; with `kernels`, `bank.vectors`.
+    The state dict holds `mean` (C,) and `precision` (C, C), float64, NaN until `fit`; with `kernels`, `bank.vectors`.
     """
 
     preparation = "not used"

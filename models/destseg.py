@@ -303,7 +303,7 @@ def _student_name(name: str) -> str:
 
 
 def encoder_name(name: str) -> str:
-    """A ResNet18's name in :class:`Encoder`."""
+    """A ResNet18's name in `Encoder`."""
     if name.startswith("layer"):
         number, _, rest = name.removeprefix("layer").partition(".")
         return f"stages.{int(number) - 1}.{rest}"

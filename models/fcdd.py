@@ -121,7 +121,7 @@ def losses_without_maps(cells: Tensor, labels: Tensor) -> Tensor:
 class FCDD(FeatureNetwork):
     """Normalisation, network, maps. Reads images, no features.
 
-    net: a :class:`VGG` or a :class:`Small`. std: of the Gaussian, in pixels; None: :func:`default_std`. normalised: whether maps
+    net: a `VGG` or a `Small`. std: of the Gaussian, in pixels; None: `default_std`. normalised: whether maps
     are divided by those of ones.
 
     The state dict holds `low` and `high`, (3,): range of the contrast-normalised training images, NaN until measured.

@@ -30,7 +30,7 @@ class MKD(ReconstructionNetwork):
     Every stage halves the image: 3x3 convolutions, each followed by batch norm and ReLU, but the last one by ReLU alone, so
     that no compared level is normalised; then a 2x2 maximum. 343,984 parameters for VGG16's levels.
 
-    channels, strides: of the source's levels, lowest first, as :meth:`prepare` gives them (behind the pool, for a VGG).
+    channels, strides: of the source's levels, lowest first, as `prepare` gives them (behind the pool, for a VGG).
         Strides are powers of two, 4, 8, 16 and 32 for the released network.
     pooled: whether the source's levels still have to be pooled: a VGG's, which the feature extractor gives before the pool.
     stages: widths of the cloner's convolutions, a list per stage; a compared stage ends in its level's channels. None is
@@ -107,7 +107,7 @@ class MKD(ReconstructionNetwork):
     def clone(self, pixels: Tensor, relu: Callable[[Tensor], Tensor] = F.relu) -> list[Tensor]:
         """Pixels (B, 3, H, W) -> the cloner's levels (B, C_l, H / stride, W / stride), lowest first.
 
-        relu: what stands for the ReLUs (:func:`guided_relu` for guided backpropagation).
+        relu: what stands for the ReLUs (`guided_relu` for guided backpropagation).
         """
         x, levels = pixels, []
         for number, layer in enumerate(self.features):

@@ -118,7 +118,7 @@ class PatchSVDD(FeatureNetwork):
 
     size: (height, width) of the images.
     dim: D, of both embeddings. widths: of the small encoder's first seven convolutions. hidden: of the layer above it, and
-        of the classifiers. last_weight: see :class:`PositionClassifier`.
+        of the classifiers. last_weight: see `PositionClassifier`.
 
     The state dict holds `mean_image`, (3, height, width) in [0, 1], NaN until it is measured, and the banks `bank_64` and
     `bank_32`, empty until training ends: 3.2 GB for MVTec AD's 3,629 training images at 256 pixels.

@@ -151,7 +151,7 @@ def _halving(inputs: int, outputs: int) -> nn.Conv2d:
 
 
 def _resampling(inputs: int, outputs: int, change: str) -> nn.Module:
-    """The convolution of a block that changes the size (`down`, `up`) or keeps it (``)."""
+    """The convolution of a block that changes the size (`down`, `up`) or keeps it (the empty string)."""
     if change == "up":
         return nn.ConvTranspose2d(inputs, outputs, 2, stride=2, bias=False)
     return nn.Conv2d(inputs, outputs, 3, stride=2 if change else 1, padding=1, bias=False)

@@ -19,14 +19,14 @@ class Pair(NamedTuple):
 
 
 class FeatureNetwork(nn.Module):
-    """A network on a backbone's levels: :meth:`prepare` once per image, then `forward` on what it returned.
+    """A network on a backbone's levels: `prepare` once per image, then `forward` on what it returned.
 
-    What precedes everything trainable and random belongs into :meth:`prepare`, because its results are kept with the
+    What precedes everything trainable and random belongs into `prepare`, because its results are kept with the
     backbone's features.
     """
 
     preparation: str = "none"
-    """What :meth:`prepare` does, in words that change whenever it does; part of the feature cache's key."""
+    """What `prepare` does, in words that change whenever it does; part of the feature cache's key."""
 
     def prepare(self, levels: list[Tensor]) -> list[Tensor]:
         """Levels of the backbone (B, C_l, H_l, W_l), lowest first -> what `forward` gets. No parameters, no gradient."""

@@ -43,7 +43,7 @@ class Reading(NamedTuple):
 
 
 class PatchNetwork(nn.Module):
-    """Valid convolutions that make one descriptor of a patch; :meth:`forward` gives it around every pixel of an image.
+    """Valid convolutions that make one descriptor of a patch; `forward` gives it around every pixel of an image.
 
     patch_size: 17, 33 or 65. widths: channels of the convolutions. padding: of the image, by patch_size // 2.
     """
@@ -57,7 +57,7 @@ class PatchNetwork(nn.Module):
             self.add_module(f"conv{number}", nn.Conv2d(before, width, kernel))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, C, H, W): at every pixel what :meth:`patches` gives for the patch cut out there.
+        """(B, 3, H, W) -> (B, C, H, W): at every pixel what `patches` gives for the patch cut out there.
 
         The patch of a pixel reaches patch_size // 2 pixels to the left and above; on the other side, floors in the pools
         leave 1 (for 33) or 5 (for 65) of its rows and columns unseen. Instead of cutting out patches, everything behind a
@@ -258,7 +258,7 @@ def moments(values: Tensor) -> Tensor:
 
 
 def merged(parts: Sequence[Tensor]) -> Tensor:
-    """The moments of everything behind some :func:`moments`, whatever their order up to rounding, (3, C) float64."""
+    """The moments of everything behind some `moments`, whatever their order up to rounding, (3, C) float64."""
     count, mean, squares = torch.stack(list(parts)).unbind(dim=1)
     total = count.sum(dim=0)
     overall = (count * mean).sum(dim=0) / total

@@ -1,4 +1,4 @@
-"""``python -m results``: tables, figures and the report from run records; the papers' tables and their audit."""
+"""`python -m results`: tables, figures and the report from run records; the papers' tables and their audit."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def _figures(options: argparse.Namespace) -> int:
 
 
 def _methods(spec: Spec, records: Sequence[StoredRecord], table: Table, options: argparse.Namespace) -> None:
-    """What the table of the sweep ``methods`` is accompanied by: each method against the control, costs, ranks."""
+    """What the table of the sweep `methods` is accompanied by: each method against the control, costs, ranks."""
     from results.aggregator import figures
 
     beside = methods.control_table(spec, records, load_sweep(spec.sweep, options.sweeps))

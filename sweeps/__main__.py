@@ -1,4 +1,4 @@
-"""``python -m sweeps run|list|data|register|agents|pull``: ablations on this machine and with W&B's server."""
+"""`python -m sweeps run|list|data|register|agents|pull`: ablations on this machine and with W&B's server."""
 
 from __future__ import annotations
 

@@ -50,9 +50,9 @@ class ConfettiConfig:
         coloured, dark: Probability of a pixel to be the centre of a coloured or of a dark square. Each image gets at least one
             of each.
         sides: Smallest and largest side in pixels.
-        rotation_center: ``mended``: a square turns about its centre. ``released``: about its centre with row and column
+        rotation_center: `mended`: a square turns about its centre. `released`: about its centre with row and column
             exchanged, which shows at the image's border.
-        mask: Where the anomaly is: ``everywhere`` in the image (released), or only where pixels ``changed``.
+        mask: Where the anomaly is: `everywhere` in the image (released), or only where pixels `changed`.
     """
 
     coloured: float = 1.8e-5

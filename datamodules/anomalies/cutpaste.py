@@ -76,7 +76,7 @@ def paste_patch(
 ) -> np.ndarray:
     """uint8 (H, W, 3) with a patch from `source` pasted at `target`.
 
-    share, aspect: see :func:`patch_size`. source, target: (row, column) of the upper left corners, rounded down.
+    share, aspect: see `patch_size`. source, target: (row, column) of the upper left corners, rounded down.
     """
     height, width = patch_size(share, aspect, image.shape[:2])
     top, left = (int(value) for value in source)
@@ -110,14 +110,14 @@ class CutPasteConfig:
     """What is pasted into training images.
 
     Args:
-        kind: ``normal``, a patch of 2 to 15 % of the image; ``scar``, a thin turned patch; ``union``, one of the two, each
-            as often; ``3way``, both of them as classes of their own.
+        kind: `normal`, a patch of 2 to 15 % of the image; `scar`, a thin turned patch; `union`, one of the two, each
+            as often; `3way`, both of them as classes of their own.
         jitter: Strength of the colour jitter of every patch.
         image_jitter: Strength of the colour jitter of the whole image before anything is cut, which the normal image keeps.
         translation: The image is first shifted by up to this share of its side, mirrored at its border. The paper names a
             random translation, but no amount, and the usual reimplementation has none: 0.
-        scar_axes: ``released``: the reimplementation draws a scar's row by its width and its column by its height, so that
-            2 % of scars stick out of the image; ``mended``: by what they are.
+        scar_axes: `released`: the reimplementation draws a scar's row by its width and its column by its height, so that
+            2 % of scars stick out of the image; `mended`: by what they are.
     """
 
     kind: Kind = "3way"

@@ -1,6 +1,6 @@
 """Features of frozen backbones on disk: computed once per image, read by every epoch, run, seed and method that needs them.
 
-An entry is a folder named by the hash of everything that decides its content (:class:`CacheSpec`). It holds one memory-
+An entry is a folder named by the hash of everything that decides its content (`CacheSpec`). It holds one memory-
 mapped array per level, the packed masks, the resized images if they are asked for, and a checksum per row. It is built
 beside its place, row by row, and renamed when complete, so a half-written entry is never read and an interrupted build
 goes on where it stopped. Every row is compared with its checksum when the entry is opened; a damaged entry is built anew.
@@ -54,10 +54,10 @@ class CacheSpec:
         image_size: (height, width) in pixels.
         resize: Resize rule of the data module.
         backbone: Name, sha256 of the weights, padding and levels of the frozen backbone; None: no features, only images.
-        preparation: What is done to the levels before anything trainable, in words (see ``FeatureNetwork.preparation``).
+        preparation: What is done to the levels before anything trainable, in words (see `FeatureNetwork.preparation`).
         mean: Normalisation of the input images, per channel.
         std: Likewise.
-        dtype: ``float32`` (bit-exact) or ``float16``.
+        dtype: `float32` (bit-exact) or `float16`.
         images: Whether the resized images are kept too, for a network that reads them.
         symmetries: Hash of the rows that follow those of the table: symmetries of training images; empty without any.
     """
@@ -176,7 +176,7 @@ def open_or_build(
     budget: int,
     announce: Callable[[str], None] = lambda message: None,
 ) -> FeatureCache:
-    """The entry of ``spec``, built first if it is missing or damaged; other processes asking for it wait and then read it.
+    """The entry of `spec`, built first if it is missing or damaged; other processes asking for it wait and then read it.
 
     Args:
         root: Folder of all entries.

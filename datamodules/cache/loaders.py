@@ -17,7 +17,7 @@ from datamodules.sampling import Draw
 
 
 class CachedImages:
-    """Resized images and masks from a cache, in the place of an :class:`ImageSource`.
+    """Resized images and masks from a cache, in the place of an `ImageSource`.
 
     Args:
         cache: An entry with images.

@@ -55,7 +55,7 @@ class DatasetReader(abc.ABC):
         return [folder.name for folder in list_folders(root) if is_category(folder)]
 
     def condition(self, image_path: str) -> str:
-        """Under what a test image was taken, as ``name=value``: metrics are also told apart by it. "" for nothing known."""
+        """Under what a test image was taken, as `name=value`: metrics are also told apart by it. "" for nothing known."""
         return ""
 
     @abc.abstractmethod

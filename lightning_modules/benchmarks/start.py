@@ -1,4 +1,4 @@
-"""What it costs a run's start that data is known by its contents: ``make bench-start``.
+"""What it costs a run's start that data is known by its contents: `make bench-start`.
 
 A tree of small files is written, and the way from its names to the first training batch is timed in processes of their
 own, in interleaved rounds: with nothing remembered of the files' contents (cold), with all remembered (warm), and with
@@ -56,7 +56,7 @@ def first_batch(root: Path, state: str) -> dict[str, float]:
 
 
 def measure(root: Path, state: str, folder: Path) -> dict[str, float]:
-    """:func:`first_batch` in a process of its own that remembers contents below ``folder``."""
+    """`first_batch` in a process of its own that remembers contents below `folder`."""
     if state == "cold":
         shutil.rmtree(folder / contents.MEMORY, ignore_errors=True)
     command = [sys.executable, "-m", __spec__.name, "--process", state, str(root)]

@@ -1,4 +1,4 @@
-"""What training and scoring cost: ``python -m lightning_modules.benchmarks.training`` or ``make bench``.
+"""What training and scoring cost: `python -m lightning_modules.benchmarks.training` or `make bench`.
 
 Every method trains on the embedded benchmark in a process of its own, in turns: through the trainer with the feature
 cache, and in a plain loop that decodes, resizes and runs the backbone in every step, as the released codes do. Both train
@@ -79,17 +79,17 @@ class Options:
     """How much is measured.
 
     Args:
-        methods: Names of profiles; empty for all that train (:func:`trained`).
-        profile: ``demo`` or ``paper``: sizes of backbone, image, network and batch.
+        methods: Names of profiles; empty for all that train (`trained`).
+        profile: `demo` or `paper`: sizes of backbone, image, network and batch.
         images: Training images per category, a tenth of them held out.
         native: Side of the image files in pixels; those of MVTec AD are 700 to 1024.
         categories: Number of categories, at most four.
         image_size: Input size in pixels; by default the profile's.
-        augmentation: Entry of ``datamodules.augmentation``; one that only flips and turns is cached in all its versions.
-        precision: Of our trainer, ``32-true`` or ``bf16-mixed``; the plain loop has float32.
+        augmentation: Entry of `datamodules.augmentation`; one that only flips and turns is cached in all its versions.
+        precision: Of our trainer, `32-true` or `bf16-mixed`; the plain loop has float32.
         steps: Training steps of a round.
         rounds: Rounds of ours and of the plain loop.
-        clock: ``wall``, or ``cpu`` (seconds of all threads of the process) on a machine that also does other work.
+        clock: `wall`, or `cpu` (seconds of all threads of the process) on a machine that also does other work.
         short: Leave out growth and float16, which are measured with the first method.
     """
 

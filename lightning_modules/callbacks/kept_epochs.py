@@ -11,7 +11,7 @@ from lightning_modules.base import ReconstructionModule
 
 
 class KeptEpochs(L.Callback):
-    """Keeps the weights at the end of some epochs as ``epoch-N.ckpt``.
+    """Keeps the weights at the end of some epochs as `epoch-N.ckpt`.
 
     Args:
         folder: Where they go, beside the run's own checkpoint.

@@ -2,7 +2,7 @@
 
 * image AUROC of the logical and of the structural anomalies, each against all good images, and their average;
 * AU-sPRO of each type with all good images, at the resolution of the masks, up to the FPR limits 0.05 (the dataset's
-  paper) and 0.3, and the averages; see :mod:`lightning_modules.metrics.spro`.
+  paper) and 0.3, and the averages; see `lightning_modules.metrics.spro`.
 
 The official evaluation prints the same three columns: logical, structural, mean.
 """
@@ -61,7 +61,7 @@ def has_logical(table: pd.DataFrame) -> bool:
 
 
 class LogicalEvaluation:
-    """Collects what :mod:`logical` needs during a test; only categories with logical anomalies take part.
+    """Collects what `logical` needs during a test; only categories with logical anomalies take part.
 
     table: the sample table; keys: the category key of each of its rows.
     """

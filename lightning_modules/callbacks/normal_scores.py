@@ -20,7 +20,7 @@ FILE = "normal_scores.csv"
 
 
 class NormalScores(L.Callback):
-    """Scores normal images after the test set; then :attr:`table` holds them, in every process."""
+    """Scores normal images after the test set; then `table` holds them, in every process."""
 
     def __init__(self) -> None:
         self.table: pd.DataFrame | None = None

@@ -36,7 +36,7 @@ class Predictions(L.Callback):
     Args:
         folder: Where the files go.
         scale: Ends of the colour scale; None takes median and maximum of the first batch.
-        normal: Scores of normal images, see :mod:`lightning_modules.callbacks.normal_scores`.
+        normal: Scores of normal images, see `lightning_modules.callbacks.normal_scores`.
 
     Attributes:
         failed: Images that could not be read, as lines for people; after the prediction.

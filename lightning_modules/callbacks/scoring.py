@@ -59,18 +59,18 @@ def update_metrics(
 
 
 class Evaluation(L.Callback):
-    """Collects maps and scores during ``trainer.test`` and computes every metric at its end.
+    """Collects maps and scores during `trainer.test` and computes every metric at its end.
 
-    Maps wait in memory, or, if all variants together would take more than :data:`MAPS_IN_MEMORY`, in a temporary file of
+    Maps wait in memory, or, if all variants together would take more than `MAPS_IN_MEMORY`, in a temporary file of
     the run's folder.
 
     Where the data knows under what its test images were taken (MVTec AD 2: its light), the method's own metrics are also
-    computed over the images of each condition alone, as a variant called ``light=regular`` or ``light=shifted``.
+    computed over the images of each condition alone, as a variant called `light=regular` or `light=shifted`.
 
-    :meth:`notes` says how many masks mark nothing at the maps' size, where that is not the images'.
+    `notes` says how many masks mark nothing at the maps' size, where that is not the images'.
 
-    After the test, :attr:`result` holds one long table over all variants, :attr:`image_scores` one row per image,
-    :attr:`anomaly_ratios` how much of the images is marked at their size, by definition, and :attr:`colour_scale` the ends
+    After the test, `result` holds one long table over all variants, `image_scores` one row per image,
+    `anomaly_ratios` how much of the images is marked at their size, by definition, and `colour_scale` the ends
     of a colour scale on which normal images are dark: the median pixel, and the 90 % quantile over images of the highest
     one.
 
@@ -163,7 +163,7 @@ class Evaluation(L.Callback):
         return [f"pixel metrics are measured at {size} pixels{lost}"]
 
     def _ratios(self) -> pd.DataFrame:
-        """``category,definition,percent,images`` of the categories with masks; see :mod:`datamodules.anomaly_ratio`."""
+        """`category,definition,percent,images` of the categories with masks; see `datamodules.anomaly_ratio`."""
         found = []
         for category, mine in self.image_scores.groupby("category", sort=False):
             images = [self._marks[i] for i in mine.id if i in self._marks]

@@ -16,7 +16,7 @@ class Throughput(L.Callback):
     """Scores the first test batch again after the test, twice, from images; the second time counts.
 
     Features of the test images may come from the cache, so that the time of the test itself says little. The pixels are
-    noise: no method's time depends on them. :attr:`images_per_second` is None before a test.
+    noise: no method's time depends on them. `images_per_second` is None before a test.
     """
 
     def __init__(self) -> None:

@@ -136,7 +136,7 @@ def spro_curve(
 
 
 def au_spro(samples: Callable[[], Iterable[Sample]], limit: float = 0.05) -> float:
-    """AU-sPRO up to one FPR limit; see :func:`spro_curve`."""
+    """AU-sPRO up to one FPR limit; see `spro_curve`."""
     return spro_curve(samples, limit).area(limit)
 
 

@@ -15,7 +15,7 @@ from lightning_modules.base import ReconstructionModule
 from lightning_modules.pictures.heatmaps import picture, to_rgb
 
 FILE = "failures.csv"
-"""In a record: the rows of :func:`find`."""
+"""In a record: the rows of `find`."""
 COUNT = 3
 """Of each kind and category."""
 GOOD, MISSED = "highest good", "lowest defect"
@@ -26,13 +26,13 @@ def find(image_scores: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     """The failures, worst first, a row each; a category without defects, or without good images, gives none.
 
     Args:
-        image_scores: One row per test image with ``id``, ``category``, ``label`` (0 or 1), ``image_score`` and ``path``.
+        image_scores: One row per test image with `id`, `category`, `label` (0 or 1), `image_score` and `path`.
         table: The sample table, for the kinds of defects.
 
     Returns:
-        :data:`COLUMNS`. ``rank`` is the image's place among all ``images`` of its category, 1 for the highest score (alike
-        scores share the best place). Of a perfect ranking the ``defects`` have the first places: a good image fails if its
-        rank is no larger than ``defects``, a defect if its rank is larger.
+        `COLUMNS`. `rank` is the image's place among all `images` of its category, 1 for the highest score (alike
+        scores share the best place). Of a perfect ranking the `defects` have the first places: a good image fails if its
+        rank is no larger than `defects`, a defect if its rank is larger.
     """
     rows = []
     for category, mine in image_scores.groupby("category", sort=False):
@@ -50,12 +50,12 @@ def find(image_scores: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
 
 @torch.no_grad()
 def draw(module: ReconstructionModule, data: Any, found: pd.DataFrame) -> tuple[dict[str, bytes], list[tuple]]:
-    """One picture per category, on one colour scale each, and its lines of ``heatmaps/index.csv``.
+    """One picture per category, on one colour scale each, and its lines of `heatmaps/index.csv`.
 
     Args:
         module: The trained method, in eval mode.
-        data: The data module; images are read through :meth:`UnifiedDataModule.image_batch`.
-        found: From :func:`find`.
+        data: The data module; images are read through `UnifiedDataModule.image_batch`.
+        found: From `find`.
     """
     files, index = {}, []
     for category, rows in found.groupby("category", sort=False):

@@ -1,4 +1,4 @@
-"""Methods side by side on the same images: ``python -m lightning_modules.pictures.gallery --runs A B`` or ``--methods a b``.
+"""Methods side by side on the same images: `python -m lightning_modules.pictures.gallery --runs A B` or `--methods a b`.
 
 As in RLR's supplement (Figure 1) and ULSAD's Figure 9: image, ground truth, a column per run. Nothing is picked by hand. The
 images are those of one reference run, by its heat maps' rule: of every category the anomalous image with the lowest, the median
@@ -33,7 +33,7 @@ from results.aggregator.records import StoredRecord, read_record, read_records
 from results.common import trouble
 
 NAME = "gallery"
-"""Of the files: ``gallery.png``, ``gallery.tex`` and ``gallery.json``, which the report reads."""
+"""Of the files: `gallery.png`, `gallery.tex` and `gallery.json`, which the report reads."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def caption(reference: str, columns: Sequence[Column]) -> str:
 
 
 def latex(picture: str, text: str) -> str:
-    """A float with the picture; needs ``graphicx``."""
+    """A float with the picture; needs `graphicx`."""
     for character in "_%&#":
         text = text.replace(character, f"\\{character}")
     return (
@@ -181,7 +181,7 @@ def latex(picture: str, text: str) -> str:
 
 
 def write(folders: Sequence[Path], reference: Path, out: Path) -> Path:
-    """Writes ``gallery.png``, ``.tex`` and ``.json`` into ``out``; returns the picture's path."""
+    """Writes `gallery.png`, `.tex` and `.json` into `out`; returns the picture's path."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module, data = trained(reference)
     data.normalise(module.extractor.mean, module.extractor.std)

@@ -47,12 +47,12 @@ def draw(
 
     Args:
         module: The trained method, in eval mode.
-        data: The data module; images are read through :meth:`UnifiedDataModule.image_batch`.
-        ranks: Image id -> rank, from :func:`choose`.
+        data: The data module; images are read through `UnifiedDataModule.image_batch`.
+        ranks: Image id -> rank, from `choose`.
         image_scores: The scores of all test images.
 
     Returns:
-        File name in the record -> JPEG bytes, and the lines for :func:`index_of`.
+        File name in the record -> JPEG bytes, and the lines for `index_of`.
     """
     files: dict[str, bytes] = {}
     index = []
@@ -77,7 +77,7 @@ def draw(
 
 
 def index_of(rows: Sequence[tuple]) -> str:
-    """The text of ``heatmaps/index.csv`` with some pictures' lines."""
+    """The text of `heatmaps/index.csv` with some pictures' lines."""
     columns = ["dataset", "category", "rank", "defect", "image_score", "file", "caption"]
     return pd.DataFrame(rows, columns=columns).to_csv(index=False)
 

@@ -1,6 +1,6 @@
-"""Pictures of what a trained run reconstructs: ``python -m lightning_modules.pictures.reconstructions results/runs/SWEEP/RUN``.
+"""Pictures of what a trained run reconstructs: `python -m lightning_modules.pictures.reconstructions results/runs/SWEEP/RUN`.
 
-A :class:`models.visual_decoder.VisualDecoder` is trained on the run's normal training images to turn the method's clean
+A `models.visual_decoder.VisualDecoder` is trained on the run's normal training images to turn the method's clean
 features back into images, then draws, per category, an anomalous test image's features and their reconstruction. It
 serves every method whose pairs are feature maps. Decoder and figure are written beside the run's checkpoint; a training
 that was interrupted goes on where it stopped.
@@ -48,10 +48,10 @@ def trained(folder: Path) -> tuple[ReconstructionModule, UnifiedDataModule]:
     """The trained method, in eval mode, and the data module, set up, of a finished run.
 
     Args:
-        folder: The run's record, ``<results>/runs/<sweep>/<run>``; its checkpoint lies in ``<results>/work``.
+        folder: The run's record, `<results>/runs/<sweep>/<run>`; its checkpoint lies in `<results>/work`.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`lightning_modules.running.loading.load_run`; or the data on disk are not
+        FileNotFoundError, ValueError: as `lightning_modules.running.loading.load_run`; or the data on disk are not
             those of the run.
     """
     module = load_run(folder).module
@@ -112,9 +112,9 @@ class DecoderTraining(L.LightningModule):
 def train_decoder(
     module: ReconstructionModule, data: UnifiedDataModule, file: Path, epochs: int, width: int, cache: CacheConfig
 ) -> VisualDecoder:
-    """The decoder of a run in eval mode, trained or taken from ``file``, where an interrupted training goes on.
+    """The decoder of a run in eval mode, trained or taken from `file`, where an interrupted training goes on.
 
-    What ``file`` holds is used if its width is this one, it has not been trained for longer, and the run's weights are
+    What `file` holds is used if its width is this one, it has not been trained for longer, and the run's weights are
     not newer.
     """
     maps, _ = clean_and_reconstructed(module, data.image_batch([0]))
@@ -152,7 +152,7 @@ def train_decoder(
 
 
 def _trained_epochs(file: Path, training: DecoderTraining) -> int | None:
-    """Epochs of the decoder in ``file``; None if there is no whole one for this run and this width."""
+    """Epochs of the decoder in `file`; None if there is no whole one for this run and this width."""
     run = file.parents[1] / "checkpoints" / "last.ckpt"
     if not file.is_file() or file.stat().st_mtime < run.stat().st_mtime:
         return None
@@ -181,7 +181,7 @@ def choose(image_scores: pd.DataFrame, table: pd.DataFrame) -> dict[str, tuple[i
     """Per category the ids of a normal and an anomalous test image, each with the median image score of its kind.
 
     Args:
-        image_scores: ``id``, ``category``, ``label`` and ``image_score`` of the test images.
+        image_scores: `id`, `category`, `label` and `image_score` of the test images.
         table: The sample table; a category without normal test images shows its first training image.
     """
     chosen = {}
@@ -201,7 +201,7 @@ def choose(image_scores: pd.DataFrame, table: pd.DataFrame) -> dict[str, tuple[i
 def draw(
     module: ReconstructionModule, data: UnifiedDataModule, decoder: VisualDecoder, chosen: dict[str, tuple[int, int]]
 ) -> bytes:
-    """One JPEG with a row per category and the columns of :data:`COLUMNS`."""
+    """One JPEG with a row per category and the columns of `COLUMNS`."""
     figure = Figure(figsize=(1.5 * len(COLUMNS) + 0.4, 1.5 * len(chosen) + 0.3), dpi=120, layout="constrained")
     axes = figure.subplots(len(chosen), len(COLUMNS), squeeze=False)
     for row, (category, (normal, anomalous)) in zip(axes, chosen.items(), strict=True):

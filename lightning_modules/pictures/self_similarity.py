@@ -1,4 +1,4 @@
-"""What the frozen features attend to: ``python -m lightning_modules.pictures.self_similarity results/runs/SWEEP/RUN``.
+"""What the frozen features attend to: `python -m lightning_modules.pictures.self_similarity results/runs/SWEEP/RUN`.
 
 ULSAD (TMLR 2025), Figure 5: rows of the self-attention of the frozen features (Eq. 3), without any training: how much every
 position of an image counts for a chosen one. Nothing is learned, so it takes seconds. The positions are chosen by rule: the

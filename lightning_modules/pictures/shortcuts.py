@@ -1,8 +1,8 @@
-"""What the sweep ``identical_shortcut`` reconstructs, early and late: ``python -m lightning_modules.pictures.shortcuts``.
+"""What the sweep `identical_shortcut` reconstructs, early and late: `python -m lightning_modules.pictures.shortcuts`.
 
 After UniAD's slides (Figure 5b): all networks get the same frozen features, so *one* decoder, trained to turn those into images,
 shows what each of them makes of an anomaly: one that copies its input shows the anomaly again. The cost is said before it starts:
-a few minutes on a CPU with the packaged backbone. Early weights are those that ``run.keep_epochs`` kept.
+a few minutes on a CPU with the packaged backbone. Early weights are those that `run.keep_epochs` kept.
 """
 
 from __future__ import annotations

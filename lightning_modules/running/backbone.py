@@ -13,11 +13,11 @@ from models.weight_files import file_sha256
 def recorded_weights(
     options: Mapping[str, Any], recorded: Mapping[str, Any], folders: Sequence[Path], given: str | Path | None = None
 ) -> str:
-    """The option ``backbone.weights`` that gives the weights of a finished run, whatever its configuration says.
+    """The option `backbone.weights` that gives the weights of a finished run, whatever its configuration says.
 
     Args:
-        options: The configuration's ``backbone``.
-        recorded: The record's ``backbone``: name, weights (imagenet, packaged, random or file), source, sha256.
+        options: The configuration's `backbone`.
+        recorded: The record's `backbone`: name, weights (imagenet, packaged, random or file), source, sha256.
         folders: Where a weight file may lie besides its recorded path.
         given: The path of the weight file, if the caller knows it.
 

@@ -28,7 +28,7 @@ class CheckpointError(ValueError):
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and renames it; what stood there is kept as :data:`PREVIOUS`.
+    """Writes a checkpoint beside its place and renames it; what stood there is kept as `PREVIOUS`.
 
     Lightning's own writer moves a file from the system's temporary folder. From another file system that is a copy over
     the last checkpoint, and a full disk or a killed process leaves a part of one.

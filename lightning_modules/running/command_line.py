@@ -1,7 +1,7 @@
-"""The command line: ``python -m lightning_modules fit|validate|test|predict``.
+"""The command line: `python -m lightning_modules fit|validate|test|predict`.
 
-``fit`` trains, scores the test set with the last epoch's weights and leaves a run record (:mod:`.recording`). What a
-configuration leaves open is filled (:mod:`.filling`).
+`fit` trains, scores the test set with the last epoch's weights and leaves a run record (`.recording`). What a
+configuration leaves open is filled (`.filling`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a configuration leaves open is filled: from the environment, from the method's recipe, from the run's moment.
 
-What the environment names (``DATASET``, ``DATA_ROOT``, ``CATEGORIES``, ``BACKBONE``, ``WEIGHTS``) stands between the
-configuration files and the explicit arguments, so that ``make``, the local sweep runner and ``wandb agent`` steer a run in
+What the environment names (`DATASET`, `DATA_ROOT`, `CATEGORIES`, `BACKBONE`, `WEIGHTS`) stands between the
+configuration files and the explicit arguments, so that `make`, the local sweep runner and `wandb agent` steer a run in
 the same way.
 """
 
@@ -27,7 +27,7 @@ _NAME = "UNIRECON_RUN_NAME"
 def environment_arguments(environment: Mapping[str, str]) -> list[str]:
     """Command-line arguments for what the environment names.
 
-    Datasets of one reader are called after their folders. See :func:`results.common.environment.parse` for the rest.
+    Datasets of one reader are called after their folders. See `results.common.environment.parse` for the rest.
 
     Raises:
         SystemExit: the variables contradict each other.
@@ -50,10 +50,10 @@ def environment_arguments(environment: Mapping[str, str]) -> list[str]:
 
 
 def with_environment(arguments: list[str], environment: Mapping[str, str]) -> list[str]:
-    """The arguments with those of the environment after the last ``--config``, so that explicit ones still win.
+    """The arguments with those of the environment after the last `--config`, so that explicit ones still win.
 
-    ``--method`` and ``--compare``, the parameters of the sweep ``methods``, become what they stand for; see
-    :mod:`results.common.methods`.
+    `--method` and `--compare`, the parameters of the sweep `methods`, become what they stand for; see
+    `results.common.methods`.
 
     Raises:
         SystemExit: the variables or those two contradict each other.

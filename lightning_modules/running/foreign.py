@@ -53,8 +53,8 @@ class ForeignError(ValueError):
 def as_data(arguments: Sequence[str], methods: Iterable[type]) -> list[str]:
     """The arguments with each configuration of a record replaced by what a record may say.
 
-    Of a record is a configuration with ``record.json`` beside it, and whatever ``predict`` is given. Its model and data
-    are kept if they name the project's own classes, its trainer's numbers (:data:`TRAINER`), and of its places only those
+    Of a record is a configuration with `record.json` beside it, and whatever `predict` is given. Its model and data
+    are kept if they name the project's own classes, its trainer's numbers (`TRAINER`), and of its places only those
     that its own place gives.
 
     Raises:
@@ -102,7 +102,7 @@ def _check_text(file: Path) -> None:
 
 
 def clean_up() -> None:
-    """Removes what :func:`as_data` wrote."""
+    """Removes what `as_data` wrote."""
     for folder in _left:
         (folder / "config.yaml").unlink(missing_ok=True)
         folder.rmdir()
@@ -113,7 +113,7 @@ _left: list[Path] = []
 
 
 def read(file: Path, methods: Iterable[type]) -> dict[str, Any]:
-    """What a record's configuration may say; see :func:`as_data`."""
+    """What a record's configuration may say; see `as_data`."""
     if file.stat().st_size > LARGEST:
         raise ForeignError(f"{file} has {file.stat().st_size:,} bytes: it is no configuration of a run.")
     try:
@@ -148,7 +148,7 @@ def read(file: Path, methods: Iterable[type]) -> dict[str, Any]:
 
 
 def _settle_backbone(content: dict[str, Any], folder: Path) -> None:
-    """The backbone has the weights that the record names, wherever their file lies now; ``auto`` could find others."""
+    """The backbone has the weights that the record names, wherever their file lies now; `auto` could find others."""
     # What is missing here is told later: by the parser, by the backbone, or by the checkpoint.
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, FileNotFoundError):
         backbone = content["model"]["init_args"]["backbone"]
@@ -157,7 +157,7 @@ def _settle_backbone(content: dict[str, Any], folder: Path) -> None:
 
 
 def check(section: Any, file: Path, methods: Iterable[type]) -> None:
-    """Refuses a section ``model`` or ``data`` that names anything but the project's own classes.
+    """Refuses a section `model` or `data` that names anything but the project's own classes.
 
     Raises:
         ForeignError: names the class.

@@ -1,7 +1,7 @@
-"""``python -m lightning_modules import``: a run record whose weights are an authors' checkpoint.
+"""`python -m lightning_modules import`: a run record whose weights are an authors' checkpoint.
 
-The checkpoint is read as tensors only, put into the method's network under the names of its own file in ``models/``, saved
-as a run's checkpoint, and scored on the test set as ``test`` does. Afterwards ``test`` and ``predict`` work on the record
+The checkpoint is read as tensors only, put into the method's network under the names of its own file in `models/`, saved
+as a run's checkpoint, and scored on the test set as `test` does. Afterwards `test` and `predict` work on the record
 as on any other. A backbone inside the checkpoint is used as it is there.
 """
 
@@ -29,7 +29,7 @@ SWEEP = "imported"
 
 
 class ImportCLI(UniReconCLI):
-    """``test``, after the authors' weights were put where the run's checkpoint belongs."""
+    """`test`, after the authors' weights were put where the run's checkpoint belongs."""
 
     def __init__(self, args: list[str], state: dict[str, Tensor], origin: str) -> None:
         self.state, self.origin = state, origin
@@ -78,7 +78,7 @@ class ImportCLI(UniReconCLI):
 
 
 def backbone_part(state: dict[str, Tensor], marker: str) -> dict[str, Tensor]:
-    """The tensors of the backbone in a checkpoint, without what stands before ``marker`` and without it."""
+    """The tensors of the backbone in a checkpoint, without what stands before `marker` and without it."""
     found = {}
     for name, value in state.items():
         before, here, rest = name.partition(marker)
@@ -88,7 +88,7 @@ def backbone_part(state: dict[str, Tensor], marker: str) -> dict[str, Tensor]:
 
 
 def main(arguments: list[str]) -> None:
-    """Parses the command's own options; everything else is an option of ``test``."""
+    """Parses the command's own options; everything else is an option of `test`."""
     parser = argparse.ArgumentParser(
         prog="python -m lightning_modules import", description=__doc__.partition("\n\n")[2]
     )
@@ -132,6 +132,6 @@ def main(arguments: list[str]) -> None:
 
 
 def _network_file(config: Path) -> Any:
-    """The file in ``models/`` that has the network, and the authors' names, of a configuration's method."""
+    """The file in `models/` that has the network, and the authors' names, of a configuration's method."""
     path = yaml.safe_load(config.read_text())["model"]["class_path"]
     return importlib.import_module(f"models.{class_at(path).method}")

@@ -1,6 +1,6 @@
-"""A finished run as a function of images: ``load_run("results/runs/single/mine")``, without its data, offline.
+"""A finished run as a function of images: `load_run("results/runs/single/mine")`, without its data, offline.
 
-The record says what was built, the checkpoint beside it (``<results>/work``) holds the weights, and the frozen backbone
+The record says what was built, the checkpoint beside it (`<results>/work`) holds the weights, and the frozen backbone
 comes from where the record says: a Python package, a file of the recorded sha256, timm's cache, or a seed.
 """
 
@@ -31,7 +31,7 @@ MIXED = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
 
 class TrainedModel:
-    """A finished run's model: images in, :class:`models.head.ScoredMaps` out, as ``predict`` scores them.
+    """A finished run's model: images in, `models.head.ScoredMaps` out, as `predict` scores them.
 
     Args:
         module: The trained method.
@@ -41,7 +41,7 @@ class TrainedModel:
         category, dataset: Of the images, for methods that must be told; "" for unknown.
 
     Attributes:
-        module: The same in eval mode, a :class:`lightning_modules.base.ReconstructionModule`; :meth:`to` moves it.
+        module: The same in eval mode, a `lightning_modules.base.ReconstructionModule`; `to` moves it.
     """
 
     def __init__(
@@ -109,9 +109,9 @@ def load_run(
     """The model of a finished run, on the CPU, in eval mode. No training data is needed, and nothing is downloaded.
 
     Args:
-        record: The run's record, ``<results>/runs/<sweep>/<run>``.
-        checkpoint: Its weights; by default those in ``<results>/work/<sweep>/<run>/checkpoints``.
-        category: Of the images, as the record names it, or ``dataset/category``: which model to take of a run with one
+        record: The run's record, `<results>/runs/<sweep>/<run>`.
+        checkpoint: Its weights; by default those in `<results>/work/<sweep>/<run>/checkpoints`.
+        category: Of the images, as the record names it, or `dataset/category`: which model to take of a run with one
             model per category, and what to tell a method that asks (HVQ-Trans with its labels, ULSAD of several datasets).
         backbone_file: The backbone's weight file, where the run's was a file that lies elsewhere now.
 

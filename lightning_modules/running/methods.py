@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def import_methods() -> dict[str, type[ReconstructionModule]]:
-    """All methods by name: every subclass of :class:`ReconstructionModule` found in this package's files."""
+    """All methods by name: every subclass of `ReconstructionModule` found in this package's files."""
     found = {}
     for info in pkgutil.iter_modules(lightning_modules.__path__):
         if info.ispkg or info.name == "__main__":
@@ -35,7 +35,7 @@ def class_at(path: str) -> type:
 
 
 def build(kind: type[T], section: Mapping[str, Any]) -> T:
-    """The object of a configuration's ``class_path`` and ``init_args``, which must be a `kind`.
+    """The object of a configuration's `class_path` and `init_args`, which must be a `kind`.
 
     Raises:
         ValueError: an argument that the class does not have or refuses; in one sentence.

@@ -1,6 +1,6 @@
 """One model per category: `fit` trains the categories one after the other and joins their results into one record.
 
-The setting is a flag of the data module (``--data.init_args.setting=per_category``). Each category's own record stays
+The setting is a flag of the data module (`--data.init_args.setting=per_category`). Each category's own record stays
 in the run's working folder and a finished one is not trained again, so an interrupted run goes on where it stopped.
 """
 
@@ -35,7 +35,7 @@ from results.aggregator.records import RunRecord, StoredRecord, read_record, wri
 
 
 class OneModelEach(Exception):
-    """The configuration asks for one model per category; :meth:`run` does it."""
+    """The configuration asks for one model per category; `run` does it."""
 
     def __init__(self, run: RunConfig, configuration: dict[str, Any], parts: list[dict[str, Any]]) -> None:
         super().__init__(f"{number_of(len(parts), 'category')}, one model each")
@@ -123,10 +123,10 @@ def leave_finished(run: RunConfig, configuration: dict[str, Any]) -> NoReturn:
 
 
 def split(subcommand: str, config: Any) -> None:
-    """Raises :class:`OneModelEach` if the configuration's datasets have more than one category; else does nothing.
+    """Raises `OneModelEach` if the configuration's datasets have more than one category; else does nothing.
 
     Raises:
-        SystemExit: the data cannot be read, or another subcommand than ``fit`` is given the joint record; the message names
+        SystemExit: the data cannot be read, or another subcommand than `fit` is given the joint record; the message names
             the records of the categories.
     """
     if subcommand != "fit":  # needs no data: a record may stand where its images do not
@@ -170,7 +170,7 @@ def _refuse_joint(subcommand: str, folder: Path) -> None:
 
 
 def run_names(names: list[str]) -> list[str]:
-    """The names as names of runs, all different: what these may not hold becomes ``_``.
+    """The names as names of runs, all different: what these may not hold becomes `_`.
 
     A name that the command line would take for a number or for nothing (01, null) gets a word before it.
     """

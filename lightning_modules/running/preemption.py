@@ -94,7 +94,7 @@ def at_once() -> Iterator[None]:
 
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
-    """Leave the block at once when SIGTERM comes (or came since :func:`watch`), tell W&B and exit with code 143."""
+    """Leave the block at once when SIGTERM comes (or came since `watch`), tell W&B and exit with code 143."""
     before = signal.getsignal(signal.SIGTERM)
     if before is not _on_sigterm:
         watch()

@@ -31,7 +31,7 @@ NOTHING_TO_MEASURE = (
     "No test image, so nothing is measured; normal images are scored instead, for predict to compare with."
 )
 COLOUR_SCALE = "colour_scale.json"
-"""In a record: the ends of the colour scale of the run's heat maps, for ``predict``."""
+"""In a record: the ends of the colour scale of the run's heat maps, for `predict`."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Outcome:
 
     Args:
         run: Its name, place and protocol.
-        subcommand: ``fit``, or ``test``, which scores a training's weights again.
+        subcommand: `fit`, or `test`, which scores a training's weights again.
         config: The subcommand's complete configuration.
         model, data, trainer: What ran.
         evaluation, normal_scores, history, curve: The callbacks that watched it; no curve unless one was asked for.
@@ -112,7 +112,7 @@ def _attachments(outcome: Outcome) -> dict[str, bytes | str]:
 
 
 def _configuration(outcome: Outcome) -> Any:
-    """The run's configuration, as ``test`` and ``predict`` go on from it."""
+    """The run's configuration, as `test` and `predict` go on from it."""
     config = outcome.config
     config.pop("verbose", None)  # an option of `test` that `predict` does not have
     config.run.overwrite = False  # whoever starts from the record's configuration shall not replace the record
@@ -123,13 +123,13 @@ def _configuration(outcome: Outcome) -> Any:
 
 
 def _scored_before(outcome: Outcome) -> StoredRecord | None:
-    """The record of the training whose weights ``test`` scores again, which keeps how they came about."""
+    """The record of the training whose weights `test` scores again, which keeps how they came about."""
     record = outcome.run.record
     return read_record(record) if outcome.subcommand == "test" and record.exists() else None
 
 
 def describe(outcome: Outcome, before: StoredRecord | None) -> RunRecord:
-    """What the run was; ``before`` is the record of the training whose weights were scored again."""
+    """What the run was; `before` is the record of the training whose weights were scored again."""
     run, model, data = outcome.run, outcome.model, outcome.data
     result = outcome.evaluation.result
     came_about = _came_about(outcome)

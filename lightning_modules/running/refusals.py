@@ -130,7 +130,7 @@ def place(run: RunConfig, needed: int) -> None:
 
 
 def room(folder: Path, needed: int, what: str) -> None:
-    """Raises SystemExit if the disk of an existing folder has less than the bytes that ``what`` will take."""
+    """Raises SystemExit if the disk of an existing folder has less than the bytes that `what` will take."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise SystemExit(

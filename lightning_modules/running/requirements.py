@@ -40,7 +40,7 @@ def lacking(config: Mapping[str, Any], insisted: bool = False) -> str | None:
 
     Args:
         config: Of the run, complete, as nested mappings.
-        insisted: Whether the user named the weights (``WEIGHTS=``): a run without them is then to fail.
+        insisted: Whether the user named the weights (`WEIGHTS=`): a run without them is then to fail.
     """
     method, arguments = method_of(config), config["model"]["init_args"]
     for package, install in method.needs_packages.items():

@@ -29,7 +29,7 @@ def claim(run: RunConfig) -> None:
     Two trainings in one folder would go on from each other's checkpoints.
 
     Raises:
-        SystemExit: another process is training this run, and has not ended after :data:`PATIENCE` seconds.
+        SystemExit: another process is training this run, and has not ended after `PATIENCE` seconds.
     """
     if not preemption.is_first():
         return

@@ -29,7 +29,7 @@ class CacheConfig:
     """The cache of backbone features, shared by all runs that need the same ones.
 
     Args:
-        mode: ``float32`` (bit-exact), ``float16`` (half the size, not exact) or ``off``. Measured on the demo's four
+        mode: `float32` (bit-exact), `float16` (half the size, not exact) or `off`. Measured on the demo's four
             categories with packaged weights, seed 0: noisy_bottleneck 11.7 and 6.1 MB, patchcore 65.8 and 33.2 MB; image
             AUROC and AP equal, pixel AUROC, AP and AUPRO at most 0.003 percent points apart.
         root: Its folder.
@@ -56,12 +56,12 @@ def attach(
     build: bool,
     images: bool = False,
 ) -> None:
-    """Lets the data module serve ``features`` from the cache, or, where that cannot be, at least decoded images.
+    """Lets the data module serve `features` from the cache, or, where that cannot be, at least decoded images.
 
     An augmentation that only flips and turns by 90 degrees makes at most eight versions of an image, so their features
     are kept too. Features cannot be served when it does more than that (they differ each time), or when they do not fit
-    into the budget; then the resized images are kept, and the backbone runs in every step. Without ``build``, only an
-    entry that exists is used. With ``images``, batches carry them beside the features, whether or not the method needs them.
+    into the budget; then the resized images are kept, and the backbone runs in every step. Without `build`, only an
+    entry that exists is used. With `images`, batches carry them beside the features, whether or not the method needs them.
     """
     if config.mode == "off":
         return
@@ -121,7 +121,7 @@ def _open(
     build: bool,
     symmetric: Sequence[Row] = (),
 ) -> FeatureCache | None:
-    """The entry of ``spec``; None if it does not exist and is not to be built."""
+    """The entry of `spec`; None if it does not exist and is not to be built."""
 
     @torch.no_grad()
     def compute(first: int) -> Computed:

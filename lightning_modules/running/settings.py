@@ -26,29 +26,29 @@ class RunConfig:
     """Name, place and protocol of a run.
 
     Args:
-        name: The run's folder below ``results/runs/<sweep>/``; by default the method, the time and the seed.
-        sweep: The sweep that the run belongs to; ``single`` for runs of their own.
-        results: The folder that holds ``runs/`` (records) and ``work/`` (checkpoints, logs).
-        protocol: ``clean``: full test set, last epoch, nothing chosen on test images. ``as_released``: what the method's
+        name: The run's folder below `results/runs/<sweep>/`; by default the method, the time and the seed.
+        sweep: The sweep that the run belongs to; `single` for runs of their own.
+        results: The folder that holds `runs/` (records) and `work/` (checkpoints, logs).
+        protocol: `clean`: full test set, last epoch, nothing chosen on test images. `as_released`: what the method's
             released code does, to compare with its printed numbers; every table says so.
-        selection: Which epoch's weights count: ``last``, or ``best_on_test``, the released code's choice by the test set.
+        selection: Which epoch's weights count: `last`, or `best_on_test`, the released code's choice by the test set.
             None is the protocol's own: last if clean, best_on_test if as_released. Clean refuses best_on_test.
         curve_every: Score the test set every so many epochs for a training curve (image and pixel AUROC); 0 for never.
-            Under the protocol ``clean`` the curve is only watched: nothing is chosen by it.
+            Under the protocol `clean` the curve is only watched: nothing is chosen by it.
         heatmaps: Draw heat maps of the worst, the median and the best image of each category.
         overwrite: Replace a finished run of the same name.
         upload: With W&B online, also send the record and the heat maps. They hold pictures of the data and the paths
             of its files. Without, W&B gets curves, numbers and options, and no path.
         keep_epochs: Also keep the weights at the end of these epochs (from 1), beside the run's checkpoint, for pictures of
             how a training goes.
-        fpr_limits: False-positive rates up to which AU-PRO is integrated, each in (0, 1]: 0.3 gives ``pixel_aupro``, 0.05
-            ``pixel_aupro_0.05``, side by side in record and table. None is the data's own: 0.05 and 0.3 for MVTec AD 2,
+        fpr_limits: False-positive rates up to which AU-PRO is integrated, each in (0, 1]: 0.3 gives `pixel_aupro`, 0.05
+            `pixel_aupro_0.05`, side by side in record and table. None is the data's own: 0.05 and 0.3 for MVTec AD 2,
             0.3 for every other data set.
-        compile: Compile the reconstruction network (``torch.compile``) for training and scoring. The first steps then
+        compile: Compile the reconstruction network (`torch.compile`) for training and scoring. The first steps then
             take a minute; numbers agree with those of an uncompiled run up to rounding, but dropout draws differ.
         cuda_graphs: Launch the compiled network as one CUDA graph per batch shape instead of kernel by kernel
-            (``torch.compile(mode="reduce-overhead")``), which pays where a small network waits for launches. Needs
-            ``compile`` and an NVIDIA GPU.
+            (`torch.compile(mode="reduce-overhead")`), which pays where a small network waits for launches. Needs
+            `compile` and an NVIDIA GPU.
     """
 
     name: str | None = None
@@ -93,7 +93,7 @@ class RunConfig:
 
     @property
     def selects(self) -> str:
-        """The selection that counts, ``last`` or ``best_on_test``."""
+        """The selection that counts, `last` or `best_on_test`."""
         return self.selection or ("best_on_test" if self.protocol == "as_released" else "last")
 
     @property
@@ -113,13 +113,13 @@ class RunConfig:
 
 
 def work_folder(folder: Path) -> Path:
-    """``<results>/work/<sweep>/<run>`` of the record ``<results>/runs/<sweep>/<run>``."""
+    """`<results>/work/<sweep>/<run>` of the record `<results>/runs/<sweep>/<run>`."""
     folder = folder.resolve()
     return folder.parent.parent.parent / "work" / folder.parent.name / folder.name
 
 
 def sweep_parameters() -> dict[str, Any]:
-    """The sweep's parameters of this run, as ``wandb agent`` and the local runner hand them over; empty outside a sweep."""
+    """The sweep's parameters of this run, as `wandb agent` and the local runner hand them over; empty outside a sweep."""
     path = os.environ.get("WANDB_SWEEP_PARAM_PATH")
     if not path or not Path(path).is_file():
         return {}

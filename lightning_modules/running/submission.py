@@ -1,6 +1,6 @@
-"""``python -m lightning_modules submission``: what MVTec AD 2's evaluation server takes, from a trained run.
+"""`python -m lightning_modules submission`: what MVTec AD 2's evaluation server takes, from a trained run.
 
-Its private test sets have no labels. The server wants, for every image of ``test_private`` and ``test_private_mixed``, an
+Its private test sets have no labels. The server wants, for every image of `test_private` and `test_private_mixed`, an
 anomaly map as a float16 TIFF, and may have a thresholded one as a PNG of 0 and 255, both of the image's size:
 
     OUT/anomaly_images/<category>/<test_private|test_private_mixed>/<stem>.tiff
@@ -47,11 +47,11 @@ _NORMAL, _UNKNOWN = "0_validation", "1_test"
 
 
 class Submission(L.Callback):
-    """Writes the two files of each private image; :attr:`written` counts the images.
+    """Writes the two files of each private image; `written` counts the images.
 
     Args:
         out: Where they go.
-        links: The folder of links whose images are predicted, see :func:`link`.
+        links: The folder of links whose images are predicted, see `link`.
         crop: (height, width) before and after the run's centre crop; None without one.
     """
 
@@ -173,7 +173,7 @@ def link(root: Path, categories: Iterable[str], links: Path) -> int:
 
 
 class SubmissionCLI(UniReconCLI):
-    """``predict`` over links, with the server's files in place of heat maps."""
+    """`predict` over links, with the server's files in place of heat maps."""
 
     def __init__(self, args: list[str], out: Path, links: Path) -> None:
         self.out, self.links = out, links
@@ -191,7 +191,7 @@ class SubmissionCLI(UniReconCLI):
 
 
 def main(arguments: list[str], methods: Iterable[type]) -> None:
-    """Parses the command's own options; everything else is an option of ``predict``."""
+    """Parses the command's own options; everything else is an option of `predict`."""
     parser = argparse.ArgumentParser(
         prog="python -m lightning_modules submission", description=__doc__.partition("\n\n")[2]
     )

@@ -79,7 +79,7 @@ def _units(numbers: Mapping[tuple[str, ...], Printed]) -> dict[tuple[str, ...], 
     """Key of a number -> one unit of the last digit that its column prints.
 
     The files do not keep zeros at the end, so a column's digits are the most that any of its numbers has, and those of the
-    whole table where the column is too short (:data:`_SHORT`) for that to tell.
+    whole table where the column is too short (`_SHORT`) for that to tell.
     """
     columns: dict[tuple[str, ...], list[float]] = defaultdict(list)
     tables: dict[tuple[str, ...], float] = defaultdict(lambda: 1.0)

@@ -115,11 +115,11 @@ def sweep_table(
     """The table of one sweep: a row per cell (or as the spec lists them), on whatever data it was run.
 
     Args:
-        spec: see :mod:`results.aggregator.spec`; its `where` concerns only what the paper printed.
+        spec: see `results.aggregator.spec`; its `where` concerns only what the paper printed.
         records: the sweep's records.
         sweep: the sweep file; without it the rows are the cells that were run.
         printed_beside: append the paper's printed columns where the spec names them.
-        controls: records of the sweeps in :data:`names.CONTROLS`; those on the same features stand below, a row per cell.
+        controls: records of the sweeps in `names.CONTROLS`; those on the same features stand below, a row per cell.
     """
     datasets = list(dict.fromkeys(dataset["name"] for stored in records for dataset in stored.record.datasets))
     pool = Pool(records, rms_std, categories=_found_categories(records))
@@ -322,7 +322,7 @@ def _query(
 
 
 def _of_methods(query: Query) -> Query:
-    """The same number from the sweep ``methods``, where each method has its own recipe as in its paper."""
+    """The same number from the sweep `methods`, where each method has its own recipe as in its paper."""
     return dataclasses.replace(query, sweep="methods", cell=cell_key({COMPARE: "recipe"}))
 
 
@@ -438,7 +438,7 @@ def _add_controls(table: Table, spec: Spec, pool: Pool, controls: Sequence[Store
 
 
 def _in_words(stored: StoredRecord) -> str:
-    """A control's cell as its own sweep's table calls it: ``grid 8×8``."""
+    """A control's cell as its own sweep's table calls it: `grid 8×8`."""
     known = spec_for_sweep(stored.record.sweep).parameters
     parts = []
     for key, value in stored.record.cell.items():

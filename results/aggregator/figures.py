@@ -148,14 +148,14 @@ def ablation_bars(table: Table, records: Sequence[StoredRecord]) -> Figure:
 
 
 def sweep_figure(spec: Spec, table: Table, records: Sequence[StoredRecord]) -> Figure:
-    """The figure of a sweep's table: lines over the spec's ``x`` where it has one, else bars."""
+    """The figure of a sweep's table: lines over the spec's `x` where it has one, else bars."""
     return lines_figure(spec, table, records) if spec.kind == "lines" else ablation_bars(table, records)
 
 
 def lines_figure(spec: Spec, table: Table, records: Sequence[StoredRecord]) -> Figure:
-    """A panel per ranked column: the score over the spec's ``x``, a line per combination of the other parameters.
+    """A panel per ranked column: the score over the spec's `x`, a line per combination of the other parameters.
 
-    Dots are the seeds, the line is their mean. Values of ``x`` stand at equal distances, in the table's order.
+    Dots are the seeds, the line is their mean. Values of `x` stand at equal distances, in the table's order.
     """
     label = str(spec.parameters[spec.x].get("label", spec.x))
     place = table.row_headers.index(label)

@@ -1,4 +1,4 @@
-"""The table of the sweep ``methods``: its rows by family, each method against one control, and what ranks can tell."""
+"""The table of the sweep `methods`: its rows by family, each method against one control, and what ranks can tell."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def quality(table: Table) -> str:
 
 
 def images(stored: StoredRecord) -> str:
-    """Size of a run's images, and of what they are the centre of: ``392x392 of 448``."""
+    """Size of a run's images, and of what they are the centre of: `392x392 of 448`."""
     crop = re.search(r"^ +crop_from: *(.*)$", stored.config_text, re.MULTILINE)
     whole = "" if crop is None or crop[1] == "null" else f" of {crop[1] or 'larger ones'}"
     return axis_value(stored, "image size") + whole
@@ -89,7 +89,7 @@ def of_method(records: Sequence[StoredRecord], method: str) -> list[StoredRecord
 
 
 def control(records: Sequence[StoredRecord]) -> str:
-    """The method that the others are compared with; empty if none of :data:`CONTROLS` was run."""
+    """The method that the others are compared with; empty if none of `CONTROLS` was run."""
     return next((name for name in CONTROLS if of_method(records, name)), "")
 
 

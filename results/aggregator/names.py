@@ -143,7 +143,7 @@ def family(method: str) -> str:
 
 
 def published_name(method: str, backbone: str) -> str:
-    """A method's name in the published tables, where its size decides it: Dinomaly on a ViT-B is ``dinomaly_b``."""
+    """A method's name in the published tables, where its size decides it: Dinomaly on a ViT-B is `dinomaly_b`."""
     for known, parts, name in _SIZES:
         if known == method and all(part in backbone for part in parts):
             return name

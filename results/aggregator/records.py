@@ -1,15 +1,15 @@
 """Run records: what one training and evaluation leaves behind, and the only input of every table.
 
-A record is one folder ``<root>/<sweep>/<run>/`` with
+A record is one folder `<root>/<sweep>/<run>/` with
 
-* ``record.json``   what was run: method, cell, protocol, seed, data, backbone, provenance (:class:`RunRecord`);
-* ``metrics.csv``   what came out, one row per (variant, scope, dataset, category, metric);
-* ``history.csv``   what happened on the way: ``epoch,step,metric,value``;
-* ``config.yaml``   the complete configuration, as the command line wrote it;
-* optionally attachments, such as ``heatmaps/index.csv`` and the pictures that it lists (:data:`HEATMAP_COLUMNS`).
+* `record.json`   what was run: method, cell, protocol, seed, data, backbone, provenance (`RunRecord`);
+* `metrics.csv`   what came out, one row per (variant, scope, dataset, category, metric);
+* `history.csv`   what happened on the way: `epoch,step,metric,value`;
+* `config.yaml`   the complete configuration, as the command line wrote it;
+* optionally attachments, such as `heatmaps/index.csv` and the pictures that it lists (`HEATMAP_COLUMNS`).
 
 A record is complete or absent: it is written to a hidden sibling folder, flushed, and renamed, which is atomic within
-one file system, local or shared. ``record.json`` lists the sha256 of every other file. All scores are fractions in
+one file system, local or shared. `record.json` lists the sha256 of every other file. All scores are fractions in
 [0, 1]; tables print percent. A record may come from anybody: what is wrong with it is found when it is read, by name.
 """
 
@@ -59,7 +59,7 @@ SETTINGS = ("unified", "per_category")
 SCOPES = ("category", "mean", "pooled")
 METRIC_COLUMNS = ("variant", "scope", "dataset", "category", "metric", "value", "n", "reason")
 HISTORY_COLUMNS = ("epoch", "step", "metric", "value")
-#: Columns of an attached ``heatmaps/index.csv``; `file` is relative to ``heatmaps/``, `rank` is worst, median, best or that of a
+#: Columns of an attached `heatmaps/index.csv`; `file` is relative to `heatmaps/`, `rank` is worst, median, best or that of a
 #: failure.
 HEATMAP_COLUMNS = ("dataset", "category", "rank", "defect", "image_score", "file", "caption")
 FILES = ("metrics.csv", "history.csv", "config.yaml")
@@ -112,7 +112,7 @@ class RunRecord:
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
-        """Check every field that tables rely on; raises :class:`RecordError` with the key and the allowed values."""
+        """Check every field that tables rely on; raises `RecordError` with the key and the allowed values."""
         if self.schema != SCHEMA:
             raise RecordError(f"schema is {self.schema!r}; this version of UniRecon reads and writes schema {SCHEMA}")
         for key in ("run", "sweep"):
@@ -184,12 +184,12 @@ class StoredRecord:
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
-        """Long table with :data:`METRIC_COLUMNS`; `value` float64 in [0, 1] or NaN, then `reason` says why."""
+        """Long table with `METRIC_COLUMNS`; `value` float64 in [0, 1] or NaN, then `reason` says why."""
         return pd.DataFrame(self.columns, columns=list(METRIC_COLUMNS))
 
     @cached_property
     def scores(self) -> dict[tuple[str, str, str, str, str], tuple[float, str]]:
-        """(variant, scope, dataset, category, metric) -> (value, reason); ``dataset/`` before a category is cut."""
+        """(variant, scope, dataset, category, metric) -> (value, reason); `dataset/` before a category is cut."""
         columns = self.columns
         keys = zip(*(columns[name] for name in METRIC_COLUMNS[:5]), strict=True)
         pairs = zip(columns["value"], columns["reason"], strict=True)
@@ -198,12 +198,12 @@ class StoredRecord:
 
     @cached_property
     def name(self) -> str:
-        """``sweep/run``, by which messages and tables name a record."""
+        """`sweep/run`, by which messages and tables name a record."""
         return f"{self.record.sweep}/{self.record.run}"
 
     @property
     def labels(self) -> str:
-        """What the run was told of the images' classes: ``test``, ``training`` or nothing."""
+        """What the run was told of the images' classes: `test`, `training` or nothing."""
         notes = self.record.notes
         if any(note.startswith(LABELS_AT_TEST) for note in notes):
             return "test"
@@ -213,7 +213,7 @@ class StoredRecord:
     def methods(self) -> frozenset[str]:
         """The names under which the run's method may be asked for: its own and the published one of its size.
 
-        A cell of the sweep ``methods`` is asked for by its profile, which may be another method's control.
+        A cell of the sweep `methods` is asked for by its profile, which may be another method's control.
         """
         of_sweep = of(self.record.cell)
         own = of_sweep[0] if of_sweep else self.record.method
@@ -221,12 +221,12 @@ class StoredRecord:
 
     @cached_property
     def cell(self) -> frozenset:
-        """Identity of the record's cell, the seed left out; see :func:`results.aggregator.sweep_cells.cell_key`."""
+        """Identity of the record's cell, the seed left out; see `results.aggregator.sweep_cells.cell_key`."""
         return cell_key(self.record.cell)
 
     @cached_property
     def history(self) -> pd.DataFrame:
-        """Long table with :data:`HISTORY_COLUMNS`, in the order it was logged."""
+        """Long table with `HISTORY_COLUMNS`, in the order it was logged."""
         kinds = {"metric": str, "value": float}
         try:
             table = pd.read_csv(
@@ -244,7 +244,7 @@ class StoredRecord:
 
     @cached_property
     def heatmaps(self) -> pd.DataFrame:
-        """The attached pictures (:data:`HEATMAP_COLUMNS` and `path`), empty if the run kept none."""
+        """The attached pictures (`HEATMAP_COLUMNS` and `path`), empty if the run kept none."""
         if not (self.path / HEATMAPS).exists():
             return pd.DataFrame(columns=[*HEATMAP_COLUMNS, "path"])
         table = pd.DataFrame(_heatmap_index(self.path, self.files), columns=list(HEATMAP_COLUMNS))
@@ -252,7 +252,7 @@ class StoredRecord:
         return table
 
     def picture(self, file: str) -> bytes:
-        """A picture that :attr:`heatmaps` lists under `file`; RecordError if it is not what the run wrote."""
+        """A picture that `heatmaps` lists under `file`; RecordError if it is not what the run wrote."""
         name = f"heatmaps/{file}"
         try:
             content = foreign.file_inside(self.path, name).read_bytes()
@@ -303,7 +303,7 @@ def _means_of_seven(scores: Mapping[tuple[str, ...], tuple[float, str]]) -> dict
 
 
 def data_options(dataset: Mapping[str, Any]) -> str:
-    """How a record's data set was thinned or dirtied for training, as ``, shots 4, contamination 0.1``; else nothing."""
+    """How a record's data set was thinned or dirtied for training, as `, shots 4, contamination 0.1`; else nothing."""
     options = ("shots", "contamination", "contamination_reserved")
     return "".join(f", {name.replace('_', ' ')} {dataset[name]:g}" for name in options if dataset.get(name))
 
@@ -327,10 +327,10 @@ def write_record(
     """Write a record so that a reader sees all of it or nothing, and return its folder.
 
     Args:
-        root: usually ``results/runs``.
+        root: usually `results/runs`.
         record: what was run.
-        metrics: long table with the columns :data:`METRIC_COLUMNS`.
-        history: long table with the columns :data:`HISTORY_COLUMNS`; may be empty.
+        metrics: long table with the columns `METRIC_COLUMNS`.
+        history: long table with the columns `HISTORY_COLUMNS`; may be empty.
         config_text: the complete configuration as YAML.
         attachments: other files, relative path -> content (bytes, text, or the path of a file to copy).
         overwrite: replace an existing record; the old one disappears only when the new one is in place.
@@ -382,7 +382,7 @@ def write_record(
 
 
 def read_record(path: str | Path, pictures: bool = False) -> StoredRecord:
-    """Read one record folder; raises :class:`RecordError` naming the file and what is wrong with it.
+    """Read one record folder; raises `RecordError` naming the file and what is wrong with it.
 
     Args:
         path: The record's folder.
@@ -426,7 +426,7 @@ def _read(path: Path, pictures: bool) -> StoredRecord:
 
 
 def _heatmap_index(path: Path, files: Mapping[str, str]) -> list[tuple[str, ...]]:
-    """The rows of an attached ``heatmaps/index.csv``; RecordError if one names a file that is not the record's."""
+    """The rows of an attached `heatmaps/index.csv`; RecordError if one names a file that is not the record's."""
     index = path / HEATMAPS
     try:
         rows = list(csv.reader(io.StringIO(foreign.file_inside(path, HEATMAPS).read_text(encoding="utf-8"))))
@@ -456,7 +456,7 @@ def read_records(root: str | Path, sweep: str | None = None, warn: bool = True) 
     """Read all records of a root folder, or of one sweep, sorted by name.
 
     A damaged record is left out, kept in `RecordSet.damaged`, and (unless `warn` is False, for callers that print it
-    themselves) announced with a :class:`DamagedRecordWarning` each. Hidden folders are unfinished writes, not records.
+    themselves) announced with a `DamagedRecordWarning` each. Hidden folders are unfinished writes, not records.
 
     Raises:
         FileNotFoundError: the root, or the sweep's folder in it, does not exist; suggests the nearest existing name.
@@ -503,7 +503,7 @@ def _visible_folders(folder: Path) -> list[str]:
 
 
 def check_metrics(metrics: pd.DataFrame, where: str = "metrics") -> pd.DataFrame:
-    """Return the table with exactly :data:`METRIC_COLUMNS`; raises :class:`RecordError` naming the first bad row."""
+    """Return the table with exactly `METRIC_COLUMNS`; raises `RecordError` naming the first bad row."""
     table = _checked_columns(metrics, METRIC_COLUMNS, where)
     if table.empty:
         raise RecordError(f"{where}: no rows; a run without any metric is not a result")
@@ -524,7 +524,7 @@ def check_metrics(metrics: pd.DataFrame, where: str = "metrics") -> pd.DataFrame
 
 
 def _check_columns(columns: Mapping[str, Sequence[Any]], where: str) -> None:
-    """What :func:`check_metrics` checks, at the speed that thousands of records need; RecordError names the row."""
+    """What `check_metrics` checks, at the speed that thousands of records need; RecordError names the row."""
     places = list(zip(*(columns[name] for name in ("scope", "dataset", "category", "metric")), strict=True))
     for scope, dataset, category, metric in set(places):
         _check_row(scope, dataset, category, metric, 0.0, "", where)

@@ -1,7 +1,7 @@
-"""Reference records: run records that come with the project, below ``results/reference``, for tables before any training.
+"""Reference records: run records that come with the project, below `results/reference`, for tables before any training.
 
-They are made by ``make reference`` from runs of one's own, without checkpoints, with no path of the machine and with small
-pictures of default rows only. They never count as finished: a sweep trains into ``results/runs``. Where a cell has runs of
+They are made by `make reference` from runs of one's own, without checkpoints, with no path of the machine and with small
+pictures of default rows only. They never count as finished: a sweep trains into `results/runs`. Where a cell has runs of
 one's own, tables show those, else the reference, marked with a dagger; the two are never averaged and never in conflict.
 """
 
@@ -37,9 +37,9 @@ PLAN = "plan.yaml"
 """What is to be trained for them, beside the records."""
 MARK = "†"
 CODE = "code"
-"""Key of a reference record's provenance: ``hash`` of its code, ``roots`` it was reached from, place of its ``data``."""
+"""Key of a reference record's provenance: `hash` of its code, `roots` it was reached from, place of its `data`."""
 LEFT_OUT = ("normal_scores.csv", "colour_scale.json")
-"""Attachments that only ``predict`` reads, which needs a checkpoint."""
+"""Attachments that only `predict` reads, which needs a checkpoint."""
 WIDTH, QUALITY = 400, 50
 """Of a reference record's pictures: largest width in pixels, and JPEG quality."""
 _PLACE = re.compile(r"(?<![\w.:/~$}-])(?:/[\w.+~-]+){2,}/?|(?<!\w)[A-Za-z]:\\[^\s\"',]+|~/[^\s\"',]+")
@@ -68,8 +68,8 @@ def complete(
 ) -> list[StoredRecord]:
     """The own records, and the reference records of cells that have none and that may stand in one table with them.
 
-    A reference record that disagrees with the sweep's own ones about what must agree in a table (:data:`TABLE_AXES`,
-    :data:`METHOD_AXES`) is left out: own records are never refused for its sake.
+    A reference record that disagrees with the sweep's own ones about what must agree in a table (`TABLE_AXES`,
+    `METHOD_AXES`) is left out: own records are never refused for its sake.
 
     Args:
         own, reference: Of any sweeps.
@@ -169,7 +169,7 @@ def publish(
 
     Args:
         stored: A record of one's own.
-        code: ``hash`` and ``roots`` of the code that made it, and where its ``data`` lay.
+        code: `hash` and `roots` of the code that made it, and where its `data` lay.
         pictures: Whether it keeps its heat maps, made smaller.
         root: The reference folder.
         project: The folder that paths are made relative to; by default the current one.
@@ -239,7 +239,7 @@ def _scrubbed(value: Any, bare: Callable[[str], str]) -> Any:
 
 
 def smaller(picture: bytes) -> bytes:
-    """A JPEG of at most :data:`WIDTH` pixels width."""
+    """A JPEG of at most `WIDTH` pixels width."""
     from PIL import Image
 
     with Image.open(io.BytesIO(picture)) as image:

@@ -39,7 +39,7 @@ _PREAMBLE = r"""\documentclass{article}
 
 
 def number_text(value: Value | None, column: Column, show_n: bool = False) -> str:
-    """``97.1 ± 0.3 (−1.2)``, with ``[n=2]`` where fewer seeds than elsewhere; a dash if there is no value."""
+    """`97.1 ± 0.3 (−1.2)`, with `[n=2]` where fewer seeds than elsewhere; a dash if there is no value."""
     if value is None or value.mean is None:
         return DASH
     if column.scientific:
@@ -82,7 +82,7 @@ def shown_numbers(cell: Cell, table: Table, column: Column) -> list[tuple[str, s
 
 
 def render(table: Table, form: str) -> str:
-    """The table as text in one of :data:`FORMATS`; raises ValueError for another."""
+    """The table as text in one of `FORMATS`; raises ValueError for another."""
     makers = {"terminal": terminal, "markdown": markdown, "csv": csv_text, "latex": latex, "html": html_text}
     if form not in makers:
         raise ValueError(f"format {form!r} is unknown; choose from {', '.join(makers)}")
@@ -188,7 +188,7 @@ def markdown(table: Table) -> str:
 
 
 def csv_text(table: Table) -> str:
-    """One line per cell: :data:`CSV_COLUMNS`; numbers with every digit, empty where there is none."""
+    """One line per cell: `CSV_COLUMNS`; numbers with every digit, empty where there is none."""
     stream = io.StringIO()
     writer = csv.DictWriter(stream, CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -389,7 +389,7 @@ def tex(text: str) -> str:
     """Text for LaTeX: special characters escaped, signs as mathematics.
 
     What a plain LaTeX has no letters for (Chinese, Greek outside of mathematics, control characters) stands as its code,
-    like ``u6728``.
+    like `u6728`.
     """
     return "".join(_TEX.get(character) or _tex_letter(character) for character in text)
 

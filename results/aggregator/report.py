@@ -42,7 +42,7 @@ def write_report(
 ) -> Path:
     """Write the page and return its path; the page needs no other file, no server and no network.
 
-    pictures: The folder where ``make gallery`` left methods side by side, if it did.
+    pictures: The folder where `make gallery` left methods side by side, if it did.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,7 +212,7 @@ def _gallery(
 def _side_by_side(
     folder: Path | None, records: Sequence[StoredRecord], shown: dict[str, StoredRecord]
 ) -> tuple[str, str] | None:
-    """The picture of ``make gallery`` (data URI) and its caption; None if there is none of the records on this page."""
+    """The picture of `make gallery` (data URI) and its caption; None if there is none of the records on this page."""
     if folder is None or not (folder / "gallery.json").is_file() or not (folder / "gallery.png").is_file():
         return None
     content = json.loads((folder / "gallery.json").read_text(encoding="utf-8"))

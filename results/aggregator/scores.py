@@ -31,7 +31,7 @@ AXES = (*TABLE_AXES, *METHOD_AXES)
 LIBRARIES = ("torch", "timm")
 """Libraries whose versions are shown with every table: they may change a number in its last digits."""
 
-#: A query's category that begins so, ``of 4``, is the mean over the categories of those records that have four of them: what
+#: A query's category that begins so, `of 4`, is the mean over the categories of those records that have four of them: what
 #: runs on more categories reach on the same ones.
 OF = "of "
 
@@ -248,9 +248,9 @@ def select(
     compare: str | None = None,
     setting: str | None = None,
 ) -> list[StoredRecord]:
-    """The records of a profile and protocol whose ``sweep/run`` fits one of the patterns (shell style).
+    """The records of a profile and protocol whose `sweep/run` fits one of the patterns (shell style).
 
-    compare, setting: Of the sweep ``methods`` only the cells of this experiment, and only records of this setting.
+    compare, setting: Of the sweep `methods` only the cells of this experiment, and only records of this setting.
     """
     return [
         stored
@@ -281,7 +281,7 @@ def kinds(records: Sequence[StoredRecord], compared: bool = False) -> list[tuple
 
     Where reference records or controls are among them, also by data, if one name of a data set stands for several.
 
-    compared: Keep apart the two experiments of the sweep ``methods`` and their settings, too.
+    compared: Keep apart the two experiments of the sweep `methods` and their settings, too.
     """
     found: dict[tuple[str, ...], list[StoredRecord]] = {}
     for stored in records:
@@ -350,7 +350,7 @@ def axis_value(stored: StoredRecord, axis: str, dataset: str = "") -> str:
 
 
 def versions(stored: StoredRecord) -> str:
-    """The versions of :data:`LIBRARIES` that a record was made with, such as ``torch 2.6.0, timm 1.0.9``."""
+    """The versions of `LIBRARIES` that a record was made with, such as `torch 2.6.0, timm 1.0.9`."""
     found = stored.record.provenance.get("versions") or {}
     known = [f"{library} {found[library]}" for library in LIBRARIES if library in found]
     return ", ".join(known) or f"{' and '.join(LIBRARIES)} of unknown version"

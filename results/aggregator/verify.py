@@ -1,11 +1,11 @@
 """Whether a run done again gives its reference record's numbers, up to what another machine's rounding can move.
 
 Another processor, number of threads or library adds the same numbers in another order. Features and a few training steps then
-differ by a relative error, and with them every image's score: by :data:`NOISE` at most. What a metric may move follows by
+differ by a relative error, and with them every image's score: by `NOISE` at most. What a metric may move follows by
 counting. A ranking changes only where two scores closer than the noise change places: of n anomalous and m normal images each
 such pair moves the AUROC by 1 / (n m), and average precision by at most the share of anomalous images that have such a
 neighbour. A record holds no pixel's score, so that for pixels the share of close pairs is bounded: it is the noise times the
-density of scores, which for scores that spread over a tenth of their size is below ten (:data:`PIXELS`).
+density of scores, which for scores that spread over a tenth of their size is below ten (`PIXELS`).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ def code_hash(modules: Iterable[str], root: Path) -> str:
     """Hash of the source files below root that the named modules reach by imports.
 
     Comments, docstrings, layout and the words of errors do not count, and neither do the files of other methods and those
-    that only show (:data:`results.common.deciding.SHOWING`): a sweep that took days is not started again for them.
+    that only show (`results.common.deciding.SHOWING`): a sweep that took days is not started again for them.
     """
     digest = hashlib.sha256()
     for path in sorted(reached_files(modules, root)):
@@ -24,10 +24,10 @@ def code_hash(modules: Iterable[str], root: Path) -> str:
 
 
 def reached_files(modules: Iterable[str], root: Path) -> set[Path]:
-    """Source files below root that the modules import, directly or not; parents' ``__init__.py`` included.
+    """Source files below root that the modules import, directly or not; parents' `__init__.py` included.
 
-    Files that only show (:data:`results.common.deciding.SHOWING`) are not among them. A package that looks its modules up
-    by name counts as a whole, except a program's own (one with ``__main__``): which of its classes a run uses is named in
+    Files that only show (`results.common.deciding.SHOWING`) are not among them. A package that looks its modules up
+    by name counts as a whole, except a program's own (one with `__main__`): which of its classes a run uses is named in
     the run's configuration, and that is where the search starts.
     """
     modules = list(modules)

@@ -76,7 +76,7 @@ def file_hash(path: str | Path) -> str:
 def files_below(root: str | Path) -> Iterator[str]:
     """Every file of data below a folder, sorted within each folder; links are followed, but never around in a circle.
 
-    Hidden files, those of file managers (:data:`CLUTTER`) and archives (:data:`PACKED`) do not count as data.
+    Hidden files, those of file managers (`CLUTTER`) and archives (`PACKED`) do not count as data.
     """
     yield from _walk(os.fspath(root), ())
 

@@ -1,7 +1,7 @@
 """What decides a result: the one rule for names of cells, for going on with an interrupted run, and for tables.
 
 Everything decides except what is listed here, so that an option or a file that is new counts until somebody knows better.
-Data counts by its contents (:mod:`results.common.contents`), weights by their hash, both beside this rule. Versions of
+Data counts by its contents (`results.common.contents`), weights by their hash, both beside this rule. Versions of
 libraries are recorded and shown, and tables say when they differ, but no cell is run again for them.
 """
 
@@ -55,7 +55,7 @@ def deciding(configuration: Mapping[str, Any], beside: re.Pattern[str] | None = 
 
     Args:
         configuration: As the command line writes it; nested mappings.
-        beside: More keys to leave out (:data:`SEEDS` or :data:`EXTENDS`).
+        beside: More keys to leave out (`SEEDS` or `EXTENDS`).
     """
     flat = {k: v for k, v in flatten(configuration) if not FREE.match(k) and not (beside and beside.match(k))}
     if flat.get("run.protocol", "clean") == "clean":
@@ -81,6 +81,6 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def shows_only(file: str | PurePath) -> bool:
-    """Whether a source file, relative to the repository, is one of :data:`SHOWING`."""
+    """Whether a source file, relative to the repository, is one of `SHOWING`."""
     path = PurePath(file)
     return any(path == PurePath(known) or PurePath(known) in path.parents for known in SHOWING)

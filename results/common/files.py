@@ -31,7 +31,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 REPLACED = ".old"
-"""Ending of a folder that is being replaced, see :func:`restore_replaced`."""
+"""Ending of a folder that is being replaced, see `restore_replaced`."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -57,7 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def restore_replaced(folder: Path) -> None:
     """Bring back each record of a folder whose replacing was cut off between its two renames.
 
-    A record `NAME` is replaced by renaming it to `.NAME.<who>.old` (:data:`REPLACED`) and the new one to `NAME`. A
+    A record `NAME` is replaced by renaming it to `.NAME.<who>.old` (`REPLACED`) and the new one to `NAME`. A
     process killed in between leaves no `NAME`; the old one takes its place again.
     """
     if not folder.is_dir():

@@ -14,7 +14,7 @@ _POLL = 0.1  # seconds between two attempts
 
 
 class Lock:
-    """An exclusive lock on a file, kept by this process and by every child that inherits its :attr:`descriptor`.
+    """An exclusive lock on a file, kept by this process and by every child that inherits its `descriptor`.
 
     A cell that outlives a killed runner therefore stays locked. The file is never truncated, and a link in its place is
     refused (OSError). Where the file system has no locks, a marker file with this process's number takes the lock's place
@@ -79,7 +79,7 @@ class Lock:
             return "?"
 
     def sign(self) -> None:
-        """Write this process's number into the file of a held lock, for :meth:`holder`."""
+        """Write this process's number into the file of a held lock, for `holder`."""
         if self.descriptor is not None and (self.holder() == "?" or self.holder().isdecimal()):
             os.lseek(self.descriptor, 0, os.SEEK_SET)
             os.write(self.descriptor, f"{os.getpid():<19}\n".encode())

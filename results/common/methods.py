@@ -1,7 +1,7 @@
-"""The sweep ``methods``: a cell is a method, which is a profile, with what all methods share laid over it.
+"""The sweep `methods`: a cell is a method, which is a profile, with what all methods share laid over it.
 
-``--method=NAME`` stands for the configuration ``sweeps/profiles/$PROFILE/NAME.yaml``, and ``--compare=recipe|matched``
-beside it for the options that ``sweeps/comparisons/$PROFILE.yaml`` gives to all. Both are read here alike for the program, the
+`--method=NAME` stands for the configuration `sweeps/profiles/$PROFILE/NAME.yaml`, and `--compare=recipe|matched`
+beside it for the options that `sweeps/comparisons/$PROFILE.yaml` gives to all. Both are read here alike for the program, the
 local runner and W&B's agent.
 """
 
@@ -17,7 +17,7 @@ import yaml
 from results.common.nearest import did_you_mean
 
 METHOD, COMPARE, SETTING = "method", "compare", "data.init_args.setting"
-"""Parameters of the sweep ``methods``: which profile, which of the two experiments, one model for all or one each."""
+"""Parameters of the sweep `methods`: which profile, which of the two experiments, one model for all or one each."""
 COMPARES = ("recipe", "matched")
 PROFILES, SHARED = Path("sweeps/profiles"), Path("sweeps/comparisons")
 _KEYS = {"": ("shared", "matched"), "matched": ("shared", "own", "cannot")}
@@ -28,7 +28,7 @@ class CannotError(ValueError):
 
 
 def profile(method: str, name: str) -> Path:
-    """The file of a method's profile ``name`` (demo, paper); ValueError with the nearest method if there is none."""
+    """The file of a method's profile `name` (demo, paper); ValueError with the nearest method if there is none."""
     path = PROFILES / name / f"{method}.yaml"
     if not path.is_file():
         raise CannotError(f"There is no profile {path}. {did_you_mean(method, methods(name))}")
@@ -36,12 +36,12 @@ def profile(method: str, name: str) -> Path:
 
 
 def methods(name: str) -> list[str]:
-    """All methods that have a profile ``name``."""
+    """All methods that have a profile `name`."""
     return sorted(path.stem for path in (PROFILES / name).glob("*.yaml"))
 
 
 def of(parameters: Mapping[str, Any]) -> tuple[str, str] | None:
-    """(method, experiment) of a cell's parameters; None if its sweep is another than ``methods``."""
+    """(method, experiment) of a cell's parameters; None if its sweep is another than `methods`."""
     return (parameters[METHOD], parameters[COMPARE]) if METHOD in parameters and COMPARE in parameters else None
 
 
@@ -71,13 +71,13 @@ def datasets(name: str) -> list[dict[str, Any]]:
 
 
 def expand(arguments: Sequence[str], variables: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Arguments with ``--method`` as a ``--config``, and apart those that all methods share.
+    """Arguments with `--method` as a `--config`, and apart those that all methods share.
 
-    The latter belong before what the environment names and after the configuration. Without ``--method`` nothing changes.
+    The latter belong before what the environment names and after the configuration. Without `--method` nothing changes.
 
     Args:
         arguments: The program's, the subcommand first.
-        variables: The environment; PROFILE (default demo) chooses the folder, BACKBONE is refused with ``recipe``.
+        variables: The environment; PROFILE (default demo) chooses the folder, BACKBONE is refused with `recipe`.
 
     Raises:
         ValueError: no such method or experiment, or one without the other.

@@ -9,5 +9,5 @@ def label(dataset: str, category: str) -> str:
 
 
 def plain(dataset: str, text: str) -> str:
-    """The category of a text that is either the category or :func:`label` of this dataset and it."""
+    """The category of a text that is either the category or `label` of this dataset and it."""
     return text.removeprefix(f"{dataset}/") if dataset else text

@@ -32,10 +32,10 @@ def sentence(error: Exception) -> str:
 
 
 def told(command: Callable[[Sequence[str]], int | None], arguments: Sequence[str] | None, code: int = 2) -> int:
-    """Runs a command line; its exit code, or ``code`` after an error, whose :func:`sentence` goes to standard error.
+    """Runs a command line; its exit code, or `code` after an error, whose `sentence` goes to standard error.
 
     Args:
-        command: Gets the arguments without ``--debug`` and returns its exit code.
+        command: Gets the arguments without `--debug` and returns its exit code.
         arguments: None takes those of the process.
         code: After an error.
     """

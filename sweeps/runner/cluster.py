@@ -80,7 +80,7 @@ def register(options: argparse.Namespace, console: Console) -> int:
 def _of_methods_that_can(
     sweep: checked_sweep.CheckedSweep, variables: Mapping[str, str], console: Console
 ) -> checked_sweep.CheckedSweep:
-    """The sweep ``methods`` without those that have no place in the chosen experiment; any other as it is."""
+    """The sweep `methods` without those that have no place in the chosen experiment; any other as it is."""
     impossible = methods_that_cannot(sweep.cells() if methods.COMPARE in sweep.parameters else [], variables)
     for name, reason in impossible.items():
         console.print(f"left out {name}: {escape(reason)}", highlight=False)

@@ -1,4 +1,4 @@
-"""Turn a sweep file's ``command`` into the words of a command line, as the W&B agent does."""
+"""Turn a sweep file's `command` into the words of a command line, as the W&B agent does."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def expand(
 ) -> list[str]:
     """Words of one cell's command line.
 
-    Values are written with Python's ``str`` and ``${envvar:NAME}`` becomes the variable's value, or its name if it is
+    Values are written with Python's `str` and `${envvar:NAME}` becomes the variable's value, or its name if it is
     not set: both as W&B's agent does it. Raises SweepError for a macro that W&B would drop silently.
     """
     words: list[str] = []
@@ -37,7 +37,7 @@ def expand(
 
 
 def resolve(command: tuple[str, ...], environment: Mapping[str, str]) -> list[str]:
-    """The command with every ``${envvar:NAME}`` filled in."""
+    """The command with every `${envvar:NAME}` filled in."""
     return [_VARIABLE.sub(lambda match: environment.get(match[1], match[1]), word) for word in command]
 
 
@@ -50,9 +50,9 @@ def configs(
     environment: Mapping[str, str] = os.environ,
     parameters: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """The files that the command names with ``--config FILE`` or ``--config=FILE``, in their order.
+    """The files that the command names with `--config FILE` or `--config=FILE`, in their order.
 
-    parameters: of a cell. Its ``method`` names one more, the method's profile.
+    parameters: of a cell. Its `method` names one more, the method's profile.
     """
     words = resolve(command, environment)
     method = (parameters or {}).get(METHOD)

@@ -1,6 +1,6 @@
 """From a sweep file's parameters to its cells: the grid, random draws, and the choice among them.
 
-The grid is what W&B makes of the same file: names sorted, ``itertools.product`` over their values, equal values once.
+The grid is what W&B makes of the same file: names sorted, `itertools.product` over their values, equal values once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SEED = "seed_everything"
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination of sweep parameters; ``parameters`` keeps W&B's order (names sorted)."""
+    """One combination of sweep parameters; `parameters` keeps W&B's order (names sorted)."""
 
     parameters: dict[str, Any]
 
@@ -60,7 +60,7 @@ def grid(parameters: dict[str, dict[str, Any]], path: Path) -> list[Cell]:
 
 
 def draw(parameters: dict[str, dict[str, Any]], count: int, sampler_seed: int) -> list[Cell]:
-    """Draw ``count`` points, each with every seed; repeatable, and equal points once."""
+    """Draw `count` points, each with every seed; repeatable, and equal points once."""
     # The seeds of the runs do not belong to the search: each drawn point runs with every seed.
     seeds = parameters.get(SEED, {})
     seed_values = unique(seeds.get("values", [seeds["value"]] if "value" in seeds else []))
@@ -97,9 +97,9 @@ def _draw(entry: dict[str, Any], generator: random.Random) -> Any:
 
 
 def select(cells: list[Cell], only: list[str], path: Path) -> list[Cell]:
-    """Keep the cells that fulfil every ``key=value`` in ``only``.
+    """Keep the cells that fulfil every `key=value` in `only`.
 
-    A key is a parameter's full name or its last parts (``query`` for ``model.init_args.query``); the value is read as
+    A key is a parameter's full name or its last parts (`query` for `model.init_args.query`); the value is read as
     YAML. Several values of one key, separated by commas, or one key named twice, mean "any of them". SweepError if the key
     or value does not occur in the sweep.
     """

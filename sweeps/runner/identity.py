@@ -2,7 +2,7 @@
 
 These are the sweep's parameters with the seed, the words of the command, its configuration files, the source code that the
 program reaches, the contents of the data, and the overrides DATASET, CATEGORIES, BACKBONE and WEIGHTS. What changes no
-number (:mod:`results.common.deciding`), places on the machine among it, is left out, so that the same cell has the same
+number (`results.common.deciding`), places on the machine among it, is left out, so that the same cell has the same
 name elsewhere.
 """
 
@@ -33,7 +33,7 @@ OVERRIDES = ("DATASET", "DATA_ROOT", "CATEGORIES", "BACKBONE", "WEIGHTS")
 
 @dataclass(frozen=True)
 class Dataset:
-    """One data set of a run as the profile and the environment name it; ``categories`` None means all."""
+    """One data set of a run as the profile and the environment name it; `categories` None means all."""
 
     name: str
     root: Path
@@ -56,7 +56,7 @@ class Identifier:
         }
 
     def _of_method(self, method: str | None) -> dict[str, Any]:
-        """Configurations and code, of the sweep's command alone or of a cell with this ``method``."""
+        """Configurations and code, of the sweep's command alone or of a cell with this `method`."""
         if method not in self._of_methods:
             parameters = {} if method is None else {command.METHOD: method}
             files = command.configs(self._sweep.command, self._environment, parameters)
@@ -133,7 +133,7 @@ def code_roots(
 ) -> list[str]:
     """Modules where the search for code starts: the program and the classes that configurations and parameters name.
 
-    parameters: of a cell, for the profile that its ``method`` names.
+    parameters: of a cell, for the profile that its `method` names.
     """
     words = command.resolve(sweep.command, environment)
     roots = [f"{after}.__main__" for word, after in itertools.pairwise(words) if word == "-m"]

@@ -1,4 +1,4 @@
-"""Which methods have no place in an experiment of the sweep ``methods``, from what is written in its files."""
+"""Which methods have no place in an experiment of the sweep `methods`, from what is written in its files."""
 
 from __future__ import annotations
 

@@ -131,8 +131,8 @@ def _clear(job: Job) -> None:
 class Runner:
     """Works through jobs with one process per slot; a slot is a GPU, or a share of the CPU's cores.
 
-    gpus: GPU numbers, one slot each; [] for ``workers`` slots without a choice of GPU. data_roots: folders whose loss
-    stops the sweep. ``run()`` returns when every job is done, failed or interrupted.
+    gpus: GPU numbers, one slot each; [] for `workers` slots without a choice of GPU. data_roots: folders whose loss
+    stops the sweep. `run()` returns when every job is done, failed or interrupted.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Ask the training program's own parser about every cell before the first one runs, and what the cells lack here.
 
-The question is asked in a process of its own (``python -m sweeps.runner.preflight``), because the parser needs torch and the
+The question is asked in a process of its own (`python -m sweeps.runner.preflight`), because the parser needs torch and the
 runner does not: JSON in, JSON out.
 """
 

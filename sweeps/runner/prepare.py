@@ -154,7 +154,7 @@ def _make_synthetic(root: Path, options: tuple[str, ...], say: Callable[[str], N
 
 
 class Weights:
-    """Decides ``auto`` weights once per backbone and sweep, so that no two cells differ in them by chance.
+    """Decides `auto` weights once per backbone and sweep, so that no two cells differ in them by chance.
 
     The decision is kept in the sweep's working folder and also holds for later runs of the sweep.
     """
@@ -167,7 +167,7 @@ class Weights:
         self._sweep = sweep
 
     def of(self, cell: Cell) -> str | None:
-        """The cell's WEIGHTS, or None if neither the environment nor ``auto`` in the profile asks for any."""
+        """The cell's WEIGHTS, or None if neither the environment nor `auto` in the profile asks for any."""
         prefix = "model.init_args.backbone."
         profile: dict[str, Any] = {}
         for path in command.configs(self._sweep.command, self._variables, cell.parameters):
@@ -259,7 +259,7 @@ def cores() -> int:
 def gpus(chosen: str | None) -> list[str]:
     """GPU numbers to use: the chosen ones, else those of CUDA_VISIBLE_DEVICES, else all that the machine has.
 
-    ``none`` means the CPU. The list is empty if there is no GPU.
+    `none` means the CPU. The list is empty if there is no GPU.
     """
     if chosen:
         return [] if chosen == "none" else list(parts(chosen))

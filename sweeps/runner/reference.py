@@ -1,7 +1,7 @@
-"""``make reference`` and ``make verify``: train what the plan lists into reference records, and run its small cells again.
+"""`make reference` and `make verify`: train what the plan lists into reference records, and run its small cells again.
 
-Cells are trained as ``make sweep`` trains them, into ``results/runs``, so that whatever is finished there is used; then each
-record is copied, without paths of the machine, to ``results/reference``. What is there already is skipped.
+Cells are trained as `make sweep` trains them, into `results/runs`, so that whatever is finished there is used; then each
+record is copied, without paths of the machine, to `results/reference`. What is there already is skipped.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Entry:
         seeds: Every cell is trained once with each.
         dataset, root, categories: Data other than the profile's.
         minutes: Of one worker per cell, for the estimate before any record tells it.
-        pictures: Which cells keep heat maps: of the ``default`` row, ``all`` or ``none``; always of the first seed only.
+        pictures: Which cells keep heat maps: of the `default` row, `all` or `none`; always of the first seed only.
     """
 
     sweep: str

@@ -77,7 +77,7 @@ class WarmStarts:
         return words[3:], environment
 
     def prepare(self) -> None:
-        """Let the imports begin; a later :meth:`start` waits for their end."""
+        """Let the imports begin; a later `start` waits for their end."""
         sources = self._modified()
         if self._server is not None and self._server.poll() is None and sources == self._sources:
             return

@@ -337,7 +337,7 @@ def test_an_entry_with_an_empty_file_after_a_lost_power_is_built_anew(tmp_path, 
 
 
 def test_a_memory_mapped_array_still_lies_directly_in_the_mapping_that_is_let_go(tmp_path):
-    """When this fails, NumPy has changed, and :func:`datamodules.cache.entry._let_go` needs another way."""
+    """When this fails, NumPy has changed, and `datamodules.cache.entry._let_go` needs another way."""
     np.save(tmp_path / "a.npy", np.zeros(3, np.float32))
     assert isinstance(np.load(tmp_path / "a.npy", mmap_mode="r").base, mmap.mmap)
     made = np.lib.format.open_memmap(tmp_path / "b.npy", mode="w+", dtype=np.float32, shape=(3,))

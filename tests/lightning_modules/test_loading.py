@@ -1,4 +1,4 @@
-"""``load_run``: a finished run in another program gives the scores that ``predict`` gives, from what lies on the machine."""
+"""`load_run`: a finished run in another program gives the scores that `predict` gives, from what lies on the machine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run_of(project, name: str = "first", sweep: str = "single") -> Path:
 
 
 def predicted(project, images: Path, run: Path) -> tuple[pd.Series, list[np.ndarray]]:
-    """Scores by path and maps, in the order of paths, that ``predict`` writes for a folder."""
+    """Scores by path and maps, in the order of paths, that `predict` writes for a folder."""
     main(["predict", f"--config={run / 'config.yaml'}", f"--data.init_args.predict_root={images}",
           "--trainer.logger=false"])  # fmt: skip
     folder = run.parents[2] / "work" / run.parent.name / run.name / "predictions"

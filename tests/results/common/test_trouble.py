@@ -1,4 +1,4 @@
-"""What a user can cause ends in one sentence, whichever program it is; ``--debug`` brings the traceback back."""
+"""What a user can cause ends in one sentence, whichever program it is; `--debug` brings the traceback back."""
 
 from __future__ import annotations
 
