@@ -41,6 +41,9 @@ lint: setup  ## Check style with ruff.
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
+readme: setup  ## Run every command of the READMEs in a copy of the repository, with short trainings: a quarter of an hour.
+	$(PY) tests/readme.py
+
 train: setup  ## Train and evaluate once: METHOD= PROFILE= DATASET= DATA_ROOT= [CATEGORIES= BACKBONE= WEIGHTS= RUN= ARGS=].
 	$(PY) -m sweeps data "sweeps/profiles/$$PROFILE/$$METHOD.yaml"
 	$(PY) -m lightning_modules fit --config "sweeps/profiles/$$PROFILE/$$METHOD.yaml" $(if $(RUN),--run.name="$$RUN") $(ARGS)
@@ -131,6 +134,6 @@ bench-metrics: setup  ## Time our metrics against other libraries.
 bench-start: setup  ## Time the start of a run on 60,000 small files: [ARGS=].
 	$(PY) -m lightning_modules.benchmarks.start $(ARGS)
 
-.PHONY: help setup test test-all lint train import predict submission check-data synthetic sweep sweeps reference verify wandb-sweep agents \
+.PHONY: help setup test test-all lint readme train import predict submission check-data synthetic sweep sweeps reference verify wandb-sweep agents \
 	pull table tables \
 	audit figures compare report reconstructions gallery shortcuts self-similarity bench bench-metrics bench-start cache
