@@ -110,6 +110,10 @@ reconstructions: setup  ## Picture what a run reconstructs: RUN=<record folder>.
 	@test -n "$$RUN" || { echo 'error: reconstructions needs RUN=<record folder>'; exit 2; }
 	$(PY) -m lightning_modules.pictures.reconstructions "$$RUN" $(ARGS)
 
+pipeline: setup  ## The way of an image from photograph to table, with a run's own numbers: RUN=<record folder> [ARGS=--image=3].
+	@test -n "$$RUN" || { echo 'error: pipeline needs RUN=<record folder>'; exit 2; }
+	$(PY) -m lightning_modules.pictures.pipeline "$$RUN" $(ARGS)
+
 shortcuts: setup  ## What the networks of identical_shortcut reconstruct, early and late, by one decoder: [ARGS=].
 	$(PY) -m lightning_modules.pictures.shortcuts $(ARGS)
 
@@ -136,4 +140,4 @@ bench-start: setup  ## Time the start of a run on 60,000 small files: [ARGS=].
 
 .PHONY: help setup test test-all lint readme train import predict submission check-data synthetic sweep sweeps reference verify wandb-sweep agents \
 	pull table tables \
-	audit figures compare report reconstructions gallery shortcuts self-similarity bench bench-metrics bench-start cache
+	audit figures compare report reconstructions pipeline gallery shortcuts self-similarity bench bench-metrics bench-start cache

@@ -28,7 +28,7 @@ def _names(variable: str) -> set[str]:
     if variable == "ABLATION":
         return {path.stem for path in (ROOT / "sweeps").glob("*.yaml")}
     if variable == "METHOD":
-        return {path.stem for path in (ROOT / "sweeps/profiles/paper").glob("*.yaml")}
+        return {"mine"} | {path.stem for path in (ROOT / "sweeps/profiles/paper").glob("*.yaml")}
     if variable == "PROFILE":
         return {path.name for path in (ROOT / "sweeps/profiles").iterdir() if path.is_dir()}
     if variable == "DATASET":
