@@ -8,6 +8,7 @@ the run's metrics.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import ConnectionPatch
+from matplotlib.patches import FancyArrowPatch
 from torch import Tensor
 
 from lightning_modules.pictures.heatmaps import overlay, to_rgb
@@ -28,8 +29,8 @@ from results.common import trouble
 METRICS = {"image_auroc": "I-AUROC", "pixel_auroc": "P-AUROC", "pixel_aupro": "AUPRO"}
 STEPS = (
     "photograph\n(mask outlined)",
-    "frozen features",
-    "reconstruction by a network\nthat knows normal ones",
+    "frozen\nfeatures",
+    "reconstructed by\na network that\nknows normal ones",
     "distance",
     "anomaly map",
     "metrics of all test images",
@@ -55,7 +56,7 @@ def draw(folder: Path, image: int | None = None) -> Figure:
 
     Args:
         folder: Its record; checkpoint and data must be on this machine.
-        image: Id of a test image, as in `image_scores.csv`; None takes the defect with the highest score.
+        image: Id of a test image, as in `image_scores.csv`; None takes the defect with the median score.
 
     Raises:
         FileNotFoundError, ValueError: as `lightning_modules.pictures.reconstructions.trained`; the method does not
@@ -66,7 +67,8 @@ def draw(folder: Path, image: int | None = None) -> Figure:
         raise ValueError(f"{module.method} does not reconstruct anything, so there is nothing to draw.")
     scores = image_scores(folder / "image_scores.csv")
     if image is None:
-        image = int(scores[scores.label == scores.label.max()].sort_values("image_score").id.iloc[-1])
+        ordered = scores[scores.label == scores.label.max()].sort_values(["image_score", "id"])
+        image = int(ordered.id.iloc[len(ordered) // 2])
     if image not in set(scores.id):
         raise ValueError(f"{folder} has no test image {image}; `id` in its image_scores.csv lists them.")
     batch = data.image_batch([image])
@@ -76,17 +78,11 @@ def draw(folder: Path, image: int | None = None) -> Figure:
     levels = [coloured(p.target[0].float(), p.reconstruction[0].float()) for p in pairs]
     distances = [((p.target[0] - p.reconstruction[0]).float() ** 2).mean(0).sqrt().numpy() for p in pairs]
 
-    figure = Figure(figsize=(13, 4.3), dpi=110)
+    figure = Figure(figsize=(12, 3.6), dpi=110)
     grid = figure.add_gridspec(
-        len(pairs),
-        6,
-        width_ratios=(3, 1.1, 1.1, 1.1, 3, 3.6),
-        left=0.01,
-        right=0.995,
-        top=0.82,
-        bottom=0.08,
-        wspace=0.35,
-    )
+        len(pairs), 6, width_ratios=(3, 0.9, 0.9, 0.9, 3, 3.6), left=0.01, right=0.995, top=0.83, bottom=0.02, wspace=0.3,
+        hspace=0.08,
+    )  # fmt: skip
     whole = [figure.add_subplot(grid[:, column]) for column in (0, 4, 5)]
     small = [[figure.add_subplot(grid[row, column]) for column in (1, 2, 3)] for row in range(len(pairs))]
     whole[0].imshow(rgb)
@@ -95,16 +91,16 @@ def draw(folder: Path, image: int | None = None) -> Figure:
     for axes, pictures, distance in zip(small, levels, distances, strict=True):
         for axis, picture in zip(axes, (*pictures, distance), strict=True):
             axis.imshow(picture, cmap="inferno")
-        axes[0].set_ylabel(" x ".join(map(str, distance.shape)), fontsize=7)
     whole[1].imshow(overlay(rgb, anomaly_map, np.median(anomaly_map), anomaly_map.max()))
     _numbers(whole[2], pd.read_csv(folder / "metrics.csv", dtype={"category": str}, keep_default_na=False))
-    tops = (whole[0], *small[0], whole[1], whole[2])
-    for axis, step in zip(tops, STEPS, strict=True):
-        box = axis.get_position()
-        figure.text((box.x0 + box.x1) / 2, 0.86, step, ha="center", va="bottom", fontsize=8.5)
-    middle = small[len(small) // 2]
-    for left, right in zip((whole[0], *middle, whole[1]), (*middle, whole[1], whole[2]), strict=True):
-        figure.add_artist(_arrow(left, right))
+    top = small[0][0].get_position().y1
+    columns = [(axis.get_position().x0, axis.get_position().x1) for axis in (whole[0], *small[0], *whole[1:])]
+    for (left, right), step in zip(columns, STEPS, strict=True):
+        figure.text((left + right) / 2, top + 0.03, step, ha="center", va="bottom", fontsize=8)
+    for (_, left), (right, _) in itertools.pairwise(columns):
+        gap, height = right - left, top / 2
+        ends = (left + 0.2 * gap, height), (right - 0.2 * gap, height)
+        figure.add_artist(FancyArrowPatch(*ends, arrowstyle="-|>", mutation_scale=10, color="0.35"))
     for axis in (*whole, *(a for axes in small for a in axes)):
         axis.set_xticks([])
         axis.set_yticks([])
@@ -130,19 +126,6 @@ def _numbers(axis: Axes, metrics: pd.DataFrame) -> None:
         cell.set_linewidth(0.4)
 
 
-def _arrow(left: Axes, right: Axes) -> ConnectionPatch:
-    return ConnectionPatch(
-        (1.03, 0.5),
-        (-0.06, 0.5),
-        "axes fraction",
-        "axes fraction",
-        axesA=left,
-        axesB=right,
-        arrowstyle="-|>",
-        color="0.35",
-    )
-
-
 def main(arguments: list[str] | None = None) -> None:
     if code := trouble.told(_main, arguments, code=1):
         raise SystemExit(code)
@@ -151,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m lightning_modules.pictures.pipeline", description=__doc__)
     parser.add_argument("run", type=Path, help="record of a finished run, results/runs/SWEEP/RUN")
-    parser.add_argument("--image", type=int, help="id of a test image (default: the defect with the highest score)")
+    parser.add_argument("--image", type=int, help="id of a test image (default: the defect with the median score)")
     parser.add_argument("--output", type=Path, help="the figure (default: pipeline.jpg beside the checkpoint)")
     options = parser.parse_args(arguments)
     quiet()
