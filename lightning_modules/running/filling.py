@@ -14,7 +14,7 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from datamodules.readers import has_own_root
+from datamodules.readers import has_own_root, load_readers
 from lightning_modules.running import preemption, refusals
 from lightning_modules.running.methods import class_at
 from results.common import methods
@@ -99,6 +99,11 @@ def fill(config: Any, subcommand: str, started: datetime) -> None:
             "only; the data follows it."
         )
     data.image_size = size
+    readers = load_readers()
+    if data.holdout is None and not any(
+        getattr(readers.get(dataset.name), "holdout", 0.0) for dataset in data.datasets or ()
+    ):
+        data.holdout = 0.0
     for name in ("resize", "batch_size", "drop_last", "repeat"):
         if data.get(name) is None:
             data[name] = getattr(recipe, name)
