@@ -396,6 +396,11 @@ class UnifiedDataModule(L.LightningDataModule):
         """False-positive rates up to which AU-PRO is integrated: those of every dataset's reader, ascending."""
         return tuple(sorted({limit for reader in self._reading.readers.values() for limit in reader.fpr_limits}))
 
+    @property
+    def segmentation(self) -> bool:
+        """Whether one of the datasets is also measured by SegF1."""
+        return any(reader.segmentation for reader in self._reading.readers.values())
+
     def conditions(self) -> dict[int, str]:
         """Id -> `name=value`, for the test images whose reader knows under what they were taken."""
         found = {row.id: self._reading.readers[row.dataset].condition(row.image_path) for row in self._rows("test")}

@@ -18,8 +18,10 @@ from datamodules.problems import number_of
 from datamodules.sample_table import category_keys
 from lightning_modules.base import ReconstructionModule
 from lightning_modules.callbacks.logical import DEFINITIONS, LogicalEvaluation, has_logical
+from lightning_modules.callbacks.normal_scores import NormalScores
 from lightning_modules.metrics import AnomalyMetrics, MetricResult, RegionCache
 from lightning_modules.metrics.sync import Group
+from lightning_modules.metrics.thresholds import threshold
 from lightning_modules.running import refusals
 from lightning_modules.running.printing import print_metrics
 from models.head import ScoredMaps
@@ -74,9 +76,11 @@ class Evaluation(L.Callback):
 
     Args:
         fpr_limits: False-positive rates up to which AU-PRO is integrated; None takes the data's own.
+        normal: A callback before this one, whose normal images give the thresholds of SegF1, for data measured by it.
     """
 
-    def __init__(self, fpr_limits: Sequence[float] | None = None) -> None:
+    def __init__(self, fpr_limits: Sequence[float] | None = None, normal: NormalScores | None = None) -> None:
+        self.normal = normal
         self.fpr_limits = None if fpr_limits is None else tuple(sorted(set(fpr_limits)))
         self._conditions: dict[int, str] = {}
         self._map_size: tuple[int, int] | None = None
@@ -195,6 +199,15 @@ class Evaluation(L.Callback):
         results = {variant: metrics.compute() for variant, metrics in self._metrics.items()}
         self.result = results[""]
         tables = [result.table for result in results.values()]
+        if self.normal is not None and self.normal.pixels and trainer.datamodule.segmentation:
+            limits = {
+                name: threshold([0.0], "mean_3sd", pixels=found).value for name, found in self.normal.pixels.items()
+            }
+            for variant in ("", *dict.fromkeys(self._conditions.values())):
+                if variant in self._metrics:
+                    found = self._metrics[variant].segmentation(limits)
+                    tables.append(found.table)
+                    self.result.definitions = self.result.definitions | found.definitions
         if self._logical is not None:
             tables.append(self._logical.rows())
             self.result.definitions = self.result.definitions | DEFINITIONS

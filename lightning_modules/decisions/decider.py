@@ -14,7 +14,15 @@ from datamodules.sample_table import FEWEST_HELD_OUT as FEWEST
 from lightning_modules.decisions import normal as normal_scores
 from lightning_modules.decisions import pixels
 from lightning_modules.decisions.categories import Categories, Choice
-from lightning_modules.metrics.thresholds import RateError, Threshold, check_rule, lowest_rate, p_values, threshold
+from lightning_modules.metrics.thresholds import (
+    RateError,
+    Threshold,
+    check_rule,
+    images_needed,
+    lowest_rate,
+    p_values,
+    threshold,
+)
 
 GOOD, DEFECT, CANNOT_TELL = "good", "defect", "cannot tell"
 POOLED = ""
@@ -150,10 +158,16 @@ class Decider:
                 return None
             statistics = self._pixels[category].statistics
         try:
+            if self.alpha is not None and self.basis(category) != HELD_OUT:
+                held = int((rows["split"] == "val").sum())
+                raise RateError(
+                    f"a rate of false alarms of {self.alpha:g} needs {images_needed(self.alpha)} held-out normal images; here "
+                    f"are {held}, and scores of training images promise nothing."
+                )
             return threshold(rows[column].to_numpy(), self.rule, self.alpha, statistics)
         except RateError as error:
-            more = "hold out more (--data.init_args.holdout), or ask for a higher rate (ALPHA=)"
-            raise RateError(f"{category or 'all categories together'}: {error} Either {more}.") from error
+            more = "Hold out more (--data.init_args.holdout), or ask for a higher rate (ALPHA=)."
+            raise RateError(f"{category or 'all categories together'}: {error} {more}") from error
 
     def choose(self, path: str | PurePath | None = None, descriptor: np.ndarray | None = None) -> Choice:
         """The category of an image, and how it was found; see `Categories.choose`."""

@@ -11,7 +11,7 @@ from rich.table import Table
 from lightning_modules.decisions.categories import Categories
 from lightning_modules.decisions.decider import POOLED, Decider
 from lightning_modules.decisions.pixels import NormalPixels
-from lightning_modules.metrics.thresholds import RULES, RateError, Threshold
+from lightning_modules.metrics.thresholds import RULES, Threshold
 
 THRESHOLDS, DECISIONS = "thresholds.csv", "decisions.csv"
 """In a record: the tables of `thresholds` and `outcomes`."""
@@ -23,25 +23,23 @@ COLUMNS = (
 
 def deciders(
     normal: pd.DataFrame, pixels: Mapping[str, NormalPixels], alpha: float | None
-) -> tuple[dict[str, Decider], list[str]]:
-    """A decider for every rule, and a sentence for each that these normal images cannot have.
+) -> tuple[dict[str, Decider], dict[str, str]]:
+    """A decider for every rule, and for each that these normal images cannot have a sentence on why.
 
     Args:
         normal: As `Decider` takes it.
         pixels: Per category, as `Decider` takes them.
         alpha: Of the rule `conformal`, which is left out without.
     """
-    found, refused = {}, []
+    found, refused = {}, {}
     for rule in RULES:
         if rule == "conformal" and alpha is None:
             continue
         try:
             names = Categories(dict.fromkeys(normal["category"]))
             found[rule] = Decider(normal, rule, alpha if rule == "conformal" else None, "", names, pixels)
-        except RateError as error:
-            refused.append(str(error))
         except ValueError as error:
-            refused.append(f"rule {rule} is left out: {error}")
+            refused[rule] = str(error)
     return found, refused
 
 

@@ -9,9 +9,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.console import Console
 
 from datamodules.problems import number_of
+from datamodules.sample_table import FEWEST_HELD_OUT, SampleTable, category_keys
 from lightning_modules.callbacks.normal_scores import NormalScores
 from lightning_modules.decisions import categories, normal, outcomes, pixels
-from lightning_modules.metrics.thresholds import check_rule
+from lightning_modules.metrics.thresholds import check_rule, images_needed, lowest_rate
 from lightning_modules.running.settings import RunConfig
 
 
@@ -42,8 +43,6 @@ def judge(scored: NormalScores, image_scores: pd.DataFrame, run: RunConfig, test
     table = scored.table
     found = {name: pixels.scaled(one, _highest(image_scores, name)) for name, one in scored.pixels.items()}
     rules, refused = outcomes.deciders(table, found, run.alpha)
-    for sentence in refused:
-        rank_zero_info(f"Note: {sentence}")
     files = {
         normal.FILE: table.to_csv(index=False),
         outcomes.THRESHOLDS: outcomes.thresholds(rules).to_csv(index=False),
@@ -54,14 +53,41 @@ def judge(scored: NormalScores, image_scores: pd.DataFrame, run: RunConfig, test
         files[categories.FILE] = scored.features.to_csv(index=False, float_format="%.5g")
     notes = _recognised(scored.recognised) if tested else []
     own = check_rule(run.rule, run.alpha)
-    if tested and own in rules:
+    if own in refused:
+        rank_zero_info(f"Note: no threshold: {refused[own]}")
+    if tested:
         decided = outcomes.outcomes(rules, image_scores)
         files[outcomes.DECISIONS] = decided.to_csv(index=False)
-        Console().print(outcomes.render(decided, own))
+        if own in rules:
+            Console().print(outcomes.render(decided, own))
     elif own in rules:
         for sentence in rules[own].sentences():
             rank_zero_info(sentence)
     return Judged(files, notes, {name: (one.low, one.high) for name, one in found.items()})
+
+
+def check(table: SampleTable, run: RunConfig) -> None:
+    """Refuses a rate of false alarms that the held-out images of a category cannot promise, before anything is trained.
+
+    Raises:
+        SystemExit: names the category with the fewest images, the lowest rate that they can promise, and how many it takes.
+    """
+    if run.alpha is None:
+        return
+    keys = pd.Series(category_keys(table), index=table.index)
+    held = (table["split"] == "val").groupby(keys, sort=False).sum()
+    category, n = held.idxmin(), int(held.min())
+    if n < FEWEST_HELD_OUT or lowest_rate(n) > run.alpha:
+        raise SystemExit(
+            f"error: alpha {run.alpha:g} needs {images_needed(run.alpha)} held-out normal images of each category, and "
+            f"{category} has {n}"
+            + (
+                f": the lowest rate that they can promise is 1/{n + 1} = {lowest_rate(n):.3g}"
+                if n >= FEWEST_HELD_OUT
+                else ""
+            )
+            + ". Hold out more (--data.init_args.holdout), or leave ALPHA out: the default rule needs no rate."
+        )
 
 
 def _highest(image_scores: pd.DataFrame, category: str) -> float:

@@ -1,6 +1,6 @@
 """What a configuration leaves open is filled: from the environment, from the method's recipe, from the run's moment.
 
-What the environment names (`DATASET`, `DATA_ROOT`, `CATEGORIES`, `BACKBONE`, `WEIGHTS`) stands between the
+What the environment names (`DATASET`, `DATA_ROOT`, `CATEGORIES`, `BACKBONE`, `WEIGHTS`, `ALPHA`, `RULE`) stands between the
 configuration files and the explicit arguments, so that `make`, the local sweep runner and `wandb agent` steer a run in
 the same way.
 """
@@ -44,6 +44,9 @@ def environment_arguments(environment: Mapping[str, str]) -> list[str]:
     for value, key in ((named.backbone, "name"), (named.weights, "weights")):
         if value:
             arguments.append(f"--model.init_args.backbone.{key}={value}")
+    if named.alpha is not None or named.rule:  # together they replace the configuration's two
+        arguments.append(f"--run.alpha={'null' if named.alpha is None else named.alpha}")
+        arguments.append(f"--run.rule={named.rule or 'null'}")
     if named.backbone and not named.backbone.startswith("tf_efficientnet_b4."):
         arguments.append("--model.init_args.backbone.padding=default")  # a released padding belongs to its own backbone
     return arguments

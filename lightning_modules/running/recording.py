@@ -21,6 +21,7 @@ from lightning_modules.callbacks.curve import EvaluationCurve
 from lightning_modules.callbacks.history import History
 from lightning_modules.callbacks.normal_scores import NormalScores
 from lightning_modules.callbacks.scoring import Evaluation
+from lightning_modules.decisions import POOLED, pixels
 from lightning_modules.pictures import failures, heatmaps
 from lightning_modules.running import checkpoints, decisions, normalisation, refusals, tracking
 from lightning_modules.running.settings import RunConfig, provenance, sweep_parameters
@@ -104,8 +105,14 @@ def _attachments(outcome: Outcome, decided: decisions.Judged) -> dict[str, bytes
     attachments |= decided.attachments
     if outcome.run.heatmaps and outcome.model.has_map:
         outcome.model.eval().to(outcome.trainer.strategy.root_device)  # the trainer has moved it off the device
-        files, index = heatmaps.draw(outcome.model, outcome.data, heatmaps.choose(scores), scores)
-        more, further = failures.draw(outcome.model, outcome.data, failed)
+        files, index = heatmaps.draw(
+            outcome.model,
+            outcome.data,
+            heatmaps.beside(heatmaps.choose(scores), scores),
+            scores,
+            decided.scales,
+        )
+        more, further = failures.draw(outcome.model, outcome.data, failed, decided.scales)
         attachments |= files | more | {"heatmaps/index.csv": heatmaps.index_of(index + further)}
     return attachments
 
@@ -195,7 +202,9 @@ def _came_about(outcome: Outcome) -> dict[str, Any]:
 
 
 def colour_scale(record: Path) -> tuple[float, float] | None:
-    """Ends of the colour scale that a run's test set gave; None if the run has no record."""
+    """Ends of one colour scale for all categories of a run; None if the run has no record, or its method no map."""
+    if (found := pixels.read(record).get(POOLED)) is not None:
+        return found.low, found.high
     file = record / COLOUR_SCALE
     return tuple(json.loads(file.read_text())) if file.is_file() else None
 
