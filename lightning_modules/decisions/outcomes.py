@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 import pandas as pd
+from rich.markup import escape
 from rich.table import Table
 
 from lightning_modules.decisions.categories import Categories
@@ -132,7 +133,7 @@ def render(decided: pd.DataFrame, rule: str) -> Table:
         if pooled:
             table.add_section()
         table.add_row(
-            "one for all" if pooled else row["category"],
+            "one for all" if pooled else escape(row["category"]),
             str(row["normal_images"]),
             row["basis"],
             f"{row['threshold']:.4g}",
