@@ -135,7 +135,9 @@ class Decider:
         return self._threshold(category, "image_score")
 
     def pixel_threshold(self, category: str) -> Threshold | None:
-        """Of map pixels; its rate is the share of normal images with any pixel above it. None where it is not recorded."""
+        """Of map pixels; its rate is the share of normal images with any pixel above it. None where it is not recorded, or
+        where the rule cannot make one of these maps.
+        """
         return self._threshold(category, "map_max")
 
     def colour_scale(self, category: str) -> tuple[float, float] | None:
@@ -168,6 +170,10 @@ class Decider:
         except RateError as error:
             more = "Hold out more (--data.init_args.holdout), or ask for a higher rate (ALPHA=)."
             raise RateError(f"{category or 'all categories together'}: {error} {more}") from error
+        except ValueError as error:
+            if column == "map_max" or category == POOLED:
+                return None
+            raise ValueError(f"{category}: {error}") from error
 
     def choose(self, path: str | PurePath | None = None, descriptor: np.ndarray | None = None) -> Choice:
         """The category of an image, and how it was found; see `Categories.choose`."""

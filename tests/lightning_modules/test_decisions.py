@@ -135,6 +135,21 @@ def test_outcomes_count_false_alarms_and_misses_per_category_and_under_one_thres
     assert listed[listed.rule == "mean_3sd"].rate.isna().all()
 
 
+def test_a_rule_that_cannot_be_had_of_negative_scores_leaves_the_others_alone():
+    table = normals()
+    table["map_max"] -= 100
+    rules, refused = outcomes.deciders(table, {}, None)
+    assert refused == {}
+    assert rules["p95_factor"].pixel_threshold("cookie") is None
+    assert (outcomes.thresholds(rules).query("level == 'pixel'")["rule"] == "max").any()
+    table["image_score"] -= 100
+    rules, refused = outcomes.deciders(table, {}, None)
+    assert set(rules) == {"max", "mean_3sd"}
+    assert "cookie: rule p95_factor multiplies" in refused["p95_factor"]
+    with pytest.raises(ValueError, match="cookie: rule p95_factor multiplies a percentile"):
+        Decider(table, "p95_factor")
+
+
 def test_good_test_images_that_are_not_like_the_held_out_ones_are_said_to_be_so():
     rules, _ = outcomes.deciders(normals(), {}, 0.2)
     rng = np.random.default_rng(5)
