@@ -140,7 +140,11 @@ def test_a_rule_that_cannot_be_had_of_negative_scores_leaves_the_others_alone():
     table["map_max"] -= 100
     rules, refused = outcomes.deciders(table, {}, None)
     assert refused == {}
-    assert rules["p95_factor"].pixel_threshold("cookie") is None
+    collector = PixelCollector()
+    collector.add(np.full((4, 4), -1.0))
+    found = {"cookie": pixels.scaled(collector.statistics(), 0.0)}
+    assert Decider(normals(), "p95_factor", normal_pixels=found).pixel_threshold("cookie") is None
+    assert Decider(normals(), "mean_3sd", normal_pixels=found).pixel_threshold("cookie").value == -1.0
     assert (outcomes.thresholds(rules).query("level == 'pixel'")["rule"] == "max").any()
     table["image_score"] -= 100
     rules, refused = outcomes.deciders(table, {}, None)
