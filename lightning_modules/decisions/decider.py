@@ -122,6 +122,16 @@ class Decider:
         rows = self._normal.get(category)
         return "" if rows is None else HELD_OUT if (rows["split"] == "val").all() else OPTIMISTIC
 
+    def remembered(self, category: str) -> bool:
+        """Whether the threshold would rest on training images that all score alike, as in a memory that holds them."""
+        rows = self._normal.get(category)
+        return (
+            rows is not None
+            and self.basis(category) != HELD_OUT
+            and len(rows) > 1
+            and rows["image_score"].nunique() == 1
+        )
+
     def count(self, category: str) -> int:
         """Normal images that the category's threshold rests on."""
         return len(self._normal.get(category, ()))
@@ -197,6 +207,10 @@ class Decider:
         reason = ""
         if math.isnan(score):
             reason = "it has no score"
+        elif self.remembered(category):
+            reason = (
+                f"the method remembers its training images, all of which score {found.value:.3g}: none was held out"
+            )
         elif n < FEWEST and self.alpha is None:
             reason = f"{n} normal images of {category} are too few: one in {n + 1} good ones would be called a defect"
         verdict = CANNOT_TELL if reason else DEFECT if score > found.value else GOOD

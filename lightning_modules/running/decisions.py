@@ -60,6 +60,12 @@ def judge(scored: NormalScores, image_scores: pd.DataFrame, run: RunConfig, test
         files[outcomes.DECISIONS] = decided.to_csv(index=False)
         if own in rules:
             Console().print(outcomes.render(decided, own))
+            alike = [name for name in rules[own].names if rules[own].remembered(name)]
+            for name in alike:
+                rank_zero_info(
+                    f"Note: {name}: the method remembers its training images, so their scores make no threshold and predict will "
+                    "say cannot tell. Hold normal images out (--data.init_args.holdout=0.2)."
+                )
             for sentence in outcomes.unlike(decided, own):
                 rank_zero_info(f"Note: {sentence}")
                 notes.append(f"decisions: {sentence}")

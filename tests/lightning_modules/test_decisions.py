@@ -74,6 +74,14 @@ def test_what_cannot_be_told_has_a_reason():
         assert reason in decision.reason
 
 
+def test_training_images_that_a_memory_holds_make_no_threshold():
+    table = normals("train").assign(image_score=0.0)
+    decision = Decider(table).decide(3.0, "cookie")
+    assert decision.verdict == CANNOT_TELL
+    assert "remembers its training images" in decision.reason
+    assert Decider(normals("train")).decide(3.0, "cookie").verdict == DEFECT
+
+
 def test_records_of_earlier_versions_have_image_thresholds_and_no_pixel_threshold(tmp_path):
     assert Decider.of(tmp_path) is None
     normals(maps=False).assign(id=range(50), path="x.png").to_csv(tmp_path / "normal_scores.csv", index=False)
