@@ -57,8 +57,8 @@ submission: setup  ## MVTec AD 2's files for its evaluation server: RUN=<record 
 	@test -n "$$RUN" -a -n "$$OUT" || { echo 'error: submission needs RUN=<record folder> and OUT=<new folder>'; exit 2; }
 	$(PY) -m lightning_modules submission --run "$$RUN" --out "$$OUT" $(ARGS)
 
-check-data: setup  ## Count a dataset's images and list every problem: DATASET= DATA_ROOT= [CATEGORIES= ARGS=].
-	$(PY) -m datamodules check $(ARGS)
+check-data: setup  ## Count a dataset's images, list every problem, draw contact sheets: DATASET= DATA_ROOT= [CATEGORIES= OUT= ARGS=].
+	$(PY) -m datamodules check --out "$${OUT:-results/check}" $(ARGS)
 
 synthetic: setup  ## Make the embedded benchmark in data/synthetic.
 	$(PY) -m datamodules synthetic data/synthetic

@@ -47,6 +47,11 @@ def _parser() -> argparse.ArgumentParser:
         "--crop-from", type=int, help="count what lies in the margin of a crop from this side to --image-size"
     )
     check.add_argument("--max-megapixels", type=float, default=179.0, help="larger image files are errors")
+    check.add_argument(
+        "--out", help="folder to write contact sheets into, with index.html; without it none are written"
+    )
+    check.add_argument("--per-kind", type=int, default=8, help="images of each kind on a contact sheet")
+    check.add_argument("--seed", type=int, default=0, help="of the choice of these images")
     cache = commands.add_parser("cache", help="list the entries of the feature cache, or delete some")
     cache.add_argument("--root", default="results/cache", help="folder of the cache")
     cache.add_argument("--clear", nargs="+", metavar="KEY", help="delete these entries; `all` deletes everything")
@@ -108,12 +113,17 @@ def _check(options: argparse.Namespace, console: Console) -> int:
     if options.crop_from and not options.image_size:
         raise DataError("--crop-from needs --image-size, the side of the centre that is kept.")
     crop = (options.crop_from, options.image_size) if options.crop_from else None
-    sizes, errors = (options.image_size,) if options.image_size else SIZES, 0
+    sizes, reports = (options.image_size,) if options.image_size else SIZES, []
     for dataset in chosen:
         report = check(dataset.name, dataset.root, dataset.categories, console, sizes, options.max_megapixels, crop)
         show(report, console)
-        errors += report.errors
-    return 1 if errors else 0
+        reports.append(report)
+    if options.out:
+        from datamodules.contact_sheet import write_sheets
+
+        page = write_sheets(reports, options.out, options.per_kind, options.seed, options.max_megapixels)
+        console.print(f"contact sheets, masks outlined: {escape(str(page))}", highlight=False, soft_wrap=True)
+    return 1 if any(report.errors for report in reports) else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.base import ReconstructionModule
-from lightning_modules.pictures.heatmaps import picture, to_rgb
+from lightning_modules.pictures.heatmaps import map_names, picture, to_rgb
 
 FILE = "failures.csv"
 """In a record: the rows of `find`."""
@@ -68,7 +68,7 @@ def draw(module: ReconstructionModule, data: Any, found: pd.DataFrame) -> tuple[
         ]
         name = f"{category.replace('/', '-')}-failures.jpg"
         images = to_rgb(batch["image"], data.mean, data.std)
-        files[f"heatmaps/{name}"] = picture(images, batch["mask"], scored, titles, module.map_names)
+        files[f"heatmaps/{name}"] = picture(images, batch["mask"], scored, titles, map_names(module))
         for number, (row, rank) in enumerate(zip(rows.itertuples(), ranks, strict=True)):
             place = (batch["dataset"][number], data.table["category"][row.id])
             caption = f"{category}: {rank}, {row.defects} defects"

@@ -66,7 +66,7 @@ def draw(
         titles = [f"{ranks[i]}: {defect}" for i, defect in zip(ids, defects, strict=True)]
         name = f"{category.replace('/', '-')}.jpg"
         images = to_rgb(batch["image"], data.mean, data.std)
-        files[f"heatmaps/{name}"] = picture(images, batch["mask"], scored, titles, module.map_names)
+        files[f"heatmaps/{name}"] = picture(images, batch["mask"], scored, titles, map_names(module))
         score = rows.set_index("id").image_score
         for n, i in enumerate(ids):
             caption = f"{category}: {ranks[i]} by image score, {defects[n]}"
@@ -74,6 +74,12 @@ def draw(
                 (batch["dataset"][n], data.table["category"][i], ranks[i], defects[n], score[i], name, caption)
             )
     return files, index
+
+
+def map_names(module: ReconstructionModule) -> tuple[str, ...]:
+    """Names of the method's level maps in their own order: its own, or else its backbone's levels; () if unknown."""
+    config = getattr(getattr(module, "extractor", None), "config", None)
+    return tuple(module.map_names) or tuple(f"level {level}" for level in getattr(config, "levels", ()))
 
 
 def index_of(rows: Sequence[tuple]) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from datamodules import UnifiedDataModule
+from lightning_modules.base import ReconstructionModule
 from lightning_modules.running.settings import RunConfig
 
 PARTS = {
@@ -101,6 +103,30 @@ def predict_root(value: Any) -> None:
         raise SystemExit(
             "error: predict needs images: IMAGES=<folder or file> with make, or --data.init_args.predict_root."
         )
+
+
+def random_features(model: ReconstructionModule, data: UnifiedDataModule) -> None:
+    """Refuses to train on someone's own photographs with features that nobody trained, unless they were asked for.
+
+    Raises:
+        SystemExit: `auto` came to random weights, and a dataset is read by `folder`.
+    """
+    config = getattr(model.extractor, "config", None)
+    if (
+        getattr(config, "weights", None) == "auto"
+        and model.extractor.provenance["weights"] == "random"
+        and any(dataset.name == "folder" for dataset in data.datasets)
+    ):
+        raise SystemExit(no_weights(config.name))
+
+
+def no_weights(name: str) -> str:
+    """What to type where no trained weights of a backbone are at hand, in one sentence."""
+    return (
+        f"error: no ImageNet weights of {name} are at hand: timm's cache has none, its hub delivers none and no Python package "
+        "has them. For your own photographs use BACKBONE=tf_efficientnet_lite0.in1k WEIGHTS=packaged, which needs no hub, "
+        "or a file (WEIGHTS=<path>); WEIGHTS=random insists on random features."
+    )
 
 
 def place(run: RunConfig, needed: int) -> None:

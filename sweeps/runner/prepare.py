@@ -159,12 +159,19 @@ class Weights:
     The decision is kept in the sweep's working folder and also holds for later runs of the sweep.
     """
 
-    def __init__(self, sweep: CheckedSweep, variables: Mapping[str, str], say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        sweep: CheckedSweep,
+        variables: Mapping[str, str],
+        say: Callable[[str], None],
+        sets: Sequence[Dataset] = (),
+    ) -> None:
         self._variables = variables
         self._say = say
         self._kept = WORK / sweep.name / "weights.json"
         self._decided: dict[str, str] = {}
         self._sweep = sweep
+        self._own_data = any(dataset.name == "folder" for dataset in sets)
 
     def of(self, cell: Cell) -> str | None:
         """The cell's WEIGHTS, or None if neither the environment nor `auto` in the profile asks for any."""
@@ -194,6 +201,12 @@ class Weights:
         lines = outcome.stdout.split()
         if outcome.returncode or not lines or lines[-1] not in ("imagenet", "packaged", "random"):
             raise SweepError(f"`{' '.join(words[1:])}` could not decide the weights of {tag}; its message is above.")
+        if lines[-1] == "random" and self._own_data:
+            raise SweepError(
+                f"No ImageNet weights of {tag} are at hand: timm's cache has none, its hub delivers none and no Python package has "
+                "them. For your own photographs use BACKBONE=tf_efficientnet_lite0.in1k WEIGHTS=packaged, which needs no hub; "
+                "WEIGHTS=random insists on random features."
+            )
         write_json(self._kept, {**read_json(self._kept), tag: lines[-1]})
         return lines[-1]
 
