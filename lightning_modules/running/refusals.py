@@ -13,6 +13,7 @@ import torch
 from datamodules import UnifiedDataModule
 from lightning_modules.base import ReconstructionModule
 from lightning_modules.running.settings import RunConfig
+from results.common.no_weights import no_weights
 
 PARTS = {
     "fast_dev_run": False,
@@ -117,16 +118,7 @@ def random_features(model: ReconstructionModule, data: UnifiedDataModule) -> Non
         and model.extractor.provenance["weights"] == "random"
         and any(dataset.name == "folder" for dataset in data.datasets)
     ):
-        raise SystemExit(no_weights(config.name))
-
-
-def no_weights(name: str) -> str:
-    """What to type where no trained weights of a backbone are at hand, in one sentence."""
-    return (
-        f"error: no ImageNet weights of {name} are at hand: timm's cache has none, its hub delivers none and no Python package "
-        "has them. For your own photographs use BACKBONE=tf_efficientnet_lite0.in1k WEIGHTS=packaged, which needs no hub, "
-        "or a file (WEIGHTS=<path>); WEIGHTS=random insists on random features."
-    )
+        raise SystemExit(f"error: {no_weights(config.name)}")
 
 
 def place(run: RunConfig, needed: int) -> None:

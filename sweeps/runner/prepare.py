@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from results.common import methods
 from results.common.environment import parse, parts
 from results.common.files import read_json, write_json
 from results.common.lock import Lock
+from results.common.no_weights import no_weights
 from sweeps.runner import command
 from sweeps.runner.checked_sweep import CheckedSweep
 from sweeps.runner.errors import SweepError
@@ -202,11 +203,7 @@ class Weights:
         if outcome.returncode or not lines or lines[-1] not in ("imagenet", "packaged", "random"):
             raise SweepError(f"`{' '.join(words[1:])}` could not decide the weights of {tag}; its message is above.")
         if lines[-1] == "random" and self._own_data:
-            raise SweepError(
-                f"No ImageNet weights of {tag} are at hand: timm's cache has none, its hub delivers none and no Python package has "
-                "them. For your own photographs use BACKBONE=tf_efficientnet_lite0.in1k WEIGHTS=packaged, which needs no hub; "
-                "WEIGHTS=random insists on random features."
-            )
+            raise SweepError(no_weights(tag))
         write_json(self._kept, {**read_json(self._kept), tag: lines[-1]})
         return lines[-1]
 
