@@ -108,7 +108,7 @@ def write_sheets(
                     name = f"{prefix}{report.listing.reader.name}-{category.replace(os.sep, '-')}.jpg"
                     picture = _sheet(report, category, list(rows_of(rows)), count, seed, max_megapixels, pool)
                     with replacing(out / name) as part:
-                        picture.save(part, "JPEG", quality=88)
+                        picture.save(part, "JPEG", quality=88, subsampling=0)
                     sheets.append(_described(report, category, name))
         page = Environment(autoescape=True, trim_blocks=True).from_string(_TEMPLATE)
         explained = (
