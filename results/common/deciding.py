@@ -36,8 +36,8 @@ LATER = {
 """Options that earlier versions did not have, with the value that means what those did: older runs stay comparable."""
 
 SHOWING = (
-    "results", "sweeps", "tests", "datamodules/__main__.py", "datamodules/check.py", "datamodules/contact_sheet.py", "datamodules/download",
-    "datamodules/errors.py", "datamodules/outline.py",
+    "results", "sweeps", "tests", "datamodules/__main__.py", "datamodules/check.py", "datamodules/contact_sheet.py",
+    "datamodules/download", "datamodules/errors.py", "datamodules/outline.py",
     "datamodules/problems.py", "lightning_modules/benchmarks", "lightning_modules/pictures",
     "lightning_modules/callbacks/kept_epochs.py",
     "lightning_modules/callbacks/predictions.py", "lightning_modules/callbacks/progress.py",
