@@ -161,7 +161,7 @@ def _unpack(source: Source, archive: Path, working: Path, console: Console) -> N
     """The archive's files as `complete` in the working folder, once the reader finds its categories among them."""
     fresh = working / "unpacking"
     shutil.rmtree(fresh, ignore_errors=True)
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("unpacking", total=None)
         tell: Callable[[int], None] = lambda size: progress.advance(task, size)  # noqa: E731
         unpack(archive, fresh, told=tell)

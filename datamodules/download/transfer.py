@@ -16,7 +16,8 @@ from datamodules.errors import DataError
 
 TIMEOUTS = (10, 60)
 """Seconds for a connection, and between two pieces."""
-_CHUNK = 2**20
+_CHUNK = 2**16
+"""Bytes that are written together; of a cut connection what is less than that is lost."""
 
 
 class Cut(OSError):
@@ -54,7 +55,7 @@ class Transfer:
             TimeRemainingColumn(),
             TextColumn("{task.description}"),
         )
-        with Progress(*columns, console=self.console, transient=True) as progress:
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
             while True:
                 before = self._size()
                 try:

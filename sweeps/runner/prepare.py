@@ -194,6 +194,8 @@ class Weights:
         if tag not in self._decided:
             self._decided[tag] = read_json(self._kept).get(tag) or self._decide(tag)
             self._tell(tag)
+        if self._own_data and self._decided[tag] == "random":
+            raise SweepError(no_weights(tag))
         return self._decided[tag]
 
     def _decide(self, tag: str) -> str:
@@ -202,8 +204,6 @@ class Weights:
         lines = outcome.stdout.split()
         if outcome.returncode or not lines or lines[-1] not in ("imagenet", "packaged", "random"):
             raise SweepError(f"`{' '.join(words[1:])}` could not decide the weights of {tag}; its message is above.")
-        if lines[-1] == "random" and self._own_data:
-            raise SweepError(no_weights(tag))
         write_json(self._kept, {**read_json(self._kept), tag: lines[-1]})
         return lines[-1]
 

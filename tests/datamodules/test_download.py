@@ -16,6 +16,7 @@ from rich.console import Console
 from datamodules import __main__ as program
 from datamodules.download import fetch as fetching
 from datamodules.download.sources import SOURCES, Source, source_of
+from datamodules.download.transfer import _CHUNK as PIECE
 from datamodules.download.transfer import Transfer
 from datamodules.download.unpacking import unpack
 from datamodules.errors import DataError
@@ -83,7 +84,7 @@ def offer(server, monkeypatch):
         monkeypatch.setitem(SOURCES, name, source)
         return source
 
-    monkeypatch.setattr(Transfer.__init__, "__defaults__", (4, 0.0))
+    monkeypatch.setattr(Transfer.__init__, "__defaults__", (4, 0.0))  # no pause between attempts
     return offered
 
 
@@ -101,6 +102,13 @@ def zipped(folder) -> bytes:
         for path in sorted(folder.rglob("*")):
             file.write(path, path.relative_to(folder))
     return buffer.getvalue()
+
+
+def large(make, folder) -> bytes:
+    """An archive of more than six pieces."""
+    make.mvtec(folder)
+    make.image(folder / "bottle/train/good/large.png", size=(400, 500), seed=1)
+    return packed(folder)
 
 
 QUIET = Console(quiet=True)
@@ -132,31 +140,30 @@ def test_each_archive_becomes_what_its_reader_reads(make, tmp_path, offer, capsy
 
 
 def test_a_cut_connection_goes_on_where_it_was(make, tmp_path, offer, server):
-    body = packed(make.mvtec(tmp_path / "a"))
-    source = offer("mvtec_ad", body)
-    server.cuts = [1000, 2000]
+    source = offer("mvtec_ad", large(make, tmp_path / "a"))
+    server.cuts = [2 * PIECE + 1000, 3 * PIECE]
     fetching.fetch(source, tmp_path / "b", True, QUIET)
-    assert server.asked == ["", "bytes=1000-", "bytes=3000-"]
+    assert server.asked == ["", f"bytes={2 * PIECE}-", f"bytes={5 * PIECE}-"]
 
 
 def test_a_later_command_goes_on_without_asking_again(make, tmp_path, offer, server, capsys):
-    source = offer("mvtec_ad", packed(make.mvtec(tmp_path / "a")))
-    server.cuts = [1000, 0, 0, 0, 0]
+    source = offer("mvtec_ad", large(make, tmp_path / "a"))
+    server.cuts = [PIECE, 0, 0, 0, 0]
     with pytest.raises(DataError, match="the same command goes on"):
         fetching.fetch(source, tmp_path / "b", True, QUIET)
     server.asked.clear()
     server.cuts.clear()
     call = ["fetch", "--dataset", "mvtec_ad", "--data-root", str(tmp_path / "b")]
     assert program.main(call) == 0
-    assert server.asked == ["bytes=1000-"]
+    assert server.asked == [f"bytes={PIECE}-"]
     assert "Licence" not in capsys.readouterr().out
 
 
 def test_a_server_without_ranges_is_read_from_the_start(make, tmp_path, offer, server):
-    source = offer("mvtec_ad", packed(make.mvtec(tmp_path / "a")))
-    server.ranges, server.cuts = False, [1000]
+    source = offer("mvtec_ad", large(make, tmp_path / "a"))
+    server.ranges, server.cuts = False, [PIECE]
     fetching.fetch(source, tmp_path / "b", True, QUIET)
-    assert server.asked == ["", "bytes=1000-"]
+    assert server.asked == ["", f"bytes={PIECE}-"]
 
 
 def test_a_part_that_is_whole_already_is_not_fetched_again(tmp_path, server):
@@ -211,8 +218,8 @@ def test_nothing_is_fetched_without_the_licence(tmp_path, offer, server, monkeyp
 
 def test_a_folder_of_other_things_is_left_alone(make, tmp_path, offer):
     source = offer("visa", b"x")
-    make.mvtec(tmp_path)
-    with pytest.raises(DataError, match=r"holds other things \(bottle\)"):
+    make.image(tmp_path / "holidays" / "beach.png")
+    with pytest.raises(DataError, match=r"holds other things \(holidays\)"):
         fetching.fetch(source, tmp_path, True, QUIET)
 
 
