@@ -137,10 +137,18 @@ def data(sets: list[Dataset], profile: str, say: Callable[[str], None]) -> None:
                 raise SweepError(
                     f"The data set {dataset.name} of profile {profile} should be in {dataset.root}, which is not a folder. "
                     f"Name its place with DATA_ROOT=<folder>, or run PROFILE=demo, which makes its own data."
+                    f"{_fetched(dataset.name)}"
                 )
             find_dataset(dataset.name, dataset.root, dataset.categories)
         except DataError as error:
             raise SweepError(str(error)) from error
+
+
+def _fetched(name: str) -> str:
+    """How to get a data set that can be fetched by name, as a further sentence."""
+    from datamodules.download.sources import SOURCES
+
+    return f" Fetch it with make data DATASET={name} DATA_ROOT=<folder>." if name in SOURCES else ""
 
 
 def _make_synthetic(root: Path, options: tuple[str, ...], say: Callable[[str], None]) -> None:
