@@ -105,7 +105,7 @@ def write_sheets(
             for number, report in enumerate(reports):
                 for category, rows in report.listing.table.groupby("category"):
                     prefix = f"{number + 1}-" if len(reports) > 1 else ""
-                    name = f"{prefix}{report.listing.reader.name}-{category.replace(os.sep, '-')}.jpg"
+                    name = printable(f"{prefix}{report.listing.reader.name}-{category.replace(os.sep, '-')}.jpg")
                     picture = _sheet(report, category, list(rows_of(rows)), count, seed, max_megapixels, pool)
                     with replacing(out / name) as part:
                         picture.save(part, "JPEG", quality=88, subsampling=0)

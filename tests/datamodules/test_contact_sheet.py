@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import numpy as np
@@ -80,6 +81,14 @@ def test_files_that_cannot_be_read_are_shown_as_such(make, tmp_path):
     page = write_sheets([check("folder", root)], tmp_path / "out")
     assert count(Image.open(page.with_name("folder-nut.jpg")), RED) > 6 * TILE
     assert "size mismatch" in page.read_text()
+
+
+def test_a_name_that_is_not_utf8_is_spelled_out(make, tmp_path):
+    root = make.mvtec(tmp_path / "data", "nut")
+    os.rename(root / "nut", os.path.join(os.fsencode(root), b"caf\xe9"))
+    page = write_sheets([check("folder", root)], tmp_path / "out")
+    assert "caf\\udce9" in page.read_text()
+    assert len(list(page.parent.glob("*.jpg"))) == 1
 
 
 def test_a_folder_that_cannot_be_written_is_named(make, tmp_path):
