@@ -10,7 +10,7 @@ PROFILE ?= demo
 # The first line is read by the command line itself, so that make, the sweep runner and `wandb agent` steer a run alike.
 VALUES := PROFILE DATASET DATA_ROOT CATEGORIES BACKBONE WEIGHTS ALPHA RULE WANDB \
 	METHOD RUN IMAGES OUT ABLATION COMPARE SETTING WORKERS GPUS SEEDS SWEEP TABLE SOURCE FORMAT A B CLEAR \
-	RUNS METHODS REFERENCE CHECKPOINT
+	RUNS METHODS REFERENCE CHECKPOINT ADDRESS
 $(foreach v,$(VALUES),$(if $(filter undefined,$(origin $v)),,$(eval override $v := $$(value $v))$(eval export $v)))
 
 .DEFAULT_GOAL := help
@@ -60,8 +60,11 @@ submission: setup  ## MVTec AD 2's files for its evaluation server: RUN=<record 
 	@test -n "$$RUN" -a -n "$$OUT" || { echo 'error: submission needs RUN=<record folder> and OUT=<new folder>'; exit 2; }
 	$(PY) -m lightning_modules submission --run "$$RUN" --out "$$OUT" $(ARGS)
 
-check-data: setup  ## Count a dataset's images and list every problem: DATASET= DATA_ROOT= [CATEGORIES= ARGS=].
-	$(PY) -m datamodules check $(ARGS)
+check-data: setup  ## Count a dataset's images, list every problem, draw contact sheets: DATASET= DATA_ROOT= [CATEGORIES= OUT= ARGS=].
+	$(PY) -m datamodules check --out "$${OUT:-results/check}" $(ARGS)
+
+data: setup  ## Fetch a public dataset: DATASET=mvtec_ad|mvtec_loco|mvtec_ad_2|visa|btad DATA_ROOT= [ACCEPT=1 ADDRESS=].
+	$(PY) -m datamodules fetch $(if $(filter 1,$(ACCEPT)),--accept) $(if $(ADDRESS),--address "$$ADDRESS") $(ARGS)
 
 synthetic: setup  ## Make the embedded benchmark in data/synthetic.
 	$(PY) -m datamodules synthetic data/synthetic
@@ -138,6 +141,6 @@ bench-metrics: setup  ## Time our metrics against other libraries.
 bench-start: setup  ## Time the start of a run on 60,000 small files: [ARGS=].
 	$(PY) -m lightning_modules.benchmarks.start $(ARGS)
 
-.PHONY: help setup test test-all lint readme train import predict submission check-data synthetic sweep sweeps reference verify wandb-sweep agents \
+.PHONY: help setup test test-all lint readme train import predict submission check-data data synthetic sweep sweeps reference verify wandb-sweep agents \
 	pull table tables \
 	audit figures compare report reconstructions pipeline gallery shortcuts self-similarity bench bench-metrics bench-start cache

@@ -157,7 +157,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         gpus = prepare.gpus(options.gpus)
         workers = len(gpus) or options.workers or min(4, prepare.cores())
         threads = max(1, prepare.cores() // workers)
-        weights = prepare.Weights(sweep, variables, say)
+        weights = prepare.Weights(sweep, variables, say, sets)
         all_jobs = prepare.jobs(sweep, every_cell, variables, sets, weights, threads)
         jobs = [job for job in all_jobs if job.cell in cells]
         left_out: dict[int, str] = {}

@@ -192,7 +192,10 @@ def raise_on_errors(listing: Listing) -> None:
 
 
 def _how_to_get(reader: DatasetReader) -> str:
+    from datamodules.download.sources import SOURCES  # late: it asks for readers itself
+
     source = f" It is available from {reader.homepage}" if reader.homepage else ""
+    source += f", or by make data DATASET={reader.name} DATA_ROOT=<folder>" if reader.name in SOURCES else ""
     return f"{reader.name} is laid out as: {reader.layout}.{source}"
 
 

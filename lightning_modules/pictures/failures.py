@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.base import ReconstructionModule
-from lightning_modules.pictures.heatmaps import picture, to_rgb
+from lightning_modules.pictures.heatmaps import map_names, picture, to_rgb
 
 FILE = "failures.csv"
 """In a record: the rows of `find`."""
@@ -76,7 +76,7 @@ def draw(
         name = f"{category.replace('/', '-')}-failures.jpg"
         images = to_rgb(batch["image"], data.mean, data.std)
         files[f"heatmaps/{name}"] = picture(
-            images, batch["mask"], scored, titles, module.map_names, (scales or {}).get(category)
+            images, batch["mask"], scored, titles, map_names(module), (scales or {}).get(category)
         )
         for number, (row, rank) in enumerate(zip(rows.itertuples(), ranks, strict=True)):
             place = (batch["dataset"][number], data.table["category"][row.id])

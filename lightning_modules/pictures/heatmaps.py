@@ -92,7 +92,7 @@ def draw(
         name = f"{category.replace('/', '-')}.jpg"
         images = to_rgb(batch["image"], data.mean, data.std)
         files[f"heatmaps/{name}"] = picture(
-            images, batch["mask"], scored, titles, module.map_names, (scales or {}).get(category)
+            images, batch["mask"], scored, titles, map_names(module), (scales or {}).get(category)
         )
         score = rows.set_index("id").image_score
         for n, i in enumerate(ids):
@@ -102,6 +102,12 @@ def draw(
                 (batch["dataset"][n], data.table["category"][i], ranks[i], defects[n], score[i], name, caption)
             )
     return files, index
+
+
+def map_names(module: ReconstructionModule) -> tuple[str, ...]:
+    """Names of the method's level maps in their own order: its own, or else its backbone's levels; () if unknown."""
+    config = getattr(getattr(module, "extractor", None), "config", None)
+    return tuple(module.map_names) or tuple(f"level {level}" for level in getattr(config, "levels", ()))
 
 
 def index_of(rows: Sequence[tuple]) -> str:

@@ -119,6 +119,7 @@ class UniReconCLI(internals.OpenCLI):
         except ValueError as error:
             raise SystemExit(str(error)) from error
         if self.subcommand == "fit":
+            refusals.random_features(self.model, self.datamodule)
             refusals.place(self.run_config, self._bytes_needed())
             resuming.claim(self.run_config)
             self._leave_finished()  # another process may have finished the run while this one waited for it
@@ -231,6 +232,7 @@ class UniReconCLI(internals.OpenCLI):
         rank_zero_info(f"{self.model.method}: {size} on {backbone['name']} ({backbone['weights']} weights)")
         self.datamodule.setup("fit")
         decisions.check(self.datamodule.table, self.run_config)
+        rank_zero_info(normalisation.described(self.model, self.datamodule))
         if not self.datamodule.has_test_images:
             if self.run_config.selects == "best_on_test":
                 raise DataError("No test image: run.protocol=as_released chooses its epoch on the test set. Use clean.")

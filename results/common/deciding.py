@@ -36,8 +36,9 @@ LATER = {
 """Options that earlier versions did not have, with the value that means what those did: older runs stay comparable."""
 
 SHOWING = (
-    "results", "sweeps", "tests", "datamodules/__main__.py", "datamodules/check.py", "datamodules/errors.py",
-    "datamodules/problems.py", "lightning_modules/benchmarks", "lightning_modules/decisions", "lightning_modules/pictures",
+    "results", "sweeps", "tests", "datamodules/__main__.py", "datamodules/check.py", "datamodules/contact_sheet.py",
+    "datamodules/download", "datamodules/errors.py", "datamodules/outline.py", "datamodules/problems.py",
+    "lightning_modules/benchmarks", "lightning_modules/decisions", "lightning_modules/pictures",
     "lightning_modules/callbacks/kept_epochs.py",
     "lightning_modules/callbacks/predictions.py", "lightning_modules/callbacks/progress.py",
     "lightning_modules/running/checkpoints.py", "lightning_modules/running/decisions.py", "lightning_modules/running/loading.py",

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from results.common import methods
 from results.common.environment import parse, parts
 from results.common.files import read_json, write_json
 from results.common.lock import Lock
+from results.common.no_weights import no_weights
 from sweeps.runner import command
 from sweeps.runner.checked_sweep import CheckedSweep
 from sweeps.runner.errors import SweepError
@@ -136,10 +137,18 @@ def data(sets: list[Dataset], profile: str, say: Callable[[str], None]) -> None:
                 raise SweepError(
                     f"The data set {dataset.name} of profile {profile} should be in {dataset.root}, which is not a folder. "
                     f"Name its place with DATA_ROOT=<folder>, or run PROFILE=demo, which makes its own data."
+                    f"{_fetched(dataset.name)}"
                 )
             find_dataset(dataset.name, dataset.root, dataset.categories)
         except DataError as error:
             raise SweepError(str(error)) from error
+
+
+def _fetched(name: str) -> str:
+    """How to get a data set that can be fetched by name, as a further sentence."""
+    from datamodules.download.sources import SOURCES
+
+    return f" Fetch it with make data DATASET={name} DATA_ROOT=<folder>." if name in SOURCES else ""
 
 
 def _make_synthetic(root: Path, options: tuple[str, ...], say: Callable[[str], None]) -> None:
@@ -159,12 +168,19 @@ class Weights:
     The decision is kept in the sweep's working folder and also holds for later runs of the sweep.
     """
 
-    def __init__(self, sweep: CheckedSweep, variables: Mapping[str, str], say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        sweep: CheckedSweep,
+        variables: Mapping[str, str],
+        say: Callable[[str], None],
+        sets: Sequence[Dataset] = (),
+    ) -> None:
         self._variables = variables
         self._say = say
         self._kept = WORK / sweep.name / "weights.json"
         self._decided: dict[str, str] = {}
         self._sweep = sweep
+        self._own_data = any(dataset.name == "folder" for dataset in sets)
 
     def of(self, cell: Cell) -> str | None:
         """The cell's WEIGHTS, or None if neither the environment nor `auto` in the profile asks for any."""
@@ -186,6 +202,8 @@ class Weights:
         if tag not in self._decided:
             self._decided[tag] = read_json(self._kept).get(tag) or self._decide(tag)
             self._tell(tag)
+        if self._own_data and self._decided[tag] == "random":
+            raise SweepError(no_weights(tag))
         return self._decided[tag]
 
     def _decide(self, tag: str) -> str:
