@@ -281,7 +281,9 @@ def template() -> TemplateModule:
     environment = Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    helpers = (anchor, group_spans, labels, missing_lines, origin, record_id, shown_numbers, starts_group)
+    helpers = (
+        anchor, group_spans, labels, missing_lines, origin, print_width, record_id, shown_numbers, starts_group,
+    )  # fmt: skip
     environment.globals.update({helper.__name__: helper for helper in helpers})
     environment.globals["file"] = lambda name: Markup((here / name).read_text(encoding="utf-8"))
     return environment.get_template("report.html.j2").module
@@ -301,6 +303,12 @@ def origin(cell: Cell, row: Row, column: Column) -> str:
         lines.append(f"n = {cell.runs.n} seeds" if cell.runs.mean is not None else cell.runs.reason)
         lines += cell.runs.records
     return "\n".join(filter(None, lines))
+
+
+def print_width(table: Table) -> str:
+    """The class of a table that needs small letters to keep its columns on a printed page, else nothing."""
+    characters = natural_width(table)
+    return " widest" if characters > 260 else " wide" if characters > 150 else ""
 
 
 def record_id(name: str) -> str:
