@@ -19,6 +19,7 @@ from results.common.nearest import did_you_mean
 SOURCES = ("published", "runs", "both")
 OWN_PAPERS = "own_papers"
 """Source of the published numbers that a method's own paper prints."""
+DIRTY = "Some runs were made from code with uncommitted changes."
 #: Which axes a sweep may vary, recognised by the key that it sets.
 _SWEPT_AXES = (
     (".backbone", ("backbone", "weights")),
@@ -220,13 +221,15 @@ def describe_runs(records: Sequence[StoredRecord]) -> str:
         f"Protocol {_all(records, lambda r: r.protocol)}, profile {_all(records, lambda r: r.profile)}, "
         f"{_all(records, lambda r: settings[r.setting])}."
     )
+    recipes: dict[str, list[str]] = {}  # methods that share theirs are named together
     for method in sorted({stored.record.method for stored in records}):
         mine = [stored for stored in records if stored.record.method == method]
         weights = _all(mine, lambda r: "RANDOM weights" if r.random_weights else f"weights {_weights(r)}")
         backbone = _all(mine, lambda r: r.backbone["name"])
         size = " or ".join(sorted({axis_value(stored, "image size") for stored in mine}))
-        name = names.method_label(method)
-        parts.append(f"{name}: backbone {backbone}, {weights}, images {size} ({_all(mine, lambda r: r.resize)}).")
+        recipe = f"backbone {backbone}, {weights}, images {size} ({_all(mine, lambda r: r.resize)})"
+        recipes.setdefault(recipe, []).append(names.method_label(method))
+    parts += [f"{_list(methods)}: {recipe}." for recipe, methods in recipes.items()]
     for dataset in sorted({d["name"] for stored in records for d in stored.record.datasets}):
         found = sorted(_found_categories(records)[dataset])
         known = names.DATASET_CATEGORIES.get(dataset, ())
@@ -258,7 +261,7 @@ def shouts(records: Iterable[StoredRecord]) -> list[str]:
         found.append("PROTOCOL as_released: these numbers follow the released code, test-set choices included.")
     found += [f"{note}." for note in _run_notes(records) if SHOUTED.match(note)]
     if any(stored.record.provenance.get("git_dirty") for stored in records):
-        found.append("Some runs were made from code with uncommitted changes.")
+        found.append(DIRTY)
     return found
 
 

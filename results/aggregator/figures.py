@@ -301,7 +301,7 @@ def cost_against_quality(table: Table, records: Sequence[StoredRecord], metric: 
     if len(points) < 2:
         return None
     prices = [point[0] for point in points]
-    if max(prices) < 1.2 * min(prices):  # the same cost but for noise: nothing to weigh
+    if max(prices) <= 1.2 * min(prices):  # the same cost but for noise: nothing to weigh
         return None
     label, unit, _ = COSTS[price]
     with rc_context(STYLE):

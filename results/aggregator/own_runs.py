@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from results.aggregator import names
-from results.aggregator.build import shouts
+from results.aggregator.build import DIRTY, shouts
 from results.aggregator.history import FALLING, fall
 from results.aggregator.records import StoredRecord
 from results.aggregator.scores import axis_value, cost
@@ -19,6 +19,7 @@ MAIN = (
 )  # fmt: skip
 """Metrics of a run's first table, those of them that it has; all others stand in a folded one."""
 OVERVIEW = ("image_auroc", "pixel_auroc", "pixel_ap", "pixel_aupro", "dsc")
+DIRTY_RUN = "Made from code with uncommitted changes."
 _SETTINGS = {"unified": "one model", "per_category": "one model per category"}
 
 
@@ -43,6 +44,7 @@ class Shown:
     main: Table
     rest: Table | None
     remarks: list[str]
+    notes: list[str]
     decisions: list[Table] = field(default_factory=list)
     curve: Picture | None = None
     pictures: list[Picture] = field(default_factory=list)
@@ -66,17 +68,19 @@ def _started(stored: StoredRecord) -> str:
 def show(stored: StoredRecord) -> Shown:
     """A run without its pictures."""
     found = [metric for metric in MAIN if metric in set(stored.columns["metric"])]
+    warnings = [text for text in shouts([stored]) if text != DIRTY]
     everything = list(dict.fromkeys(stored.columns["metric"]))
     return Shown(
         stored,
         stored.record.run if stored.record.sweep == "single" else stored.name,
         settings(stored),
-        shouts([stored]),
+        warnings,
         _per_category(stored, found or everything[:8], "run", variants=("",)),
         _per_category(stored, everything, "every-number", tuple(dict.fromkeys(stored.columns["variant"])))
         if set(everything) - set(found) or len(set(stored.columns["variant"])) > 1
         else None,
         _remarks(stored),
+        [note for note in stored.record.notes if not any(note in warning for warning in warnings)],
     )
 
 
@@ -109,7 +113,7 @@ def settings(stored: StoredRecord) -> str:
 
 def _remarks(stored: StoredRecord) -> list[str]:
     """What a reader should know of the run before using its numbers."""
-    remarks = [note for note in stored.record.notes if not any(note in shout for shout in shouts([stored]))]
+    remarks = [DIRTY_RUN] if stored.record.provenance.get("git_dirty") else []
     share = fall(stored)
     if share is not None and share > FALLING:
         remarks.append(
@@ -139,7 +143,7 @@ def overview(runs: Sequence[StoredRecord]) -> Table:
     return Table(
         "own-runs", "Overview", "runs", ("Run", "Method", "Data", "Backbone, images", "Seed"), rows, columns, cells,
         "Percent, mean over the categories of the data set; nothing is marked, because these runs may differ in data, "
-        "backbone or length. `make compare A= B=` pairs two of them.",
+        "backbone or length. make compare A=<run> B=<run> pairs two of them.",
         missing=_missing(rows, columns, cells),
     )  # fmt: skip
 
@@ -149,7 +153,8 @@ def _per_category(stored: StoredRecord, metrics: Sequence[str], name: str, varia
     rows, cells = [], []
     columns = [Column(names.metric_label(metric), "", metric, 3 if not names.is_percent(metric) else 1) for metric in metrics]
     for variant in variants:
-        places = dict.fromkeys(key[1:4] for key in stored.scores if key[0] == variant)
+        one = len(stored.record.datasets) == 1  # then "over all data sets" repeats it
+        places = dict.fromkeys(key[1:4] for key in stored.scores if key[0] == variant and (key[2] or not one))
         for scope in ("category", "mean", "pooled"):
             for number, place in enumerate(p for p in places if p[0] == scope):
                 _, dataset, category = place

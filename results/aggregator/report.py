@@ -60,7 +60,7 @@ class _Pictures:
                 continue
             self.left -= len(data)
             title = f"{names.dataset_label(rows['dataset'].iloc[0])} / {rows['category'].iloc[0]}"
-            text = ", ".join(f"{row.rank}: {row.defect} ({float(row.image_score):.3g})" for row in rows.itertuples())
+            text = ", ".join(f"{row.rank}: {row.defect} ({float(row.image_score):.4g})" for row in rows.itertuples())
             kind = "png" if file.endswith(".png") else "jpeg"
             pictures.append(Picture(title, text, _uri(kind, data), _width(data)))
         if skipped:
