@@ -103,8 +103,14 @@ def run_figure(stored: StoredRecord) -> Figure | None:
 
     None if nothing was recorded over more than one epoch.
     """
-    losses = [(read_curve(stored, LOSS), BLUE, "training"), (read_curve(stored, HELD_OUT), GREY, "held-out normal images")]
-    scores = [(read_curve(stored, DETECTION), GREEN, "image AUROC"), (read_curve(stored, LOCALISATION), RED, "pixel AUROC")]
+    losses = [
+        (read_curve(stored, LOSS), BLUE, "training"),
+        (read_curve(stored, HELD_OUT), GREY, "held-out normal images"),
+    ]
+    scores = [
+        (read_curve(stored, DETECTION), GREEN, "image AUROC"),
+        (read_curve(stored, LOCALISATION), RED, "pixel AUROC"),
+    ]
     panels = [
         [(curve, colour, label) for curve, colour, label in panel if curve is not None and len(curve.epochs) > 1]
         for panel in (losses, scores)

@@ -91,7 +91,9 @@ def settings(stored: StoredRecord) -> str:
         f"{names.dataset_label(d['name'])} ({', '.join(map(str, d['categories']))})" for d in record.datasets
     )
     count = sum(len(d["categories"]) for d in record.datasets)
-    model = _SETTINGS[record.setting] + (f" for {count} categories" if record.setting == "unified" and count > 1 else "")
+    model = _SETTINGS[record.setting] + (
+        f" for {count} categories" if record.setting == "unified" and count > 1 else ""
+    )
     backbone = f"{axis_value(stored, 'backbone').partition('.')[0]} ({record.backbone['weights']} weights)"
     took = cost(stored, "train_seconds") or came.get("wall_seconds")
     epochs = came.get("epochs")
@@ -125,7 +127,9 @@ def _remarks(stored: StoredRecord) -> list[str]:
 
 def overview(runs: Sequence[StoredRecord]) -> Table:
     """A row per run: means over categories, per data set."""
-    pairs = [(stored, dataset) for stored in runs for dataset in dict.fromkeys(d["name"] for d in stored.record.datasets)]
+    pairs = [
+        (stored, dataset) for stored in runs for dataset in dict.fromkeys(d["name"] for d in stored.record.datasets)
+    ]
     wanted = [m for m in OVERVIEW if any((("", "mean", d, "", m) in stored.scores) for stored, d in pairs)]
     columns = [Column(names.metric_label(metric), "", metric) for metric in wanted]
     rows, cells = [], []
@@ -151,7 +155,9 @@ def overview(runs: Sequence[StoredRecord]) -> Table:
 def _per_category(stored: StoredRecord, metrics: Sequence[str], name: str, variants: Sequence[str]) -> Table:
     """A row per category, then means and pooled numbers, as recorded; a column per metric."""
     rows, cells = [], []
-    columns = [Column(names.metric_label(metric), "", metric, 3 if not names.is_percent(metric) else 1) for metric in metrics]
+    columns = [
+        Column(names.metric_label(metric), "", metric, 3 if not names.is_percent(metric) else 1) for metric in metrics
+    ]
     for variant in variants:
         one = len(stored.record.datasets) == 1  # then "over all data sets" repeats it
         places = dict.fromkeys(key[1:4] for key in stored.scores if key[0] == variant and (key[2] or not one))

@@ -43,7 +43,7 @@ def number_text(value: Value | None, column: Column, show_n: bool = False) -> st
     if value is None or value.mean is None:
         return DASH
     if column.scientific:
-        text = f"{value.mean:.2e}" + (f" ± {value.std:.1e}" if value.std is not None else "")
+        text = f"{value.mean:.3g}" + (f" ± {value.std:.2g}" if value.std is not None else "")
     else:
         text = f"{value.mean:.{column.digits}f}"
         if value.std is not None:
@@ -224,10 +224,7 @@ def latex(table: Table, standalone: bool = False) -> str:
     width = len(table.row_headers) + len(table.columns)
     wide = width > 7 or natural_width(table) > 95
     lines = ["\\begin{table}[htbp]", "\\centering"]
-    caption = " ".join(
-        [f"\\textbf{{{tex(warning)}}}" for warning in table.warnings] + [tex(table.title.rstrip(".") + ".")]
-    )
-    lines.append(f"\\caption{{{caption} {tex(' '.join([table.caption, *table.notes]))}}}")
+    lines.append(f"\\caption{{{tex(table.title.rstrip('.') + '.')}}}")
     lines.append(f"\\label{{tab:{table.name.replace('_', '-')}}}\\smallskip")
     lines += ["\\resizebox{\\linewidth}{!}{%"] * wide
     lines.append(f"\\begin{{tabular}}{{{'l' * len(table.row_headers)}{'r' * len(table.columns)}}}")
@@ -259,12 +256,21 @@ def latex(table: Table, standalone: bool = False) -> str:
         lines.append(" & ".join([*map(tex, labels(row)), *(_tex_signs(text) for text in texts)]) + " \\\\")
     lines.append("\\bottomrule")
     lines.append("\\end{tabular}" + "}" * wide)
-    missing = missing_lines(table)
-    if missing:
-        lines += ["", "\\smallskip", f"\\parbox{{\\linewidth}}{{\\footnotesize {tex(_shortened(missing))}}}"]
+    lines += [
+        line
+        for note in _latex_notes(table)
+        for line in ("", "\\smallskip", f"\\parbox{{\\linewidth}}{{\\footnotesize {note}}}")
+    ]
     lines.append("\\end{table}")
     text = "\n".join(lines) + "\n"
     return f"{_PREAMBLE}\\begin{{document}}\n{text}\\end{{document}}\n" if standalone else text
+
+
+def _latex_notes(table: Table) -> list[str]:
+    """What stands below a LaTeX table: warnings in bold, how it was made, notes, what is missing."""
+    missing = missing_lines(table)
+    notes = [table.caption, *table.notes, *([_shortened(missing)] if missing else [])]
+    return [f"\\textbf{{{tex(warning)}}}" for warning in table.warnings] + [tex(note) for note in notes if note]
 
 
 def latex_document(names: Sequence[str]) -> str:

@@ -126,7 +126,9 @@ def _lead(records: Sequence[StoredRecord]) -> str:
     """How many records there are, of whom, and of when."""
     mine = [stored for stored in records if not stored.reference]
     newest = max((str(s.record.provenance.get("started") or "") for s in mine), default="")
-    own_text = f"{len(mine)} runs of your own" + (f", the newest started {newest[:16].replace('T', ' ')}" if newest else "")
+    own_text = f"{len(mine)} runs of your own" + (
+        f", the newest started {newest[:16].replace('T', ' ')}" if newest else ""
+    )
     return f"{own_text}; {len(records) - len(mine)} reference records, which come with the project"
 
 
@@ -145,14 +147,14 @@ def _run(stored: StoredRecord, budget: _Pictures, shown: dict[str, StoredRecord]
     return found
 
 
-def _sweeps(
-    records: Sequence[StoredRecord], folder: Path, shown: dict[str, StoredRecord]
-) -> list[tuple[str, _Block]]:
+def _sweeps(records: Sequence[StoredRecord], folder: Path, shown: dict[str, StoredRecord]) -> list[tuple[str, _Block]]:
     """The tables of the sweeps with their kind of spec, those with runs of one's own first."""
     blocks = []
     controls = [stored for stored in records if stored.record.sweep in names.CONTROLS]
     mine = {stored.record.sweep for stored in records if stored.record.cell and not stored.reference}
-    for name in sorted({stored.record.sweep for stored in records if stored.record.cell}, key=lambda n: (n not in mine, n)):
+    for name in sorted(
+        {stored.record.sweep for stored in records if stored.record.cell}, key=lambda n: (n not in mine, n)
+    ):
         file = folder / f"{name}.yaml"
         sweep = read_sweep(file) if file.is_file() else None
         spec = spec_for_sweep(name)
