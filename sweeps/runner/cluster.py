@@ -45,6 +45,8 @@ def register(options: argparse.Namespace, console: Console) -> int:
     """Check a sweep, register it with W&B under the chosen profile and print how to start agents."""
     variables = prepare.environment(options.profile) | {"WANDB_MODE": "online"}
     sweep = prepare.chosen(checked_sweep.load(options.ablation), variables)
+    if variables.get("METHOD"):
+        raise SweepError("METHOD does not choose cells of a registered sweep: agents take them all. Leave it out.")
     check_writable(WORK)
     sweep = _of_methods_that_can(sweep, variables, console)
     parameters = dict(sweep.parameters)
