@@ -105,7 +105,7 @@ def print_table(table: Table, console: Console) -> None:
         groups = {table.columns[n].group for n in block}
         if len(groups) == 1 and groups != {""}:
             console.print(f"\n[italic]{escape(*groups)}[/]", highlight=False)
-        console.print(_grid(table, block, show_groups=len(groups) > 1), soft_wrap=True)
+        console.print(_grid(table, block, len(groups) > 1, console.width), soft_wrap=True)
     console.print(f"[dim]{escape(table.caption)}[/]", highlight=False)
     for note in table.notes:
         console.print(f"[dim]{escape(note)}[/]", highlight=False)
@@ -113,15 +113,17 @@ def print_table(table: Table, console: Console) -> None:
         console.print(f"[yellow]{escape(text)}[/]", highlight=False)
 
 
-def _grid(table: Table, block: Sequence[int], show_groups: bool) -> RichTable:
-    """Some columns of the table beside the names of its rows."""
+def _grid(table: Table, block: Sequence[int], show_groups: bool, width: int) -> RichTable:
+    """Some columns of the table beside the names of its rows, which are folded where `width` has no room for both."""
+    names, widths = _widths(table)
+    fits = names + sum(widths[n] for n in block) <= width
     columns = [table.columns[n] for n in block]
     grid = RichTable(header_style="bold")
     for header in table.row_headers:
-        grid.add_column(escape(header), no_wrap=True)
-    for column in columns:
+        grid.add_column(escape(header), no_wrap=fits, overflow="fold")
+    for n, column in zip(block, columns, strict=True):
         heads = (column.group if show_groups else "", column.label)
-        grid.add_column(escape("\n".join(filter(None, heads))), justify="right", no_wrap=True)
+        grid.add_column(escape("\n".join(filter(None, heads))), justify="right", no_wrap=True, min_width=widths[n] - 3)
     styles = {"best": "[bold]{}[/]", "second": "[underline]{}[/]", "": "{}"}
     for row, line in zip(table.rows, table.cells, strict=True):
         if starts_group(table, row):
@@ -143,6 +145,8 @@ def _blocks(table: Table, width: int) -> list[list[int]]:
     if natural_width(table) <= width:
         return [list(range(len(table.columns)))]
     names, widths = _widths(table)
+    if names + max(widths, default=0) > width:  # the names are folded to make room
+        names = min(names, max(width // 2, width - sum(widths)))
     blocks: list[list[int]] = []
     for _, members in itertools.groupby(range(len(table.columns)), key=lambda n: table.columns[n].group):
         used = width
