@@ -26,9 +26,9 @@ from results.aggregator.scores import (
     options_of,
     seed_means,
     versions,
-)  # fmt: skip
+)
 from results.aggregator.sweep_cells import canonical, show_value
-from results.common.nearest import did_you_mean
+from results.common.did_you_mean import did_you_mean
 
 _SAID = ("model.class_path", "model.init_args.backbone", "model.init_args.image_size", "data.init_args.image_size",
          "data.init_args.resize", "data.init_args.setting")  # fmt: skip
