@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import yaml
 
 from results.aggregator import names
 from results.aggregator.build import DIRTY, shouts
@@ -13,12 +16,18 @@ from results.aggregator.records import StoredRecord
 from results.aggregator.scores import axis_value, cost
 from results.aggregator.sweep_cells import describe_cell
 from results.aggregator.table import Cell, Column, Row, Table, Value
+from results.common import untrusted
 
 MAIN = (
     "image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_aupro", "dsc", "iou",
 )  # fmt: skip
 """Metrics of a run's first table, those of them that it has; all others stand in a folded one."""
 OVERVIEW = ("image_auroc", "pixel_auroc", "pixel_ap", "pixel_aupro", "dsc")
+DECISIONS = "decisions.csv"
+_DECIDED = {
+    "normal_images": ("normal images", 0), "threshold": ("threshold", 4), "rate": ("promised rate [%]", 1),
+    "good": ("good images", 0), "false_alarms": ("false alarms", 0), "defects": ("defects", 0), "misses": ("misses", 0),
+}  # fmt: skip
 DIRTY_RUN = "Made from code with uncommitted changes."
 _SETTINGS = {"unified": "one model", "per_category": "one model per category"}
 
@@ -81,6 +90,7 @@ def show(stored: StoredRecord) -> Shown:
         else None,
         _remarks(stored),
         [note for note in stored.record.notes if not any(note in warning for warning in warnings)],
+        decisions(stored),
     )
 
 
@@ -176,6 +186,57 @@ def _per_category(stored: StoredRecord, metrics: Sequence[str], name: str, varia
         table.caption = "Percent; thresholds are scores of the anomaly map."
     table.missing = _missing(rows, columns, cells)
     return table
+
+
+def decisions(stored: StoredRecord) -> list[Table]:
+    """What thresholds of normal images would have done on the test set: by the run's own rule, then by all others.
+
+    Empty for a record without `decisions.csv` (an earlier version's, or a run that was not tested).
+    """
+    try:
+        text = untrusted.file_inside(stored.path, DECISIONS).read_text(encoding="utf-8", errors="surrogateescape")
+        lines = list(csv.DictReader(text.splitlines()))
+        asked = (yaml.safe_load(stored.config_text) or {}).get("run") or {}
+    except (untrusted.UntrustedError, OSError, csv.Error):
+        return []
+    own_rule = asked.get("rule") or ("max" if asked.get("alpha") is None else "conformal")
+    mine = [line for line in lines if line.get("rule") == own_rule and line.get("level") == "image"]
+    others = [line for line in lines if line not in mine]
+    tables = []
+    if mine:
+        tables.append(_decided(stored, f"Decisions, rule {own_rule}", "decisions", mine))
+    if others:
+        tables.append(_decided(stored, "Decisions by other rules, and of pixels", "other-decisions", others))
+    return tables
+
+
+def _decided(stored: StoredRecord, title: str, name: str, lines: Sequence[dict[str, str]]) -> Table:
+    columns = [Column(label, "", "threshold", digits) for label, digits in _DECIDED.values()]
+    rows, cells = [], []
+    for line in lines:
+        group = "" if name == "decisions" else f"{line['rule']}, {line['level']}"
+        scope = line["category"].rpartition("/")[2]
+        rows.append(Row((names.category_label(scope) if scope else "one threshold for all", line["basis"]), group))
+        cells.append([_decided_cell(stored, line, key) for key in _DECIDED])
+    caption = (
+        "A false alarm is a good test image above the threshold, a miss a defect that is not. The promised rate is of false "
+        "alarms on images like the held-out ones."
+    )
+    if any(line["basis"] != "held-out" for line in lines):
+        caption += " Thresholds of training images are optimistic: unseen good images score higher."
+    return Table(f"{name}-{stored.name}", title, "runs", ("Category", "Thresholds from"), rows, columns, cells, caption)
+
+
+def _decided_cell(stored: StoredRecord, line: dict[str, str], key: str) -> Cell:
+    try:
+        value = float(line[key])
+    except (KeyError, ValueError):
+        value = math.nan
+    if key == "rate":
+        value *= 100 if line.get("basis") == "held-out" else math.nan
+    reason = "no rate is promised" if key == "rate" else "not recorded"
+    known = Value(reason=reason) if math.isnan(value) else Value(value, n=1)
+    return Cell(runs=replace(known, records=(stored.name,)))
 
 
 def _cell(stored: StoredRecord, key: tuple[str, str, str, str, str], metric: str) -> Cell:
