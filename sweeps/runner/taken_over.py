@@ -8,6 +8,7 @@ made it. In doubt the cell is run.
 from __future__ import annotations
 
 import subprocess
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -83,4 +84,6 @@ def _fingerprints(sets: Iterable[Dataset]) -> dict[str, str]:
     from datamodules.reading import DatasetConfig, read_datasets  # late: it reads the data
 
     configs = [DatasetConfig(data.name, str(data.root), data.categories) for data in sets]
-    return dict(read_datasets(configs).fingerprints)
+    with warnings.catch_warnings():  # the cells that run say what is odd in the data
+        warnings.simplefilter("ignore")
+        return dict(read_datasets(configs).fingerprints)

@@ -1,9 +1,11 @@
 """The report's first section: one's own trainings, complete, and what a reader must know before using a number."""
 
+import functools
 from pathlib import Path
 
 import pytest
 
+from results.aggregator import report
 from results.aggregator.history import fall
 from results.aggregator.own_runs import decisions, overview, own, show
 from results.aggregator.report import page
@@ -95,5 +97,5 @@ def test_without_a_run_the_first_section_says_how_to_make_one():
 def test_heat_maps_beyond_the_pages_size_are_named_with_their_folder(runs, monkeypatch):
     index = "dataset,category,rank,defect,image_score,file,caption\nsynthetic,bolt,worst,scratch,1.5,bolt.jpg,x\n"
     folder = runs.add(run="mine", attachments={"heatmaps/index.csv": index, "heatmaps/bolt.jpg": b"x" * 1000})
-    monkeypatch.setattr("results.aggregator.report._Pictures.__init__", lambda self: setattr(self, "left", 10) or setattr(self, "kept_back", []))  # fmt: skip
+    monkeypatch.setattr(report, "_Pictures", functools.partial(report._Pictures, 10))
     assert f"single/mine: 1 pictures, in {folder / 'heatmaps'}" in page(runs.read(), Path("nowhere"))
