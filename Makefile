@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
+CHOSEN_METHOD := $(value METHOD)
 METHOD ?= uniad
 PROFILE ?= demo
 # Values go through the environment, letter for letter: neither make nor the shell reads a `$`, a quote or a blank in them.
@@ -69,7 +70,10 @@ data: setup  ## Fetch a public dataset: DATASET=mvtec_ad|mvtec_loco|mvtec_ad_2|v
 synthetic: setup  ## Make the embedded benchmark in data/synthetic.
 	$(PY) -m datamodules synthetic data/synthetic
 
-sweep: setup  ## Run an ablation and rebuild its table: ABLATION= [PROFILE= COMPARE= SETTING= WORKERS= GPUS= SEEDS= ONLY= RETRY_FAILED=1].
+# METHOD's default is of other targets: only one that was asked for chooses cells. ARGS are added to every cell's command.
+sweep wandb-sweep: override export METHOD := $(value CHOSEN_METHOD)
+sweep wandb-sweep: export ARGS := $(value ARGS)
+sweep: setup  ## Run an ablation and rebuild its table: ABLATION= [PROFILE= COMPARE= SETTING= METHOD= WORKERS= GPUS= SEEDS= ONLY= ARGS= RETRY_FAILED=1].
 	$(PY) -m sweeps run "$$ABLATION" $(if $(WORKERS),--workers "$$WORKERS") $(if $(GPUS),--gpus "$$GPUS") \
 		$(if $(SEEDS),--seeds "$$SEEDS") $(foreach o,$(ONLY),--only $(o)) $(if $(RETRY_FAILED),--retry-failed)
 
@@ -82,7 +86,7 @@ reference: setup  ## Train and publish what results/reference/plan.yaml lists: [
 verify: setup  ## Run one small cell per method again, compare with its reference record: [ONLY=method=uniad WORKERS=].
 	$(PY) -m sweeps verify $(foreach o,$(ONLY),--only $(o)) $(if $(WORKERS),--workers "$$WORKERS")
 
-wandb-sweep: setup  ## Register an ablation with W&B and print how to start agents: ABLATION= [PROFILE= COMPARE= SETTING= SEEDS=].
+wandb-sweep: setup  ## Register an ablation with W&B and print how to start agents: ABLATION= [PROFILE= COMPARE= SETTING= SEEDS= ARGS=].
 	$(PY) -m sweeps register "$$ABLATION" $(if $(SEEDS),--seeds "$$SEEDS")
 
 agents: setup  ## One W&B agent per GPU: SWEEP=entity/project/sweep [GPUS=0,1 WORKERS=].

@@ -17,6 +17,7 @@ import yaml
 from lightning_modules.metrics.thresholds import check_rule
 from lightning_modules.metrics.version import __version__
 from results.aggregator.records import NAME
+from results.common.environment import shell_line
 from results.common.files import restore_replaced
 
 PROTOCOLS = ("clean", "as_released")
@@ -165,5 +166,5 @@ def provenance(device: torch.device) -> dict[str, Any]:
             **{p: importlib.metadata.version(p) for p in packages},
         },
         "device": f"{device.type}: {name}",
-        "command": " ".join(["python -m lightning_modules", *sys.argv[1:]]),
+        "command": shell_line(["python", "-m", "lightning_modules", *sys.argv[1:]], os.environ),
     }

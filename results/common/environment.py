@@ -7,6 +7,7 @@ shell has taken its own quotes away before, so that a quote or a dollar sign in 
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,16 @@ class Named:
     weights: str = ""
     alpha: float | None = None
     rule: str = ""
+
+
+VARIABLES = ("PROFILE", "DATASET", "DATA_ROOT", "CATEGORIES", "BACKBONE", "WEIGHTS")
+"""Variables that steer a run; PROFILE is that of the methods in a sweep over methods."""
+
+
+def shell_line(words: Iterable[str], variables: Mapping[str, str]) -> str:
+    """A command as a shell takes it, with the variables before it that steer a run: copied, it runs the same again."""
+    given = [f"{name}={shlex.quote(variables[name])}" for name in VARIABLES if variables.get(name)]
+    return " ".join([*given, *map(shlex.quote, words)])
 
 
 def parts(value: str | Iterable[str] | None) -> tuple[str, ...]:
