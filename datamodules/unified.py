@@ -94,7 +94,8 @@ class UnifiedDataModule(L.LightningDataModule):
         augmentation: entry of `datamodules.augmentation.AUGMENTATIONS`.
         anomalies: puts synthetic anomalies into training images, after the augmentation. Training batches then carry
             `clean` (B, 3, H, W), the image without, and `mask` says where the anomaly is; the label stays 0.
-        mean, std: normalisation of pixels in [0, 1]. None stands for what the backbone's weights were trained with,
+        std: See `mean`.
+        mean: normalisation of pixels in [0, 1]. None stands for what the backbone's weights were trained with,
             which the command line fills in, and Lightning's trainer before the first batch; ImageNet's where there is no
             model.
         seed: of shuffling and augmentation.

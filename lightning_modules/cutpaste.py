@@ -53,9 +53,11 @@ class CutPaste(OwnTrunkModule):
             where it starts from ImageNet).
         cutpaste: What is pasted.
         localisation: `none`, the image-level model, or `patches`.
-        patch_side, patch_stride: Of the patch model's windows, in pixels: 2,401 of them at 256 pixels.
+        patch_side: Of the patch model's windows, in pixels: 2,401 of them at 256 pixels.
+        patch_stride: See `patch_side`.
         upsampling_std: Of the Gaussian that makes the patch model's map, in pixels.
-        head_layers, density: See `models.cutpaste.CutPasteNet`.
+        head_layers: See `models.cutpaste.CutPasteNet`.
+        density: See `head_layers`.
     """
 
     method = "cutpaste"

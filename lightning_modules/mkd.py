@@ -49,7 +49,9 @@ class MKD(ReconstructionModule):
         smooth_draws: Noisy copies for `smooth_grad`. All images get the same draws, scaled, so that batches do not matter.
         noise_rule: Their standard deviation: `released`, (0.05 / range)^2, or `smoothgrad`, 0.05 * range, which was
             probably meant.
-        stages, equal_size, bias: See `models.mkd.MKD`.
+        stages: See `models.mkd.MKD`.
+        equal_size: See `stages`.
+        bias: See `stages`.
     """
 
     method = "mkd"

@@ -45,8 +45,11 @@ class TeacherConfig:
             the run's own training images, and the record says so: such a teacher knows nothing of other images.
         steps: Steps of each teacher (50,000 in the paper).
         batch_size: Patches per step.
-        lr, weight_decay: Of Adam; the decay is an L2 term.
-        distillation, triplet, compactness_weight: Weights of the three losses. The paper's for MVTec AD are 1, 0 and 1.
+        lr: Of Adam; the decay is an L2 term.
+        weight_decay: See `lr`.
+        distillation: Weights of the three losses. The paper's for MVTec AD are 1, 0 and 1.
+        triplet: See `distillation`.
+        compactness_weight: See `distillation`.
         compactness: Correlations between descriptors' `dims` or between `samples`; see
             `models.us.compactness_loss`. The paper leaves it open.
         delta: Margin of the triplet loss.
@@ -101,7 +104,11 @@ class US(ReconstructionModule):
         calibration: `auto`, held-out normal images if there are any, else the training images; or `train`.
         score_parts: Also score error and variance alone, as variants `map=error` and `map=variance`, and each patch
             size, as `patch_size=P`.
-        patch_sizes, students, target, widths, padding: See `models.us.US`.
+        patch_sizes: See `models.us.US`.
+        students: See `patch_sizes`.
+        target: See `patch_sizes`.
+        widths: See `patch_sizes`.
+        padding: See `patch_sizes`.
     """
 
     method = "us"

@@ -34,7 +34,8 @@ class RegionalFeatures:
     linear and separable, so they are done as one small matrix per axis; the image-sized maps are never built.
 
     Args:
-        channels: of each map, as the feature extractor gives them. image_size: (height, width) in pixels.
+        channels: of each map, as the feature extractor gives them.
+        image_size: (height, width) in pixels.
         strides: See `channels`.
 
     Raises ValueError for an image size that is not divisible by 4.
@@ -79,10 +80,10 @@ class DFRNetwork(ReconstructionNetwork):
     """Regional features and the convolutional autoencoder of DFR: 1x1 convolutions, C -> (C + 2d) // 2 -> 2d -> d and back.
 
     Args:
-        regional: gives the features with their C channels. latent: d, from `latent_dimension`; None until `build` is called
+        regional: gives the features with their C channels.
+        latent: d, from `latent_dimension`; None until `build` is called with it.
 
-    with it. Batch norm and ReLU follow every convolution but the latent and the last one. With C = 3456 and d = 100 it
-
+    Batch norm and ReLU follow every convolution but the latent and the last one. With C = 3456 and d = 100 it
     has 13.42 M parameters.
     """
 

@@ -51,7 +51,6 @@ class Dinomaly(ReconstructionNetwork):
         attention_epsilon: added to linear attention's divisor: 0, Dinomaly2 1e-8.
 
     Raises ValueError for levels of different widths or sizes, groups or a window that do not fit, an unknown attention,
-
     and `recenter` without a class token.
     """
 

@@ -123,9 +123,9 @@ class FCDD(FeatureNetwork):
     """Normalisation, network, maps. Reads images, no features.
 
     Args:
-        net: a `VGG` or a `Small`. std: of the Gaussian, in pixels; None: `default_std`. normalised: whether maps
-
-    are divided by those of ones.
+        net: a `VGG` or a `Small`.
+        std: of the Gaussian, in pixels; None: `default_std`.
+        normalised: whether maps are divided by those of ones.
 
     The state dict holds `low` and `high`, (3,): range of the contrast-normalised training images, NaN until measured.
     """

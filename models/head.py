@@ -52,6 +52,8 @@ class HeadConfig:
         image_score: of the map: `max`, `mean`, `std` (population), `top_k` = mean of the largest top_k_fraction of pixels
             (their number rounded down, at least 1: Dinomaly, INP-Former), `pooled_max` = max after average pooling with a
             pool_window x pool_window window, stride 1, no padding.
+        pool_window: side of the window of `pooled_max`, in pixels.
+        top_k_fraction: share of the pixels that `top_k` averages, in (0, 1].
     """
 
     distance: Distance = "l2"

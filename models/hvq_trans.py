@@ -72,12 +72,12 @@ class HVQTrans(ConcatenatedLevels):
         sizes: See `channels`.
         classes: how many classes (categories) of images there are.
         grid: (height, width) of the token grid; None = the size of the highest level given.
-        d_model: of the transformer; the decoder is twice as wide as the encoder.
-        heads: See `d_model`.
-        feedforward: See `d_model`.
-        encoder_layers: See `d_model`.
-        decoder_layers: See `d_model`.
-        dropout: See `d_model`.
+        d_model: channels of a token in the encoder; the decoder is twice as wide.
+        heads: attention heads; they divide d_model.
+        feedforward: width of the feed-forward part.
+        encoder_layers: number of encoder layers.
+        decoder_layers: number of decoder layers.
+        dropout: share dropped from attention weights, residual branches and inside the feed-forward part.
         codes: codes of one codebook (released: 512).
         decay: of the moving averages that the codes follow.
         hierarchy: how many of the encoder's levels are quantised and read by the decoder, from the highest down: all of
@@ -320,11 +320,8 @@ class HVQTrans(ConcatenatedLevels):
 class Codebook(nn.Module):
     """The codes of one level and class, with the moving averages that they follow. All are buffers.
 
-    Args:
-        codes: (width, K), one code per column; counts: (K,) moving average of the tokens assigned to each; sums: (width, K)
-
+    codes: (width, K), one code per column; counts: (K,) moving average of the tokens assigned to each; sums: (width, K)
     moving average of their sums. The start is the released one: normal codes, sums equal to them, nothing counted.
-
     used: (K,) bool, chosen in training since someone last looked.
     """
 

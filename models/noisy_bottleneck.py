@@ -40,11 +40,11 @@ class NoisyBottleneckNetwork(ConcatenatedLevels):
         width: of a token; with fewer than the feature channels the projection is low-rank.
         dropout: on the standardised features and on the bottleneck's hidden layer, in training only; 0 = no noise, which is
             the control that learns to copy.
-        blocks: decoder blocks; attention: `linear`, `softmax`, or `none` = their MLPs alone, one token at a time.
+        blocks: number of decoder blocks.
+        attention: `linear`, `softmax`, or `none` = their MLPs alone, one token at a time.
         heads: of the attention, must divide `width`.
 
     The buffers `mean` and `std`, (C,), standardise each channel; they are set by `standardise` before training.
-
     Raises ValueError for an unknown attention and widths that do not divide.
     """
 

@@ -44,9 +44,7 @@ class PaDiMNetwork(FeatureNetwork):
         generator: of the draw of channels; None: torch's global one.
 
     The state dict holds `chosen`, int64 (kept,), the channels in the order of use; `mean`, float64 (H * W, kept); and
-
     `factor`, float64 (H * W, kept (kept + 1) / 2): the lower Cholesky factors, row by row. Before `finish`, `factor` holds
-
     the sums of squared deviations in the same form.
     """
 

@@ -34,7 +34,8 @@ class SmallEncoder(nn.Module):
     """Patches of 32 pixels -> (B, D): eight 3x3 convolutions without padding, the first with stride 2, and a tanh.
 
     Args:
-        widths: channels of the first seven. dim: D.
+        widths: channels of the first seven.
+        dim: D.
     """
 
     def __init__(self, widths: Sequence[int], dim: int) -> None:
@@ -120,11 +121,12 @@ class PatchSVDD(FeatureNetwork):
 
     Args:
         size: (height, width) of the images.
-        dim: D, of both embeddings. widths: of the small encoder's first seven convolutions. hidden: of the layer above it,
-            and of the classifiers. last_weight: see `PositionClassifier`.
+        dim: D, of both embeddings.
+        widths: of the small encoder's first seven convolutions.
+        hidden: of the layer above it, and of the classifiers.
+        last_weight: see `PositionClassifier`.
 
     The state dict holds `mean_image`, (3, height, width) in [0, 1], NaN until it is measured, and the banks `bank_64` and
-
     `bank_32`, empty until training ends: 3.2 GB for MVTec AD's 3,629 training images at 256 pixels.
     """
 
@@ -161,7 +163,9 @@ class PatchSVDD(FeatureNetwork):
     def losses(self, position: Tensor, label: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
         """Cross entropy of the direction, and mean distance (not squared) of near patches, of one side.
 
-        position, near: centred patches (B, 2, 3, K, K). label: (B,).
+        position: centred patches (B, 2, 3, K, K).
+        label: (B,).
+        near: See `position`.
         """
         classifier = self.cls_64 if position.shape[-1] == 64 else self.cls_32
         first, second, near_first, near_second = self.encoder(

@@ -39,7 +39,6 @@ class RD4AD(ReconstructionNetwork):
         decoder_blocks: blocks of the decoder's layers, from the smallest map: 3, 4, 6 for ResNet50; 2, 2, 2 for ResNet18.
 
     83,802,624 parameters for WideResNet50-2. The released embedding carries 8,392,704 more, in `conv4` and `bn4`, which
-
     nothing uses or trains; they are left out, and ignored in a released checkpoint.
 
     Raises ValueError for levels that do not fit together.

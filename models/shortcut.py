@@ -25,9 +25,14 @@ class ConvolutionalShortcut(ConcatenatedLevels):
     """Three hidden layers with ReLU on the concatenated levels; no norm, no skip, no dropout, PyTorch's initialisation.
 
     Args:
-        kernel: 1 = the MLP, one token at a time; 3 = the CNN. hidden: width of the hidden layers, at least the number of
-
-    channels, since a narrower network could not copy even if it wanted. Other arguments as in `UniAD`.
+        channels: Of each level.
+        sizes: (height, width) of each level.
+        kernel: 1 = the MLP, one token at a time; 3 = the CNN.
+        hidden: width of the hidden layers, at least the number of channels, since a narrower network could not copy even
+            if it wanted.
+        grid: (height, width) of the token grid; None = the size of the highest level given.
+        jitter_scale: as in `models.uniad.UniAD`; 0 = no jitter.
+        jitter_probability: share of training batches that are jittered, in [0, 1].
     """
 
     def __init__(

@@ -73,7 +73,8 @@ class FeatureAggregator(nn.Module):
     channels to 384, output j is the mean of channels 4j .. 4j+3 (released code; the paper does not mention it).
 
     Args:
-        channels: channels of the two levels. pooled: c*; None keeps the concatenation, as the paper's text has it.
+        channels: channels of the two levels.
+        pooled: c*; None keeps the concatenation, as the paper's text has it.
     """
 
     def __init__(self, channels: Sequence[int], pooled: int | None = 384) -> None:
@@ -241,9 +242,7 @@ def ulsad_distance(pair: Pair, direction: float) -> Tensor:
 class ULSADFeatures(NamedTuple):
     """What one pass gives; every entry (B, c*, h, w) or None where the chosen terms do not need it.
 
-    Args:
-        target: U, standardised. local: U', reconstruction of U. imitation: U'', the local network's imitation of the
-
+    target: U, standardised. local: U', reconstruction of U. imitation: U'', the local network's imitation of the
     autoencoder. autoencoded: U^, the autoencoder's output.
     """
 
@@ -257,12 +256,14 @@ class ULSADNetwork(ReconstructionNetwork):
     """The whole method behind the frozen backbone.
 
     Args:
-        channels: of the two backbone levels, finer first. image_size: (height, width), divisible by 64.
+        channels: of the two backbone levels, finer first.
+        image_size: (height, width), divisible by 64.
         sizes: See `channels`.
-        pooled_channels: c*. terms: the losses, each on or off: pl    local reconstruction, D(U, U')
-            (Eq. 1) pg    global, self-attention against cross-attention, D(A, A^)                 (Eq. 5) pg_d  global,
-            direct: D(U, U^) instead of the attention maps                   (ablation; not in released code) lg    bridge:
-            the local network's second head imitates the autoencoder, D(U^, U'')   (Eq. 6)
+        pooled_channels: c*.
+        terms: the losses, each on or off: `pl`, local reconstruction, D(U, U') (Eq. 1); `pg`, global, self-attention against
+            cross-attention, D(A, A^) (Eq. 5); `pg_d`, global, direct, D(U, U^) instead of the attention maps (ablation;
+            not in released code); `lg`, bridge: the local network's second head imitates the autoencoder, D(U^, U'')
+            (Eq. 6).
         lambda_l: weight of the direction (cosine) term in local and in global distances, in losses and maps; lambda_g None
             = as lambda_l, which all published runs have.
         lambda_g: See `lambda_l`.

@@ -58,7 +58,6 @@ class UniAD(ConcatenatedLevels):
         jitter_probability: See `jitter_scale`.
 
     Raises ValueError for a window that hides everything from some position, for an unknown option, and for widths that
-
     do not divide.
     """
 

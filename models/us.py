@@ -46,7 +46,9 @@ class PatchNetwork(nn.Module):
     """Valid convolutions that make one descriptor of a patch; `forward` gives it around every pixel of an image.
 
     Args:
-        patch_size: 17, 33 or 65. widths: channels of the convolutions. padding: of the image, by patch_size // 2.
+        patch_size: 17, 33 or 65.
+        widths: channels of the convolutions.
+        padding: of the image, by patch_size // 2.
     """
 
     def __init__(self, patch_size: int, widths: Sequence[int], padding: Padding = "zeros") -> None:
@@ -138,9 +140,7 @@ class US(FeatureNetwork):
         padding: of an image, `zeros` or `reflect` (which needs sides above patch_size // 2).
 
     Estimated from normal images, and NaN until then: `scales`, mean and deviation of each teacher's channels; `statistics`,
-
     (patch sizes, 4): mean and std of e, mean and std of v over all pixels.
-
     One patch size has 1,616,000 trainable parameters per student (33), 2,996,480 (17) or 2,320,640 (65).
     """
 

@@ -47,8 +47,9 @@ class ConfettiConfig:
     """Squares as FCDD draws them.
 
     Args:
-        coloured, dark: Probability of a pixel to be the centre of a coloured or of a dark square. Each image gets at least one
-            of each.
+        coloured: Probability of a pixel to be the centre of a coloured or of a dark square. Each image gets at least one of
+            each.
+        dark: See `coloured`.
         sides: Smallest and largest side in pixels.
         rotation_center: `mended`: a square turns about its centre. `released`: about its centre with row and column
             exchanged, which shows at the image's border.
