@@ -87,10 +87,12 @@ def _cache(options: argparse.Namespace, console: Console) -> int:
             console.print(f"{entry.key}: {done} ({entry.nbytes / 2**20:.0f} MiB)")
         return 0
     shown = Table(title=f"{options.root}: {sum(entry.nbytes for entry in found) / 2**30:.2f} GiB")
-    for column in ("key", "holds", "MiB", "last used"):
-        shown.add_column(column, justify="right" if column == "MiB" else "left")
+    for column in ("key", "data", "holds", "MiB", "last used"):
+        shown.add_column(column, justify="right" if column == "MiB" else "left", overflow="fold")
     for entry in reversed(found):
-        shown.add_row(entry.key, entry.title, f"{entry.nbytes / 2**20:.0f}", age(entry.used))
+        shown.add_row(
+            entry.key, escape(entry.data), escape(entry.title), f"{entry.nbytes / 2**20:.0f}", age(entry.used)
+        )
     console.print(shown)
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -37,7 +38,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXP
 
 def environment(profile: str | None, base: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment of a sweep's programs: PROFILE set, empty overrides dropped, W&B offline unless WANDB=online."""
-    may_be_empty = (*OVERRIDES, *CHOICES, "PROFILE", "WANDB")
+    may_be_empty = (*OVERRIDES, *CHOICES, "PROFILE", "WANDB", "ARGS", "METHOD")
     result = {key: value for key, value in base.items() if value or key not in may_be_empty}
     result["PROFILE"] = profile or result.get("PROFILE") or "demo"
     mode = result.pop("WANDB", None)
@@ -63,7 +64,36 @@ def chosen(sweep: CheckedSweep, variables: Mapping[str, str]) -> CheckedSweep:
         if value not in _ALLOWED[name]:
             raise SweepError(f"{name} is {value!r}. Allowed: {', '.join(_ALLOWED[name])}.")
         parameters[key] = {"value": value}
-    return replace(sweep, parameters=parameters)
+    return replace(sweep, parameters=parameters, command=(*sweep.command, *_more_words(sweep, variables)))
+
+
+def _more_words(sweep: CheckedSweep, variables: Mapping[str, str]) -> list[str]:
+    """The words of ARGS, for every cell; SweepError if they are no options or set what the sweep varies."""
+    try:
+        words = shlex.split(variables.get("ARGS") or "")
+    except ValueError as error:
+        raise SweepError(f"ARGS={variables['ARGS']} cannot be split into words: {error}.") from None
+    for word in words:
+        name = word.removeprefix("--").partition("=")[0]
+        if not word.startswith("--") or "=" not in word:
+            raise SweepError(f"ARGS: {word!r} must be an option with its value in one word, --key=value, for a sweep.")
+        if name in sweep.parameters or name.startswith("run."):
+            reason = "the sweep names its runs" if name.startswith("run.") else f"{sweep.path} sets it for each cell"
+            raise SweepError(f"ARGS: {word}: {reason}. ONLY=key=value chooses cells, SEEDS= seeds.")
+    return words
+
+
+def only(sweep: CheckedSweep, conditions: list[str], variables: Mapping[str, str]) -> list[str]:
+    """The conditions that choose cells, METHOD among them; SweepError if the sweep has no choice of methods."""
+    method = variables.get("METHOD")
+    if not method:
+        return conditions
+    if command.METHOD not in sweep.parameters:
+        raise SweepError(
+            f"METHOD={method}, but {sweep.path} has no choice of methods: its command names what is trained. Leave METHOD "
+            "out, or run ABLATION=methods."
+        )
+    return [*conditions, f"{command.METHOD}={method}"]
 
 
 def with_shared_data(sweep: CheckedSweep, cells: list[Cell], variables: Mapping[str, str]) -> dict[str, str]:
