@@ -157,7 +157,8 @@ def _sheet(
         kinds[f"{row.split}: {row.defect}"].append(row)
     threshold = report.listing.reader.mask_threshold
     chosen = {
-        kind: _choose(mine, suspects, count, random.Random(f"{seed} {category} {kind}")) for kind, mine in kinds.items()
+        kind: _choose(mine, suspects, count, random.Random(printable(f"{seed} {category} {kind}")))
+        for kind, mine in kinds.items()
     }
     every = [row for mine in chosen.values() for row in mine]
     tiles = pool.map(lambda row: _tile(row, _remarks(row, suspects), threshold, max_megapixels), every)
