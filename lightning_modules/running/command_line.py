@@ -64,6 +64,7 @@ class UniReconCLI(internals.OpenCLI):
 
     def __init__(self, args: list[str]) -> None:
         self.started = datetime.now().astimezone()
+        self.only = next(iter(args), None)
         super().__init__(
             ReconstructionModule,
             datamodules.UnifiedDataModule,

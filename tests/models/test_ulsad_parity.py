@@ -3,6 +3,8 @@
 Parameters and inputs are filled by a rule, so no weight file is needed.
 """
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -25,6 +27,7 @@ def parameter(key: str, values: torch.Tensor) -> torch.Tensor:
     return values / float(np.sqrt(np.prod(values.shape[1:]))) if values.ndim == 4 else 0.05 * values
 
 
+@cache
 def released_state(case) -> dict[str, torch.Tensor]:
     return case.state(case.key_shapes(), parameter)
 
