@@ -37,9 +37,10 @@ test: setup  ## Run the tests that guard users, in minutes.
 test-all: setup  ## Run every test, also those that start programs, kill them and compile.
 	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-lint: setup  ## Check style with ruff.
+lint: setup  ## Check style with ruff and types with mypy.
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 train: setup  ## Train and evaluate once: METHOD= PROFILE= DATASET= DATA_ROOT= [CATEGORIES= BACKBONE= WEIGHTS= RUN= ARGS=].
 	$(PY) -m sweeps data "sweeps/profiles/$$PROFILE/$$METHOD.yaml"

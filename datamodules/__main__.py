@@ -97,7 +97,9 @@ def _check(options: argparse.Namespace, console: Console) -> int:
     from datamodules.readers import has_own_root
 
     if options.dataset:
-        chosen = [NamedDataset(options.dataset, options.data_root or "", parts(options.categories) or None)]
+        chosen: tuple[NamedDataset, ...] = (
+            NamedDataset(options.dataset, options.data_root or "", parts(options.categories) or None),
+        )
     else:
         try:
             chosen = parse(os.environ, has_own_root).datasets

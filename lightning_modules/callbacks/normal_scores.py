@@ -7,6 +7,7 @@ images), else of some training images, which score lower than unseen normal imag
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -27,7 +28,7 @@ class NormalScores(L.Callback):
 
     def on_test_epoch_end(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
         data = trainer.datamodule
-        rows = []
+        rows: list[Any] = []
         with trainer.precision_plugin.val_step_context():
             for batch in data.normal_images():
                 batch = trainer.strategy.batch_to_device(batch)

@@ -123,7 +123,8 @@ class UniReconCLI(internals.OpenCLI):
             resuming.claim(self.run_config)
             self._leave_finished()  # another process may have finished the run while this one waited for it
         given = self.made("trainer")
-        self.evaluation, self.curve = Evaluation(self.run_config.fpr_limits), None
+        self.evaluation = Evaluation(self.run_config.fpr_limits)
+        self.curve: EvaluationCurve | None = None
         self.normal_scores, self.history = NormalScores(), History()
         seed = EpochSeed(self.config[self.subcommand].seed_everything)
         self.throughput = Throughput()

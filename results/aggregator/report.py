@@ -81,7 +81,7 @@ def _ablations(records: Sequence[StoredRecord], folder: Path, shown: dict[str, S
         spec = spec_for_sweep(name)
         for kind, mine in kinds([stored for stored in records if stored.record.sweep == name], compared=True):
             blocks.append(
-                _guarded(name, kind, lambda s=spec, m=mine, w=sweep, k=kind: _ablation(s, m, w, k, shown, controls))
+                _guarded(name, kind, lambda s=spec, m=mine, w=sweep, k=kind: _ablation(s, m, w, k, shown, controls))  # type: ignore[misc]
             )
     return [block for block in blocks if block]
 
@@ -145,7 +145,7 @@ def _papers(
         if spec.rows is None or "source" not in spec.where or name != f"{paper}_{spec.where['table']}":
             continue
         beside = [
-            _guarded(name, kind, lambda s=spec, m=mine, k=kind: _beside(s, m, k, shown))
+            _guarded(name, kind, lambda s=spec, m=mine, k=kind: _beside(s, m, k, shown))  # type: ignore[misc]
             for kind, mine in (kinds(records) if records else [])
         ]
         beside = [block for block in beside if block]

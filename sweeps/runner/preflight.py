@@ -133,7 +133,8 @@ def _lacking(question: list[dict[str, Any]]) -> list[str | None]:
     """Per cell, in their order, why it cannot run on this machine, or None; runs in a process of its own."""
     from sweeps.runner.program import Parser, Refusal, needs
 
-    parser, found = Parser(), {}
+    parser = Parser()
+    found: dict[int, str | None] = {}
     for group in question:
         options: tuple[str, ...] = ()
         known: dict[str, str | None] = {}  # cells with the same needs are looked up once
