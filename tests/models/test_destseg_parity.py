@@ -171,7 +171,7 @@ def continue_from_recorded(recording: Recording, group: str, optimizer: torch.op
         recorded = recording.case.arrays.get(f"{group}.after.{name}")
         if recorded is None:
             continue
-        tensor, recorded = own[released_name(name)], torch.from_numpy(np.asarray(recorded))
+        tensor, recorded = own[released_name(name)], torch.tensor(recorded)
         with torch.no_grad():
             tensor.copy_(recorded)
         if id(tensor) in rates:
