@@ -38,9 +38,10 @@ test: setup  ## Run the tests that guard users, in minutes.
 test-all: setup  ## Run every test, also those that start programs, kill them and compile.
 	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-lint: setup  ## Check style with ruff.
+lint: setup  ## Check style with ruff and types with mypy.
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 readme: setup  ## Run every command of the READMEs in a copy of the repository, with short trainings: a quarter of an hour.
 	$(PY) tests/readme.py

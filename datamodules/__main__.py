@@ -115,7 +115,7 @@ def _chosen(options: argparse.Namespace, categories: tuple[str, ...] | None = No
     from datamodules.readers import has_own_root
 
     if options.dataset:
-        return [NamedDataset(options.dataset, options.data_root or "", categories)]
+        return (NamedDataset(options.dataset, options.data_root or "", categories),)
     try:
         chosen = parse(os.environ, has_own_root).datasets
     except ValueError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -187,7 +187,7 @@ def _look_at_all(
     crop: tuple[int, int] | None,
 ) -> list[_Look]:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = pool.map(lambda row: _look_at(row, threshold, sizes, max_megapixels, crop), rows)
+        results: Iterable[_Look] = pool.map(lambda row: _look_at(row, threshold, sizes, max_megapixels, crop), rows)
         if console is not None:
             results = track(results, "opening files", len(rows), console=console, transient=True)
         return list(results)
@@ -211,9 +211,9 @@ def _file_problems(
             else:
                 files = (row.image_path, *row.mask_paths)
                 problems.append(Problem(severity, kind, row.category, what, files))
-    for (severity, category, kind), files in together.items():
-        what = f"{number_of(len(files), kind.split()[-1])}: {TOGETHER[kind]}"
-        problems.append(Problem(severity, kind, category, what, tuple(files)))
+    for (severity, category, kind), named in together.items():
+        what = f"{number_of(len(named), kind.split()[-1])}: {TOGETHER[kind]}"
+        problems.append(Problem(severity, kind, category, what, tuple(named)))
     for category, lost in vanishing.items():
         masks = sum(bool(row.mask_paths) for row in rows if row.category == category)
         told = ", ".join(f"{len(files)} at {size} x {size}" for size, files in lost.items() if files)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -16,8 +17,8 @@ from datamodules.errors import DataError
 from datamodules.images import MAX_MEGAPIXELS, centre, check_resize, pil_pixels, read_image, resize_image
 from datamodules.prediction import depth_of
 
-OneImage = Tensor | Image.Image | str | os.PathLike
-Images = OneImage | Sequence[OneImage]
+OneImage: TypeAlias = Tensor | Image.Image | str | os.PathLike
+Images: TypeAlias = OneImage | Sequence[OneImage]
 """A batch (B, 3, H, W), or one image or a list of images: a tensor (3, H, W), a PIL image, or the path of a file."""
 
 

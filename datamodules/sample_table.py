@@ -21,7 +21,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import pandas as pd
 
@@ -29,7 +29,7 @@ from datamodules.errors import DataError
 from results.common.contents import content_hashes
 from results.common.pair import label
 
-SampleTable = pd.DataFrame
+SampleTable: TypeAlias = pd.DataFrame
 
 GOOD = "good"
 SPLITS = ("train", "val", "test")

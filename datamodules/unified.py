@@ -174,14 +174,14 @@ class UnifiedDataModule(L.LightningDataModule):
             raise DataError(f"repeat must be at least 1, found {repeat}.")
         if max_megapixels <= 0:
             raise DataError(f"max_megapixels must be positive, found {max_megapixels}.")
-        for name, value, known in (
+        for name, chosen, known in (
             ("mask_resize", mask_resize, MASK_RESIZES),
             ("setting", setting, SETTINGS),
             ("augmentation", augmentation, policies.AUGMENTATIONS),
             ("test_subset", test_subset or FULL, TEST_SUBSETS),
         ):
-            if value not in known:
-                raise DataError(f"Unknown {name} {value!r}. {did_you_mean(value, known)}")
+            if chosen not in known:
+                raise DataError(f"Unknown {name} {chosen!r}. {did_you_mean(chosen, known)}")
         if (mean is None) != (std is None):
             raise DataError(f"mean and std belong together: give both or neither, found mean={mean}, std={std}.")
         if std is not None and (len(mean) != 3 or len(std) != 3 or min(std) <= 0):
@@ -193,9 +193,9 @@ class UnifiedDataModule(L.LightningDataModule):
         if predict_dataset is not None and predict_dataset not in labels:
             raise DataError(f"Unknown predict_dataset {predict_dataset!r}. {did_you_mean(predict_dataset, labels)}")
         self.datasets = list(datasets)
-        self.image_size = image_size
+        self.image_size: Any = image_size  # a pair from setup on
         self.resize = resize
-        self.crop_from = crop_from
+        self.crop_from: Any = crop_from
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
@@ -226,7 +226,7 @@ class UnifiedDataModule(L.LightningDataModule):
         self._rules: dict[str, Any] = {}
         self._remarks: list[str] | None = None
         self._unknown: list[Row] = []
-        self._source: ImageSource | CachedImages | None = None
+        self._source: Any = None
         self._served: CachedSplits | None = None
         self._views: TrainingViews | None = None
 

@@ -123,7 +123,8 @@ class ReconstructionModule(L.LightningModule):
         # Subclasses call these two lr_scheduler and lr_interval. Under one name, the command line would hand the base
         # class's None on to a subclass, whose own schedule would be lost.
         super().__init__()
-        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.image_size = (height, width)
         self.extractor = backbone if isinstance(backbone, NoBackbone) else FeatureExtractor(backbone)
         self.extractor.sizes(self.image_size)  # a size that the backbone does not take is refused here
         standardised = self.has_backbone and backbone.standardised

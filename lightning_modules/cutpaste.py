@@ -13,7 +13,6 @@ from torch.optim import SGD
 
 from datamodules.anomalies.cutpaste import CutPaste as Views
 from datamodules.anomalies.cutpaste import CutPasteConfig
-from datamodules.dataset import TrainingViews
 from lightning_modules.base import ImageSize, Interval, Recipe
 from lightning_modules.metrics.sync import Group
 from lightning_modules.own_trunk import OwnTrunkModule
@@ -113,7 +112,7 @@ class CutPaste(OwnTrunkModule):
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
-    def training_views(self) -> TrainingViews:
+    def training_views(self) -> Views:
         return Views(self.cutpaste, self.reception.field if self.has_map else None)
 
     def batch_loss(self, batch: Mapping[str, Any]) -> Tensor:

@@ -104,14 +104,15 @@ class HVQTrans(ReconstructionModule):
         ):
             if value not in allowed:
                 raise ValueError(f"{option} is {value!r}; choose {' or '.join(allowed)}.")
-        self.grid = tuple(grid or self.extractor.sizes(self.image_size)[-1])
+        rows, columns = grid or self.extractor.sizes(self.image_size)[-1]
+        self.grid = (rows, columns)
         self.commitment, self.codebook_start, self.predicted_class = commitment, codebook_start, predicted_class
         self.score_transport = tuple(score_transport)
         self.backbone_mode = backbone_mode
         if backbone_mode == "train":
             set_moving(self.extractor.net, backbone.name)
             self.uncached = "backbone_mode=train lets the backbone's statistics move"
-        self.options = {
+        self.options: dict[str, Any] = {
             "d_model": d_model,
             "heads": heads,
             "feedforward": feedforward,
@@ -266,7 +267,7 @@ class HVQTrans(ReconstructionModule):
         """On the pooled features of all training images, the same on every process."""
         was_training = self.training
         self.eval()
-        own = []
+        own: list[Any] = []
         for batch in self.trainer.datamodule.train_images():
             batch = self.trainer.strategy.batch_to_device(batch)
             pooled = PooledClassifier.pool(self.features(batch)[0]).cpu()

@@ -102,7 +102,7 @@ class OwnTrunkModule(ReconstructionModule):
     def of_all_images(self, measure: Callable[[Tensor], Tensor]) -> Tensor:
         """What `measure` gives of images (B, 3, H, W), one row (N, ...) per training image of all processes, in the order
         of their ids, so that neither order nor processes change anything."""
-        own = {}
+        own: dict[int, Tensor] = {}
         for batch in self.training_images():
             own |= dict(zip(batch["id"].tolist(), measure(batch["image"]).cpu(), strict=True))
         rows = {number: row for part in Group().gather_objects(own) for number, row in part.items()}

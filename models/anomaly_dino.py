@@ -47,7 +47,7 @@ class AnomalyDINONetwork(FeatureNetwork):
         if not 0 < top_fraction <= 1:
             raise ValueError(f"top_fraction must lie in (0, 1], found {top_fraction}.")
         self.neighbors, self.top_fraction = neighbors, top_fraction
-        self.grid, self.width = tuple(sizes[0]), sum(channels)
+        self.grid, self.width = (*sizes[0],), sum(channels)
         self.bank = MemoryBank(self.width)
 
     @property

@@ -239,7 +239,7 @@ class AnomalyHead(nn.Module):
                 prepared.append(blurs[index](level_map)[:, 0])
             fused = fuse(prepared, self.config.fusion)
             maps = resize(fused[:, None], (height, width), self.config.fused_align_corners)[:, 0]
-            if self.config.map_size is not None:
+            if isinstance(self.config.map_size, tuple):
                 maps = resize(maps[:, None], self.config.map_size, align_corners=False)[:, 0]
             smoothed = self.smoothing(maps)
             scores = image_scores(

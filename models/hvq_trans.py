@@ -141,7 +141,8 @@ class HVQTrans(ConcatenatedLevels):
             )
         if codes < 1 or not 0 <= decay < 1:
             raise ValueError(f"codes must be positive and decay in [0, 1), found codes={codes}, decay={decay}.")
-        self.grid = tuple(grid or sizes[-1])
+        rows, columns = grid or sizes[-1]
+        self.grid = (rows, columns)
         self.classes, self.selector = classes, selector
         self.transport, self.transport_weight, self.transport_divisor = transport, transport_weight, transport_divisor
         width_in = sum(channels)
@@ -168,7 +169,7 @@ class HVQTrans(ConcatenatedLevels):
         )
         self.classifier = PooledClassifier(width_in, classes) if selector == "classifier" else None
 
-    def forward(self, features: Sequence[Tensor], classes: Sequence[int] | None = None) -> Restored:
+    def forward(self, features: list[Tensor], classes: Sequence[int] | None = None) -> Restored:
         """features: (B, C_l, H_l, W_l) per level; classes: the class of each image, 0 to classes - 1.
 
         Classes are needed wherever the selector reads them: with `label` always, with `classifier` in training mode.
@@ -288,7 +289,7 @@ class HVQTrans(ConcatenatedLevels):
         return any(bool(book.counts.any()) for level in self.codebooks.values() for book in level.books)
 
     @torch.no_grad()
-    def start_codebooks(self, features: Sequence[Tensor], classes: Sequence[int], generator: torch.Generator) -> None:
+    def start_codebooks(self, features: list[Tensor], classes: Sequence[int], generator: torch.Generator) -> None:
         """Codes become tokens of these images, each counted once (our start `data`; the released one is random).
 
         features, classes: as in `forward`, of some images of every class. generator: of the choice of tokens, on the

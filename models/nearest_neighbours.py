@@ -36,7 +36,7 @@ class NearestNeighboursNetwork(FeatureNetwork):
             raise ValueError(
                 f"grid is the positive side of a map of vectors, or null for the finest level's; found {grid}."
             )
-        self.grid = tuple(sizes[0]) if grid is None else (grid, grid)
+        self.grid = (*sizes[0],) if grid is None else (grid, grid)
         self.width = sum(channels)
         self.bank = MemoryBank(self.width)
 

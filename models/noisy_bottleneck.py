@@ -69,7 +69,8 @@ class NoisyBottleneckNetwork(ConcatenatedLevels):
         if blocks < 0:
             raise ValueError(f"blocks must not be negative, found {blocks}.")
         head_count(width, heads)
-        self.grid = tuple(grid or sizes[-1])
+        rows, columns = grid or sizes[-1]
+        self.grid = (rows, columns)
         width_in = sum(channels)
         self.register_buffer("mean", torch.zeros(width_in))
         self.register_buffer("std", torch.ones(width_in))

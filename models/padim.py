@@ -17,6 +17,7 @@ channels: 0.13 and 0.17 GB. Factoring takes k^3 / 3 operations per position, 0.2
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -207,7 +208,7 @@ class PaDiMNetwork(FeatureNetwork):
             ]
         return torch.cat(distances).T.reshape(-1, *self.grid).float()
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in ("chosen", "mean", "factor"):
             stored, own = state_dict.get(prefix + name), getattr(self, name)
             if stored is not None and stored.shape[1:] == own.shape[1:] and name != "chosen":

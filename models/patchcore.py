@@ -94,7 +94,7 @@ class PatchCoreNetwork(FeatureNetwork):
         self.neighbors, self.score_neighbors = neighbors, score_neighbors
         self.pretrain_dim, self.target_dim = pretrain_dim, target_dim
         self.channels = tuple(channels)
-        self.grid = tuple(sizes[0])
+        self.grid = (*sizes[0],)
         self.width = target_dim if rule == "released" else sum(channels)
         self.bank = MemoryBank(self.width)
 

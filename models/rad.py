@@ -15,6 +15,7 @@ MVTec AD, unified, with a ViT-B/16 at 448 pixels (784 patches, 768 channels, 4 l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class RADNetwork(FeatureNetwork):
         if radius < 0:
             raise ValueError(f"radius must not be negative, found {radius}.")
         self.images, self.positional, self.radius = images, positional, radius
-        self.sizes = [tuple(size) for size in sizes]
+        self.sizes = [(*size,) for size in sizes]
         self.register_buffer("descriptors", torch.zeros(0, channels[-1]))
         for level, (width, (height, columns)) in enumerate(zip(channels, self.sizes, strict=True)):
             self.register_buffer(f"bank{level}", torch.zeros(height * columns, 0, width))
@@ -129,7 +130,7 @@ class RADNetwork(FeatureNetwork):
                     best[rows, columns] = torch.maximum(best[rows, columns], cosine)
         return best.flatten()
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         stored = state_dict.get(prefix + "descriptors")
         if stored is not None and stored.ndim == 2:
             self.descriptors = self.descriptors.new_zeros(len(stored), self.descriptors.shape[1])

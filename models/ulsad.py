@@ -298,7 +298,7 @@ class ULSADNetwork(ReconstructionNetwork):
         double = "lg" in self.terms if double_head is None else double_head
         if "lg" in self.terms and not double:
             raise ValueError("the loss term lg trains the local network's second head: it needs double_head true")
-        size = tuple(sizes[0])
+        size = (*sizes[0],)
         if any(side % 4 for side in size):
             raise ValueError(
                 f"the local network halves its {size[0]}x{size[1]} input twice and needs sides divisible by 4; "

@@ -90,7 +90,8 @@ class UniAD(ConcatenatedLevels):
                 f"UniAD needs at least one decoder layer and no negative number of encoder layers, found "
                 f"encoder_layers={encoder_layers}, decoder_layers={decoder_layers}."
             )
-        height, width = self.grid = tuple(grid or sizes[-1])
+        height, width = grid or sizes[-1]
+        self.grid = (height, width)
         width_in = sum(channels)
         self.query = query
         self.mask_places = tuple(mask_places)

@@ -105,7 +105,7 @@ class Anomalies:
         top, left = (
             rng.integers(length - part + 1) for length, part in zip(image.shape[:2], (height, width), strict=True)
         )
-        crop = np.rot90(image[top : top + height, left : left + width], rng.integers(4))
+        crop = np.rot90(image[top : top + height, left : left + width], int(rng.integers(4)))
         if rng.random() < 0.5:
             crop = crop[:, ::-1]
         crop = cv2.resize(np.ascontiguousarray(crop), shape[::-1], interpolation=cv2.INTER_LINEAR).astype(np.float32)

@@ -15,10 +15,10 @@ import json
 import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -154,7 +154,9 @@ def _let_go(arrays: Iterable[np.ndarray]) -> None:
     """
     for array in arrays:
         if hasattr(mmap, "MADV_DONTNEED"):
-            array.base.madvise(mmap.MADV_DONTNEED)  # a memory-mapped array lies in a mapping of the system
+            cast(mmap.mmap, array.base).madvise(
+                mmap.MADV_DONTNEED
+            )  # a memory-mapped array lies in a mapping of the system
 
 
 def _first_damaged(arrays: Sequence[np.ndarray], checksums: np.ndarray) -> int:
@@ -238,7 +240,7 @@ def _reserve(folder: Path, arrays: Iterable[str]) -> None:
             try:
                 os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
             except (AttributeError, OSError) as error:  # not on every system and file system
-                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     shutil.rmtree(folder, ignore_errors=True)
                     raise CacheTooLargeError(f"{folder.parent}: {os.strerror(error.errno)}") from error
 
@@ -302,14 +304,14 @@ def _build(
     sync_folder(root)
 
 
-def _flush(partial: Path, arrays: dict[str, np.ndarray], checksums: np.ndarray, done: int) -> None:
+def _flush(partial: Path, arrays: Mapping[str, np.ndarray], checksums: np.ndarray, done: int) -> None:
     """Writes everything to disk, and only then that it is there."""
     for array in (*arrays.values(), checksums):
-        array.flush()
+        cast(np.memmap, array).flush()
     write_json(partial / "state.json", {"done": done, "arrays": list(arrays)})
 
 
-def _unfinished(partial: Path, rows: int) -> tuple[int, dict[str, np.ndarray], np.ndarray | None]:
+def _unfinished(partial: Path, rows: int) -> tuple[int, Mapping[str, np.ndarray], np.ndarray | None]:
     """(intact rows, arrays, checksums) of an interrupted build; (0, {}, None) if nothing of it can be used."""
     with contextlib.suppress(*_DAMAGE):
         state = json.loads((partial / "state.json").read_text())

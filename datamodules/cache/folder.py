@@ -56,7 +56,7 @@ def entries(root: Path) -> list[Entry]:
             about = ({"title": "damaged"} | read_json(meta)) if complete else {"title": "interrupted build"}
             files = [file.stat() for file in folder.iterdir()]
             used = meta.stat().st_mtime if complete else max((f.st_mtime for f in files), default=0.0)
-            size, version = sum(f.st_size for f in files), about.get("version", 0)
+            size, version = sum(f.st_size for f in files), int(about.get("version", 0))
             rows = about.get("rows")
             data = about.get("data") or (f"{rows} images" if rows else "")
             found.append(Entry(folder, about.get("title", "?"), size, used, complete, version, data))

@@ -64,7 +64,8 @@ class NormalScores(L.Callback):
     def on_test_epoch_end(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
         data = trainer.datamodule
         splits = data.table["split"]
-        rows, seen = [], []
+        rows: list[Any] = []
+        seen: list[Any] = []
         collected: dict[tuple[str, str], PixelCollector] = {}
         with trainer.precision_plugin.val_step_context():
             for batch in data.normal_images():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -29,8 +31,8 @@ from .segmentation import SEGMENTATION_DEFINITIONS, SEGMENTATION_METRICS, segmen
 from .store import Category, Maps
 from .sync import Group
 
-Vector = torch.Tensor | np.ndarray | Sequence
-Stack = torch.Tensor | np.ndarray
+Vector: TypeAlias = torch.Tensor | np.ndarray | Sequence
+Stack: TypeAlias = torch.Tensor | np.ndarray
 COLUMNS = ("variant", "scope", "dataset", "category", "metric", "value", "n", "reason")
 Values = dict[str, tuple[float, int, str]]  # metric -> (value, n, reason)
 
@@ -407,12 +409,12 @@ class AnomalyMetrics:
             "pixel_f1max": _value(ranking.f1_max, n, reason),
         }
         for limit in self.fpr_limits:
-            values[aupro_name(limit)] = _value(lambda limit=limit: ranking.aupro(limit), n, no_normal)
+            values[aupro_name(limit)] = _value(partial(ranking.aupro, limit), n, no_normal)
         best = ranking.best_sum
         at_sum, at_f1, at_all = result.at_sum, result.at_f1, result.at_all
         texts = {
             "dsc": lambda: at_sum.dice / n,
-            "dsc_threshold": lambda: key_to_float(best.key),
+            "dsc_threshold": lambda: key_to_float(int(best.key)),
             "dsc_precision": lambda: best.hits / best.predicted,
             "dsc_recall": lambda: best.hits / ranking.positives,
             "dsc_floor_nothing": lambda: (n - m) / n,

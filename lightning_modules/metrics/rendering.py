@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import pandas as pd
 from rich.markup import escape
@@ -72,7 +72,7 @@ def render(
     return table
 
 
-def title(scope: str, dataset: str, category: str, shared: set[str] = frozenset()) -> str:
+def title(scope: str, dataset: str, category: str, shared: Collection[str] = ()) -> str:
     """What a row is of: a category, with its data set where two have one of that name, or the mean or ranking of some."""
     if category:
         return f"{dataset}/{category}" if category in shared else category

@@ -159,8 +159,8 @@ def picture(
             axes[row, column].imshow(level[row], cmap="inferno", vmin=level.min(), vmax=level.max())
         axes[row, -1].imshow(overlay(images[row], maps[row], low, high))
         axes[row, 0].set_ylabel(title, fontsize=7)
-    for axis, column in zip(axes[0], columns, strict=True):
-        axis.set_title(column, fontsize=8)
+    for axis, name in zip(axes[0], columns, strict=True):
+        axis.set_title(name, fontsize=8)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])

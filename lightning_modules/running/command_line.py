@@ -65,6 +65,7 @@ class UniReconCLI(internals.OpenCLI):
 
     def __init__(self, args: list[str]) -> None:
         self.started = datetime.now().astimezone()
+        self.only = next(iter(args), None)
         super().__init__(
             ReconstructionModule,
             datamodules.UnifiedDataModule,
@@ -125,7 +126,8 @@ class UniReconCLI(internals.OpenCLI):
             self._leave_finished()  # another process may have finished the run while this one waited for it
         given = self.made("trainer")
         self.normal_scores, self.history = NormalScores(), History()
-        self.evaluation, self.curve = Evaluation(self.run_config.fpr_limits, self.normal_scores), None
+        self.evaluation = Evaluation(self.run_config.fpr_limits, self.normal_scores)
+        self.curve: EvaluationCurve | None = None
         seed = EpochSeed(self.config[self.subcommand].seed_everything)
         self.throughput = Throughput()
         own = [seed, self.normal_scores, self.evaluation, self.throughput, self.history, *self._callbacks()]

@@ -28,7 +28,7 @@ def import_methods() -> dict[str, type[ReconstructionModule]]:
     return found
 
 
-def class_at(path: str) -> type:
+def class_at(path: str) -> type[Any]:
     """The class at a dotted path."""
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)

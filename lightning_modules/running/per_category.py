@@ -191,7 +191,7 @@ def join_records(records: list[RunRecord], run: str, sweep: str) -> RunRecord:
     for entry in datasets.values():
         entry["fingerprint"] = hashlib.sha256("".join(entry["fingerprint"]).encode()).hexdigest()
     provenance = dict(first.provenance)
-    rules = {
+    rules: dict[str, Callable[[list[Any]], Any]] = {
         "wall_seconds": sum,
         "seconds_per_epoch": sum,
         "train_seconds": sum,

@@ -210,8 +210,8 @@ def main(arguments: list[str], methods: Iterable[type]) -> None:
             raise SystemExit(f"{folder} is there already: delete it or name another --out, so that no files mix.")
     if set(chosen) != set(CATEGORIES):
         rank_zero_info(f"Note: the server wants all {len(CATEGORIES)} categories, these are {', '.join(chosen)}.")
-    with tempfile.TemporaryDirectory() as folder:
-        links = Path(folder)
+    with tempfile.TemporaryDirectory() as place:
+        links = Path(place)
         private = link(root, chosen, links)
         words = ["predict", f"--config={config}", f"--data.init_args.predict_root={links}", "--trainer.devices=1"]
         words = with_environment(recorded_configuration.as_data([*words, *more], methods), os.environ)

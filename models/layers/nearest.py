@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -92,7 +94,7 @@ class MemoryBank(nn.Module):
             )
         return nearest(queries, self.vectors, neighbors)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         stored = state_dict.get(prefix + "vectors")
         if stored is not None and stored.ndim == 2 and stored.shape[1] == self.vectors.shape[1]:
             self.vectors = self.vectors.new_zeros(stored.shape)

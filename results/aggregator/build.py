@@ -166,7 +166,8 @@ def sweep_table(
             once = "dataset" in column.where or column.where.get("metric") in names.COSTS
             if number == 0 or not once:
                 plan.append((column, column.where.get("dataset", dataset)))
-    columns, cells = [], [[] for _ in entries]
+    columns: list[Column] = []
+    cells: list[list[Cell]] = [[] for _ in entries]
     for column, dataset in plan:
         group = (
             names.dataset_label(dataset) if len(datasets) > 1 and column.where.get("metric") not in names.COSTS else ""

@@ -54,7 +54,8 @@ def curve_table(spec: Spec, records: Sequence[StoredRecord], sweep: SweepCells |
             Column(label, group, "threshold", 0 if label == "epoch" else 1)
             for label in ("peak", "epoch", "final", "drop")
         ]
-    rows, cells, missing, last_epochs = [], [], [], set()
+    rows, cells, missing = [], [], []
+    last_epochs: set[int] = set()
     for entry, (label, mine) in zip(entries, cell_curves(spec, records, sweep), strict=True):
         rows.append(Row(entry.labels, default=entry.default))
         if mine:

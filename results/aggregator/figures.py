@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib import rc_context
@@ -133,7 +134,7 @@ def run_figure(stored: StoredRecord) -> Figure | None:
     return figure
 
 
-def loss_axis(axis: object) -> None:
+def loss_axis(axis: Any) -> None:
     """A log axis for a loss, its ticks as plain numbers: 0.2, 0.5, 1, also where it spans less than a decade."""
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -145,7 +146,7 @@ def loss_axis(axis: object) -> None:
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
 
 
-def _draw_curve(axis: object, curves: Sequence[Curve], colour: str, scale: float, log: bool) -> None:
+def _draw_curve(axis: Any, curves: Sequence[Curve], colour: str, scale: float, log: bool) -> None:
     for curve in curves:
         positive = [max(value, 1e-12) * scale if log else value * scale for value in curve.values]
         axis.plot(curve.epochs, positive, color=colour, lw=0.7, alpha=0.35 if len(curves) > 1 else 0.0)
@@ -314,7 +315,7 @@ def cost_against_quality(table: Table, records: Sequence[StoredRecord], metric: 
         figure = Figure(figsize=(5.4, 3.4), layout="constrained")
         axis = figure.subplots()
         for x, value, _, default in points:
-            style = {"fmt": "*", "ms": 10} if default else {"fmt": "o", "ms": 5}
+            style: dict[str, Any] = {"fmt": "*", "ms": 10} if default else {"fmt": "o", "ms": 5}
             axis.errorbar(x, value.mean, yerr=value.std, color=BLUE, capsize=2, elinewidth=0.8, **style)
         if 0 < 4 * min(prices) < max(prices):  # methods without training have no parameters
             axis.set_xscale("log")

@@ -32,7 +32,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -69,6 +69,8 @@ _NUMBERS = (
 )  # fmt: skip  # of the provenance, in tables
 # Families whose values are fractions; a 97.3 among them is a percentage by mistake.
 _FRACTION = re.compile(r"^(image|pixel|dsc|iou|pooled|seg_f1)(_|$)(?!.*threshold)")
+ScoreKey: TypeAlias = tuple[str, str, str, str, str]
+"""(variant, scope, dataset, category, metric)."""
 NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9._=,+\-]*$")
 """What a run or a sweep may be called."""
 
@@ -188,7 +190,7 @@ class StoredRecord:
         return pd.DataFrame(self.columns, columns=list(METRIC_COLUMNS))
 
     @cached_property
-    def scores(self) -> dict[tuple[str, str, str, str, str], tuple[float, str]]:
+    def scores(self) -> dict[ScoreKey, tuple[float, str]]:
         """(variant, scope, dataset, category, metric) -> (value, reason); `dataset/` before a category is cut."""
         columns = self.columns
         keys = zip(*(columns[name] for name in METRIC_COLUMNS[:5]), strict=True)
@@ -291,7 +293,7 @@ class RecordSet(Sequence[StoredRecord]):
         return self.records[index]
 
 
-def _means_of_seven(scores: Mapping[tuple[str, ...], tuple[float, str]]) -> dict[tuple[str, ...], tuple[float, str]]:
+def _means_of_seven(scores: Mapping[ScoreKey, tuple[float, str]]) -> dict[ScoreKey, tuple[float, str]]:
     """The mean of the seven metrics of every category, where a record has them all; undefined where one is."""
     means = {}
     for key in [key for key in scores if key[1] == "category" and key[4] == SEVEN[0]]:
@@ -419,7 +421,7 @@ def _read(path: Path, pictures: bool) -> StoredRecord:
         raise RecordError(f"{path / 'config.yaml'} is not UTF-8: {error}") from None
     if (path / HEATMAPS).exists():
         _heatmap_index(path, files)
-    unchecked = ()
+    unchecked: tuple[str, ...] = ()
     if set(files) <= set(FILES):  # written before attachments had checksums, or there are none
         unchecked = tuple(sorted({entry.name for entry in os.scandir(path)} - {*FILES, "record.json"}))
     return StoredRecord(record, path, columns, files, unchecked)
@@ -530,13 +532,14 @@ def _check_columns(columns: Mapping[str, Sequence[Any]], where: str) -> None:
         _check_row(scope, dataset, category, metric, 0.0, "", where)
     for position, value in enumerate(columns["value"]):
         if not 0.0 <= value <= 1.0:  # also NaN
-            _check_row(*places[position], value, columns["reason"][position], where)
+            scope, dataset, category, metric = places[position]
+            _check_row(scope, dataset, category, metric, value, columns["reason"][position], where)
     if min(columns["n"]) < 0:
         raise RecordError(f"{where}: n is {min(columns['n'])}; it counts images or categories")
     keys = list(zip(columns["variant"], places, strict=True))
     if len(set(keys)) < len(keys):
         seen: set[Any] = set()
-        variant, place = next(key for key in keys if key in seen or seen.add(key))
+        variant, place = next(key for key in keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         row = dict(zip(("scope", "dataset", "category", "metric"), place, strict=True))
         raise RecordError(
             f"{where}: two rows for variant={variant!r}, {', '.join(f'{k}={v!r}' for k, v in row.items())}"

@@ -10,9 +10,9 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from jinja2.environment import TemplateModule
 from markupsafe import Markup
 from rich.console import Console
 from rich.markup import escape
@@ -104,7 +104,7 @@ def print_table(table: Table, console: Console) -> None:
     for block in _blocks(table, console.width):
         groups = {table.columns[n].group for n in block}
         if len(groups) == 1 and groups != {""}:
-            console.print(f"\n[italic]{escape(*groups)}[/]", highlight=False)
+            console.print(f"\n[italic]{escape(min(groups))}[/]", highlight=False)
         console.print(_grid(table, block, len(groups) > 1, console.width), soft_wrap=True)
     console.print(f"[dim]{escape(table.caption)}[/]", highlight=False)
     for note in table.notes:
@@ -284,7 +284,7 @@ def latex_document(names: Sequence[str]) -> str:
 
 
 @functools.cache
-def template() -> TemplateModule:
+def template() -> Any:
     """The macros `table` and `page` of report.html.j2, as functions that return HTML."""
     here = Path(__file__).parent
     loader = FileSystemLoader(here)
@@ -383,7 +383,7 @@ def _widths(table: Table) -> tuple[int, list[int]]:
     return sum(3 + name for name in names) + 1, widths
 
 
-def _plain(value: float | None) -> str:
+def _plain(value: Any) -> str:
     return "" if value is None else repr(round(value, 10))
 
 

@@ -241,7 +241,7 @@ def _papers(
         if spec.rows is None or "source" not in spec.where or name != f"{paper}_{spec.where['table']}":
             continue
         beside = [
-            _guarded(name, kind, lambda s=spec, m=mine, k=kind: _beside(s, m, k, shown))
+            _guarded(name, kind, lambda s=spec, m=mine, k=kind: _beside(s, m, k, shown))  # type: ignore[misc]
             for kind, mine in (kinds(records) if records else [])
         ]
         beside = [block for block in beside if block]

@@ -305,7 +305,7 @@ def kinds(records: Sequence[StoredRecord], compared: bool = False) -> list[tuple
     found: dict[tuple[str, ...], list[StoredRecord]] = {}
     for stored in records:
         record = stored.record
-        key = (record.profile, record.protocol)
+        key: tuple[str, ...] = (record.profile, record.protocol)
         if compared and record.cell.get(COMPARE):
             key += (str(record.cell[COMPARE]), record.setting)
         found.setdefault(key, []).append(stored)

@@ -295,8 +295,8 @@ def threads(variables: Mapping[str, str], count: int) -> dict[str, str]:
 
     It must be one number: a library with more threads than the others waits for a core by spinning on it.
     """
-    count = next((variables[name] for name in THREADS if variables.get(name)), str(count))
-    return {**variables, **{name: variables.get(name) or count for name in THREADS}}
+    chosen = next((variables[name] for name in THREADS if variables.get(name)), str(count))
+    return {**variables, **{name: variables.get(name) or chosen for name in THREADS}}
 
 
 def cores() -> int:

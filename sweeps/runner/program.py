@@ -31,7 +31,7 @@ class Parser(UniReconCLI):
     def __init__(self) -> None:
         warnings.filterwarnings("ignore")
         with contextlib.suppress(_Built):
-            super().__init__(["fit"])
+            super().__init__([])
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         self.parser = parser

@@ -100,7 +100,8 @@ def read_plan(path: Path) -> list[Entry]:
         for key in item:
             if key not in known:
                 raise SweepError(f"{where}: unknown key {key!r}. {did_you_mean(str(key), known)}")
-        entry = Entry(**{key: tuple(value) if isinstance(value, list) else value for key, value in item.items()})
+        given: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in item.items()}
+        entry = Entry(**given)
         if entry.pictures not in _PICTURES:
             raise SweepError(f"{where}: pictures is {entry.pictures!r}; allowed are {', '.join(_PICTURES)}.")
         if not entry.seeds or not all(isinstance(seed, int) for seed in entry.seeds):
@@ -153,8 +154,8 @@ def _places(sets: list[identity.Dataset]) -> list[str]:
     found = []
     for data in sets:
         root = data.root.resolve()
-        root = root.relative_to(ours) if root.is_relative_to(ours) else os.path.relpath(root)
-        found.append(f"{data.name} {','.join(data.categories or ())} {root}")
+        place = root.relative_to(ours) if root.is_relative_to(ours) else os.path.relpath(root)
+        found.append(f"{data.name} {','.join(data.categories or ())} {place}")
     return found
 
 
