@@ -43,6 +43,10 @@ class DatasetReader(abc.ABC):
     """Mask values above it are defective, at native resolution."""
     fpr_limits: ClassVar[tuple[float, ...]] = (0.3,)
     """False-positive rates up to which AU-PRO is integrated, unless a run says otherwise."""
+    segmentation: ClassVar[bool] = False
+    """Whether runs are also measured by SegF1, see `lightning_modules.metrics.segmentation`."""
+    holdout: ClassVar[float] = 0.0
+    """Share of each category's normal training images that is held out for thresholds, unless a run says otherwise."""
     totals: ClassVar[tuple[int, Counts] | None] = None
     """(number of categories, public counts over all of them), where the authors give only these."""
 

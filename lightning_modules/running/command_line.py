@@ -39,6 +39,7 @@ from lightning_modules.callbacks.scoring import Evaluation
 from lightning_modules.callbacks.throughput import Throughput
 from lightning_modules.running import (
     checkpoints,
+    decisions,
     foreign,
     internals,
     normalisation,
@@ -122,8 +123,8 @@ class UniReconCLI(internals.OpenCLI):
             resuming.claim(self.run_config)
             self._leave_finished()  # another process may have finished the run while this one waited for it
         given = self.made("trainer")
-        self.evaluation, self.curve = Evaluation(self.run_config.fpr_limits), None
         self.normal_scores, self.history = NormalScores(), History()
+        self.evaluation, self.curve = Evaluation(self.run_config.fpr_limits, self.normal_scores), None
         seed = EpochSeed(self.config[self.subcommand].seed_everything)
         self.throughput = Throughput()
         own = [seed, self.normal_scores, self.evaluation, self.throughput, self.history, *self._callbacks()]
@@ -229,6 +230,7 @@ class UniReconCLI(internals.OpenCLI):
         size = f"{trainable:,} trainable parameters" if trainable else "a network that the training data will size"
         rank_zero_info(f"{self.model.method}: {size} on {backbone['name']} ({backbone['weights']} weights)")
         self.datamodule.setup("fit")
+        decisions.check(self.datamodule.table, self.run_config)
         if not self.datamodule.has_test_images:
             if self.run_config.selects == "best_on_test":
                 raise DataError("No test image: run.protocol=as_released chooses its epoch on the test set. Use clean.")

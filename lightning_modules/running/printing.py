@@ -26,6 +26,8 @@ SHOWN = (
     "pixel_aupro",
     "pixel_auspro_mean",
     "dsc",
+    "seg_f1",
+    "seg_f1_images",
 )
 """Columns of the table printed after an evaluation; the record holds all metrics."""
 OF_SOME_DATA = ("image_auroc_structural", "image_auroc_logical", "pixel_auspro_mean")

@@ -14,7 +14,7 @@ from typing import Any
 
 FREE = re.compile(
     r"(config|ckpt_path"
-    r"|run\.(name|sweep|results|heatmaps|overwrite|upload|keep_epochs|cuda_graphs)"
+    r"|run\.(name|sweep|results|alpha|rule|heatmaps|overwrite|upload|keep_epochs|cuda_graphs)"
     r"|cache\.(root|budget_gb|resident_gb)"
     r"|trainer\.(logger|default_root_dir|enable_\w+|log_every_n_steps|accelerator|profiler|num_sanity_val_steps)"
     r"|data\.init_args\.(num_workers|pin_memory|eval_batch_size|cache_mb|predict_root|predict_dataset|root"
