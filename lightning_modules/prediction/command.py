@@ -25,7 +25,7 @@ from datamodules.problems import number_of
 from lightning_modules.callbacks.predictions import Predictions
 from lightning_modules.decisions import Decider
 from lightning_modules.prediction import place
-from lightning_modules.running import foreign, recording
+from lightning_modules.running import recorded_configuration, recording
 from lightning_modules.running.command_line import UniReconCLI
 from lightning_modules.running.filling import with_environment
 from lightning_modules.running.finding import find_run
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str], methods: Iterable[type]) -> None:
         words.append(f"--config={record / 'config.yaml'}")
     if options.images:
         words += ["--data.init_args.predict_root", json.dumps(images_of(options.images))]
-    PredictCLI(with_environment(foreign.as_data([*words, *more], methods), os.environ), options)
+    PredictCLI(with_environment(recorded_configuration.as_data([*words, *more], methods), os.environ), options)
 
 
 def images_of(words: Sequence[str]) -> list[str]:

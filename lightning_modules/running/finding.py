@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightning_modules.running.settings import RunConfig
 from results.common.files import restore_replaced
-from results.common.nearest import did_you_mean
+from results.common.did_you_mean import did_you_mean
 
 CONFIG = "config.yaml"
 
