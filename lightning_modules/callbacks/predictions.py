@@ -85,7 +85,7 @@ class Photograph:
 class Predictions(L.Callback):
     """Writes what `predict` finds of photographs, in files for people and for programs.
 
-    `scores.csv` has a row for each, `predictions.json` its regions as COCO annotations, `predictions.html` everything on one page.
+    `scores.csv` has a row for each, `predictions.json` its regions as COCO annotations, `predictions.html` all on one page.
     Beside them lie a picture (`.jpg`) at its own size and the raw float32 map (`.npy`) of each. A photograph that could not
     be read is a row with a reason. The files of an earlier prediction stay until all of these are written.
 

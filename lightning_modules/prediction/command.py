@@ -16,8 +16,6 @@ import json
 import os
 import shlex
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
 
 import lightning as L
 
@@ -30,7 +28,6 @@ from lightning_modules.running.command_line import UniReconCLI
 from lightning_modules.running.filling import with_environment
 from lightning_modules.running.finding import find_run
 from lightning_modules.running.loading import part_of
-from results.aggregator.records import read_record
 
 SHOWN = 20
 """At most this many photographs that could not be read are named on the terminal."""

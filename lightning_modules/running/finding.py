@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning_modules.running.settings import RunConfig
-from results.common.files import restore_replaced
 from results.common.did_you_mean import did_you_mean
+from results.common.files import restore_replaced
 
 CONFIG = "config.yaml"
 
