@@ -154,8 +154,8 @@ def train_decoder(
         left = (epochs - (done or 0)) * seconds_per_epoch(training, module, data.train_dataloader())
         print(
             f"The visual decoder (width {width}) is trained for {epochs - (done or 0)} epochs first: about "
-            f"{max(left / 60, 0.1):.1f} min on this machine. Fewer --epochs or a smaller --width cost less; more draw sharper. Ctrl-C "
-            "stops, and the same command goes on.",
+            f"{max(left / 60, 0.1):.1f} min on this machine. Fewer --epochs or a smaller --width cost less, more draw "
+            "sharper. Ctrl-C stops, and the same command goes on.",
             flush=True,
         )
     trainer.fit(training, loader, ckpt_path=None if done is None else str(file), weights_only=True)
