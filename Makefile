@@ -10,7 +10,7 @@ PROFILE ?= demo
 # The first line is read by the command line itself, so that make, the sweep runner and `wandb agent` steer a run alike.
 VALUES := PROFILE DATASET DATA_ROOT CATEGORIES BACKBONE WEIGHTS ALPHA RULE WANDB \
 	METHOD RUN IMAGES OUT ABLATION COMPARE SETTING WORKERS GPUS SEEDS SWEEP TABLE SOURCE FORMAT A B CLEAR \
-	RUNS METHODS REFERENCE CHECKPOINT CATEGORY ALPHA
+	RUNS METHODS REFERENCE CHECKPOINT CATEGORY
 $(foreach v,$(VALUES),$(if $(filter undefined,$(origin $v)),,$(eval override $v := $$(value $v))$(eval export $v)))
 
 .DEFAULT_GOAL := help
@@ -49,9 +49,9 @@ import: export PROFILE := $(if $(filter file,$(origin PROFILE)),paper,$(PROFILE)
 import: setup  ## A run record from an authors' checkpoint: CHECKPOINT= METHOD= DATASET= DATA_ROOT= [CATEGORIES= RUN= ARGS=].
 	$(PY) -m lightning_modules import --method "$$METHOD" --checkpoint "$$CHECKPOINT" $(if $(RUN),--run.name="$$RUN") $(ARGS)
 
-predict: setup  ## Decisions on new photographs: RUN=<name or record folder> IMAGES=<folder, file or several> [OUT= CATEGORY= ALPHA= ARGS=].
+predict: setup  ## Decisions on new photographs: RUN=<name or record folder> IMAGES=<folder, file or several> [OUT= CATEGORY= ALPHA= RULE= ARGS=].
 	$(PY) -m lightning_modules predict --run="$$RUN" --images="$$IMAGES" $(if $(OUT),--out="$$OUT") \
-		$(if $(CATEGORY),--category="$$CATEGORY") $(if $(ALPHA),--alpha="$$ALPHA") $(ARGS)
+		$(if $(CATEGORY),--category="$$CATEGORY") $(ARGS)
 
 submission: setup  ## MVTec AD 2's files for its evaluation server: RUN=<record folder> OUT=<new folder>.
 	@test -n "$$RUN" -a -n "$$OUT" || { echo 'error: submission needs RUN=<record folder> and OUT=<new folder>'; exit 2; }

@@ -59,8 +59,8 @@ def _call(folder: Path, target: str, variables: dict[str, str], from_environment
         ),
         (
             "predict",
-            {"RUN": "mine", "IMAGES": "a", "OUT": STRANGE, "CATEGORY": STRANGE, "ALPHA": "0.01"},
-            {f"--out={STRANGE}", f"--category={STRANGE}", "--alpha=0.01"},
+            {"RUN": "mine", "IMAGES": "a", "OUT": STRANGE, "CATEGORY": STRANGE},
+            {f"--out={STRANGE}", f"--category={STRANGE}"},
             ["", "", ""],
         ),
         ("submission", {"RUN": STRANGE, "OUT": "b c"}, {STRANGE, "b c"}, ["", "", ""]),

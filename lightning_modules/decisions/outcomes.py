@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 import pandas as pd
+from rich.markup import escape
 from rich.table import Table
 
 from lightning_modules.decisions.categories import Categories
@@ -51,7 +52,7 @@ def thresholds(rules: Mapping[str, Decider]) -> pd.DataFrame:
     """
     rows = []
     for rule, decider in rules.items():
-        for category in (*decider.names, POOLED):
+        for category in _scopes(decider):
             for level, found in (
                 ("image", decider.threshold(category)),
                 ("pixel", decider.pixel_threshold(category)),
@@ -73,7 +74,7 @@ def outcomes(rules: Mapping[str, Decider], image_scores: pd.DataFrame) -> pd.Dat
     """
     rows = []
     for rule, decider in rules.items():
-        for category in (*decider.names, POOLED):
+        for category in _scopes(decider):
             mine = image_scores if category == POOLED else image_scores[image_scores["category"] == category]
             for level, column, found in (
                 ("image", "image_score", decider.threshold(category)),
@@ -87,9 +88,35 @@ def outcomes(rules: Mapping[str, Decider], image_scores: pd.DataFrame) -> pd.Dat
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
+def _scopes(decider: Decider) -> list[str]:
+    """The categories, and all together where there are several."""
+    return [*decider.names, POOLED] if len(decider.names) > 1 else decider.names
+
+
 def _start(category: str, level: str, rule: str, decider: Decider, found: Threshold) -> tuple:
     alpha = math.nan if decider.alpha is None else decider.alpha
     return category, level, rule, alpha, found.value, found.rate, decider.basis(category), found.n
+
+
+def unlike(decided: pd.DataFrame, rule: str) -> list[str]:
+    """A sentence for each category whose good test images raise far more false alarms than was promised.
+
+    If they were like the held-out ones, the alarms among m of them above the k-th highest of n scores would follow a
+    beta-binomial distribution; so many or more would then have a chance of less than one in a thousand.
+    """
+    from scipy.stats import betabinom
+
+    sentences = []
+    chosen = decided[(decided["rule"] == rule) & (decided["level"] == "image") & (decided["basis"] == "held-out")]
+    for row in chosen[chosen["category"] != POOLED].dropna(subset="rate").to_dict("records"):
+        k = round(row["rate"] * (row["normal_images"] + 1))
+        chance = betabinom.sf(row["false_alarms"] - 1, row["good"], k, row["normal_images"] + 1 - k)
+        if chance < 0.001:
+            sentences.append(
+                f"{row['category']}: {row['false_alarms']} false alarms of {row['good']} good test images against a promised "
+                f"rate of {row['rate']:.3g}: they are not like the held-out images, for which alone the promise is"
+            )
+    return sentences
 
 
 def render(decided: pd.DataFrame, rule: str) -> Table:
@@ -103,12 +130,10 @@ def render(decided: pd.DataFrame, rule: str) -> Table:
         table.add_column(name, justify="left" if name in ("category", "basis") else "right")
     for row in chosen.to_dict("records"):
         pooled = row["category"] == POOLED
-        if pooled and len(chosen) == 2:
-            continue  # of a single category
         if pooled:
             table.add_section()
         table.add_row(
-            "one for all" if pooled else row["category"],
+            "one for all" if pooled else escape(row["category"]),
             str(row["normal_images"]),
             row["basis"],
             f"{row['threshold']:.4g}",
