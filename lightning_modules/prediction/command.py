@@ -46,6 +46,8 @@ class PredictCLI(UniReconCLI):
         source = place.Source.of(run.record, images)
         folder = place.choose(run.work / "predictions", given.out, source)
         decider = Decider.of(run.record, run.rule, run.alpha, given.category or "")
+        if decider is not None and decider.given and getattr(self.model, "predicted_class", "") is None:
+            self.model.predicted_class = decider.given  # HVQ-Trans switches by it
         scale = recording.colour_scale(run.record)
         self.predictions = Predictions(folder, source, decider, scale)
         return [*super()._callbacks(), self.predictions]
