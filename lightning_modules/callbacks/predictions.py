@@ -237,8 +237,7 @@ class Predictions(L.Callback):
         if trainer.is_global_zero:
             table(photographs).to_csv(self._new / place.TABLE, index=False, errors="surrogateescape")
             coco = _coco(photographs, self.source.as_info())
-            text = json.dumps(coco, ensure_ascii=False)
-            (self._new / place.COCO).write_text(text, encoding="utf-8", errors="surrogateescape")
+            (self._new / place.COCO).write_text(json.dumps(coco), encoding="utf-8")
             self._write_page(photographs, said)
             shutil.rmtree(self._new / SMALL)
             place.replace(self._new, self.folder)

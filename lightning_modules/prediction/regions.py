@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +17,14 @@ class Region:
         box: Left, top, width and height in pixels.
         area: Number of pixels.
         peak: Highest value of the map inside.
-        mask: bool (height, width), its pixels inside the box.
+        runs: COCO's uncompressed run-length code, int64: numbers of pixels outside, inside, outside, ..., column by column over
+            the whole photograph.
     """
 
     box: tuple[int, int, int, int]
     area: int
     peak: float
-    mask: np.ndarray
+    runs: np.ndarray
 
 
 def find_regions(values: np.ndarray, threshold: float) -> list[Region]:
@@ -36,35 +36,21 @@ def find_regions(values: np.ndarray, threshold: float) -> list[Region]:
         left, top, width, height, area = (int(value) for value in stats[number])
         inside = slice(top, top + height), slice(left, left + width)
         mask = labels[inside] == number
-        regions.append(Region((left, top, width, height), area, float(values[inside][mask].max()), mask))
+        runs = run_lengths(mask, left, top, values.shape)  # a mask of every region would not fit into memory
+        regions.append(Region((left, top, width, height), area, float(values[inside][mask].max()), runs))
     return sorted(regions, key=lambda region: -region.peak)
 
 
-def contours(regions: Sequence[Region]) -> list[np.ndarray]:
-    """The outlines of regions, outer and inner ones, each int32 (n, 1, 2): x and y of pixels of the photograph."""
-    found = []
-    for region in regions:
-        lines, _ = cv2.findContours(
-            region.mask.view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE, offset=region.box[:2]
-        )
-        found += lines
-    return found
-
-
-def run_lengths(region: Region, size: tuple[int, int]) -> list[int]:
-    """COCO's uncompressed run-length code of a region in a photograph of (height, width) `size`.
-
-    Counts of pixels outside, inside, outside, ... column by column.
-    """
-    left, top, width, height = region.box
-    padded = np.zeros((width, height + 2), np.int8)
-    padded[:, 1:-1] = region.mask.T
+def run_lengths(mask: np.ndarray, left: int, top: int, size: tuple[int, int]) -> np.ndarray:
+    """The code of `Region` for a mask (h, w) with its corner at `left` and `top` in a photograph of (height, width) `size`."""
+    padded = np.zeros((mask.shape[1], mask.shape[0] + 2), np.int8)
+    padded[:, 1:-1] = mask.T
     steps = np.diff(padded, axis=1)  # of each column: +1 where a run begins, -1 after its end
     columns, rows = np.nonzero(steps)
     edges = (left + columns.astype(np.int64)) * size[0] + top + rows
     together = np.flatnonzero(edges[1:-1:2] == edges[2::2])  # a run from a column's bottom to the next one's top
     edges = np.delete(edges, np.concatenate([2 * together + 1, 2 * together + 2]))
-    counts = np.diff(np.concatenate([[0], edges, [size[0] * size[1]]])).tolist()
+    counts = np.diff(np.concatenate([[0], edges, [size[0] * size[1]]]))
     return counts if counts[-1] else counts[:-1]
 
 
@@ -78,6 +64,6 @@ def annotation(region: Region, size: tuple[int, int], **ids: int) -> dict[str, A
         "bbox": list(region.box),
         "area": region.area,
         "score": region.peak,
-        "segmentation": {"size": list(size), "counts": run_lengths(region, size)},
+        "segmentation": {"size": list(size), "counts": region.runs.tolist()},
         "iscrowd": 1,
     }

@@ -14,7 +14,7 @@ from datamodules.images import centre, read_image, resize_image
 from lightning_modules.prediction import drawing, place
 from lightning_modules.prediction.geometry import seen_part, to_photograph
 from lightning_modules.prediction.page import Shown, page
-from lightning_modules.prediction.regions import annotation, find_regions, run_lengths
+from lightning_modules.prediction.regions import annotation, find_regions
 
 LEFT, TOP, WIDTH, HEIGHT = BOX = 150, 60, 30, 40
 SIZE = 240, 320  # of the photograph as it is shown
@@ -72,7 +72,7 @@ def test_what_a_centre_crop_cuts_off_is_no_region():
     assert find_regions(whole, 0.5)[0].box == (40, 20, 320, 160)
 
 
-def decoded(counts: list[int], size: tuple[int, int]) -> np.ndarray:
+def decoded(counts: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """COCO's rule: column by column, alternately outside and inside."""
     return np.repeat(np.arange(len(counts)) % 2, counts).reshape(size[1], size[0]).T.astype(bool)
 
@@ -84,9 +84,8 @@ def test_run_lengths_give_the_region_back_with_holes_edges_and_touching_columns(
         regions = find_regions(values, 0.5)
         together = np.zeros(values.shape, bool)
         for region in regions:
-            counts = run_lengths(region, values.shape)
-            assert min(counts[1:]) > 0
-            mask = decoded(counts, values.shape)
+            assert min(region.runs[1:]) > 0
+            mask = decoded(region.runs, values.shape)
             assert mask.sum() == region.area
             assert values[mask].max() == np.float32(region.peak)
             left, top, width, height = region.box
@@ -95,7 +94,7 @@ def test_run_lengths_give_the_region_back_with_holes_edges_and_touching_columns(
             together |= mask
         np.testing.assert_array_equal(together, values > 0.5)
     full = find_regions(np.ones((4, 3), np.float32), 0)[0]
-    assert run_lengths(full, (4, 3)) == [0, 12]
+    assert full.runs.tolist() == [0, 12]
 
 
 def test_an_annotation_is_what_cocos_own_reader_takes():
