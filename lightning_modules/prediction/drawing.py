@@ -90,7 +90,7 @@ def sheet(pictures: Sequence[np.ndarray], decision: str, words: str, ends: Seque
     Args:
         pictures: uint8 (H, W, 3), RGB, of one size.
         decision: good, defect or cannot tell; decides the colour of the words.
-        words: One line; what does not fit is cut off.
+        words: One line; smaller where it would not fit.
         ends: Places on the colour bar, from 0 to 1, with what to write there.
     """
     height, width = pictures[0].shape[:2]
@@ -105,7 +105,8 @@ def sheet(pictures: Sequence[np.ndarray], decision: str, words: str, ends: Seque
             image = image.resize((int(width * part), int(height * part)), Image.Resampling.BOX)
         out.paste(image, (0, number * image.height) if stacked else (number * image.width, 0))
     draw, top = ImageDraw.Draw(out), out.height - 5 * letters
-    draw.text((letters, top + 0.6 * letters), words, COLOURS[decision], _font(letters))
+    over = draw.textlength(words, _font(letters)) / (out.width - 2 * letters)
+    draw.text((letters, top + 0.6 * letters), words, COLOURS[decision], _font(max(8, int(letters / max(1, over)))))
     right = min(out.width - letters, letters + 40 * letters)
     bar = np.broadcast_to(np.linspace(0, 1, right - letters, dtype=np.float32), (letters, right - letters))
     out.paste(Image.fromarray(colours(bar, 0, 1)), (letters, top + 2 * letters))
