@@ -281,9 +281,9 @@ def _main(arguments: Sequence[str]) -> None:
     if options.epochs < 1 or options.width < 16:
         parser.error(f"epochs must be at least 1 and width at least 16, found {options.epochs} and {options.width}.")
     quiet()
-    options.run = find_run(options.run)
     torch.manual_seed(0)
     try:
+        options.run = find_run(options.run)
         module, data = trained(options.run)
     except (FileNotFoundError, ValueError) as error:  # also those of records and data
         raise SystemExit(f"error: {error}") from error

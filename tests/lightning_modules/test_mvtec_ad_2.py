@@ -156,8 +156,8 @@ def test_maps_are_those_of_predict_over_the_validation_images_mean_and_three_dev
     record, data = run.results / "runs" / "single" / "first", run.data
     maps = {}
     for part in ("validation/good", "test_private"):
-        main(["predict", f"--config={record / 'config.yaml'}", f"--data.init_args.predict_root={data / 'can' / part}"])
-        folder = run.results / "work" / "single" / "first" / "predictions"
+        folder = run.results / "work" / part.replace("/", "-")
+        main(["predict", f"--run={record}", f"--images={data / 'can' / part}", f"--out={folder}"])
         maps[part] = np.stack([np.load(path) for path in sorted(folder.glob("*.npy"))])
     normal = maps["validation/good"].astype(np.float64)
     threshold = normal.mean() + 3 * normal.std()
