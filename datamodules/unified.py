@@ -33,7 +33,7 @@ from datamodules.dataset import (
 )
 from datamodules.errors import DataError
 from datamodules.images import BIT_DEPTHS, MASK_RESIZES, MAX_MEGAPIXELS, check_crop, check_resize
-from datamodules.prediction import depth_of, unknown_rows
+from datamodules.prediction import PhotographSource, depth_of, unknown_rows
 from datamodules.problems import number_of
 from datamodules.reading import DatasetConfig, Reading, first_categories, read_datasets
 from datamodules.remarks import cropped_masks, held_out, tested_and_trained, vanishing_masks
@@ -111,7 +111,8 @@ class UnifiedDataModule(L.LightningDataModule):
         setting: unified, one model for all categories, or per_category: the command line trains one model for each
             category in turn and puts their results into one record.
         cache_mb: without workers, keep up to this much of the resized images in memory.
-        predict_root: folder (searched recursively, without the masks in ground_truth) or file for `predict_dataloader`.
+        predict_root: folder (searched recursively, without the masks in ground_truth) or file for `predict_dataloader`, or
+            a list of these.
         predict_dataset: which of several `datasets` the images of `predict_root` are like, for models that keep
             statistics per dataset. None takes the one in whose folder they lie, if there is one.
 
@@ -151,7 +152,7 @@ class UnifiedDataModule(L.LightningDataModule):
         test_subset: str | None = None,
         setting: str = "unified",
         cache_mb: int = 256,
-        predict_root: str | None = None,
+        predict_root: list[str] | str | None = None,
         predict_dataset: str | None = None,
         crop_from: int | tuple[int, int] | None = None,
     ) -> None:
@@ -244,7 +245,7 @@ class UnifiedDataModule(L.LightningDataModule):
             if self._source is None:
                 self._unknown = unknown_rows(self.predict_root, self.predicted_dataset)
                 depths = depth_of(self._unknown, self.bit_depth, self.max_megapixels)
-                self._source = ImageSource(
+                self._source = PhotographSource(
                     self.image_size,
                     self.resize,
                     depths,
@@ -494,13 +495,23 @@ class UnifiedDataModule(L.LightningDataModule):
         return self._eval_loader(self._unknown or unknown_rows(self.predict_root, self.predicted_dataset), repeat=True)
 
     @property
+    def photographs(self) -> PhotographSource:
+        """Where the images of `predict_root` come from, after `setup("predict")`."""
+        if not isinstance(self._source, PhotographSource):
+            raise DataError(
+                'Call setup("predict") before asking for photographs; the data option predict_root names them.'
+            )
+        return self._source
+
+    @property
     def predicted_dataset(self) -> str:
         """Which of several datasets the images of `predict_root` are like; "" if that is not known, or there is one."""
         if len(self.datasets) <= 1 or self.predict_root is None:
             return ""
-        place = os.path.realpath(os.path.expanduser(self.predict_root))
+        given = [self.predict_root] if isinstance(self.predict_root, str) else self.predict_root
+        places = [os.path.realpath(os.path.expanduser(place)) for place in given]
         roots = {d.label or d.name: os.path.realpath(os.path.expanduser(d.root)) for d in self.datasets if d.root}
-        around = [name for name, root in roots.items() if os.path.commonpath([root, place]) == root]
+        around = [name for name, root in roots.items() if os.path.commonpath([root, *places]) == root]
         # Of folders inside each other the inner one is meant.
         return self.predict_dataset or max(around, key=lambda name: len(roots[name]), default="")
 

@@ -162,9 +162,10 @@ def _refuse_joint(subcommand: str, folder: Path) -> None:
     """Refuses a run that holds one model per category, and names their records."""
     names = sorted(path.parent.name for path in folder.glob("*/record.json"))
     if names:
+        named = "name a category (--category, CATEGORY= with make), or " if subcommand == "predict" else ""
         there = ", ".join(names[:20]) + (" ..." if len(names) > 20 else "")
         raise SystemExit(
-            f"setting per_category: {subcommand} works on one model, so give the configuration of one category's record "
+            f"setting per_category: {subcommand} works on one model, so {named}give the configuration of one category's record "
             f"(there are {there}): --config {folder / names[0]}/config.yaml (make: RUN={folder / names[0]})."
         )
 

@@ -30,6 +30,8 @@ RUN = (
     "protocol",
     "selection",
     "curve_every",
+    "alpha",
+    "rule",
     "heatmaps",
     "upload",
     "keep_epochs",

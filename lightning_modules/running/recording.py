@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pandas as pd
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -30,6 +31,8 @@ from results.aggregator.records import RunRecord, StoredRecord, read_record, wri
 NOTHING_TO_MEASURE = (
     "No test image, so nothing is measured; normal images are scored instead, for predict to compare with."
 )
+SAME = 1e-6
+"""Metrics that differ by less are the same: another order of sums makes as much."""
 COLOUR_SCALE = "colour_scale.json"
 """In records of earlier versions: the ends of one colour scale for all categories; see `lightning_modules.decisions.pixels`."""
 
@@ -132,6 +135,32 @@ def _scored_before(outcome: Outcome) -> StoredRecord | None:
     """The record of the training whose weights `test` scores again, which keeps how they came about."""
     record = outcome.run.record
     return read_record(record) if outcome.subcommand == "test" and record.exists() else None
+
+
+def compared(record: Path, table: pd.DataFrame) -> str:
+    """What a run's weights, scored again, give beside the numbers of its record, which stays as it is; a sentence.
+
+    Args:
+        record: The record's folder.
+        table: The metrics found now, as in `metrics.csv`.
+    """
+    keys = ["variant", "scope", "dataset", "category", "metric"]
+    both = (
+        read_record(record).metrics.merge(table, on=keys, suffixes=("", "_now")).dropna(subset=["value", "value_now"])
+    )
+    change = (both["value_now"] - both["value"]).abs()
+    if both.empty:
+        found = "none of them is among the numbers found now"
+    elif change.max() < SAME:
+        found = f"all {len(both)} numbers that both have are the same"
+    else:
+        worst = both.loc[change.idxmax()]
+        found = (
+            f"{int((change >= SAME).sum())} of {len(both)} numbers that both have differ, the most {worst['metric']} of "
+            f"{worst['category'] or worst['dataset'] or worst['scope']}: {worst['value']:.6g} in the record, "
+            f"{worst['value_now']:.6g} now"
+        )
+    return f"The record {record} stays as it is: {found}. --run.overwrite=true writes it again."
 
 
 def describe(outcome: Outcome, before: StoredRecord | None, decided: Sequence[str] = ()) -> RunRecord:
