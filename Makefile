@@ -10,7 +10,7 @@ PROFILE ?= demo
 # The first line is read by the command line itself, so that make, the sweep runner and `wandb agent` steer a run alike.
 VALUES := PROFILE DATASET DATA_ROOT CATEGORIES BACKBONE WEIGHTS WANDB \
 	METHOD RUN IMAGES OUT ABLATION COMPARE SETTING WORKERS GPUS SEEDS SWEEP TABLE SOURCE FORMAT A B CLEAR \
-	RUNS METHODS REFERENCE CHECKPOINT
+	RUNS METHODS REFERENCE CHECKPOINT CATEGORY
 $(foreach v,$(VALUES),$(if $(filter undefined,$(origin $v)),,$(eval override $v := $$(value $v))$(eval export $v)))
 
 .DEFAULT_GOAL := help
@@ -56,6 +56,14 @@ predict: setup  ## Heat maps of any images with a trained run: RUN=<record folde
 submission: setup  ## MVTec AD 2's files for its evaluation server: RUN=<record folder> OUT=<new folder>.
 	@test -n "$$RUN" -a -n "$$OUT" || { echo 'error: submission needs RUN=<record folder> and OUT=<new folder>'; exit 2; }
 	$(PY) -m lightning_modules submission --run "$$RUN" --out "$$OUT" $(ARGS)
+
+export: setup  ## A run as one file for other programs: RUN= [FORMAT=onnx|torch OUT= CATEGORY= IMAGES=<photographs to check it with>].
+	@test -n "$$RUN" || { echo 'error: export needs RUN=<name or record folder>'; exit 2; }
+	$(PY) -m lightning_modules.exporting --run "$$RUN" --format "$${FORMAT:-onnx}" $(if $(OUT),--out "$$OUT") \
+		$(if $(CATEGORY),--category "$$CATEGORY") $(if $(IMAGES),--images "$$IMAGES") $(ARGS)
+
+export-requirements: setup  ## Install what ONNX files need, requirements-export.txt.
+	$(INSTALL) -r requirements-export.txt
 
 check-data: setup  ## Count a dataset's images and list every problem: DATASET= DATA_ROOT= [CATEGORIES= ARGS=].
 	$(PY) -m datamodules check $(ARGS)
@@ -128,9 +136,13 @@ cache: setup  ## List the feature cache's entries, or delete some: [CLEAR=key or
 bench-metrics: setup  ## Time our metrics against other libraries.
 	$(PY) -m lightning_modules.benchmarks.metrics
 
+bench-inference: setup  ## Latency, images per second and memory of a run: RUN= [CATEGORY= ARGS=].
+	@test -n "$$RUN" || { echo 'error: bench-inference needs RUN=<name or record folder>'; exit 2; }
+	$(PY) -m lightning_modules.benchmarks.inference --run "$$RUN" $(if $(CATEGORY),--category "$$CATEGORY") $(ARGS)
+
 bench-start: setup  ## Time the start of a run on 60,000 small files: [ARGS=].
 	$(PY) -m lightning_modules.benchmarks.start $(ARGS)
 
-.PHONY: help setup test test-all lint train import predict submission check-data synthetic sweep sweeps reference verify wandb-sweep agents \
+.PHONY: help setup test test-all lint train import predict submission export export-requirements check-data synthetic sweep sweeps reference verify wandb-sweep agents \
 	pull table tables \
-	audit figures compare report reconstructions gallery shortcuts self-similarity bench bench-metrics bench-start cache
+	audit figures compare report reconstructions gallery shortcuts self-similarity bench bench-metrics bench-inference bench-start cache

@@ -21,6 +21,7 @@ from models import cutpaste as networks
 from models.head import HeadConfig, ScoredMaps
 from models.layers.gaussian import Moments, merged, moments
 from models.layers.receptive import Reception, spread
+from models.layers.tracing import in_parts
 from models.optimizers import HalfCosine
 from models.trunk import build_trunk
 
@@ -136,7 +137,7 @@ class CutPaste(OwnTrunkModule):
         """Embeddings of all windows of images, float64 (B, I, J, C), one by one: padding makes the whole image another."""
         stride, side, _ = self.reception
         windows = images.unfold(2, side, stride).unfold(3, side, stride).permute(0, 2, 3, 1, 4, 5)
-        found = [self.network.embed(part) for part in windows.flatten(0, 2).split(WINDOWS)]
+        found = [self.network.embed(part) for part in in_parts(windows.flatten(0, 2), WINDOWS)]
         return torch.cat(found).view(*windows.shape[:3], -1)
 
     def _fit_windows(self) -> None:
@@ -156,7 +157,7 @@ class CutPaste(OwnTrunkModule):
         images = batch["image"].float()
         with torch.autocast(images.device.type, enabled=False):
             if self.has_map:
-                embeddings = torch.cat([self._windows(image) for image in images.split(1)])
+                embeddings = torch.cat([self._windows(part) for part in in_parts(images, 1)])
                 cells = self.network.score(embeddings.flatten(0, 2)).view(embeddings.shape[:3]).float()
                 maps = spread(cells, self.image_size, self.reception, self.upsampling_std, normalised=True)
                 scored = self.head.score([maps], self.image_size)

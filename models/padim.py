@@ -96,15 +96,8 @@ class PaDiMNetwork(FeatureNetwork):
 
     def embed(self, levels: Sequence[Tensor]) -> Tensor:
         """Levels (B, C_l, H_l, W_l) -> the chosen channels (B, kept, H, W), lowest level's channels numbered first."""
-        B, (H, W) = len(levels[0]), self.grid
-        embedding = levels[0].new_empty(B, self.kept, H, W, dtype=torch.float32)
-        first = 0
-        for level in levels:
-            inside = (self.chosen >= first) & (self.chosen < first + level.shape[1])
-            picked = level.float()[:, self.chosen[inside] - first]
-            embedding[:, inside] = F.interpolate(picked, size=self.grid, mode="nearest")
-            first += level.shape[1]
-        return embedding
+        joined = [F.interpolate(level.float(), size=self.grid, mode="nearest") for level in levels]
+        return torch.cat(joined, dim=1)[:, self.chosen]
 
     # ---- fit ---------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,115 @@
+"""The two kinds of files: how each is written, read back and run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datamodules.problems import number_of
+from lightning_modules.exporting.graph import Scorer
+
+KEY = "unirecon"
+"""Of the JSON text in an ONNX file's metadata; in a file of torch.export it is `unirecon.json` among the extra files."""
+INPUT = "images"
+LARGEST_ONNX = 2**31 - 2**20
+"""Bytes of weights; an ONNX file is one message of at most 2 GiB."""
+Runner = Callable[[np.ndarray], list[np.ndarray]]
+"""uint8 (B, height, width, 3) -> maps, unless the method has none, and image scores."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of file.
+
+    Attributes:
+        suffix: Of its name.
+        program: What runs it.
+        needs: Packages beyond requirements.txt.
+        write: (program, metadata, path) -> None.
+        open: path -> what runs the file, as another program would.
+    """
+
+    suffix: str
+    program: str
+    needs: tuple[str, ...]
+    write: Callable[[torch.export.ExportedProgram, Mapping[str, Any], Path], None]
+    open: Callable[[Path], Runner]
+
+    def check_packages(self) -> None:
+        """Raises ValueError with the command that installs what is missing."""
+        missing = [name for name in self.needs if importlib.util.find_spec(name) is None]
+        if missing:
+            are = "is" if len(missing) == 1 else "are"
+            raise ValueError(
+                f"An {self.suffix[1:]} file needs {number_of(len(self.needs), 'package')} beyond requirements.txt, of which "
+                f"{', '.join(missing)} {are} not installed: make export-requirements."
+            )
+
+
+def traced(scorer: Scorer, images: Tensor) -> torch.export.ExportedProgram:
+    """The scorer's graph, for any number of images of this size."""
+    batch = torch.export.Dim("batch", min=1)
+    with torch.no_grad():
+        scorer(images)  # what is computed once and kept is computed with numbers, not while tracing
+        example = images[:1].repeat(2, 1, 1, 1)  # a batch of 1 could be taken for a constant
+        return torch.export.export(scorer, (example,), dynamic_shapes={INPUT: {0: batch}}, strict=False)
+
+
+# ---- ONNX ------------------------------------------------------------------------------------------------------------
+
+
+def _write_onnx(program: torch.export.ExportedProgram, metadata: Mapping[str, Any], path: Path) -> None:
+    size = sum(value.numel() * value.element_size() for value in {**program.state_dict, **program.constants}.values())
+    if size > LARGEST_ONNX:
+        raise ValueError(
+            f"The run holds {size / 2**30:.1f} GiB of weights and memory, and an ONNX file at most 2: use FORMAT=torch, or a "
+            "smaller memory bank."
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = torch.onnx.export(program, dynamo=True, verbose=False, output_names=list(metadata["outputs"]))
+    made.model.metadata_props[KEY] = json.dumps(metadata)
+    made.save(str(path), external_data=False)
+
+
+def _open_onnx(path: Path) -> Runner:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {INPUT: images})
+
+
+# ---- torch.export ----------------------------------------------------------------------------------------------------
+
+
+def _write_torch(program: torch.export.ExportedProgram, metadata: Mapping[str, Any], path: Path) -> None:
+    with path.open("wb") as file:
+        torch.export.save(program, file, extra_files={f"{KEY}.json": json.dumps(metadata)})
+
+
+def _open_torch(path: Path) -> Runner:
+    with path.open("rb") as file:
+        module = torch.export.load(file).module()
+
+    def run(images: np.ndarray) -> list[np.ndarray]:
+        with torch.no_grad():
+            return [part.numpy() for part in module(torch.from_numpy(images))]
+
+    return run
+
+
+FORMATS = {
+    "onnx": Format(".onnx", "onnxruntime", ("onnx", "onnxscript", "onnxruntime"), _write_onnx, _open_onnx),
+    "torch": Format(".pt2", "torch.export", (), _write_torch, _open_torch),
+}
