@@ -8,7 +8,7 @@ METHOD ?= uniad
 PROFILE ?= demo
 # Values go through the environment, letter for letter: neither make nor the shell reads a `$`, a quote or a blank in them.
 # The first line is read by the command line itself, so that make, the sweep runner and `wandb agent` steer a run alike.
-VALUES := PROFILE DATASET DATA_ROOT CATEGORIES BACKBONE WEIGHTS WANDB \
+VALUES := PROFILE DATASET DATA_ROOT CATEGORIES BACKBONE WEIGHTS ALPHA RULE WANDB \
 	METHOD RUN IMAGES OUT ABLATION COMPARE SETTING WORKERS GPUS SEEDS SWEEP TABLE SOURCE FORMAT A B CLEAR \
 	RUNS METHODS REFERENCE CHECKPOINT CATEGORY
 $(foreach v,$(VALUES),$(if $(filter undefined,$(origin $v)),,$(eval override $v := $$(value $v))$(eval export $v)))
@@ -41,7 +41,7 @@ lint: setup  ## Check style with ruff.
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-train: setup  ## Train and evaluate once: METHOD= PROFILE= DATASET= DATA_ROOT= [CATEGORIES= BACKBONE= WEIGHTS= RUN= ARGS=].
+train: setup  ## Train and evaluate once: METHOD= PROFILE= DATASET= DATA_ROOT= [CATEGORIES= BACKBONE= WEIGHTS= ALPHA= RULE= RUN= ARGS=].
 	$(PY) -m sweeps data "sweeps/profiles/$$PROFILE/$$METHOD.yaml"
 	$(PY) -m lightning_modules fit --config "sweeps/profiles/$$PROFILE/$$METHOD.yaml" $(if $(RUN),--run.name="$$RUN") $(ARGS)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 FREE = re.compile(
     r"(config|ckpt_path"
-    r"|run\.(name|sweep|results|heatmaps|overwrite|upload|keep_epochs|cuda_graphs)"
+    r"|run\.(name|sweep|results|alpha|rule|heatmaps|overwrite|upload|keep_epochs|cuda_graphs)"
     r"|cache\.(root|budget_gb|resident_gb)"
     r"|trainer\.(logger|default_root_dir|enable_\w+|log_every_n_steps|accelerator|profiler|num_sanity_val_steps)"
     r"|data\.init_args\.(num_workers|pin_memory|eval_batch_size|cache_mb|predict_root|predict_dataset|root"
@@ -37,10 +37,10 @@ LATER = {
 
 SHOWING = (
     "results", "sweeps", "tests", "datamodules/__main__.py", "datamodules/check.py", "datamodules/errors.py",
-    "datamodules/problems.py", "lightning_modules/benchmarks", "lightning_modules/pictures",
-    "lightning_modules/exporting", "lightning_modules/callbacks/kept_epochs.py",
+    "datamodules/problems.py", "lightning_modules/benchmarks", "lightning_modules/exporting", "lightning_modules/pictures",
+    "lightning_modules/prediction", "lightning_modules/callbacks/kept_epochs.py",
     "lightning_modules/callbacks/predictions.py", "lightning_modules/callbacks/progress.py",
-    "lightning_modules/running/checkpoints.py", "lightning_modules/running/loading.py",
+    "lightning_modules/running/checkpoints.py", "lightning_modules/running/finding.py", "lightning_modules/running/loading.py",
     "lightning_modules/running/parser.py", "lightning_modules/running/preemption.py",
     "lightning_modules/running/printing.py",
     "lightning_modules/running/quiet.py", "lightning_modules/running/resuming.py",

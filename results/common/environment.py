@@ -1,4 +1,4 @@
-"""What a user names in the environment: DATASET, DATA_ROOT, CATEGORIES, BACKBONE, WEIGHTS.
+"""What a user names in the environment: DATASET, DATA_ROOT, CATEGORIES, BACKBONE, WEIGHTS, ALPHA, RULE.
 
 Lists are separated by commas; white space around a part and empty parts are dropped. Nothing else is interpreted: the
 shell has taken its own quotes away before, so that a quote or a dollar sign in a value is part of a name.
@@ -36,6 +36,8 @@ class Named:
     datasets: tuple[NamedDataset, ...] = ()
     backbone: str = ""
     weights: str = ""
+    alpha: float | None = None
+    rule: str = ""
 
 
 def parts(value: str | Iterable[str] | None) -> tuple[str, ...]:
@@ -73,7 +75,22 @@ def parse(variables: Mapping[str, str], has_own_root: Callable[[str], bool]) -> 
         ),
         (variables.get("BACKBONE") or "").strip(),
         (variables.get("WEIGHTS") or "").strip(),
+        _rate((variables.get("ALPHA") or "").strip()),
+        (variables.get("RULE") or "").strip(),
     )
+
+
+def _rate(text: str) -> float | None:
+    """A rate of false alarms; None for nothing."""
+    try:
+        value = float(text) if text else None
+    except ValueError:
+        value = -1.0
+    if value is not None and not 0 < value < 1:
+        raise ValueError(
+            f"ALPHA={text} is no rate of false alarms: give a number above 0 and below 1, for example 0.01."
+        )
+    return value
 
 
 def _roots(names: tuple[str, ...], text: str, has_own_root: Callable[[str], bool]) -> list[str]:
