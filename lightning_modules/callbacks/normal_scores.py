@@ -30,7 +30,8 @@ class NormalScores(L.Callback):
 
     Attributes:
         table: One row per normal image, the content of `normal_scores.csv`.
-        pixels: Category -> statistics of its normal maps' pixels; "" for all together. Empty for a method without a map.
+        pixels: Category -> statistics of its normal maps' pixels; "" for all together, where there are several. Empty for a
+            method without a map.
         features: What the categories look like, the content of `category_features.csv`; None for a single category.
         recognised: Per category how many of its test images resemble its own normal images most: columns `category`,
             `images`, `recognised`.
@@ -96,7 +97,7 @@ class NormalScores(L.Callback):
         for part in parts:
             for (category, split), collector in part.items():
                 if split == "val" or counts.get(category, 0) < FEWEST_HELD_OUT:
-                    for name in (category, ""):
+                    for name in (category, "") if self._several else (category,):
                         merged.setdefault(name, PixelCollector()).merge(collector)
         return {name: merged[name].statistics() for name in ("", *sorted(merged.keys() - {""})) if name in merged}
 

@@ -51,7 +51,7 @@ def thresholds(rules: Mapping[str, Decider]) -> pd.DataFrame:
     """
     rows = []
     for rule, decider in rules.items():
-        for category in (*decider.names, POOLED):
+        for category in _scopes(decider):
             for level, found in (
                 ("image", decider.threshold(category)),
                 ("pixel", decider.pixel_threshold(category)),
@@ -73,7 +73,7 @@ def outcomes(rules: Mapping[str, Decider], image_scores: pd.DataFrame) -> pd.Dat
     """
     rows = []
     for rule, decider in rules.items():
-        for category in (*decider.names, POOLED):
+        for category in _scopes(decider):
             mine = image_scores if category == POOLED else image_scores[image_scores["category"] == category]
             for level, column, found in (
                 ("image", "image_score", decider.threshold(category)),
@@ -85,6 +85,11 @@ def outcomes(rules: Mapping[str, Decider], image_scores: pd.DataFrame) -> pd.Dat
                 counts = (~defect).sum(), (called & ~defect).sum(), defect.sum(), (~called & defect).sum()
                 rows.append(_start(category, level, rule, decider, found) + tuple(int(n) for n in counts))
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _scopes(decider: Decider) -> list[str]:
+    """The categories, and all together where there are several."""
+    return [*decider.names, POOLED] if len(decider.names) > 1 else decider.names
 
 
 def _start(category: str, level: str, rule: str, decider: Decider, found: Threshold) -> tuple:
@@ -103,8 +108,6 @@ def render(decided: pd.DataFrame, rule: str) -> Table:
         table.add_column(name, justify="left" if name in ("category", "basis") else "right")
     for row in chosen.to_dict("records"):
         pooled = row["category"] == POOLED
-        if pooled and len(chosen) == 2:
-            continue  # of a single category
         if pooled:
             table.add_section()
         table.add_row(

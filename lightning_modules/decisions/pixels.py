@@ -16,7 +16,7 @@ import pandas as pd
 from lightning_modules.metrics.thresholds import PixelStatistics
 
 FILE = "normal_pixels.csv"
-"""In a record: `category` ("" for all together), `low` and `high` of its colour scale, and `PixelStatistics`."""
+"""In a record: `category` ("" for all, where there are several), `low` and `high` of its colours, and `PixelStatistics`."""
 COLUMNS = ("category", "low", "high", *(field.name for field in fields(PixelStatistics)))
 
 

@@ -43,6 +43,6 @@ class Scorer(nn.Module):
         normalised = (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
         batch: dict[str, Any] = {"image": normalised}
         if self.category:
-            batch |= {"category": [self.category] * len(images), "dataset": [self.dataset] * len(images)}
+            batch |= {"category": [self.category], "dataset": [self.dataset]}  # one stands for all
         scored = self.module.evaluate(batch)[""]
         return tuple(getattr(scored, name) for name in self.outputs)

@@ -230,7 +230,8 @@ def _came_about(outcome: Outcome) -> dict[str, Any]:
 
 def colour_scale(record: Path) -> tuple[float, float] | None:
     """Ends of one colour scale for all categories of a run; None if the run has no record, or its method no map."""
-    if (found := pixels.read(record).get(POOLED)) is not None:
+    kept = pixels.read(record)
+    if (found := kept.get(POOLED) or (next(iter(kept.values())) if len(kept) == 1 else None)) is not None:
         return found.low, found.high
     file = record / COLOUR_SCALE
     return tuple(json.loads(file.read_text())) if file.is_file() else None

@@ -37,10 +37,11 @@ LATER = {
 
 SHOWING = (
     "results", "sweeps", "tests", "datamodules/__main__.py", "datamodules/check.py", "datamodules/errors.py",
-    "datamodules/problems.py", "lightning_modules/benchmarks", "lightning_modules/exporting", "lightning_modules/pictures",
-    "lightning_modules/prediction", "lightning_modules/callbacks/kept_epochs.py",
+    "datamodules/problems.py", "lightning_modules/benchmarks", "lightning_modules/decisions", "lightning_modules/exporting",
+    "lightning_modules/pictures", "lightning_modules/prediction", "lightning_modules/callbacks/kept_epochs.py",
     "lightning_modules/callbacks/predictions.py", "lightning_modules/callbacks/progress.py",
-    "lightning_modules/running/checkpoints.py", "lightning_modules/running/finding.py", "lightning_modules/running/loading.py",
+    "lightning_modules/running/checkpoints.py", "lightning_modules/running/decisions.py",
+    "lightning_modules/running/finding.py", "lightning_modules/running/loading.py",
     "lightning_modules/running/parser.py", "lightning_modules/running/preemption.py",
     "lightning_modules/running/printing.py",
     "lightning_modules/running/quiet.py", "lightning_modules/running/resuming.py",

@@ -45,7 +45,7 @@ def test_another_alpha_needs_no_training_and_one_that_cannot_be_had_is_refused_b
     with pytest.raises(RateError, match=r"cookie: 20 normal images .* 1/21 = 0.0476; 0.04 needs 24"):
         Decider(table, alpha=0.04)
     assert Decider(table, alpha=0.04, given="screw").threshold("screw").n == 30  # the only one that is asked for
-    with pytest.raises(RateError, match="cookie: .*scores of training images promise nothing"):
+    with pytest.raises(RateError, match=r"cookie: .*scores of training images promise nothing"):
         Decider(normals("train"), alpha=0.2)
 
 
