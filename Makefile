@@ -57,10 +57,11 @@ submission: setup  ## MVTec AD 2's files for its evaluation server: RUN=<record 
 	@test -n "$$RUN" -a -n "$$OUT" || { echo 'error: submission needs RUN=<record folder> and OUT=<new folder>'; exit 2; }
 	$(PY) -m lightning_modules submission --run "$$RUN" --out "$$OUT" $(ARGS)
 
-export: setup  ## A run as one file for other programs: RUN= [FORMAT=onnx|torch OUT= CATEGORY= IMAGES=<photographs to check it with>].
+export: setup  ## A run as one file for other programs: RUN= [FORMAT=onnx|torch OUT= CATEGORY= ALPHA= RULE= IMAGES=<to check it with>].
 	@test -n "$$RUN" || { echo 'error: export needs RUN=<name or record folder>'; exit 2; }
 	$(PY) -m lightning_modules.exporting --run "$$RUN" --format "$${FORMAT:-onnx}" $(if $(OUT),--out "$$OUT") \
-		$(if $(CATEGORY),--category "$$CATEGORY") $(if $(IMAGES),--images "$$IMAGES") $(ARGS)
+		$(if $(CATEGORY),--category "$$CATEGORY") $(if $(IMAGES),--images "$$IMAGES") \
+		$(if $(RULE),--rule "$$RULE") $(if $(ALPHA),--alpha "$$ALPHA") $(ARGS)
 
 export-requirements: setup  ## Install what ONNX files need, requirements-export.txt.
 	$(INSTALL) -r requirements-export.txt

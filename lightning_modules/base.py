@@ -172,6 +172,9 @@ class ReconstructionModule(L.LightningModule):
         Raises ValueError when the method's arguments contradict it.
         """
 
+    def avoid_solves(self) -> None:
+        """Called before a graph is made for a runtime that cannot solve linear systems."""
+
     def record_notes(self) -> list[str]:
         """What a reader of the run's numbers must know besides the configuration."""
         return []

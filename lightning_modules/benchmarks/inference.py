@@ -81,7 +81,7 @@ def _prepared(engine: str, scorer: Scorer, images: Tensor) -> Callable[[], Any]:
     if engine == "onnxruntime":
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):
             file = Path(folder) / "run.onnx"
-            FORMATS["onnx"].write(traced(scorer, images), {"outputs": scorer.outputs}, file)
+            FORMATS["onnx"].write(traced(scorer, images, FORMATS["onnx"]), {"outputs": scorer.outputs}, file)
             run = FORMATS["onnx"].open(file)
         pixels = images.numpy()
         return lambda: run(pixels)

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 
 from lightning_modules.exporting import metadata
 from lightning_modules.exporting.agreement import Deviation, compare
-from lightning_modules.exporting.decision import decision
+from lightning_modules.exporting.decision import thresholds
 from lightning_modules.exporting.formats import FORMATS, Format, traced
 from lightning_modules.exporting.graph import Scorer
 from lightning_modules.exporting.images import CheckImages, check_images
 from lightning_modules.running.finding import find_run
-from lightning_modules.running.loading import TrainedModel, load_run
+from lightning_modules.running.loading import TrainedModel, load_run, part_of
 from lightning_modules.running.quiet import quiet
 from lightning_modules.running.settings import work_folder
 from results.aggregator.records import read_record
@@ -29,7 +31,15 @@ from results.common import trouble
 from results.common.files import replacing
 
 
-def export(record: Path, kind: str, out: Path, category: str | None = None, images: str | None = None) -> str:
+def export(
+    record: Path,
+    kind: str,
+    out: Path,
+    category: str | None = None,
+    images: str | None = None,
+    rule: str | None = None,
+    alpha: float | None = None,
+) -> str:
     """Writes the file of a run, checks it, and says what it is.
 
     Args:
@@ -38,6 +48,7 @@ def export(record: Path, kind: str, out: Path, category: str | None = None, imag
         out: The file.
         category: Which model to take of a run with one per category, and what to tell a method that asks.
         images: Photographs to check the file with; by default the run's test images.
+        rule, alpha: Of the thresholds in the metadata; by default the run's own.
 
     Raises:
         ValueError: a package is missing, the method cannot be exported, or the file disagrees with the run; there is then no
@@ -46,22 +57,24 @@ def export(record: Path, kind: str, out: Path, category: str | None = None, imag
     """
     form = FORMATS[kind]
     form.check_packages()
+    record = part_of(record, category) if category else record
     model, stored = load_run(record, category=category), read_record(record)
+    decision = thresholds(record, yaml.safe_load(stored.config_text).get("run") or {}, model.category, rule, alpha)
     scorer = Scorer(model)
     shown = check_images(record, model.category, model.preparation, images)
     try:
-        program = traced(scorer, shown.pixels)
+        program = traced(scorer, shown.pixels, form)
     except Exception as error:
         raise ValueError(
             f"{model.module.method} cannot be exported with these options: {_first_line(error)}"
         ) from error
-    about = metadata.describe(model, scorer.outputs, stored, decision(record, model.category))
+    about = metadata.describe(model, scorer.outputs, stored, decision)
     with replacing(out) as part:
         form.write(program, about, part)
         deviations = compare(model, scorer.outputs, shown, form.open(part))
         form.write(program, about | {"check": metadata.checked(shown.source, form.program, deviations)}, part)
         size = part.stat().st_size
-    return _report(out, size, model, form, shown, deviations)
+    return "\n".join([*_report(out, size, model, form, shown, deviations), *_decisions(decision)])
 
 
 def _first_line(error: Exception) -> str:
@@ -70,7 +83,7 @@ def _first_line(error: Exception) -> str:
 
 def _report(
     out: Path, size: int, model: TrainedModel, form: Format, shown: CheckImages, deviations: Sequence[Deviation]
-) -> str:
+) -> list[str]:
     height, width = model.preparation.size
     lines = [
         f"{out} ({size / 2**20:.1f} MiB): images uint8 (batch, {height}, {width}, 3) -> "
@@ -83,7 +96,22 @@ def _report(
     ]
     if model.precision != "32-true":
         lines.append(f"The run scores in {model.precision}, the file in float32; both computed in float32 here.")
-    return "\n".join(lines)
+    return lines
+
+
+def _decisions(decision: Mapping[str, Any]) -> list[str]:
+    """The thresholds in words."""
+    if not decision["thresholds"]:
+        return [f"no threshold: {decision['reason']}"]
+    lines = []
+    for name, found in decision["thresholds"].items():
+        if found["image"] is None:
+            lines.append(f"{name}: no threshold: {found['reason']}")
+        else:
+            lines.append(
+                f"{name}: defect above {found['image']:.6g} (rule {decision['rule']}, {found['basis']} images)"
+            )
+    return lines
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -102,6 +130,8 @@ def _main(arguments: Sequence[str]) -> None:
         "--category", help="which model of a run with one per category; what to tell a method that asks"
     )
     parser.add_argument("--images", help="photographs to check the file with instead of the run's test images")
+    parser.add_argument("--rule", help="of the thresholds (default: the run's own)")
+    parser.add_argument("--alpha", type=float, help="wanted rate of false alarms (default: the run's own)")
     options = parser.parse_args(arguments)
     quiet()
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
@@ -112,7 +142,7 @@ def _main(arguments: Sequence[str]) -> None:
     if out.suffix != form.suffix:
         raise ValueError(f"--out is {out}; a file of format {options.format} ends in {form.suffix}.")
     torch.backends.cudnn.allow_tf32 = False
-    print(export(record, options.format, out, options.category, options.images))
+    print(export(record, options.format, out, options.category, options.images, options.rule, options.alpha))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ class Format:
         suffix: Of its name.
         program: What runs it.
         needs: Packages beyond requirements.txt.
+        solves: Whether it can solve linear systems.
         write: (program, metadata, path) -> None.
         open: path -> what runs the file, as another program would.
     """
@@ -41,6 +42,7 @@ class Format:
     suffix: str
     program: str
     needs: tuple[str, ...]
+    solves: bool
     write: Callable[[torch.export.ExportedProgram, Mapping[str, Any], Path], None]
     open: Callable[[Path], Runner]
 
@@ -55,8 +57,10 @@ class Format:
             )
 
 
-def traced(scorer: Scorer, images: Tensor) -> torch.export.ExportedProgram:
-    """The scorer's graph, for any number of images of this size."""
+def traced(scorer: Scorer, images: Tensor, form: Format) -> torch.export.ExportedProgram:
+    """The scorer's graph for a kind of file, for any number of images of the size of these, uint8 (N, height, width, 3)."""
+    if not form.solves:
+        scorer.module.avoid_solves()
     batch = torch.export.Dim("batch", min=1)
     with torch.no_grad():
         scorer(images)  # what is computed once and kept is computed with numbers, not while tracing
@@ -77,7 +81,7 @@ def _write_onnx(program: torch.export.ExportedProgram, metadata: Mapping[str, An
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = torch.onnx.export(program, dynamo=True, verbose=False, output_names=list(metadata["outputs"]))
-    made.model.metadata_props[KEY] = json.dumps(metadata)
+    made.model.metadata_props[KEY] = json.dumps(metadata, allow_nan=False)
     made.save(str(path), external_data=False)
 
 
@@ -95,7 +99,7 @@ def _open_onnx(path: Path) -> Runner:
 
 def _write_torch(program: torch.export.ExportedProgram, metadata: Mapping[str, Any], path: Path) -> None:
     with path.open("wb") as file:
-        torch.export.save(program, file, extra_files={f"{KEY}.json": json.dumps(metadata)})
+        torch.export.save(program, file, extra_files={f"{KEY}.json": json.dumps(metadata, allow_nan=False)})
 
 
 def _open_torch(path: Path) -> Runner:
@@ -110,6 +114,6 @@ def _open_torch(path: Path) -> Runner:
 
 
 FORMATS = {
-    "onnx": Format(".onnx", "onnxruntime", ("onnx", "onnxscript", "onnxruntime"), _write_onnx, _open_onnx),
-    "torch": Format(".pt2", "torch.export", (), _write_torch, _open_torch),
+    "onnx": Format(".onnx", "onnxruntime", ("onnx", "onnxscript", "onnxruntime"), False, _write_onnx, _open_onnx),
+    "torch": Format(".pt2", "torch.export", (), True, _write_torch, _open_torch),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.layers.tracing import in_parts
+from models.layers.tracing import in_parts, tracing
 
 QUERIES = 2048
 """Queries that are compared at a time."""
@@ -58,7 +58,8 @@ def _nearest(queries: Tensor, bank: Tensor, centre: Tensor, neighbors: int) -> t
             indices = indices.gather(1, kept)
     indices = indices.sort(dim=1).values
     exact = (queries[:, None] - bank[indices]).square().sum(dim=2)
-    order = exact.sort(dim=1, stable=True).indices[:, :neighbors]
+    # ONNX knows one sort, which is stable.
+    order = (exact.sort(dim=1) if tracing() else exact.sort(dim=1, stable=True)).indices[:, :neighbors]
     return exact.gather(1, order), indices.gather(1, order)
 
 
