@@ -163,7 +163,7 @@ class CutPaste(OwnTrunkModule):
                 scored = self.head.score([maps], self.image_size)
                 return {"": scored._replace(image_scores=cells.flatten(1).amax(1), level_maps=[cells])}
             scores = self.network.score(self.network.embed(images)).float()
-        return {"": ScoredMaps(images.new_zeros(len(images), *self.image_size), scores, [])}
+        return {"": ScoredMaps(images.new_zeros(images.shape[0], *self.image_size), scores, [])}
 
     def record_notes(self) -> list[str]:
         steps = f"{self.trained_steps:,} steps (the paper: {PAPER_STEPS:,})"

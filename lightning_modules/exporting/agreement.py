@@ -62,7 +62,7 @@ def compare(model: TrainedModel, outputs: Sequence[str], images: CheckImages, ru
         parts = [model.score(part) for part in normalised.split(BATCH)]
         return tuple(torch.cat([getattr(part, name) for part in parts]) for name in outputs)
 
-    expected, allowed = score(), tolerances(model.module, score)
+    expected, allowed = score(), tolerances(score)
     found = [np.concatenate(parts) for parts in zip(*_batches(run, images.pixels.numpy()), strict=True)]
     alone = run(images.pixels[:1].numpy())
     deviations = []

@@ -22,7 +22,7 @@ known = about["decision"]["thresholds"]
 chosen = options.category or (next(iter(known)) if len(known) == 1 else "")
 threshold = known.get(chosen, {}).get("image")
 
-for path in options.photographs:
+for number, path in enumerate(options.photographs):
     image = ImageOps.exif_transpose(Image.open(path))
     if image.mode.startswith(("I", "F")):
         raise SystemExit(f"{path}: scale 16-bit values to 8 bits first (bit_depth of the run: {about['bit_depth']})")
@@ -38,7 +38,8 @@ for path in options.photographs:
     verdict = "cannot tell" if threshold is None else "defect" if scores[0] > threshold else "good"
     print(f"{path}: {verdict}, score {scores[0]:.6g}, threshold {threshold} of {chosen or 'no category'}")
     if maps:
-        np.save(f"{path.stem}.npy", maps[0][0])
+        name = f"{number:04d}_{path.stem}"
+        np.save(f"{name}.npy", maps[0][0])
         low, high = known.get(chosen, {}).get("colour_scale") or (maps[0].min(), maps[0].max())
         grey = np.clip(255 * (maps[0][0] - low) / max(high - low, 1e-12), 0, 255)
-        Image.fromarray(grey.astype(np.uint8)).save(f"{path.stem}.map.png")
+        Image.fromarray(grey.astype(np.uint8)).save(f"{name}.png")

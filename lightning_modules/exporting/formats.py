@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,10 +64,20 @@ def traced(scorer: Scorer, images: Tensor, form: Format) -> torch.export.Exporte
     if not form.solves:
         scorer.module.avoid_solves()
     batch = torch.export.Dim("batch", min=1)
-    with torch.no_grad():
+    with torch.no_grad(), _without_autocast():
         scorer(images)  # what is computed once and kept is computed with numbers, not while tracing
         example = images[:1].repeat(2, 1, 1, 1)  # a batch of 1 could be taken for a constant
         return torch.export.export(scorer, (example,), dynamic_shapes={INPUT: {0: batch}}, strict=False)
+
+
+@contextlib.contextmanager
+def _without_autocast() -> Iterator[None]:
+    """Leaves out the contexts that switch autocast off: nothing switches it on here, and a graph with them cannot be saved."""
+    before, torch.autocast = torch.autocast, lambda *_, **__: contextlib.nullcontext()
+    try:
+        yield
+    finally:
+        torch.autocast = before
 
 
 # ---- ONNX ------------------------------------------------------------------------------------------------------------
@@ -78,9 +90,14 @@ def _write_onnx(program: torch.export.ExportedProgram, metadata: Mapping[str, An
             f"The run holds {size / 2**30:.1f} GiB of weights and memory, and an ONNX file at most 2: use FORMAT=torch, or a "
             "smaller memory bank."
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        made = torch.onnx.export(program, dynamo=True, verbose=False, output_names=list(metadata["outputs"]))
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # of what the optimiser leaves as it is
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = torch.onnx.export(program, dynamo=True, verbose=False, output_names=list(metadata["outputs"]))
+    finally:
+        logging.disable(disabled)
     made.model.metadata_props[KEY] = json.dumps(metadata, allow_nan=False)
     made.save(str(path), external_data=False)
 
