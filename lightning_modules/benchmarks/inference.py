@@ -81,8 +81,9 @@ def _prepared(engine: str, scorer: Scorer, images: Tensor) -> Callable[[], Any]:
     if engine == "onnxruntime":
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):
             file = Path(folder) / "run.onnx"
-            FORMATS["onnx"].write(traced(scorer, images, FORMATS["onnx"]), {"outputs": scorer.outputs}, file)
-            run = FORMATS["onnx"].open(file)
+            form = FORMATS["onnx"]
+            form.save(form.convert(traced(scorer, images, form), scorer.outputs), {}, file)
+            run = form.open(file)
         pixels = images.numpy()
         return lambda: run(pixels)
     compiled = torch.compile(scorer, dynamic=False) if engine == "compiled" else scorer

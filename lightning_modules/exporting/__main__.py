@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 
+from datamodules.errors import DataError
 from lightning_modules.exporting import metadata
 from lightning_modules.exporting.agreement import Deviation, compare
 from lightning_modules.exporting.decision import thresholds
@@ -62,17 +63,18 @@ def export(
     decision = thresholds(record, yaml.safe_load(stored.config_text).get("run") or {}, model.category, rule, alpha)
     scorer = Scorer(model)
     shown = check_images(record, model.category, model.preparation, images)
-    try:
-        program = traced(scorer, shown.pixels, form)
-    except Exception as error:
-        raise ValueError(
-            f"{model.module.method} cannot be exported with these options: {_first_line(error)}"
-        ) from error
     about = metadata.describe(model, scorer.outputs, stored, decision)
     with replacing(out) as part:
-        form.write(program, about, part)
+        try:
+            made = form.convert(traced(scorer, shown.pixels, form), scorer.outputs)
+            form.save(made, about, part)
+        except DataError:  # says what to do
+            raise
+        except Exception as error:
+            reason = _first_line(error)
+            raise ValueError(f"{model.module.method} cannot be exported with these options: {reason}") from error
         deviations = compare(model, scorer.outputs, shown, form.open(part))
-        form.write(program, about | {"check": metadata.checked(shown.source, form.program, deviations)}, part)
+        form.save(made, about | {"check": metadata.checked(shown.source, form.program, deviations)}, part)
         size = part.stat().st_size
     return "\n".join([*_report(out, size, model, form, shown, deviations), *_decisions(decision)])
 
@@ -94,6 +96,8 @@ def _report(
         f"  {d.name}: at most {d.largest:.2g} from the run's, of {d.low:.4g} to {d.high:.4g}; rounding explains {d.tolerance:.2g}"
         for d in deviations
     ]
+    if (recorded := deviations[-1].recorded) is not None:
+        lines.append(f"  image scores in the run's record: at most {recorded:.2g} from the file's")
     if model.precision != "32-true":
         lines.append(f"The run scores in {model.precision}, the file in float32; both computed in float32 here.")
     return lines

@@ -29,6 +29,8 @@ class Deviation:
         largest: Largest absolute difference of file and run over all values.
         tolerance: The largest that rounding explains, see `lightning_modules.exporting.rounding`.
         low, high: Range of the run's values.
+        recorded: Largest absolute difference of the file's image scores and those in the run's record, which another machine
+            may have computed; None where there are none.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Deviation:
     tolerance: float
     low: float
     high: float
+    recorded: float | None = None
 
 
 class Disagreement(ValueError):
@@ -81,7 +84,11 @@ def compare(model: TrainedModel, outputs: Sequence[str], images: CheckImages, ru
                 f"The file's {name} differ from the run's by {per_image[worst]:.2g} on {images.names[worst]}, and rounding "
                 f"explains {tolerance:.2g}: nothing is exported."
             )
-        deviations.append(Deviation(name, float(per_image[worst]), tolerance, float(wanted.min()), float(wanted.max())))
+        recorded = None
+        if name == "image_scores" and images.recorded is not None:
+            recorded = float(np.abs(many - images.recorded).max())
+        span = float(wanted.min()), float(wanted.max())
+        deviations.append(Deviation(name, float(per_image[worst]), tolerance, *span, recorded))
     return deviations
 
 

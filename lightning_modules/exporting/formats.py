@@ -7,7 +7,7 @@ import importlib.util
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ class Format:
         program: What runs it.
         needs: Packages beyond requirements.txt.
         solves: Whether it can solve linear systems.
-        write: (program, metadata, path) -> None.
+        convert: (program, names of its outputs) -> what is saved.
+        save: (what is saved, metadata, path) -> None.
         open: path -> what runs the file, as another program would.
     """
 
@@ -45,7 +46,8 @@ class Format:
     program: str
     needs: tuple[str, ...]
     solves: bool
-    write: Callable[[torch.export.ExportedProgram, Mapping[str, Any], Path], None]
+    convert: Callable[[torch.export.ExportedProgram, Sequence[str]], Any]
+    save: Callable[[Any, Mapping[str, Any], Path], None]
     open: Callable[[Path], Runner]
 
     def check_packages(self) -> None:
@@ -83,7 +85,7 @@ def _without_autocast() -> Iterator[None]:
 # ---- ONNX ------------------------------------------------------------------------------------------------------------
 
 
-def _write_onnx(program: torch.export.ExportedProgram, metadata: Mapping[str, Any], path: Path) -> None:
+def _to_onnx(program: torch.export.ExportedProgram, outputs: Sequence[str]) -> Any:
     size = sum(value.numel() * value.element_size() for value in {**program.state_dict, **program.constants}.values())
     if size > LARGEST_ONNX:
         raise ValueError(
@@ -95,9 +97,12 @@ def _write_onnx(program: torch.export.ExportedProgram, metadata: Mapping[str, An
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made = torch.onnx.export(program, dynamo=True, verbose=False, output_names=list(metadata["outputs"]))
+            return torch.onnx.export(program, dynamo=True, verbose=False, output_names=list(outputs))
     finally:
         logging.disable(disabled)
+
+
+def _save_onnx(made: Any, metadata: Mapping[str, Any], path: Path) -> None:
     made.model.metadata_props[KEY] = json.dumps(metadata, allow_nan=False)
     made.save(str(path), external_data=False)
 
@@ -114,7 +119,7 @@ def _open_onnx(path: Path) -> Runner:
 # ---- torch.export ----------------------------------------------------------------------------------------------------
 
 
-def _write_torch(program: torch.export.ExportedProgram, metadata: Mapping[str, Any], path: Path) -> None:
+def _save_torch(program: torch.export.ExportedProgram, metadata: Mapping[str, Any], path: Path) -> None:
     with path.open("wb") as file:
         torch.export.save(program, file, extra_files={f"{KEY}.json": json.dumps(metadata, allow_nan=False)})
 
@@ -131,6 +136,8 @@ def _open_torch(path: Path) -> Runner:
 
 
 FORMATS = {
-    "onnx": Format(".onnx", "onnxruntime", ("onnx", "onnxscript", "onnxruntime"), False, _write_onnx, _open_onnx),
-    "torch": Format(".pt2", "torch.export", (), True, _write_torch, _open_torch),
+    "onnx": Format(
+        ".onnx", "onnxruntime", ("onnx", "onnxscript", "onnxruntime"), False, _to_onnx, _save_onnx, _open_onnx
+    ),
+    "torch": Format(".pt2", "torch.export", (), True, lambda program, outputs: program, _save_torch, _open_torch),
 }
