@@ -86,8 +86,7 @@ def _without_autocast() -> Iterator[None]:
 
 
 def _to_onnx(program: torch.export.ExportedProgram, outputs: Sequence[str]) -> Any:
-    size = sum(value.numel() * value.element_size() for value in {**program.state_dict, **program.constants}.values())
-    if size > LARGEST_ONNX:
+    if (size := _bytes_used(program)) > LARGEST_ONNX:
         raise ValueError(
             f"The run holds {size / 2**30:.1f} GiB of weights and memory, and an ONNX file at most 2: use FORMAT=torch, or a "
             "smaller memory bank."
@@ -100,6 +99,13 @@ def _to_onnx(program: torch.export.ExportedProgram, outputs: Sequence[str]) -> A
             return torch.onnx.export(program, dynamo=True, verbose=False, output_names=list(outputs))
     finally:
         logging.disable(disabled)
+
+
+def _bytes_used(program: torch.export.ExportedProgram) -> int:
+    """Of the weights and constants that the graph reads."""
+    signature, values = program.graph_signature, {**program.state_dict, **program.constants}
+    names = signature.inputs_to_parameters | signature.inputs_to_buffers | signature.inputs_to_lifted_tensor_constants
+    return sum(values[names[node.name]].nbytes for node in program.graph.nodes if node.name in names and node.users)
 
 
 def _save_onnx(made: Any, metadata: Mapping[str, Any], path: Path) -> None:

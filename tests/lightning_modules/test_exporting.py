@@ -38,6 +38,7 @@ def exported(trained, tmp_path_factory) -> tuple[Path, str]:
     return file, export(run_of(trained), "torch", file)
 
 
+@pytest.mark.program
 def test_the_file_gives_the_scores_of_load_run_for_any_number_of_photographs(trained, exported, data_root):
     photographs = sorted((data_root / "bolt" / "test").rglob("*.png"))
     model = load_run(run_of(trained))
@@ -51,6 +52,7 @@ def test_the_file_gives_the_scores_of_load_run_for_any_number_of_photographs(tra
         torch.testing.assert_close(scores, expected.image_scores, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.program
 def test_the_metadata_are_plain_json_with_the_rules_of_the_run(trained, exported):
     extra = {"unirecon.json": ""}
     torch.export.load(exported[0], extra_files=extra)
@@ -65,17 +67,20 @@ def test_the_metadata_are_plain_json_with_the_rules_of_the_run(trained, exported
         assert 0 <= found["largest_difference"] <= found["tolerance"], name
 
 
+@pytest.mark.program
 def test_photographs_that_are_given_are_those_that_check(trained, tmp_path, data_root):
     said = export(run_of(trained), "torch", tmp_path / "run.pt2", images=str(data_root / "disc" / "train"))
     assert "6 photographs from" in said
 
 
+@pytest.mark.program
 def test_without_the_data_noise_checks_and_the_report_says_so(trained):
     found = check_images(Path("/nowhere"), "", load_run(run_of(trained)).preparation, None)
     assert found.source == "8 images of noise"
     assert found.pixels.shape == (8, 64, 64, 3)
 
 
+@pytest.mark.program
 def test_a_file_that_disagrees_is_not_left_behind(trained, tmp_path, monkeypatch):
     """Its mean is one of 255 levels off."""
 
@@ -90,6 +95,7 @@ def test_a_file_that_disagrees_is_not_left_behind(trained, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.program
 def test_numbers_that_are_none_are_a_disagreement(trained):
     model = load_run(run_of(trained))
     images = check_images(run_of(trained), "", model.preparation, None)
@@ -115,6 +121,7 @@ def test_the_tolerance_of_one_layer_is_that_of_its_sums():
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.program
 def test_a_method_without_a_graph_is_refused_with_its_reason(trained, tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_modules.uniad.UniAD.unexported", "its scores are drawn by lot")
     with pytest.raises(ValueError, match=r"uniad cannot be exported: its scores are drawn by lot\."):
@@ -122,13 +129,13 @@ def test_a_method_without_a_graph_is_refused_with_its_reason(trained, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_packages_are_named_with_the_command_that_installs_them(trained, tmp_path, monkeypatch):
+def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(
         formats.importlib.util, "find_spec", lambda name: None if name.startswith("onnx") else found(name)
     )
     with pytest.raises(ValueError, match="onnx, onnxscript, onnxruntime are not installed: make export-requirements"):
-        export(run_of(trained), "onnx", tmp_path / "run.onnx")
+        formats.FORMATS["onnx"].check_packages()
 
 
 # ---- resizing in other programs --------------------------------------------------------------------------------------
