@@ -104,7 +104,8 @@ def _to_onnx(program: torch.export.ExportedProgram, outputs: Sequence[str]) -> A
 def _bytes_used(program: torch.export.ExportedProgram) -> int:
     """Of the weights and constants that the graph reads."""
     signature, values = program.graph_signature, {**program.state_dict, **program.constants}
-    names = signature.inputs_to_parameters | signature.inputs_to_buffers | signature.inputs_to_lifted_tensor_constants
+    kinds = signature.inputs_to_parameters, signature.inputs_to_buffers, signature.inputs_to_lifted_tensor_constants
+    names = {name: target for kind in kinds for name, target in kind.items()}
     return sum(values[names[node.name]].nbytes for node in program.graph.nodes if node.name in names and node.users)
 
 
