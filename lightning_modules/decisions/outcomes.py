@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 import pandas as pd
+from rich.markup import escape
 from rich.table import Table
 
 from lightning_modules.decisions.categories import Categories
@@ -97,6 +98,27 @@ def _start(category: str, level: str, rule: str, decider: Decider, found: Thresh
     return category, level, rule, alpha, found.value, found.rate, decider.basis(category), found.n
 
 
+def unlike(decided: pd.DataFrame, rule: str) -> list[str]:
+    """A sentence for each category whose good test images raise far more false alarms than was promised.
+
+    If they were like the held-out ones, the alarms among m of them above the k-th highest of n scores would follow a
+    beta-binomial distribution; so many or more would then have a chance of less than one in a thousand.
+    """
+    from scipy.stats import betabinom
+
+    sentences = []
+    chosen = decided[(decided["rule"] == rule) & (decided["level"] == "image") & (decided["basis"] == "held-out")]
+    for row in chosen[chosen["category"] != POOLED].dropna(subset="rate").to_dict("records"):
+        k = round(row["rate"] * (row["normal_images"] + 1))
+        chance = betabinom.sf(row["false_alarms"] - 1, row["good"], k, row["normal_images"] + 1 - k)
+        if chance < 0.001:
+            sentences.append(
+                f"{row['category']}: {row['false_alarms']} false alarms of {row['good']} good test images against a promised "
+                f"rate of {row['rate']:.3g}: they are not like the held-out images, for which alone the promise is"
+            )
+    return sentences
+
+
 def render(decided: pd.DataFrame, rule: str) -> Table:
     """Rich table of `outcomes` for one rule: what its image thresholds would have done, per category."""
     chosen = decided[(decided["rule"] == rule) & (decided["level"] == "image")]
@@ -111,7 +133,7 @@ def render(decided: pd.DataFrame, rule: str) -> Table:
         if pooled:
             table.add_section()
         table.add_row(
-            "one for all" if pooled else row["category"],
+            "one for all" if pooled else escape(row["category"]),
             str(row["normal_images"]),
             row["basis"],
             f"{row['threshold']:.4g}",

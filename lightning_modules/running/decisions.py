@@ -60,6 +60,9 @@ def judge(scored: NormalScores, image_scores: pd.DataFrame, run: RunConfig, test
         files[outcomes.DECISIONS] = decided.to_csv(index=False)
         if own in rules:
             Console().print(outcomes.render(decided, own))
+            for sentence in outcomes.unlike(decided, own):
+                rank_zero_info(f"Note: {sentence}")
+                notes.append(f"decisions: {sentence}")
     elif own in rules:
         for sentence in rules[own].sentences():
             rank_zero_info(sentence)

@@ -135,6 +135,23 @@ def test_outcomes_count_false_alarms_and_misses_per_category_and_under_one_thres
     assert listed[listed.rule == "mean_3sd"].rate.isna().all()
 
 
+def test_good_test_images_that_are_not_like_the_held_out_ones_are_said_to_be_so():
+    rules, _ = outcomes.deciders(normals(), {}, 0.2)
+    rng = np.random.default_rng(5)
+
+    def said(shift):
+        rows = [
+            (name, 0, level + shift + rng.random()) for name, level in (("cookie", 1), ("screw", 10)) for _ in range(40)
+        ]
+        scores = pd.DataFrame(rows, columns=["category", "label", "image_score"])
+        return [outcomes.unlike(outcomes.outcomes(rules, scores), rule) for rule in ("max", "conformal", "mean_3sd")]
+
+    assert said(0.0) == [[], [], []]
+    shifted = said(0.9)
+    assert [len(sentences) for sentences in shifted] == [2, 2, 0]  # nothing is promised by the last
+    assert "against a promised rate of 0.0476" in shifted[0][0]
+
+
 def test_a_good_part_stays_dark_and_its_brightest_pixel_reaches_the_middle_at_most():
     rng = np.random.default_rng(2)
     collector = PixelCollector()

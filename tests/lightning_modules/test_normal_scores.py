@@ -143,4 +143,4 @@ def test_photographs_of_good_products_alone_are_enough_to_train_and_to_predict(
     project.run(f"--config={config}", f"--data.init_args.predict_root={photographs}", command="predict")
     predicted = pd.read_csv(project.results / "work" / "single" / "first" / "predictions" / "scores.csv")
     assert len(predicted) == 5
-    assert predicted.p_value.between(1 / 5, 1).all()
+    assert predicted.p_value.between(1 / 13, 1).all()  # of 2 + 4 images each, two held out: too few alone
