@@ -49,9 +49,9 @@ import: export PROFILE := $(if $(filter file,$(origin PROFILE)),paper,$(PROFILE)
 import: setup  ## A run record from an authors' checkpoint: CHECKPOINT= METHOD= DATASET= DATA_ROOT= [CATEGORIES= RUN= ARGS=].
 	$(PY) -m lightning_modules import --method "$$METHOD" --checkpoint "$$CHECKPOINT" $(if $(RUN),--run.name="$$RUN") $(ARGS)
 
-predict: setup  ## Heat maps of any images with a trained run: RUN=<record folder> IMAGES=<folder>.
-	@test -n "$$RUN" -a -n "$$IMAGES" || { echo 'error: predict needs RUN=<record folder> and IMAGES=<folder or file>'; exit 2; }
-	$(PY) -m lightning_modules predict --config "$$RUN/config.yaml" --data.init_args.predict_root="$$IMAGES" $(ARGS)
+predict: setup  ## Decisions on new photographs: RUN=<name or record folder> IMAGES=<folder, file or several> [OUT= CATEGORY= ALPHA= RULE= ARGS=].
+	$(PY) -m lightning_modules predict --run="$$RUN" --images="$$IMAGES" $(if $(OUT),--out="$$OUT") \
+		$(if $(CATEGORY),--category="$$CATEGORY") $(ARGS)
 
 submission: setup  ## MVTec AD 2's files for its evaluation server: RUN=<record folder> OUT=<new folder>.
 	@test -n "$$RUN" -a -n "$$OUT" || { echo 'error: submission needs RUN=<record folder> and OUT=<new folder>'; exit 2; }
@@ -112,8 +112,7 @@ compare: setup  ## Paired tests between two methods, runs or cells: A= B= [ARGS=
 report: setup  ## One self-contained HTML page of all tables, figures and heat maps: [ARGS=].
 	$(PY) -m results report $(ARGS)
 
-reconstructions: setup  ## Picture what a run reconstructs: RUN=<record folder>.
-	@test -n "$$RUN" || { echo 'error: reconstructions needs RUN=<record folder>'; exit 2; }
+reconstructions: setup  ## Picture what a run reconstructs: RUN=<name or record folder> [ARGS="--epochs=100 --width=256"].
 	$(PY) -m lightning_modules.pictures.reconstructions "$$RUN" $(ARGS)
 
 shortcuts: setup  ## What the networks of identical_shortcut reconstruct, early and late, by one decoder: [ARGS=].

@@ -497,7 +497,9 @@ class UnifiedDataModule(L.LightningDataModule):
     def photographs(self) -> PhotographSource:
         """Where the images of `predict_root` come from, after `setup("predict")`."""
         if not isinstance(self._source, PhotographSource):
-            raise DataError('Call setup("predict") before asking for photographs; the data option predict_root names them.')
+            raise DataError(
+                'Call setup("predict") before asking for photographs; the data option predict_root names them.'
+            )
         return self._source
 
     @property

@@ -54,7 +54,13 @@ def _call(folder: Path, target: str, variables: dict[str, str], from_environment
         (
             "predict",
             {"RUN": STRANGE, "IMAGES": STRANGE},
-            {f"{STRANGE}/config.yaml", f"--data.init_args.predict_root={STRANGE}"},
+            {f"--run={STRANGE}", f"--images={STRANGE}"},
+            ["", "", ""],
+        ),
+        (
+            "predict",
+            {"RUN": "mine", "IMAGES": "a", "OUT": STRANGE, "CATEGORY": STRANGE},
+            {f"--out={STRANGE}", f"--category={STRANGE}"},
             ["", "", ""],
         ),
         ("submission", {"RUN": STRANGE, "OUT": "b c"}, {STRANGE, "b c"}, ["", "", ""]),

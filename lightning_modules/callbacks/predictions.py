@@ -85,7 +85,7 @@ class Photograph:
 class Predictions(L.Callback):
     """Writes what `predict` finds of photographs, in files for people and for programs.
 
-    `scores.csv` has a row for each, `predictions.json` its regions as COCO annotations, `predictions.html` everything on one page.
+    `scores.csv` has a row for each, `predictions.json` its regions as COCO annotations, `predictions.html` all on one page.
     Beside them lie a picture (`.jpg`) at its own size and the raw float32 map (`.npy`) of each. A photograph that could not
     be read is a row with a reason. The files of an earlier prediction stay until all of these are written.
 
@@ -269,9 +269,11 @@ class Predictions(L.Callback):
 
     def _write_page(self, photographs: list[Photograph], said: list[str]) -> None:
         worst_first = sorted(photographs, key=lambda one: one.severity)
-        shown = [_shown(one, self._new / SMALL) for one in worst_first]
+        root = _common([one.path for one in photographs])
+        shown = [_shown(one, root, self._new / SMALL) for one in worst_first]
         title = f"{number_of(len(shown), 'photograph')}, checked by {Path(self.source.run).name}"
-        text = page.page(title, said[1:], shown, str(self.folder))
+        lead = [f"Photographs in {root}."] * bool(root) + said[1:]
+        text = page.page(title, lead, shown, str(self.folder))
         (self._new / place.PAGE).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
@@ -328,19 +330,26 @@ def _coco(photographs: list[Photograph], info: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def _shown(one: Photograph, small: Path) -> page.Shown:
+def _common(paths: list[str]) -> str:
+    """The folder that holds all of them; "" where there is none, or but one."""
+    folders = {os.path.dirname(os.path.abspath(path)) for path in paths}
+    return os.path.commonpath(folders) if len(paths) > 1 else ""
+
+
+def _shown(one: Photograph, root: str, small: Path) -> page.Shown:
     decision = one.decision
     how = "" if decision.by in ("", "only one") else f" ({decision.by})"
     facts = {
         "category": f"{decision.category}{how}" if decision.category else "",
         "score": "" if math.isnan(decision.score) else f"{decision.score:.4g}",
         "defect above": f"{decision.threshold.value:.4g}" if decision.threshold else "",
+        "outlined above": f"{decision.pixel_threshold.value:.4g}" if decision.pixel_threshold and one.size[0] else "",
         "p-value": "" if one.failure or math.isnan(decision.p_value) else f"{decision.p_value:.2g}",
         "size": f"{one.size[1]} x {one.size[0]} pixels" if one.size[0] else "",
         "reason": one.failure or decision.reason,
     }
     return page.Shown(
-        one.path,
+        os.path.relpath(one.path, root) if root else one.path,
         decision.verdict,
         facts,
         [(*region.box, region.area, region.peak) for region in one.regions],

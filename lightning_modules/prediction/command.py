@@ -16,8 +16,6 @@ import json
 import os
 import shlex
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
 
 import lightning as L
 
@@ -30,7 +28,6 @@ from lightning_modules.running.command_line import UniReconCLI
 from lightning_modules.running.filling import with_environment
 from lightning_modules.running.finding import find_run
 from lightning_modules.running.loading import part_of
-from results.aggregator.records import read_record
 
 SHOWN = 20
 """At most this many photographs that could not be read are named on the terminal."""
@@ -48,10 +45,7 @@ class PredictCLI(UniReconCLI):
         images = [data.predict_root] if isinstance(data.predict_root, str) else data.predict_root
         source = place.Source.of(run.record, images)
         folder = place.choose(run.work / "predictions", given.out, source)
-        rule, alpha = given.rule or (run.rule if given.alpha is None else None), given.alpha
-        if alpha is None and rule in (None, "conformal"):
-            alpha = run.alpha
-        decider = Decider.of(run.record, rule, alpha, given.category or "")
+        decider = Decider.of(run.record, run.rule, run.alpha, given.category or "")
         scale = recording.colour_scale(run.record)
         self.predictions = Predictions(folder, source, decider, scale)
         return [*super()._callbacks(), self.predictions]
@@ -94,7 +88,13 @@ def main(arguments: Sequence[str], methods: Iterable[type]) -> None:
         words.append(f"--config={record / 'config.yaml'}")
     if options.images:
         words += ["--data.init_args.predict_root", json.dumps(images_of(options.images))]
+    if options.alpha is not None or options.rule is not None:  # together they stand for the run's own two
+        more += [f"--run.alpha={_or_null(options.alpha)}", f"--run.rule={_or_null(options.rule)}"]
     PredictCLI(with_environment(recorded_configuration.as_data([*words, *more], methods), os.environ), options)
+
+
+def _or_null(value: float | str | None) -> float | str:
+    return "null" if value is None else value
 
 
 def images_of(words: Sequence[str]) -> list[str]:

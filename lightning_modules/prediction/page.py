@@ -53,7 +53,7 @@ def page(title: str, lead: Sequence[str], photographs: Sequence[Shown], folder: 
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     pictured, left = [], BUDGET
-    for place, one in enumerate(photographs):
+    for one in photographs:
         left -= sum(file.stat().st_size for file in one.pictures)
         if left < 0:
             break

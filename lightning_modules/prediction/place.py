@@ -57,7 +57,9 @@ def choose(default: Path, out: str | Path | None, source: Source) -> Path:
     if place.exists() and not place.is_dir():
         raise PlaceError(f"OUT={out} is a file: give a folder, which is made if it is missing.")
     if (around := _around(place, source)) is not None:
-        raise PlaceError(f"OUT={out} lies in {around}, so its pictures would be predicted next time: give another folder.")
+        raise PlaceError(
+            f"OUT={out} lies in {around}, so its pictures would be predicted next time: give another folder."
+        )
     if not _free_or_of(place, source):
         info = read_json(place / COCO).get("info") or {}
         of = f" of {', '.join(info['images'])} with {info['run']}" if {"images", "run"} <= set(info) else ""

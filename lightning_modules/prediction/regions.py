@@ -64,7 +64,8 @@ def run_lengths(region: Region, size: tuple[int, int]) -> list[int]:
     edges = (left + columns.astype(np.int64)) * size[0] + top + rows
     together = np.flatnonzero(edges[1:-1:2] == edges[2::2])  # a run from a column's bottom to the next one's top
     edges = np.delete(edges, np.concatenate([2 * together + 1, 2 * together + 2]))
-    return np.diff(np.concatenate([[0], edges, [size[0] * size[1]]])).tolist()
+    counts = np.diff(np.concatenate([[0], edges, [size[0] * size[1]]])).tolist()
+    return counts if counts[-1] else counts[:-1]
 
 
 def annotation(region: Region, size: tuple[int, int], **ids: int) -> dict[str, Any]:

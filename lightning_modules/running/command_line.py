@@ -24,7 +24,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 import datamodules
 from datamodules.errors import DataError
-from datamodules.problems import number_of
 from lightning_modules.base import ReconstructionModule
 from lightning_modules.callbacks.compile import Compile
 from lightning_modules.callbacks.curve import EvaluationCurve

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning_modules.running.settings import RunConfig
-from results.common.files import restore_replaced
 from results.common.did_you_mean import did_you_mean
+from results.common.files import restore_replaced
 
 CONFIG = "config.yaml"
 
@@ -36,16 +36,18 @@ def find_run(given: str | Path, results: str | Path = RunConfig.results) -> Path
         if (folder / CONFIG).is_file():
             return folder
     known = finished_runs(results)
+    inside = f" The folder {folder} holds no record of a finished run." if text and folder.is_dir() else ""
     if not known:
         runs = Path(results) / "runs"
-        raise NoRunError(f"{_no_run(text)}. {runs} holds no finished run yet: train one with make train RUN=<name>.")
+        raise NoRunError(
+            f"{_no_run(text)}.{inside} {runs} holds no finished run yet: train one with make train RUN=<name>."
+        )
     meant = [record for name, record in known.items() if text and text in (name, record.name)]
     if len(meant) > 1:
         raise NoRunError(f"Several runs are called {text!r}: {', '.join(_named(meant))}. Give one of these.")
     if not meant:
         alone = [record.name for record in known.values()]
         names = [record.name if alone.count(record.name) == 1 else name for name, record in known.items()]
-        inside = f" {folder} is a folder, but holds no {CONFIG} of a finished run." if text and folder.is_dir() else ""
         raise NoRunError(f"{_no_run(text)}.{inside} {did_you_mean(text, names)}")
     return meant[0]
 

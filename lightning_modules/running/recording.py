@@ -145,7 +145,9 @@ def compared(record: Path, table: pd.DataFrame) -> str:
         table: The metrics found now, as in `metrics.csv`.
     """
     keys = ["variant", "scope", "dataset", "category", "metric"]
-    both = read_record(record).metrics.merge(table, on=keys, suffixes=("", "_now")).dropna(subset=["value", "value_now"])
+    both = (
+        read_record(record).metrics.merge(table, on=keys, suffixes=("", "_now")).dropna(subset=["value", "value_now"])
+    )
     change = (both["value_now"] - both["value"]).abs()
     if both.empty:
         found = "none of them is among the numbers found now"

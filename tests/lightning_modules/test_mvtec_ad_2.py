@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from lightning_modules.metrics import AnomalyMetrics
-from lightning_modules.running import submission
+from lightning_modules.prediction.geometry import to_photograph
 from lightning_modules.running.command_line import main
 
 SIZE = (72, 90)
@@ -168,7 +168,7 @@ def test_maps_are_those_of_predict_over_the_validation_images_mean_and_three_dev
 
 def test_a_map_of_a_crop_is_put_back_where_it_was_seen():
     values = np.arange(1, 17, dtype=np.float32).reshape(4, 4)
-    native = submission.to_native(values, (12, 18), ((6, 6), (4, 4)))
+    native = to_photograph(values, (12, 18), ((6, 6), (4, 4)))
     np.testing.assert_array_equal(native[2:10, 3:15], cv2.resize(values, (12, 8), interpolation=cv2.INTER_LINEAR))
     outside = np.ones((12, 18), bool)
     outside[2:10, 3:15] = False
