@@ -244,9 +244,12 @@ class HVQTrans(ConcatenatedLevels):
         """(B, L, 2d) to features (B, L, C) through the head of each image's class."""
         if len(self.heads) == 1:
             return self.heads[0](decoded)
-        weight = torch.stack([head.weight for head in self.heads])[classes]  # (B or 1, C, 2d)
+        if isinstance(classes, Tensor):  # from the classifier
+            weight, bias = (torch.stack(part)[classes] for part in zip(*((h.weight, h.bias) for h in self.heads)))
+        else:  # a head that no image asks for gets no gradient, so that the optimiser leaves it alone
+            weight = torch.stack([self.heads[c].weight for c in classes])  # (B or 1, C, 2d)
+            bias = torch.stack([self.heads[c].bias for c in classes])
         weight = weight.expand(decoded.shape[0], -1, -1)
-        bias = torch.stack([head.bias for head in self.heads])[classes]
         return torch.baddbmm(bias[:, None].to(decoded.dtype), decoded, weight.transpose(1, 2).to(decoded.dtype))
 
     @torch.no_grad()
