@@ -245,7 +245,8 @@ class HVQTrans(ConcatenatedLevels):
         if len(self.heads) == 1:
             return self.heads[0](decoded)
         if isinstance(classes, Tensor):  # from the classifier
-            weight, bias = (torch.stack(part)[classes] for part in zip(*((h.weight, h.bias) for h in self.heads)))
+            weight = torch.stack([head.weight for head in self.heads])[classes]
+            bias = torch.stack([head.bias for head in self.heads])[classes]
         else:  # a head that no image asks for gets no gradient, so that the optimiser leaves it alone
             weight = torch.stack([self.heads[c].weight for c in classes])  # (B or 1, C, 2d)
             bias = torch.stack([self.heads[c].bias for c in classes])
