@@ -62,6 +62,15 @@ submission: setup  ## MVTec AD 2's files for its evaluation server: RUN=<record 
 	@test -n "$$RUN" -a -n "$$OUT" || { echo 'error: submission needs RUN=<record folder> and OUT=<new folder>'; exit 2; }
 	$(PY) -m lightning_modules submission --run "$$RUN" --out "$$OUT" $(ARGS)
 
+export: setup  ## A run as one file for other programs: RUN= [FORMAT=onnx|torch OUT= CATEGORY= ALPHA= RULE= IMAGES=<to check it with>].
+	@test -n "$$RUN" || { echo 'error: export needs RUN=<name or record folder>'; exit 2; }
+	$(PY) -m lightning_modules.exporting --run "$$RUN" --format "$${FORMAT:-onnx}" $(if $(OUT),--out "$$OUT") \
+		$(if $(CATEGORY),--category "$$CATEGORY") $(if $(IMAGES),--images "$$IMAGES") \
+		$(if $(RULE),--rule "$$RULE") $(if $(ALPHA),--alpha "$$ALPHA") $(ARGS)
+
+export-requirements: setup  ## Install what ONNX files need, requirements-export.txt.
+	$(INSTALL) -r requirements-export.txt
+
 check-data: setup  ## Count a dataset's images, list every problem, draw contact sheets: DATASET= DATA_ROOT= [CATEGORIES= OUT= ARGS=].
 	$(PY) -m datamodules check --out "$${OUT:-results/check}" $(ARGS)
 
@@ -142,9 +151,13 @@ cache: setup  ## List the feature cache's entries, or delete some: [CLEAR=key or
 bench-metrics: setup  ## Time our metrics against other libraries.
 	$(PY) -m lightning_modules.benchmarks.metrics
 
+bench-inference: setup  ## Latency, images per second and memory of a run: RUN= [CATEGORY= ARGS=].
+	@test -n "$$RUN" || { echo 'error: bench-inference needs RUN=<name or record folder>'; exit 2; }
+	$(PY) -m lightning_modules.benchmarks.inference --run "$$RUN" $(if $(CATEGORY),--category "$$CATEGORY") $(ARGS)
+
 bench-start: setup  ## Time the start of a run on 60,000 small files: [ARGS=].
 	$(PY) -m lightning_modules.benchmarks.start $(ARGS)
 
-.PHONY: help setup test test-all lint readme train import predict submission check-data data synthetic sweep sweeps reference verify wandb-sweep agents \
-	pull table tables \
-	audit figures compare report reconstructions pipeline gallery shortcuts self-similarity bench bench-metrics bench-start cache
+.PHONY: help setup test test-all lint readme train import predict submission export export-requirements check-data data synthetic \
+	sweep sweeps reference verify wandb-sweep agents pull table tables audit figures compare report reconstructions pipeline gallery \
+	shortcuts self-similarity bench bench-metrics bench-inference bench-start cache

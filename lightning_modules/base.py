@@ -105,6 +105,8 @@ class ReconstructionModule(L.LightningModule):
     """Constructor arguments that must be the path of something that exists; else a sweep leaves the method's cells out."""
     uncached: str = ""
     """Why features cannot be cached, as half a sentence; empty where they can."""
+    unexported: str = ""
+    """Why no graph of tensors can compute the scores, as half a sentence; empty where one can."""
     map_names: tuple[str, ...] = ()
     """Names of the level maps in pictures, in the order of `ScoredMaps.level_maps`; empty: they are numbered."""
     network: FeatureNetwork
@@ -170,6 +172,9 @@ class ReconstructionModule(L.LightningModule):
 
         Raises ValueError when the method's arguments contradict it.
         """
+
+    def avoid_solves(self) -> None:
+        """Called before a graph is made for a runtime that cannot solve linear systems."""
 
     def record_notes(self) -> list[str]:
         """What a reader of the run's numbers must know besides the configuration."""

@@ -20,6 +20,7 @@ from models import cutpaste as networks
 from models.head import HeadConfig, ScoredMaps
 from models.layers.gaussian import Moments, merged, moments
 from models.layers.receptive import Reception, spread
+from models.layers.tracing import in_parts
 from models.optimizers import HalfCosine
 from models.trunk import build_trunk
 
@@ -137,7 +138,7 @@ class CutPaste(OwnTrunkModule):
         """Embeddings of all windows of images, float64 (B, I, J, C), one by one: padding makes the whole image another."""
         stride, side, _ = self.reception
         windows = images.unfold(2, side, stride).unfold(3, side, stride).permute(0, 2, 3, 1, 4, 5)
-        found = [self.network.embed(part) for part in windows.flatten(0, 2).split(WINDOWS)]
+        found = [self.network.embed(part) for part in in_parts(windows.flatten(0, 2), WINDOWS)]
         return torch.cat(found).view(*windows.shape[:3], -1)
 
     def _fit_windows(self) -> None:
@@ -157,13 +158,13 @@ class CutPaste(OwnTrunkModule):
         images = batch["image"].float()
         with torch.autocast(images.device.type, enabled=False):
             if self.has_map:
-                embeddings = torch.cat([self._windows(image) for image in images.split(1)])
+                embeddings = torch.cat([self._windows(part) for part in in_parts(images, 1)])
                 cells = self.network.score(embeddings.flatten(0, 2)).view(embeddings.shape[:3]).float()
                 maps = spread(cells, self.image_size, self.reception, self.upsampling_std, normalised=True)
                 scored = self.head.score([maps], self.image_size)
                 return {"": scored._replace(image_scores=cells.flatten(1).amax(1), level_maps=[cells])}
             scores = self.network.score(self.network.embed(images)).float()
-        return {"": ScoredMaps(images.new_zeros(len(images), *self.image_size), scores, [])}
+        return {"": ScoredMaps(images.new_zeros(images.shape[0], *self.image_size), scores, [])}
 
     def record_notes(self) -> list[str]:
         steps = f"{self.trained_steps:,} steps (the paper: {PAPER_STEPS:,})"

@@ -154,7 +154,7 @@ class HVQTrans(ReconstructionModule):
         options = self.network
         if options.selector == "none" or (options.selector == "classifier" and not options.training):
             return None
-        names = batch.get("category") or [""] * len(self._first(batch))
+        names = batch.get("category") or [""]  # one stands for all
         if len(self.class_names) == 1:
             return [0] * len(names)
         names = [name or self.predicted_class or "" for name in names]
@@ -164,14 +164,10 @@ class HVQTrans(ReconstructionModule):
             what = f"images of {', '.join(unknown)}" if unknown != [""] else "images whose category is not known"
             raise DataError(
                 f"HVQ-Trans with selector=label takes codebooks and head by the image's category, and was not trained on "
-                f"{what}; it knows {listed}. Name one with --model.init_args.predicted_class, or train with "
-                "selector=classifier or none."
+                f"{what}; it knows {listed}. Name one with --model.init_args.predicted_class (make export: CATEGORY=, load_run: "
+                "category=), or train with selector=classifier or none."
             )
         return [self.class_names.index(name) for name in names]
-
-    @staticmethod
-    def _first(batch: Mapping[str, Any]) -> Tensor:
-        return batch["features"][0] if "features" in batch else batch["image"]
 
     # ---- training ----------------------------------------------------------------------------------------------------
 

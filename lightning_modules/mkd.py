@@ -57,6 +57,7 @@ class MKD(ReconstructionModule):
     method = "mkd"
     recipe = Recipe(resize="pil_bilinear", batch_size=64, max_epochs=602, best_on_test=("image_auroc", 10))
     needs_images = True
+    unexported = "its map is the gradient of the score by the pixels, which torch.export does not trace"
     network: mkd.MKD
 
     def __init__(

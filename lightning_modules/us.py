@@ -23,6 +23,7 @@ from lightning_modules.metrics.sync import Group
 from models import us
 from models.backbones import BackboneConfig
 from models.head import HeadConfig, ScoredMaps
+from models.layers.tracing import in_parts
 from models.reconstruction import Pair
 from models.weight_files import check_finite, check_fit, file_sha256, read_state_dict
 
@@ -338,7 +339,7 @@ class US(ReconstructionModule):
 
     def evaluate(self, batch: Mapping[str, Any]) -> dict[str, ScoredMaps]:
         with torch.autocast(self.device.type, enabled=False):
-            parts = [self.network.scaled(self.network(part)) for part in batch["image"].float().split(CHUNK)]
+            parts = [self.network.scaled(self.network(part)) for part in in_parts(batch["image"].float(), CHUNK)]
         errors, variances = (
             [torch.cat(maps) for maps in zip(*(part[n] for part in parts), strict=True)] for n in (0, 1)
         )

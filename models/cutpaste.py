@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from models.layers.gaussian import Moments, ledoit_wolf, merged, moments
 from models.layers.nearest import MemoryBank
+from models.layers.tracing import tracing
 from models.reconstruction import FeatureNetwork
 
 Density = Literal["gaussian", "kernels"]
@@ -125,7 +126,7 @@ class CutPasteNet(FeatureNetwork):
 
         float64 throughout: the shrunk covariance's eigenvalues span more than float32 can tell apart.
         """
-        if not self.is_fitted:
+        if not tracing() and not self.is_fitted:
             raise RuntimeError(
                 "CutPaste has no density yet: it is made of the training images when training ends. Train, or give a "
                 "checkpoint."

@@ -183,13 +183,17 @@ class HVQTrans(ConcatenatedLevels):
         reconstruction = self.restore(decoded, chosen)
         return Restored(Pair(target, reconstruction.transpose(1, 2).unflatten(2, self.grid)), levels)
 
-    def select(self, target: Tensor, classes: Sequence[int] | None) -> list[int]:
-        """The class that switches codebooks and head of each image of a batch (B, C, H, W)."""
+    def select(self, target: Tensor, classes: Sequence[int] | None) -> list[int] | Tensor:
+        """The class that switches codebooks and head of each image of a batch (B, C, H, W), as int64 (B,) or a list.
+
+        Outside training, a list of one class is for all images.
+        """
         if self.selector == "none":
-            return [0] * len(target)
+            return [0] * len(target) if self.training else [0]
         if self.selector == "classifier" and not self.training:
-            return self.classifier(target).tolist()
-        if classes is None or len(classes) != len(target):
+            return self.classifier(target)
+        one = classes is not None and len(classes) == 1 and not self.training
+        if not one and (classes is None or len(classes) != len(target)):
             raise ValueError(
                 f"HVQ-Trans with selector={self.selector} needs the class of each of the {len(target)} images, found "
                 f"{'none' if classes is None else len(classes)}."
@@ -210,7 +214,7 @@ class HVQTrans(ConcatenatedLevels):
         return levels
 
     def quantize(
-        self, encoded: list[Tensor], classes: Sequence[int]
+        self, encoded: list[Tensor], classes: Sequence[int] | Tensor
     ) -> tuple[Tensor, list[Tensor], dict[int, Quantized]]:
         """The decoder's start and the memory of each of its layers, (B, L, 2d), and the quantised levels.
 
@@ -244,12 +248,17 @@ class HVQTrans(ConcatenatedLevels):
             x = layer(x, memory, position, None, None)
         return self.norm(x)
 
-    def restore(self, decoded: Tensor, classes: Sequence[int]) -> Tensor:
+    def restore(self, decoded: Tensor, classes: Sequence[int] | Tensor) -> Tensor:
         """(B, L, 2d) to features (B, L, C) through the head of each image's class."""
         if len(self.heads) == 1:
             return self.heads[0](decoded)
-        weight = torch.stack([self.heads[c].weight for c in classes])  # (B, C, 2d)
-        bias = torch.stack([self.heads[c].bias for c in classes])
+        if isinstance(classes, Tensor):  # from the classifier
+            weight = torch.stack([head.weight for head in self.heads])[classes]
+            bias = torch.stack([head.bias for head in self.heads])[classes]
+        else:  # a head that no image asks for gets no gradient, so that the optimiser leaves it alone
+            weight = torch.stack([self.heads[c].weight for c in classes])  # (B or 1, C, 2d)
+            bias = torch.stack([self.heads[c].bias for c in classes])
+        weight = weight.expand(decoded.shape[0], -1, -1)
         return torch.baddbmm(bias[:, None].to(decoded.dtype), decoded, weight.transpose(1, 2).to(decoded.dtype))
 
     @torch.no_grad()
@@ -262,7 +271,7 @@ class HVQTrans(ConcatenatedLevels):
         chosen = self.select(restored.pair.target, classes)
         scores = {}
         for level, quantized in restored.levels.items():
-            codes = self.codebooks[str(level)].of(chosen)
+            codes = self.codebooks[str(level)].of(chosen, quantized.source.shape[0])
             divisor = self.transport_divisor or codes.shape[2]
             scores[level] = transport_cost(quantized.source, codes, divisor).unflatten(1, self.grid)
         return scores
@@ -366,25 +375,25 @@ class Codebooks(nn.Module):
         self.decay = decay
         self.books = nn.ModuleList(Codebook(width, codes) for _ in range(classes))
 
-    def forward(self, x: Tensor, classes: Sequence[int]) -> Quantized:
+    def forward(self, x: Tensor, classes: Sequence[int] | Tensor) -> Quantized:
         """x: (B, L, width); classes: the codebook of each image. Computed in float32, also under autocast."""
         if len(self.books) == 1:
-            classes = [0] * len(x)
+            classes = [0] * len(x) if self.training else [0]
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
             own = x.detach()
             if self.training:
                 nearest, indices = self._follow(own, classes)
             else:
-                nearest, indices = nearest_codes(own, self.of(classes))
+                nearest, indices = nearest_codes(own, self.of(classes, x.shape[0]))
             commitment = F.mse_loss(x, nearest)
             return Quantized(x + (nearest - own), indices, commitment, own)
 
-    def of(self, classes: Sequence[int]) -> Tensor:
-        """The codes that each image meets, (B, width, K)."""
+    def of(self, classes: Sequence[int] | Tensor, images: int) -> Tensor:
+        """The codes that each of so many images meets, (images, width, K); one class is for all."""
         if len(self.books) == 1:
-            return self.books[0].codes.expand(len(classes), -1, -1)
-        return torch.stack([self.books[c].codes for c in classes])
+            return self.books[0].codes.expand(images, -1, -1)
+        return torch.stack([book.codes for book in self.books])[classes].expand(images, -1, -1)
 
     @torch.no_grad()
     def _follow(self, x: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -96,7 +96,7 @@ class INPFormer(ReconstructionNetwork):
         targets = features[: len(self.groups)]
         fused = features[-1] if self.fused_apart else torch.stack(features).mean(dim=0)
         tokens = fused.flatten(2).transpose(1, 2)  # (B, L, C)
-        prototypes = self.extractor(self.prototypes.expand(len(tokens), -1, -1), tokens)
+        prototypes = self.extractor(self.prototypes.expand(tokens.shape[0], -1, -1), tokens)
         distance = nearest_distance(tokens, prototypes).unflatten(1, self.grid)
         x = self.bottleneck(tokens)
         outputs = []

@@ -205,9 +205,8 @@ def spread(distances: Tensor, side: int, size: tuple[int, int]) -> Tensor:
     ones = distances.new_ones(1, 1, side, side)
     total = F.conv_transpose2d(distances[:, None], ones, stride=stride)
     count = F.conv_transpose2d(torch.ones_like(distances[:1, None]), ones, stride=stride)
-    maps = distances.new_zeros(len(distances), *size)
-    maps[:, : total.shape[-2], : total.shape[-1]] = (total / count)[:, 0]
-    return maps
+    below, right = (side - covered for side, covered in zip(size, total.shape[-2:], strict=True))
+    return F.pad((total / count)[:, 0], (0, right, 0, below))
 
 
 def released_part(network: PatchSVDD) -> nn.Module:

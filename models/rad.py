@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.layers.tracing import in_parts
 from models.reconstruction import FeatureNetwork
 
 CHUNK = 16
@@ -105,30 +106,31 @@ class RADNetwork(FeatureNetwork):
             for level, bank, size in zip(features, self.banks, self.sizes, strict=True):
                 vectors = level.float().flatten(2).transpose(1, 2)  # (B, H * W, C)
                 compare = self._same_place if self.positional else self._anywhere
-                found = [compare(one, bank, chosen, size) for one, chosen in zip(vectors, retrieved, strict=True)]
-                maps.append(1 - torch.stack(found).view(-1, *size))
+                images = zip(in_parts(vectors, 1), in_parts(retrieved, 1), strict=True)
+                found = [compare(own, bank, chosen, size) for own, chosen in images]
+                maps.append(1 - torch.cat(found).view(-1, *size))
         return maps
 
     @staticmethod
     def _anywhere(vectors: Tensor, bank: Tensor, chosen: Tensor, size: tuple[int, int]) -> Tensor:
-        """Largest cosine of each vector (P, C) with any patch of the chosen images, (P,)."""
-        best = [(vectors @ bank[:, part].flatten(0, 1).T).amax(dim=1) for part in chosen.split(CHUNK)]
-        return torch.stack(best).amax(dim=0)
+        """Largest cosine of each vector (B, P, C) with any patch of the chosen images (B, k), (B, P)."""
+        patches = (bank[:, part].transpose(0, 1).flatten(1, 2) for part in chosen.split(CHUNK, dim=1))
+        return torch.stack([(vectors @ found.transpose(1, 2)).amax(dim=2) for found in patches]).amax(dim=0)
 
     def _same_place(self, vectors: Tensor, bank: Tensor, chosen: Tensor, size: tuple[int, int]) -> Tensor:
-        """Largest cosine of each vector (P, C) with patches of the chosen images at most `radius` away, (P,)."""
+        """Largest cosine of each vector (B, P, C) with patches of the chosen images (B, k) at most `radius` away, (B, P)."""
         H, W = size
-        best = vectors.new_full((H, W), -1.0)
-        query = vectors.view(H, W, -1, 1)
-        for part in chosen.split(CHUNK):
-            grid = bank[:, part].view(H, W, len(part), -1)
+        query = vectors.unflatten(1, size)[..., None]
+        best = torch.full_like(query[..., 0, 0], -1.0)
+        for part in chosen.split(CHUNK, dim=1):
+            grid = bank[:, part].transpose(0, 1).unflatten(1, size)  # (B, H, W, k, C)
             for down in range(max(-self.radius, 1 - H), min(self.radius, H - 1) + 1):
                 for right in range(max(-self.radius, 1 - W), min(self.radius, W - 1) + 1):
                     rows, columns = slice(max(0, -down), H - max(0, down)), slice(max(0, -right), W - max(0, right))
-                    there = grid[max(0, down) : H - max(0, -down), max(0, right) : W - max(0, -right)]
-                    cosine = (there @ query[rows, columns])[..., 0].amax(dim=2)
-                    best[rows, columns] = torch.maximum(best[rows, columns], cosine)
-        return best.flatten()
+                    there = grid[:, max(0, down) : H - max(0, -down), max(0, right) : W - max(0, -right)]
+                    cosine = (there @ query[:, rows, columns])[..., 0].amax(dim=3)
+                    best[:, rows, columns] = torch.maximum(best[:, rows, columns], cosine)
+        return best.flatten(1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         stored = state_dict.get(prefix + "descriptors")

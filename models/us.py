@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.layers.tracing import tracing
 from models.reconstruction import FeatureNetwork
 
 Padding = Literal["zeros", "reflect"]
@@ -240,7 +241,7 @@ class US(FeatureNetwork):
 
         With one student there is no variance, and the second list is empty. Raises ValueError before there are statistics.
         """
-        if not self.has_statistics:
+        if not tracing() and not self.has_statistics:
             raise ValueError(
                 "US puts its maps on the scale of normal images, which is estimated when training ends and comes with the "
                 "checkpoint: give a checkpoint (--ckpt_path)."

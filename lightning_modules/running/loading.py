@@ -78,11 +78,12 @@ class TrainedModel:
             datamodules.errors.DataError: no image, a file that cannot be read, or a tensor of another shape, type or range.
         """
         with _as_trained(self.module.device, self.precision):
-            parts = [self._score(batch) for batch in self.preparation.batches(images, self.batch_size)]
+            parts = [self.score(batch) for batch in self.preparation.batches(images, self.batch_size)]
         maps, scores, levels = zip(*parts, strict=True)
         return ScoredMaps(torch.cat(maps), torch.cat(scores), [torch.cat(level) for level in zip(*levels, strict=True)])
 
-    def _score(self, images: torch.Tensor) -> ScoredMaps:
+    def score(self, images: torch.Tensor) -> ScoredMaps:
+        """Scores normalised images, float32 (B, 3, H, W), all at once and in the precision of the surrounding context."""
         batch: dict[str, Any] = {"image": images.to(self.module.device)}
         if self.category:
             batch |= {"category": [self.category] * len(images), "dataset": [self.dataset] * len(images)}

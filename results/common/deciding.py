@@ -38,8 +38,8 @@ LATER = {
 SHOWING = (
     "results", "sweeps", "tests", "datamodules/__main__.py", "datamodules/check.py", "datamodules/contact_sheet.py",
     "datamodules/download", "datamodules/errors.py", "datamodules/outline.py", "datamodules/problems.py",
-    "lightning_modules/benchmarks", "lightning_modules/decisions", "lightning_modules/pictures",
-    "lightning_modules/prediction", "lightning_modules/callbacks/kept_epochs.py",
+    "lightning_modules/benchmarks", "lightning_modules/decisions", "lightning_modules/exporting",
+    "lightning_modules/pictures", "lightning_modules/prediction", "lightning_modules/callbacks/kept_epochs.py",
     "lightning_modules/callbacks/predictions.py", "lightning_modules/callbacks/progress.py",
     "lightning_modules/running/checkpoints.py", "lightning_modules/running/decisions.py",
     "lightning_modules/running/finding.py", "lightning_modules/running/loading.py",
