@@ -29,7 +29,13 @@ $(VENV)/.installed: requirements.txt
 	$(INSTALL) -r requirements.txt
 	@cp requirements.txt $@
 
+$(VENV)/.baselines: requirements-baselines.txt $(VENV)/.installed
+	$(INSTALL) -r requirements.txt -r requirements-baselines.txt
+	@cp requirements-baselines.txt $@
+
 setup: $(VENV)/.installed  ## Make the virtual environment and install requirements.txt.
+
+baselines: $(VENV)/.baselines  ## Install anomalib, which CFLOW, FastFlow, DRAEM and EfficientAD take their networks from.
 
 test: setup  ## Run the tests that guard users, in minutes.
 	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not program"
@@ -131,6 +137,6 @@ bench-metrics: setup  ## Time our metrics against other libraries.
 bench-start: setup  ## Time the start of a run on 60,000 small files: [ARGS=].
 	$(PY) -m lightning_modules.benchmarks.start $(ARGS)
 
-.PHONY: help setup test test-all lint train import predict submission check-data synthetic sweep sweeps reference verify wandb-sweep agents \
+.PHONY: help setup baselines test test-all lint train import predict submission check-data synthetic sweep sweeps reference verify wandb-sweep agents \
 	pull table tables \
 	audit figures compare report reconstructions gallery shortcuts self-similarity bench bench-metrics bench-start cache

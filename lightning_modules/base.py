@@ -5,6 +5,7 @@ A method is a subclass that names its paper's recipe and builds its network; see
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ class ReconstructionModule(L.LightningModule):
         interval: Whether the schedule goes on after every `epoch` or every `step`.
 
     Raises:
-        ValueError: the optimiser or the schedule refuses its own options.
+        ValueError: a package of `needs_packages` is not installed; or the optimiser or the schedule refuses its own options.
     """
 
     method: ClassVar[str]
@@ -123,6 +124,8 @@ class ReconstructionModule(L.LightningModule):
         # Subclasses call these two lr_scheduler and lr_interval. Under one name, the command line would hand the base
         # class's None on to a subclass, whose own schedule would be lost.
         super().__init__()
+        if reason := self.absent_package():  # before weights are looked for
+            raise ValueError(reason)
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.extractor = backbone if isinstance(backbone, NoBackbone) else FeatureExtractor(backbone)
         self.extractor.sizes(self.image_size)  # a size that the backbone does not take is refused here
@@ -138,6 +141,14 @@ class ReconstructionModule(L.LightningModule):
         self.origin = ""
         self._unchecked_loss: tuple[Tensor, torch.cuda.Event | None, Mapping[str, Any], int] | None = None
         self._losses: dict[str, list[tuple[Tensor, int]]] = {}
+
+    @classmethod
+    def absent_package(cls) -> str | None:
+        """Which package of `needs_packages` is not installed, and what installs it, as a sentence; None if all are."""
+        for package, install in cls.needs_packages.items():
+            if importlib.util.find_spec(package) is None:
+                return f"{cls.method} needs the Python package {package}, which is not installed: {install}."
+        return None
 
     # ---- what a method may change ------------------------------------------------------------------------------------
 
@@ -309,6 +320,8 @@ class ReconstructionModule(L.LightningModule):
         schedule = self.schedule(optimizer)
         if self.attached is not None and getattr(schedule, "total_steps", 0) is None:
             schedule.total_steps = self.trainer.estimated_stepping_batches
+        if not self.automatic_optimization:  # the method steps it itself
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule}}
         monitor = getattr(schedule, "monitor", None)  # of Lightning's ReduceLROnPlateau
         return {
             "optimizer": optimizer,
