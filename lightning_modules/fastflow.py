@@ -18,7 +18,7 @@ from models.reconstruction import Pair
 
 
 class FastFlow(ReconstructionModule):
-    """FastFlow with the setting of the third-party code in use as defaults: 500 epochs, Adam 1e-3, batch 32, the last epoch's model.
+    """FastFlow with the third-party code's setting as defaults: 500 epochs, Adam 1e-3, batch 32, the last epoch's model.
 
     The paper trains one model per category (`data.init_args.setting=per_category`). For ResNet18 the third party has
     `conv3x3_only`. Its backbones' weights are not known for certain; here they are torchvision's.
