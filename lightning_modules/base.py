@@ -77,7 +77,7 @@ class ReconstructionModule(L.LightningModule):
     Args:
         backbone: The frozen feature extractor; or what stands in its place where a method trains all that it uses.
         head: Distance, fusion, smoothing and image score.
-        optimizer: Gives an optimiser of the trainable parameters. Learning rates are not scaled with the number of
+        make_optimizer: Gives an optimiser of the trainable parameters. Learning rates are not scaled with the number of
             processes. None for a method that is not trained by gradients: its `training_step` returns None.
         image_size: Size of the input images in pixels.
         schedule: Gives the optimiser's schedule; None for a constant learning rate.
@@ -114,15 +114,16 @@ class ReconstructionModule(L.LightningModule):
         self,
         backbone: BackboneConfig,
         head: HeadConfig,
-        optimizer: OptimizerCallable | None,
+        make_optimizer: OptimizerCallable | None,
         image_size: ImageSize,
         schedule: LRSchedulerCallable | None = None,
         interval: Interval = "epoch",
     ) -> None:
         # A method that trains its trunk hands over a NoBackbone; were it in the annotation, the parser would take a part
         # of a backbone's options for neither of the two.
-        # Subclasses call these two lr_scheduler and lr_interval. Under one name, the command line would hand the base
-        # class's None on to a subclass, whose own schedule would be lost.
+        # Subclasses call these three optimizer, lr_scheduler and lr_interval. Under one name, the command line would hand the
+        # base class's None on to a subclass, whose own optimiser and schedule would be lost; of the optimiser
+        # jsonargparse 4.46 does.
         super().__init__()
         if reason := self.absent_package():  # before weights are looked for
             raise ValueError(reason)
@@ -134,9 +135,9 @@ class ReconstructionModule(L.LightningModule):
             raise ValueError(f"backbone.standardised: {self.method} standardises its features already. Leave it out.")
         self.standardisation = Standardisation() if standardised else None
         self.head = AnomalyHead(head)
-        self.optimizer, self.schedule, self.interval = optimizer, schedule, interval
-        if optimizer is not None:  # impossible options are refused now, not after minutes of preparation
-            self._scheduled(optimizer([nn.Parameter(torch.zeros(1))]))
+        self.optimizer, self.schedule, self.interval = make_optimizer, schedule, interval
+        if make_optimizer is not None:  # impossible options are refused now, not after minutes of preparation
+            self._scheduled(make_optimizer([nn.Parameter(torch.zeros(1))]))
         self.trained_epochs = 0
         self.origin = ""
         self._unchecked_loss: tuple[Tensor, torch.cuda.Event | None, Mapping[str, Any], int] | None = None

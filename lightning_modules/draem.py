@@ -48,7 +48,7 @@ class DRAEM(OwnTrunkModule):
         self,
         head: HeadConfig = HeadConfig(image_score="max"),
         optimizer: OptimizerCallable = lambda parameters: Adam(parameters, lr=1e-4, fused=True),
-        lr_scheduler: LRSchedulerCallable | None = lambda optimizer: Drops(optimizer, at=(0.8, 0.9), factor=0.2),
+        lr_scheduler: LRSchedulerCallable | None = lambda optimizer: Drops(optimizer, first=0.8, second=0.9, ratio=0.2),
         lr_interval: Interval = "step",
         image_size: ImageSize = 256,
         anomalous: float = 0.5,

@@ -63,7 +63,9 @@ class EfficientAD(OwnTrunkModule):
         penalty: str | None = None,
         head: HeadConfig = HeadConfig(fusion="mean", align_corners=False, image_score="max"),
         optimizer: OptimizerCallable = lambda parameters: Adam(parameters, lr=1e-4, weight_decay=1e-5, fused=True),
-        lr_scheduler: LRSchedulerCallable | None = lambda optimizer: Drops(optimizer, at=(0.95,), factor=0.1),
+        lr_scheduler: LRSchedulerCallable | None = lambda optimizer: Drops(
+            optimizer, first=0.95, second=1.0, ratio=0.1
+        ),
         lr_interval: Interval = "step",
         image_size: ImageSize = 256,
         size: efficientad.Size = "small",

@@ -228,26 +228,27 @@ class WarmStairs(LRScheduler):
 
 
 class Drops(LRScheduler):
-    """Learning rate per step, multiplied by `factor` at each of some shares of the training. Step it per step.
+    """Learning rate per step, multiplied by `ratio` at a share of the training, and again at another. Step it per step.
 
-    DRAEM: a fifth at 80 % and again at 90 %; EfficientAD: a tenth at 95 %. total_steps: None = the training's length, which
-    whoever trains fills in.
+    DRAEM: a fifth at 0.8 and at 0.9. EfficientAD: a tenth at 0.95, and at 1, which no step reaches. total_steps: None = the
+    training's length, which whoever trains fills in.
 
-    Raises ValueError for shares outside (0, 1].
+    Raises ValueError for shares outside (0, 1] or a negative ratio.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
         total_steps: int | None = None,
-        at: tuple[float, ...] = (0.8, 0.9),
-        factor: float = 0.2,
+        first: float = 0.8,
+        second: float = 0.9,
+        ratio: float = 0.2,
     ) -> None:
-        if not all(0 < share <= 1 for share in at) or factor < 0:
+        if not (0 < first <= 1 and 0 < second <= 1 and ratio >= 0):
             raise ValueError(
-                f"Drops needs shares in (0, 1] and no negative factor, found at={list(at)}, factor={factor}."
+                f"Drops needs shares in (0, 1] and no negative ratio, found first={first}, second={second}, ratio={ratio}."
             )
-        self.total_steps, self.at, self.by = total_steps, tuple(at), factor
+        self.total_steps, self.first, self.second, self.ratio = total_steps, first, second, ratio
         super().__init__(optimizer)
 
     def get_lr(self) -> list[float]:
@@ -260,7 +261,7 @@ class Drops(LRScheduler):
             return 1.0
         if self.total_steps is None:
             raise ValueError("total_steps of Drops is None: set it to the number of steps of the training.")
-        return self.by ** sum(step >= share * self.total_steps for share in self.at)
+        return self.ratio ** sum(step >= share * self.total_steps for share in (self.first, self.second))
 
 
 class HalfCosine(LRScheduler):
