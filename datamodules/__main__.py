@@ -57,7 +57,7 @@ def _cache(options: argparse.Namespace, console: Console) -> int:
     from rich.table import Table
 
     from datamodules.cache.folder import age, entries, remove
-    from results.common.nearest import did_you_mean
+    from results.common.did_you_mean import did_you_mean
 
     found = entries(Path(options.root))
     if options.clear:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from datamodules.errors import DataError
-from results.common.nearest import did_you_mean
+from results.common.did_you_mean import did_you_mean
 
 if TYPE_CHECKING:
     import albumentations

@@ -29,7 +29,7 @@ from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from datamodules.errors import DataError
-from results.common.nearest import did_you_mean
+from results.common.did_you_mean import did_you_mean
 
 BIT_DEPTHS = (8, 10, 12, 14, 16)
 MAX_MEGAPIXELS = 179.0

@@ -9,7 +9,7 @@ import numpy as np
 from torch.utils.data import Dataset, DistributedSampler
 
 from datamodules.errors import DataError
-from results.common.nearest import did_you_mean
+from results.common.did_you_mean import did_you_mean
 
 SAMPLINGS = ("natural", "balanced", "balanced_datasets")
 

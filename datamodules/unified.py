@@ -40,7 +40,7 @@ from datamodules.remarks import cropped_masks, tested_and_trained, vanishing_mas
 from datamodules.sample_table import SPLITS, SampleTable, category_keys, content_hash, fingerprint, hold_out
 from datamodules.sampling import EvalSampler, TrainSampler, check_sampling
 from datamodules.subset import FULL, TEST_SUBSETS, left_out
-from results.common.nearest import did_you_mean
+from results.common.did_you_mean import did_you_mean
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

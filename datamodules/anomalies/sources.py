@@ -15,7 +15,7 @@ from datamodules.anomalies.perlin import blend, draw_blobs
 from datamodules.anomalies.textures import draw_texture
 from datamodules.errors import DataError
 from datamodules.images import IMAGE_SUFFIXES, read_image, resize_image
-from results.common.nearest import did_you_mean
+from results.common.did_you_mean import did_you_mean
 
 SOURCES = ("dtd", "textures", "own")
 OPACITIES = {"released": (0.2, 1.0), "paper": (0.15, 1.0)}

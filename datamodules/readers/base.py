@@ -14,7 +14,7 @@ from datamodules.errors import DataError
 from datamodules.problems import ERROR, WARNING, Problem, describe, number_of
 from datamodules.sample_table import GOOD, Sample, SampleTable, build_table
 from datamodules.tree import is_category, list_folders
-from results.common.nearest import did_you_mean
+from results.common.did_you_mean import did_you_mean
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from datamodules.errors import DataError
 from datamodules.synthetic.canvas import blur, expose
 from datamodules.synthetic.categories import CATEGORIES, LOGICAL
 from datamodules.synthetic.defects import STRUCTURAL
-from results.common.nearest import did_you_mean
+from results.common.did_you_mean import did_you_mean
 
 VERSION = 1
 """Raised whenever the generator's pictures change: results on different versions do not compare."""

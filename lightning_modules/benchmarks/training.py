@@ -52,8 +52,8 @@ from lightning_modules.fitted import FittedModule
 from lightning_modules.running.methods import build
 from lightning_modules.running.serving import CacheConfig, attach
 from lightning_modules.running.settings import code_version
+from results.common.did_you_mean import did_you_mean
 from results.common.environment import parts
-from results.common.nearest import did_you_mean
 
 CATEGORIES = ("wood", "fabric", "gear", "steel_plate")
 CELLS = 16

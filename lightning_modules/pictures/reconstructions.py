@@ -29,7 +29,7 @@ from datamodules.sample_table import category_keys
 from lightning_modules.base import ReconstructionModule
 from lightning_modules.callbacks.progress import PlainProgress
 from lightning_modules.pictures.heatmaps import overlay, to_rgb
-from lightning_modules.running import checkpoints, foreign
+from lightning_modules.running import checkpoints, recorded_configuration
 from lightning_modules.running.checkpoints import WholeCheckpoints
 from lightning_modules.running.loading import load_run
 from lightning_modules.running.methods import build
@@ -57,7 +57,7 @@ def trained(folder: Path) -> tuple[ReconstructionModule, UnifiedDataModule]:
     module = load_run(folder).module
     record = read_record(folder)
     section = yaml.safe_load(record.config_text).get("data")
-    foreign.check(section, folder / "config.yaml", ())
+    recorded_configuration.check(section, folder / "config.yaml", ())
     data = build(UnifiedDataModule, section)
     data.setup("fit")
     for dataset in record.record.datasets:

@@ -39,11 +39,11 @@ from lightning_modules.callbacks.scoring import Evaluation
 from lightning_modules.callbacks.throughput import Throughput
 from lightning_modules.running import (
     checkpoints,
-    foreign,
     internals,
     normalisation,
     per_category,
     preemption,
+    recorded_configuration,
     recording,
     refusals,
     resuming,
@@ -311,13 +311,13 @@ def main(arguments: list[str] | None = None) -> None:
 
                 submit(arguments[1:], methods)
             else:
-                _run(with_environment(foreign.as_data(arguments, methods), os.environ))
+                _run(with_environment(recorded_configuration.as_data(arguments, methods), os.environ))
     except Exception as error:
         if debug:
             raise
         raise SystemExit(trouble.sentence(error)) from error
     finally:
-        foreign.clean_up()
+        recorded_configuration.clean_up()
 
 
 def _run(arguments: list[str]) -> None:

@@ -16,7 +16,7 @@ import yaml
 
 from datamodules.handed_over import Images, Preparation
 from lightning_modules.base import ReconstructionModule
-from lightning_modules.running import checkpoints, foreign
+from lightning_modules.running import checkpoints, recorded_configuration
 from lightning_modules.running.backbone import recorded_weights
 from lightning_modules.running.earlier import translated
 from lightning_modules.running.methods import build, import_methods
@@ -158,7 +158,7 @@ def _module(
         raise ValueError(f"{file} does not describe a model with a backbone, so nothing can be built from it.")
     arguments = {key: value for key, value in arguments.items() if key not in OF_TRAINING}
     section = {"class_path": section.get("class_path"), "init_args": arguments}
-    foreign.check(section, file, methods)
+    recorded_configuration.check(section, file, methods)
     if own_trunk:  # all weights are in the checkpoint, whatever they started from
         arguments |= {"start": "scratch"} if "start" in arguments else {}
     else:

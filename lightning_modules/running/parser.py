@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_modules.running.earlier import translated
 from lightning_modules.running.internals import parser_options
-from results.common.nearest import did_you_mean
+from results.common.did_you_mean import did_you_mean
 
 _NOISE = ("Given value", "- Expected a <class 'NoneType'>", "Subtypes:", "Errors:", "Does not validate against any of")
 

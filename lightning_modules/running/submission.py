@@ -34,7 +34,7 @@ from datamodules.readers import find_dataset
 from datamodules.readers.mvtec_ad_2 import PRIVATE, MVTecAD2
 from datamodules.tree import list_images
 from lightning_modules.base import ReconstructionModule
-from lightning_modules.running import foreign
+from lightning_modules.running import recorded_configuration
 from lightning_modules.running.command_line import UniReconCLI
 from lightning_modules.running.filling import with_environment
 from models.head import ScoredMaps
@@ -214,7 +214,7 @@ def main(arguments: list[str], methods: Iterable[type]) -> None:
         links = Path(folder)
         private = link(root, chosen, links)
         words = ["predict", f"--config={config}", f"--data.init_args.predict_root={links}", "--trainer.devices=1"]
-        words = with_environment(foreign.as_data([*words, *more], methods), os.environ)
+        words = with_environment(recorded_configuration.as_data([*words, *more], methods), os.environ)
         command = SubmissionCLI(words, out, links)
         if command.submission.written != private:
             raise SystemExit(f"error: {command.submission.written} of {private} images were written to {out}.")

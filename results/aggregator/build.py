@@ -13,8 +13,8 @@ from results.aggregator.scores import Pool, Query, axis_value, check_table, vers
 from results.aggregator.spec import Entry, Spec, SpecError, spec_for_sweep
 from results.aggregator.sweep_cells import SEED_KEYS, SweepCells, canonical, cell_key, describe_cell, show_value
 from results.aggregator.table import Cell, Column, Row, Table, Value, add_gaps, mark_values
+from results.common.did_you_mean import did_you_mean
 from results.common.methods import COMPARE
-from results.common.nearest import did_you_mean
 
 SOURCES = ("published", "runs", "both")
 OWN_PAPERS = "own_papers"

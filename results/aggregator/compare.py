@@ -15,7 +15,7 @@ from results.aggregator.records import StoredRecord
 from results.aggregator.render import markdown_frame
 from results.aggregator.scores import ConflictError, Query, axis_value, check_cell, check_table, seed_means, versions
 from results.aggregator.sweep_cells import canonical
-from results.common.nearest import did_you_mean
+from results.common.did_you_mean import did_you_mean
 
 
 @dataclass(frozen=True)

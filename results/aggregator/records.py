@@ -39,10 +39,10 @@ import pandas as pd
 
 from results.aggregator.names import published_name
 from results.aggregator.sweep_cells import cell_key
-from results.common import foreign
+from results.common import untrusted
+from results.common.did_you_mean import did_you_mean
 from results.common.files import REPLACED, restore_replaced, sync_folder
 from results.common.methods import of
-from results.common.nearest import did_you_mean
 from results.common.pair import plain
 
 SCHEMA = 1
@@ -255,8 +255,8 @@ class StoredRecord:
         """A picture that `heatmaps` lists under `file`; RecordError if it is not what the run wrote."""
         name = f"heatmaps/{file}"
         try:
-            content = foreign.file_inside(self.path, name).read_bytes()
-        except (foreign.ForeignError, OSError) as error:
+            content = untrusted.file_inside(self.path, name).read_bytes()
+        except (untrusted.UntrustedError, OSError) as error:
             raise RecordError(f"{self.name}: {error}") from None
         if hashlib.sha256(content).hexdigest() != self.files.get(name, hashlib.sha256(content).hexdigest()):
             raise RecordError(f"{self.name}: {name} is not what the run wrote (checksum differs)")
@@ -391,13 +391,13 @@ def read_record(path: str | Path, pictures: bool = False) -> StoredRecord:
     path = Path(path)
     try:
         return _read(path, pictures)
-    except foreign.ForeignError as error:
+    except untrusted.UntrustedError as error:
         raise RecordError(f"{path}: {error}") from None
 
 
 def _read(path: Path, pictures: bool) -> StoredRecord:
-    raw = foreign.read_mapping(path, "record.json")
-    files = foreign.checksums(raw)
+    raw = untrusted.read_mapping(path, "record.json")
+    files = untrusted.checksums(raw)
     raw.pop("files", None)
     known = {item.name for item in fields(RunRecord)}
     unknown = sorted(set(raw) - known)
@@ -408,13 +408,13 @@ def _read(path: Path, pictures: bool) -> StoredRecord:
     except (TypeError, RecordError) as error:
         raise RecordError(f"{path / 'record.json'}: {str(error).replace('RunRecord.__init__() ', '')}") from None
     for name in FILES:
-        foreign.file_inside(path, name)
+        untrusted.file_inside(path, name)
     content = (path / "metrics.csv").read_bytes()
-    foreign.check_files(path, files, pictures)
+    untrusted.check_files(path, files, pictures)
     columns = _parse_metrics(content, path / "metrics.csv")
     _check_columns(columns, str(path / "metrics.csv"))
     try:
-        foreign.check_yaml((path / "config.yaml").read_text(encoding="utf-8"), "config.yaml")
+        untrusted.check_yaml((path / "config.yaml").read_text(encoding="utf-8"), "config.yaml")
     except UnicodeDecodeError as error:
         raise RecordError(f"{path / 'config.yaml'} is not UTF-8: {error}") from None
     if (path / HEATMAPS).exists():
@@ -429,7 +429,7 @@ def _heatmap_index(path: Path, files: Mapping[str, str]) -> list[tuple[str, ...]
     """The rows of an attached `heatmaps/index.csv`; RecordError if one names a file that is not the record's."""
     index = path / HEATMAPS
     try:
-        rows = list(csv.reader(io.StringIO(foreign.file_inside(path, HEATMAPS).read_text(encoding="utf-8"))))
+        rows = list(csv.reader(io.StringIO(untrusted.file_inside(path, HEATMAPS).read_text(encoding="utf-8"))))
     except (UnicodeDecodeError, csv.Error) as error:
         raise RecordError(f"{index} is not a CSV file: {error}") from None
     head = rows[0] if rows else []
@@ -442,7 +442,7 @@ def _heatmap_index(path: Path, files: Mapping[str, str]) -> list[tuple[str, ...]
             raise RecordError(f"{index} line {number} has {len(row)} of {len(head)} fields")
         line = dict(zip(head, row, strict=True))
         try:
-            foreign.file_inside(path, f"heatmaps/{line['file']}")
+            untrusted.file_inside(path, f"heatmaps/{line['file']}")
             float(line["image_score"])
         except ValueError as error:
             raise RecordError(f"{index} line {number}: {error}") from None

@@ -39,7 +39,7 @@ from typing import Any
 import yaml
 
 from results.aggregator import names
-from results.common.nearest import did_you_mean
+from results.common.did_you_mean import did_you_mean
 
 FOLDER = Path(__file__).parents[1] / "tables" / "specs"
 SELECTORS = ("source", "table", "dataset", "category", "method", "variant", "metric", "setting")

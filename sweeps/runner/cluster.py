@@ -24,7 +24,7 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from results.common import foreign, methods
+from results.common import methods, untrusted
 from results.common.files import write_text
 from results.common.shown import printable
 from sweeps.runner import checked_sweep, command, preflight, prepare
@@ -212,9 +212,9 @@ def _fetch(run: Any) -> str:
 def _place(folder: Path, name: str) -> Path:
     """Where a fetched record belongs: the sweep and run that it names itself; SweepError if it does not."""
     try:
-        record: Mapping[str, Any] = foreign.read_mapping(folder, "record.json")
-        foreign.check_files(folder, foreign.checksums(record))
-    except foreign.ForeignError as error:
+        record: Mapping[str, Any] = untrusted.read_mapping(folder, "record.json")
+        untrusted.check_files(folder, untrusted.checksums(record))
+    except untrusted.UntrustedError as error:
         raise SweepError(f"The record of W&B run {name} is damaged: {error}.") from None
     parts = [record.get("sweep"), record.get("run")]
     for part in parts:

@@ -24,7 +24,7 @@ from results.common import methods
 from results.common.code import code_hash, reached_packages
 from results.common.contents import content_hashes, data_hash
 from results.common.deciding import FREE, LIBRARIES, deciding
-from results.common.nearest import did_you_mean
+from results.common.did_you_mean import did_you_mean
 from sweeps.runner import command
 from sweeps.runner.checked_sweep import ARGS, CheckedSweep
 from sweeps.runner.errors import SweepError

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from results.common import methods
+from results.common.did_you_mean import did_you_mean
 from results.common.methods import COMPARE, METHOD
-from results.common.nearest import did_you_mean
 from sweeps.runner import command
 from sweeps.runner.checked_sweep import CheckedSweep
 from sweeps.runner.errors import SweepError

@@ -24,8 +24,8 @@ from results.aggregator.records import RecordError, StoredRecord, read_record
 from results.aggregator.spec import spec_for_sweep
 from results.aggregator.sweep_cells import cell_key
 from results.aggregator.verify import compare
+from results.common.did_you_mean import did_you_mean
 from results.common.files import read_json
-from results.common.nearest import did_you_mean
 from sweeps.runner import checked_sweep, expansion, identity, prepare
 from sweeps.runner.display import Display, duration
 from sweeps.runner.errors import SweepError
