@@ -4,13 +4,14 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
+CHOSEN_METHOD := $(value METHOD)
 METHOD ?= uniad
 PROFILE ?= demo
 # Values go through the environment, letter for letter: neither make nor the shell reads a `$`, a quote or a blank in them.
 # The first line is read by the command line itself, so that make, the sweep runner and `wandb agent` steer a run alike.
-VALUES := PROFILE DATASET DATA_ROOT CATEGORIES BACKBONE WEIGHTS WANDB \
+VALUES := PROFILE DATASET DATA_ROOT CATEGORIES BACKBONE WEIGHTS ALPHA RULE WANDB \
 	METHOD RUN IMAGES OUT ABLATION COMPARE SETTING WORKERS GPUS SEEDS SWEEP TABLE SOURCE FORMAT A B CLEAR \
-	RUNS METHODS REFERENCE CHECKPOINT
+	RUNS METHODS REFERENCE CHECKPOINT ADDRESS
 $(foreach v,$(VALUES),$(if $(filter undefined,$(origin $v)),,$(eval override $v := $$(value $v))$(eval export $v)))
 
 .DEFAULT_GOAL := help
@@ -47,7 +48,10 @@ lint: setup  ## Check style with ruff.
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-train: setup  ## Train and evaluate once: METHOD= PROFILE= DATASET= DATA_ROOT= [CATEGORIES= BACKBONE= WEIGHTS= RUN= ARGS=].
+readme: setup  ## Run every command of the READMEs in a copy of the repository, with short trainings: a quarter of an hour.
+	$(PY) tests/readme.py
+
+train: setup  ## Train and evaluate once: METHOD= PROFILE= DATASET= DATA_ROOT= [CATEGORIES= BACKBONE= WEIGHTS= ALPHA= RULE= RUN= ARGS=].
 	$(PY) -m sweeps data "sweeps/profiles/$$PROFILE/$$METHOD.yaml"
 	$(PY) -m lightning_modules fit --config "sweeps/profiles/$$PROFILE/$$METHOD.yaml" $(if $(RUN),--run.name="$$RUN") $(ARGS)
 
@@ -63,13 +67,19 @@ submission: setup  ## MVTec AD 2's files for its evaluation server: RUN=<record 
 	@test -n "$$RUN" -a -n "$$OUT" || { echo 'error: submission needs RUN=<record folder> and OUT=<new folder>'; exit 2; }
 	$(PY) -m lightning_modules submission --run "$$RUN" --out "$$OUT" $(ARGS)
 
-check-data: setup  ## Count a dataset's images and list every problem: DATASET= DATA_ROOT= [CATEGORIES= ARGS=].
-	$(PY) -m datamodules check $(ARGS)
+check-data: setup  ## Count a dataset's images, list every problem, draw contact sheets: DATASET= DATA_ROOT= [CATEGORIES= OUT= ARGS=].
+	$(PY) -m datamodules check --out "$${OUT:-results/check}" $(ARGS)
+
+data: setup  ## Fetch a public dataset: DATASET=mvtec_ad|mvtec_loco|mvtec_ad_2|visa|btad DATA_ROOT= [ACCEPT=1 ADDRESS=].
+	$(PY) -m datamodules fetch $(if $(filter 1,$(ACCEPT)),--accept) $(if $(ADDRESS),--address "$$ADDRESS") $(ARGS)
 
 synthetic: setup  ## Make the embedded benchmark in data/synthetic.
 	$(PY) -m datamodules synthetic data/synthetic
 
-sweep: setup  ## Run an ablation and rebuild its table: ABLATION= [PROFILE= COMPARE= SETTING= WORKERS= GPUS= SEEDS= ONLY= RETRY_FAILED=1].
+# METHOD's default is of other targets: only one that was asked for chooses cells. ARGS are added to every cell's command.
+sweep wandb-sweep: override export METHOD := $(value CHOSEN_METHOD)
+sweep wandb-sweep: export ARGS := $(value ARGS)
+sweep: setup  ## Run an ablation and rebuild its table: ABLATION= [PROFILE= COMPARE= SETTING= METHOD= WORKERS= GPUS= SEEDS= ONLY= ARGS= RETRY_FAILED=1].
 	$(PY) -m sweeps run "$$ABLATION" $(if $(WORKERS),--workers "$$WORKERS") $(if $(GPUS),--gpus "$$GPUS") \
 		$(if $(SEEDS),--seeds "$$SEEDS") $(foreach o,$(ONLY),--only $(o)) $(if $(RETRY_FAILED),--retry-failed)
 
@@ -82,7 +92,7 @@ reference: setup  ## Train and publish what results/reference/plan.yaml lists: [
 verify: setup  ## Run one small cell per method again, compare with its reference record: [ONLY=method=uniad WORKERS=].
 	$(PY) -m sweeps verify $(foreach o,$(ONLY),--only $(o)) $(if $(WORKERS),--workers "$$WORKERS")
 
-wandb-sweep: setup  ## Register an ablation with W&B and print how to start agents: ABLATION= [PROFILE= COMPARE= SETTING= SEEDS=].
+wandb-sweep: setup  ## Register an ablation with W&B and print how to start agents: ABLATION= [PROFILE= COMPARE= SETTING= SEEDS= ARGS=].
 	$(PY) -m sweeps register "$$ABLATION" $(if $(SEEDS),--seeds "$$SEEDS")
 
 agents: setup  ## One W&B agent per GPU: SWEEP=entity/project/sweep [GPUS=0,1 WORKERS=].
@@ -113,6 +123,10 @@ reconstructions: setup  ## Picture what a run reconstructs: RUN=<record folder>.
 	@test -n "$$RUN" || { echo 'error: reconstructions needs RUN=<record folder>'; exit 2; }
 	$(PY) -m lightning_modules.pictures.reconstructions "$$RUN" $(ARGS)
 
+pipeline: setup  ## The way of an image from photograph to table, with a run's own numbers: RUN=<record folder> [ARGS=--image=3].
+	@test -n "$$RUN" || { echo 'error: pipeline needs RUN=<record folder>'; exit 2; }
+	$(PY) -m lightning_modules.pictures.pipeline "$$RUN" $(ARGS)
+
 shortcuts: setup  ## What the networks of identical_shortcut reconstruct, early and late, by one decoder: [ARGS=].
 	$(PY) -m lightning_modules.pictures.shortcuts $(ARGS)
 
@@ -137,6 +151,6 @@ bench-metrics: setup  ## Time our metrics against other libraries.
 bench-start: setup  ## Time the start of a run on 60,000 small files: [ARGS=].
 	$(PY) -m lightning_modules.benchmarks.start $(ARGS)
 
-.PHONY: help setup baselines test test-all lint train import predict submission check-data synthetic sweep sweeps reference verify wandb-sweep agents \
+.PHONY: help setup baselines test test-all lint readme train import predict submission check-data data synthetic sweep sweeps reference verify wandb-sweep agents \
 	pull table tables \
-	audit figures compare report reconstructions gallery shortcuts self-similarity bench bench-metrics bench-start cache
+	audit figures compare report reconstructions pipeline gallery shortcuts self-similarity bench bench-metrics bench-start cache

@@ -303,12 +303,15 @@ def show(report: Report, console: Console, limit: int = 50) -> None:
     title = escape(printable(f"{report.listing.reader.name} in {report.listing.root}"))
     table = Table(title=title, caption="found / published, red where they differ" if public else None)
     table.add_column("category")
-    for column in (*COLUMNS, "with mask"):
-        table.add_column(column.replace("_", " "), justify="right")
-    totals = dict.fromkeys(COLUMNS, 0)
+    told_apart = any(counts.logical for counts in (*report.counts.values(), *public.values()))
+    columns = COLUMNS if told_apart else COLUMNS[:-1]
+    for column in (*columns, "with mask"):
+        name = "defects" if column == "structural" and not told_apart else column.replace("_", " ")
+        table.add_column(name, justify="right")
+    totals = dict.fromkeys(columns, 0)
     for category, found in report.counts.items():
         cells = []
-        for column in COLUMNS:
+        for column in columns:
             here = getattr(found, column)
             totals[column] += here
             there = getattr(public[category], column) if category in public else None

@@ -37,13 +37,14 @@ class Seen(NamedTuple):
 class CutPasteNet(FeatureNetwork):
     """Trunk, head and density. Reads images, no features.
 
-    trunk: images (B, 3, H, W) -> (B, C), for example a ResNet18 without its classifier.
-    channels: C.
-    classes: 3 for normal, patch and scar; 2 where there is one kind of pasted part.
-    head: widths of the linear layers before the last one, each with batch norm and ReLU. The paper's is unknown; [512, 128]
-        is the reimplementation's of its best results.
-    density: `gaussian`, with the covariance of Ledoit and Wolf; or `kernels`, a Gaussian of width 1 around every training
-        embedding.
+    Args:
+        trunk: images (B, 3, H, W) -> (B, C), for example a ResNet18 without its classifier.
+        channels: C.
+        classes: 3 for normal, patch and scar; 2 where there is one kind of pasted part.
+        head: widths of the linear layers before the last one, each with batch norm and ReLU. The paper's is unknown; [512,
+            128] is the reimplementation's of its best results.
+        density: `gaussian`, with the covariance of Ledoit and Wolf; or `kernels`, a Gaussian of width 1 around every
+            training embedding.
 
     The state dict holds `mean` (C,) and `precision` (C, C), float64, NaN until `fit`; with `kernels`, `bank.vectors`.
     """

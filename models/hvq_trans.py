@@ -39,10 +39,11 @@ EPSILON = 1e-5
 class Quantized(NamedTuple):
     """One level after quantisation.
 
-    tokens: (B, L, D) float32, the codes, with the gradient of what they replace (straight-through).
-    indices: (B, L) int64, which code.
-    commitment: float32 scalar, mean squared distance of the tokens to their codes.
-    source: (B, L, D) float32, the tokens before.
+    Args:
+        tokens: (B, L, D) float32, the codes, with the gradient of what they replace (straight-through).
+        indices: (B, L) int64, which code.
+        commitment: float32 scalar, mean squared distance of the tokens to their codes.
+        source: (B, L, D) float32, the tokens before.
     """
 
     tokens: Tensor
@@ -66,25 +67,31 @@ class Restored(NamedTuple):
 class HVQTrans(ConcatenatedLevels):
     """Levels in, one pair out: all levels resized to one grid and concatenated, and their reconstruction from codes.
 
-    channels, sizes: channels and (height, width) of each backbone level, as the feature extractor gives them.
-    classes: how many classes (categories) of images there are.
-    grid: (height, width) of the token grid; None = the size of the highest level given.
-    d_model, heads, feedforward, encoder_layers, decoder_layers, dropout: of the transformer; the decoder is twice as
-        wide as the encoder.
-    codes: codes of one codebook (released: 512).
-    decay: of the moving averages that the codes follow.
-    hierarchy: how many of the encoder's levels are quantised and read by the decoder, from the highest down: all of
-        them, encoder_layers + 1, if None. With 1, every decoder layer reads the highest level, twice side by side. 0 =
-        nothing is quantised, the control that can copy its input.
-    selector: what chooses codebooks and head. `label` (released): the true class, in training and test. `classifier`
-        (the paper's text): the true class in training, a classifier's guess in eval mode. `none`: there is one codebook
-        per level and one head for all classes.
-    switched: which parts the selector switches; the others exist once.
-    transport: the prototype-oriented transport score (POT) that is added to the map in eval mode: `off`, at the `lowest`
-        level (released) or summed over `all` quantised levels.
-    transport_weight: its weight (released: 80).
-    transport_divisor: of the products of tokens and codes before the softmax; None = the number of codes, as released,
-        so that another codebook size changes the temperature.
+    Args:
+        channels: channels and (height, width) of each backbone level, as the feature extractor gives them.
+        sizes: See `channels`.
+        classes: how many classes (categories) of images there are.
+        grid: (height, width) of the token grid; None = the size of the highest level given.
+        d_model: of the transformer; the decoder is twice as wide as the encoder.
+        heads: See `d_model`.
+        feedforward: See `d_model`.
+        encoder_layers: See `d_model`.
+        decoder_layers: See `d_model`.
+        dropout: See `d_model`.
+        codes: codes of one codebook (released: 512).
+        decay: of the moving averages that the codes follow.
+        hierarchy: how many of the encoder's levels are quantised and read by the decoder, from the highest down: all of
+            them, encoder_layers + 1, if None. With 1, every decoder layer reads the highest level, twice side by side. 0 =
+            nothing is quantised, the control that can copy its input.
+        selector: what chooses codebooks and head. `label` (released): the true class, in training and test. `classifier`
+            (the paper's text): the true class in training, a classifier's guess in eval mode. `none`: there is one codebook
+            per level and one head for all classes.
+        switched: which parts the selector switches; the others exist once.
+        transport: the prototype-oriented transport score (POT) that is added to the map in eval mode: `off`, at the
+            `lowest` level (released) or summed over `all` quantised levels.
+        transport_weight: its weight (released: 80).
+        transport_divisor: of the products of tokens and codes before the softmax; None = the number of codes, as released,
+            so that another codebook size changes the temperature.
 
     Raises ValueError for unknown options and for widths that do not divide.
     """
@@ -313,8 +320,11 @@ class HVQTrans(ConcatenatedLevels):
 class Codebook(nn.Module):
     """The codes of one level and class, with the moving averages that they follow. All are buffers.
 
-    codes: (width, K), one code per column; counts: (K,) moving average of the tokens assigned to each; sums: (width, K)
+    Args:
+        codes: (width, K), one code per column; counts: (K,) moving average of the tokens assigned to each; sums: (width, K)
+
     moving average of their sums. The start is the released one: normal codes, sums equal to them, nothing counted.
+
     used: (K,) bool, chosen in training since someone last looked.
     """
 
@@ -349,7 +359,8 @@ class Codebooks(nn.Module):
     class, and so on: the same numbers. The released code mixes up the classes of several processes. Here every process
     gets the images of all of them, in the order of a single process' batch, and makes the same updates.
 
-    width: of the tokens; codes: per codebook; classes: how many codebooks; decay: of the moving averages.
+    Args:
+        width: of the tokens; codes: per codebook; classes: how many codebooks; decay: of the moving averages.
     """
 
     def __init__(self, width: int, codes: int, classes: int, decay: float) -> None:

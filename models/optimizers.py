@@ -22,7 +22,12 @@ class ShortMomentumAdam(Adam):
 
     A class of its own, because the command line can only read plain numbers from a default optimiser, no pair of betas.
 
-    lr, betas, eps, weight_decay, fused: as in torch's Adam.
+    Args:
+        lr: as in torch's Adam.
+        betas: See `lr`.
+        eps: See `lr`.
+        weight_decay: See `lr`.
+        fused: See `lr`.
     """
 
     def __init__(
@@ -43,9 +48,12 @@ class StableAdamW(Optimizer):
     With u = g / denominator and r = max(1, RMS(u) / clip_threshold) a tensor moves by lr / r times AdamW's direction.
     The released code compares the raw gradient g, not the momentum, and the clipping acts from the first step on.
 
-    lr: >= 0 (a warm-up starts from 0). betas, weight_decay: as in AdamW; the decay acts before the update, on every
+    Args:
+        lr: >= 0 (a warm-up starts from 0). betas, weight_decay: as in AdamW; the decay acts before the update, on every
+
     tensor. amsgrad: the denominator is the largest second moment so far (Dinomaly and INP-Former; Dinomaly2 without).
-    clip_threshold: RMS of u from which steps are shortened. skip_nonfinite: leave out steps with a NaN or infinity in
+        clip_threshold: RMS of u from which steps are shortened. skip_nonfinite: leave out steps with a NaN or infinity in
+
     any gradient (Dinomaly2), instead of spoiling the weights; it costs a wait for the device in every step.
 
     Raises ValueError for values out of range, and RuntimeError for sparse gradients.
@@ -147,9 +155,11 @@ class WarmCosine(LRScheduler):
     The first of `warmup_steps` has rate 0 and the last of them the full rate, as numpy's linspace gives them; step
     warmup_steps + i has final_ratio + (1 - final_ratio) (1 + cos(pi i / (total_steps - warmup_steps))) / 2 of it, and
     from total_steps on it stays there. total_steps: None = the training's length, which whoever trains fills in.
-    final_ratio: 0.1 in Dinomaly and INP-Former; 1 (Dinomaly2) is a constant rate after the warm-up.
+    Args:
+        final_ratio: 0.1 in Dinomaly and INP-Former; 1 (Dinomaly2) is a constant rate after the warm-up.
 
     A training shorter than its warm-up never leaves it. Raises ValueError for that where total_steps is given, and for
+
     negative numbers.
     """
 

@@ -35,14 +35,18 @@ class PaDiMNetwork(FeatureNetwork):
 
     Nothing is prepared: which channels are kept differs from run to run, and picking them is cheap.
 
-    channels, sizes: channels and (height, width) of each level, as the feature extractor gives them. Every level's map
-        must be a whole fraction of the lowest one's.
-    kept: how many channels of the concatenated levels are used; None: the paper's 550 of 1792 or 100 of 448.
-    epsilon: added to the diagonal of every covariance (0.01; anomalib adds 1e-5 more).
-    generator: of the draw of channels; None: torch's global one.
+    Args:
+        channels: channels and (height, width) of each level, as the feature extractor gives them. Every level's map must be
+            a whole fraction of the lowest one's.
+        sizes: See `channels`.
+        kept: how many channels of the concatenated levels are used; None: the paper's 550 of 1792 or 100 of 448.
+        epsilon: added to the diagonal of every covariance (0.01; anomalib adds 1e-5 more).
+        generator: of the draw of channels; None: torch's global one.
 
     The state dict holds `chosen`, int64 (kept,), the channels in the order of use; `mean`, float64 (H * W, kept); and
+
     `factor`, float64 (H * W, kept (kept + 1) / 2): the lower Cholesky factors, row by row. Before `finish`, `factor` holds
+
     the sums of squared deviations in the same form.
     """
 

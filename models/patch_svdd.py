@@ -33,7 +33,8 @@ SLOPE = 0.1
 class SmallEncoder(nn.Module):
     """Patches of 32 pixels -> (B, D): eight 3x3 convolutions without padding, the first with stride 2, and a tanh.
 
-    widths: channels of the first seven. dim: D.
+    Args:
+        widths: channels of the first seven. dim: D.
     """
 
     def __init__(self, widths: Sequence[int], dim: int) -> None:
@@ -94,7 +95,8 @@ class PositionClassifier(nn.Module):
 
     The last layer's weight is divided by its length over the eight classes.
 
-    last_weight: `fixed`: no gradient reaches that weight, so that it keeps its initial value, as released; `trained`.
+    Args:
+        last_weight: `fixed`: no gradient reaches that weight, so that it keeps its initial value, as released; `trained`.
     """
 
     def __init__(self, dim: int, hidden: int, last_weight: LastWeight = "fixed") -> None:
@@ -116,11 +118,13 @@ class PositionClassifier(nn.Module):
 class PatchSVDD(FeatureNetwork):
     """Encoder, position classifiers, mean image and the embeddings of the training patches. Reads images, no features.
 
-    size: (height, width) of the images.
-    dim: D, of both embeddings. widths: of the small encoder's first seven convolutions. hidden: of the layer above it, and
-        of the classifiers. last_weight: see `PositionClassifier`.
+    Args:
+        size: (height, width) of the images.
+        dim: D, of both embeddings. widths: of the small encoder's first seven convolutions. hidden: of the layer above it,
+            and of the classifiers. last_weight: see `PositionClassifier`.
 
     The state dict holds `mean_image`, (3, height, width) in [0, 1], NaN until it is measured, and the banks `bank_64` and
+
     `bank_32`, empty until training ends: 3.2 GB for MVTec AD's 3,629 training images at 256 pixels.
     """
 

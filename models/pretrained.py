@@ -37,8 +37,10 @@ _FILES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors
 class Package:
     """ImageNet weights inside a package of the Python package index.
 
-    package: its name there. file: the weights' path below site-packages. sha256: of the file.
-    mean, std: of the training's normalisation, for pixels in [0, 1].
+    Args:
+        package: its name there. file: the weights' path below site-packages. sha256: of the file.
+        mean: of the training's normalisation, for pixels in [0, 1].
+        std: See `mean`.
     """
 
     package: str

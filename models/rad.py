@@ -29,10 +29,12 @@ CHUNK = 16
 class RADNetwork(FeatureNetwork):
     """`prepare` makes unit vectors, the banks hold those of all normal images, `forward` compares.
 
-    channels, sizes: channels and (height, width) of each level.
-    images: how many normal images are retrieved (150); fewer training images: all.
-    positional: whether a patch is compared only with patches of about the same place.
-    radius: how many patches that place reaches in every direction; 0 is the same place only.
+    Args:
+        channels: channels and (height, width) of each level.
+        sizes: See `channels`.
+        images: how many normal images are retrieved (150); fewer training images: all.
+        positional: whether a patch is compared only with patches of about the same place.
+        radius: how many patches that place reaches in every direction; 0 is the same place only.
 
     The state dict holds `descriptors` (N, C_L) and `bank{l}` (H_l W_l, N, C_l), float32, all of unit length.
     """

@@ -24,7 +24,9 @@ Shortcut = Literal["mlp", "cnn", "transformer_no_query", "transformer_one_query"
 class ConvolutionalShortcut(ConcatenatedLevels):
     """Three hidden layers with ReLU on the concatenated levels; no norm, no skip, no dropout, PyTorch's initialisation.
 
-    kernel: 1 = the MLP, one token at a time; 3 = the CNN. hidden: width of the hidden layers, at least the number of
+    Args:
+        kernel: 1 = the MLP, one token at a time; 3 = the CNN. hidden: width of the hidden layers, at least the number of
+
     channels, since a narrower network could not copy even if it wanted. Other arguments as in `UniAD`.
     """
 

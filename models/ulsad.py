@@ -34,15 +34,16 @@ GLOBAL_MAPS = ("auto", "bridge", "direct", "attention", "none")
 class ULSADDetails:
     """Where the released code and the printed paper differ, and one choice of ours. The defaults are the released code's.
 
-    encoder_activation: "relu" (code, and the paper's Table 4) or "leaky_relu" with slope 0.01 (the paper's text).
-    third_activation: activation after the third encoder convolution (Table 4: True; code: False).
-    decoder_sizes: "released" (at image size 256: 3, 8, 15, 31, 63) or "printed", the nominal powers of two of Table 5
-        (4, 8, 16, 32, 64; its first entry, 31, contradicts the map size that follows it and is read as 4).
-    autoencoder_output: "linear" (code) or "relu" (Table 5).
-    autoencoder_affine: learnable scale and shift in the autoencoder's batch normalisation, with PyTorch's default eps
-        1e-5 (Table 5 says plain BatchNorm); False is the code: none, eps 1e-4.
-    local_output: "relu" (code) or, which is ours, "linear": a ReLU cannot give the negative half of standardised
-        features, which is small for a ResNet's, but a half for levels that do not end in a ReLU (EfficientNet).
+    Args:
+        encoder_activation: "relu" (code, and the paper's Table 4) or "leaky_relu" with slope 0.01 (the paper's text).
+        third_activation: activation after the third encoder convolution (Table 4: True; code: False).
+        decoder_sizes: "released" (at image size 256: 3, 8, 15, 31, 63) or "printed", the nominal powers of two of Table 5
+            (4, 8, 16, 32, 64; its first entry, 31, contradicts the map size that follows it and is read as 4).
+        autoencoder_output: "linear" (code) or "relu" (Table 5).
+        autoencoder_affine: learnable scale and shift in the autoencoder's batch normalisation, with PyTorch's default eps
+            1e-5 (Table 5 says plain BatchNorm); False is the code: none, eps 1e-4.
+        local_output: "relu" (code) or, which is ours, "linear": a ReLU cannot give the negative half of standardised
+            features, which is small for a ResNet's, but a half for levels that do not end in a ReLU (EfficientNet).
     """
 
     encoder_activation: str = "relu"
@@ -71,7 +72,8 @@ class FeatureAggregator(nn.Module):
     the channel vector of every position is average-pooled adaptively to `channels`: for WideResNet50-2, 512 + 1024
     channels to 384, output j is the mean of channels 4j .. 4j+3 (released code; the paper does not mention it).
 
-    channels: channels of the two levels. pooled: c*; None keeps the concatenation, as the paper's text has it.
+    Args:
+        channels: channels of the two levels. pooled: c*; None keeps the concatenation, as the paper's text has it.
     """
 
     def __init__(self, channels: Sequence[int], pooled: int | None = 384) -> None:
@@ -239,7 +241,9 @@ def ulsad_distance(pair: Pair, direction: float) -> Tensor:
 class ULSADFeatures(NamedTuple):
     """What one pass gives; every entry (B, c*, h, w) or None where the chosen terms do not need it.
 
-    target: U, standardised. local: U', reconstruction of U. imitation: U'', the local network's imitation of the
+    Args:
+        target: U, standardised. local: U', reconstruction of U. imitation: U'', the local network's imitation of the
+
     autoencoder. autoencoded: U^, the autoencoder's output.
     """
 
@@ -252,19 +256,21 @@ class ULSADFeatures(NamedTuple):
 class ULSADNetwork(ReconstructionNetwork):
     """The whole method behind the frozen backbone.
 
-    channels, sizes: of the two backbone levels, finer first. image_size: (height, width), divisible by 64.
-    pooled_channels: c*. terms: the losses, each on or off:
-        pl    local reconstruction, D(U, U')                                           (Eq. 1)
-        pg    global, self-attention against cross-attention, D(A, A^)                 (Eq. 5)
-        pg_d  global, direct: D(U, U^) instead of the attention maps                   (ablation; not in released code)
-        lg    bridge: the local network's second head imitates the autoencoder, D(U^, U'')   (Eq. 6)
-    lambda_l, lambda_g: weight of the direction (cosine) term in local and in global distances, in losses and maps;
-        lambda_g None = as lambda_l, which all published runs have.
-    global_map: what the global anomaly map compares. "bridge": U^ and U'' (the method); "direct": U and U^;
-        "attention": A and A^ (the last two are the options for models trained without lg, whose second head is
-        untrained; paper and code leave this open). "auto": bridge with lg, else attention with pg, direct with pg_d,
-        none without a global term. "none": local map only.
-    double_head: None = doubled exactly when `lg` needs it.
+    Args:
+        channels: of the two backbone levels, finer first. image_size: (height, width), divisible by 64.
+        sizes: See `channels`.
+        pooled_channels: c*. terms: the losses, each on or off: pl    local reconstruction, D(U, U')
+            (Eq. 1) pg    global, self-attention against cross-attention, D(A, A^)                 (Eq. 5) pg_d  global,
+            direct: D(U, U^) instead of the attention maps                   (ablation; not in released code) lg    bridge:
+            the local network's second head imitates the autoencoder, D(U^, U'')   (Eq. 6)
+        lambda_l: weight of the direction (cosine) term in local and in global distances, in losses and maps; lambda_g None
+            = as lambda_l, which all published runs have.
+        lambda_g: See `lambda_l`.
+        global_map: what the global anomaly map compares. "bridge": U^ and U'' (the method); "direct": U and U^;
+            "attention": A and A^ (the last two are the options for models trained without lg, whose second head is
+            untrained; paper and code leave this open). "auto": bridge with lg, else attention with pg, direct with pg_d,
+            none without a global term. "none": local map only.
+        double_head: None = doubled exactly when `lg` needs it.
     """
 
     def __init__(

@@ -304,7 +304,9 @@ class EncoderLayer(nn.Module):
 class PatchEmbedding(nn.Module):
     """One token per patch (supplement: patches of 8, 4, 2, 1), (B, w, H_l, W_l) -> (B, n, w).
 
-    steps: levels below the coarsest: the patch convolution of the levels 3, 2, 1 has 1, 1.5 and 2 times the width
+    Args:
+        steps: levels below the coarsest: the patch convolution of the levels 3, 2, 1 has 1, 1.5 and 2 times the width
+
     (released code); the coarsest level has none. A 1x1 convolution follows.
     """
 

@@ -45,7 +45,8 @@ class Reading(NamedTuple):
 class PatchNetwork(nn.Module):
     """Valid convolutions that make one descriptor of a patch; `forward` gives it around every pixel of an image.
 
-    patch_size: 17, 33 or 65. widths: channels of the convolutions. padding: of the image, by patch_size // 2.
+    Args:
+        patch_size: 17, 33 or 65. widths: channels of the convolutions. padding: of the image, by patch_size // 2.
     """
 
     def __init__(self, patch_size: int, widths: Sequence[int], padding: Padding = "zeros") -> None:
@@ -126,17 +127,20 @@ class TargetScale(nn.Module):
 class US(FeatureNetwork):
     """Teachers, students and everything estimated from normal images, for each patch size. Reads images, no features.
 
-    decoded: channels of the features that teachers are distilled from (ResNet18: 512).
-    patch_sizes: among 17, 33 and 65.
-    students: M, of each patch size.
-    target: what students learn: the teacher's linear `descriptor` (the paper's), or the `decoded` and activated output (the
-        usual reimplementation's), with a decoder of their own.
-    widths: patch size -> channels of the convolutions, for other than the paper's (65: [128, 128, 128, 256, 128] is the
-        paper's table as printed).
-    padding: of an image, `zeros` or `reflect` (which needs sides above patch_size // 2).
+    Args:
+        decoded: channels of the features that teachers are distilled from (ResNet18: 512).
+        patch_sizes: among 17, 33 and 65.
+        students: M, of each patch size.
+        target: what students learn: the teacher's linear `descriptor` (the paper's), or the `decoded` and activated output
+            (the usual reimplementation's), with a decoder of their own.
+        widths: patch size -> channels of the convolutions, for other than the paper's (65: [128, 128, 128, 256, 128] is the
+            paper's table as printed).
+        padding: of an image, `zeros` or `reflect` (which needs sides above patch_size // 2).
 
     Estimated from normal images, and NaN until then: `scales`, mean and deviation of each teacher's channels; `statistics`,
+
     (patch sizes, 4): mean and std of e, mean and std of v over all pixels.
+
     One patch size has 1,616,000 trainable parameters per student (33), 2,996,480 (17) or 2,320,640 (65).
     """
 

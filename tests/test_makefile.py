@@ -48,7 +48,8 @@ def _call(folder: Path, target: str, variables: dict[str, str], from_environment
 @pytest.mark.parametrize(
     ("target", "variables", "words", "named"),
     [
-        ("check-data", {"DATASET": "folder", "DATA_ROOT": STRANGE}, set(), ["folder", STRANGE, ""]),
+        ("check-data", {"DATASET": "folder", "DATA_ROOT": STRANGE, "OUT": STRANGE}, {"--out", STRANGE}, ["folder", STRANGE, ""]),
+        ("data", {"DATASET": "visa", "DATA_ROOT": STRANGE, "ADDRESS": STRANGE}, {"fetch", STRANGE}, ["visa", STRANGE, ""]),
         ("train", {"DATASET": "folder", "DATA_ROOT": STRANGE, "CATEGORIES": "a b, c"}, {"fit"}, ["folder", STRANGE, "a b, c"]),
         ("train", {"RUN": STRANGE}, {f"--run.name={STRANGE}"}, ["", "", ""]),
         (

@@ -175,6 +175,7 @@ def open_or_build(
     compute: Callable[[int], Computed],
     budget: int,
     announce: Callable[[str], None] = lambda message: None,
+    about: str = "",
 ) -> FeatureCache:
     """The entry of `spec`, built first if it is missing or damaged; other processes asking for it wait and then read it.
 
@@ -185,6 +186,7 @@ def open_or_build(
         compute: Called with the first missing row; yields consecutive batches in row order.
         budget: Bytes that all entries together may take; the least recently used ones make room.
         announce: Told, in a sentence, of every build and its size before anything is written, and of waiting.
+        about: The data in a few words, for a list of entries.
 
     Raises:
         CacheTooLargeError: the entry alone would exceed the budget or the free disk space.
@@ -204,7 +206,7 @@ def open_or_build(
             if old.complete and old.version < VERSION and old.title == spec.title:
                 announce(f"{old.folder} has an older layout (version {old.version}, now {VERSION}); it is built anew.")
                 remove(old)
-        _build(root, spec, rows, compute, budget, announce)
+        _build(root, spec, rows, compute, budget, announce, about)
         return FeatureCache(folder)
 
 
@@ -248,6 +250,7 @@ def _build(
     compute: Callable[[int], Computed],
     budget: int,
     announce: Callable[[str], None],
+    about: str,
 ) -> None:
     partial = root / f"{spec.key}.partial"
     done, arrays, checksums = _unfinished(partial, rows)
@@ -292,6 +295,7 @@ def _build(
         raise RuntimeError(f"{partial}: {done} of {rows} rows were computed.")
     _flush(partial, arrays, checksums, done)
     meta = {"spec": asdict(spec), "title": spec.title, "arrays": list(arrays), "rows": rows, "version": VERSION}
+    meta["data"] = f"{about}, {number_of(rows, 'image')}" if about else number_of(rows, "image")
     write_json(partial / "meta.json", meta)
     (partial / "state.json").unlink()
     partial.rename(root / spec.key)

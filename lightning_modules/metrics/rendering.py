@@ -20,6 +20,8 @@ HEADINGS = {
     "dsc_floor_nothing": "DSC of\nnothing",
     "dsc_f1max": "DSC at\nF1-max",
     "iou": "IoU",
+    "seg_f1": "SegF1",
+    "seg_f1_images": "SegF1\nper image",
 }
 
 

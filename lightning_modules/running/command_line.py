@@ -39,6 +39,7 @@ from lightning_modules.callbacks.scoring import Evaluation
 from lightning_modules.callbacks.throughput import Throughput
 from lightning_modules.running import (
     checkpoints,
+    decisions,
     internals,
     normalisation,
     per_category,
@@ -118,12 +119,13 @@ class UniReconCLI(internals.OpenCLI):
         except ValueError as error:
             raise SystemExit(str(error)) from error
         if self.subcommand == "fit":
+            refusals.random_features(self.model, self.datamodule)
             refusals.place(self.run_config, self._bytes_needed())
             resuming.claim(self.run_config)
             self._leave_finished()  # another process may have finished the run while this one waited for it
         given = self.made("trainer")
-        self.evaluation, self.curve = Evaluation(self.run_config.fpr_limits), None
         self.normal_scores, self.history = NormalScores(), History()
+        self.evaluation, self.curve = Evaluation(self.run_config.fpr_limits, self.normal_scores), None
         seed = EpochSeed(self.config[self.subcommand].seed_everything)
         self.throughput = Throughput()
         own = [seed, self.normal_scores, self.evaluation, self.throughput, self.history, *self._callbacks()]
@@ -229,6 +231,8 @@ class UniReconCLI(internals.OpenCLI):
         size = f"{trainable:,} trainable parameters" if trainable else "a network that the training data will size"
         rank_zero_info(f"{self.model.method}: {size} on {backbone['name']} ({backbone['weights']} weights)")
         self.datamodule.setup("fit")
+        decisions.check(self.datamodule.table, self.run_config)
+        rank_zero_info(normalisation.described(self.model, self.datamodule))
         if not self.datamodule.has_test_images:
             if self.run_config.selects == "best_on_test":
                 raise DataError("No test image: run.protocol=as_released chooses its epoch on the test set. Use clean.")

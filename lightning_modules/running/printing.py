@@ -24,6 +24,8 @@ SHOWN = (
     "pixel_aupro",
     "pixel_auspro_mean",
     "dsc",
+    "seg_f1",
+    "seg_f1_images",
 )
 """Columns of the table printed after an evaluation; the record holds all metrics."""
 OF_SOME_DATA = ("image_auroc_structural", "image_auroc_logical", "pixel_auspro_mean")
@@ -40,6 +42,7 @@ def _shown(metrics: pd.Series) -> list[str]:
 def print_metrics(table: pd.DataFrame) -> None:
     """Prints the per-category metrics in percent, the means below, and why a number is missing."""
     console = Console()
+    console.print()  # a progress bar may have left its line open
     reasons: dict[str, None] = {}
     for variant, rows in table.groupby("variant", sort=False):
         pooled = "; pooled = one ranking over all" if (rows.scope == "pooled").any() else ""

@@ -68,7 +68,7 @@ _NUMBERS = (
     "wall_seconds", "epochs", "seconds_per_epoch", "peak_memory_bytes", "train_seconds", "images_per_second",
 )  # fmt: skip  # of the provenance, in tables
 # Families whose values are fractions; a 97.3 among them is a percentage by mistake.
-_FRACTION = re.compile(r"^(image|pixel|dsc|iou|pooled)(_|$)(?!.*threshold)")
+_FRACTION = re.compile(r"^(image|pixel|dsc|iou|pooled|seg_f1)(_|$)(?!.*threshold)")
 NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9._=,+\-]*$")
 """What a run or a sweep may be called."""
 

@@ -38,7 +38,7 @@ PLAN = "plan.yaml"
 MARK = "†"
 CODE = "code"
 """Key of a reference record's provenance: `hash` of its code, `roots` it was reached from, place of its `data`."""
-LEFT_OUT = ("normal_scores.csv", "colour_scale.json")
+LEFT_OUT = ("normal_scores.csv", "normal_pixels.csv", "category_features.csv", "colour_scale.json")
 """Attachments that only `predict` reads, which needs a checkpoint."""
 WIDTH, QUALITY = 400, 50
 """Of a reference record's pictures: largest width in pixels, and JPEG quality."""

@@ -277,6 +277,25 @@ def newest(records: Iterable[StoredRecord]) -> list[StoredRecord]:
     return sorted(last.values(), key=lambda stored: stored.name)
 
 
+def distinct(records: Iterable[StoredRecord]) -> list[StoredRecord]:
+    """Of runs that are the same experiment with the same seed, and the same numbers to the last digit, only the first.
+
+    They come from two runners, such as an agent and this machine, and say one thing twice.
+    """
+    groups: dict[tuple, list[StoredRecord]] = {}
+    for stored in sorted(records, key=lambda stored: (str(stored.record.provenance.get("started") or ""), stored.name)):
+        record = stored.record
+        same = (record.sweep, stored.cell, record.method, record.seed, record.profile, record.protocol, record.setting)
+        numbers = stored.files.get("metrics.csv")
+        groups.setdefault((*same, data_of(stored), numbers) if stored.cell and numbers else (stored.name,), []).append(
+            stored
+        )
+    kept = []
+    for group in groups.values():
+        kept += [stored for n, stored in enumerate(group) if n == 0 or _config_conflicts([group[0], stored])]
+    return sorted(kept, key=lambda stored: stored.name)
+
+
 def kinds(records: Sequence[StoredRecord], compared: bool = False) -> list[tuple[str, list[StoredRecord]]]:
     """The records by profile and protocol, which no table mixes; the name is empty if there is only one kind.
 
@@ -460,8 +479,18 @@ def _bare_text(stored: StoredRecord) -> str:
     return "\n".join(line for line in lines if not (_SEED_LINE.match(line) or line.endswith(f" {run}")))
 
 
+def options_of(stored: StoredRecord) -> dict[str, Any]:
+    """The options that decide a record's result, by dotted key, the seed left out."""
+    return _options(stored.path, stored.path.stat().st_mtime_ns)
+
+
 @lru_cache(maxsize=20000)
-def _config(path: Path, _modified: int) -> dict[str, Any]:
+def _config(path: Path, modified: int) -> dict[str, Any]:
+    return {key: canonical(value) for key, value in _options(path, modified).items()}
+
+
+@lru_cache(maxsize=20000)
+def _options(path: Path, _modified: int) -> dict[str, Any]:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     content = yaml.load((path / "config.yaml").read_text(encoding="utf-8"), Loader=loader)
-    return {key: canonical(value) for key, value in deciding(content, beside=SEEDS).items()}
+    return deciding(content, beside=SEEDS)

@@ -128,7 +128,7 @@ def plan(entry: Entry, threads: int, say: Callable[[str], None], results: Path |
     variables = prepare.with_shared_data(sweep, cells, variables)
     sets = prepare.datasets(prepare.command.configs(sweep.command, variables), variables)
     prepare.data(sets, "demo", say)
-    jobs = prepare.jobs(sweep, cells, variables, sets, prepare.Weights(sweep, variables, say), threads)
+    jobs = prepare.jobs(sweep, cells, variables, sets, prepare.Weights(sweep, variables, say, sets), threads)
     roots = {job.run: sorted(set(identity.code_roots(sweep, variables, job.cell.parameters))) for job in jobs}
     lay = _places(sets)
     there = {}

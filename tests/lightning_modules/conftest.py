@@ -18,7 +18,18 @@ from results.aggregator.records import StoredRecord, read_record
 
 SIDE = 72  # not the size of the run, so that resizing takes part
 CATEGORIES = ("bolt", "disc")
-VARIABLES = ("DATASET", "DATA_ROOT", "CATEGORIES", "BACKBONE", "WEIGHTS", "PROFILE", "WANDB", "WANDB_SWEEP_ID")
+VARIABLES = (
+    "DATASET",
+    "DATA_ROOT",
+    "CATEGORIES",
+    "BACKBONE",
+    "WEIGHTS",
+    "ALPHA",
+    "RULE",
+    "PROFILE",
+    "WANDB",
+    "WANDB_SWEEP_ID",
+)
 
 
 def _part(category: str, rng: np.random.Generator) -> np.ndarray:

@@ -66,6 +66,19 @@ def test_record_has_au_pro_to_the_data_sets_own_limit_under_a_name_that_states_i
     assert "FPR limit 0.05" in record.record.metrics["definitions"]["pixel_aupro_0.05"]
 
 
+def test_seg_f1_is_measured_in_both_readings_at_a_threshold_of_normal_images(run):
+    record = run.record()
+    rows = record.metrics[record.metrics.metric.str.startswith("seg_f1")]
+    assert set(rows.metric) == {"seg_f1", "seg_f1_images", "seg_f1_threshold"}
+    assert set(rows.variant) == {"", "light=regular", "light=shifted"}
+    assert rows[rows.metric != "seg_f1_threshold"].value.between(0, 1).all()
+    assert "counted over all pixels" in record.record.metrics["definitions"]["seg_f1"]
+    kept = pd.read_csv(record.path / "normal_pixels.csv", keep_default_na=False).set_index("category")
+    limits = rows[(rows.metric == "seg_f1_threshold") & (rows.variant == "")].set_index("category").value
+    for category in ("can", "vial"):
+        assert limits[category] == pytest.approx(kept["mean"][category] + 3 * kept["sd"][category])
+
+
 def test_each_light_is_measured_on_its_images_alone(run):
     record = run.record()
     table = record.metrics

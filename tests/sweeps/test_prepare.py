@@ -106,6 +106,17 @@ def test_weights_are_decided_once_per_sweep_and_random_ones_are_shouted(prepared
     assert (prepared.folder / "decided.txt").read_text() == "['mobilenet', '--weights', 'auto']\n"
 
 
+def test_own_photographs_are_not_trained_on_random_features_unasked(prepared: Any) -> None:
+    (prepared.folder / "data" / "nuts" / "m8" / "train").mkdir(parents=True)
+    own = {"DATASET": "folder", "DATA_ROOT": "data/nuts"}
+    code, output = prepared.run(*RUN, **own)
+    assert code != 0
+    assert "WEIGHTS=random insists" in " ".join(output.split())
+    assert not prepared.records()
+    assert prepared.run(*RUN, WEIGHTS="random", **own)[0] == 0
+    assert weights(prepared) == ["random"] * 3
+
+
 def test_automatic_weights_may_come_from_a_package(prepared: Any) -> None:
     (prepared.folder / "answer.txt").write_text("packaged")
     _, output = prepared.run(*RUN)
