@@ -30,7 +30,13 @@ $(VENV)/.installed: requirements.txt
 	$(INSTALL) -r requirements.txt
 	@cp requirements.txt $@
 
+$(VENV)/.baselines: requirements-baselines.txt $(VENV)/.installed
+	$(INSTALL) -r requirements.txt -r requirements-baselines.txt
+	@cp requirements-baselines.txt $@
+
 setup: $(VENV)/.installed  ## Make the virtual environment and install requirements.txt.
+
+baselines: $(VENV)/.baselines  ## Install anomalib, which CFLOW, FastFlow, DRAEM and EfficientAD take their networks from.
 
 test: setup  ## Run the tests that guard users, in minutes.
 	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not program"
@@ -158,6 +164,6 @@ bench-inference: setup  ## Latency, images per second and memory of a run: RUN= 
 bench-start: setup  ## Time the start of a run on 60,000 small files: [ARGS=].
 	$(PY) -m lightning_modules.benchmarks.start $(ARGS)
 
-.PHONY: help setup test test-all lint readme train import predict submission export export-requirements check-data data synthetic \
+.PHONY: help setup baselines test test-all lint readme train import predict submission export export-requirements check-data data synthetic \
 	sweep sweeps reference verify wandb-sweep agents pull table tables audit figures compare report reconstructions pipeline gallery \
 	shortcuts self-similarity bench bench-metrics bench-inference bench-start cache

@@ -43,7 +43,7 @@ class FittedModule(ReconstructionModule):
     reconstructs: ClassVar[bool] = False
 
     def __init__(self, backbone: BackboneConfig, head: HeadConfig, image_size: ImageSize) -> None:
-        super().__init__(backbone, head, optimizer=None, image_size=image_size, schedule=None, interval="epoch")
+        super().__init__(backbone, head, make_optimizer=None, image_size=image_size, schedule=None, interval="epoch")
         self.automatic_optimization = False
         # Drawn once from the run's seed, so that all processes draw alike later, whatever each has drawn until then.
         self.fit_seed = int(torch.randint(2**31, ()))

@@ -240,7 +240,8 @@ class UniReconCLI(internals.OpenCLI):
                 self.trainer.max_epochs, -(-self.trainer.max_steps // max(1, len(loader)))
             )
         left = self.run_config.work / "checkpoints" / "last.ckpt"
-        resuming.check(self.run_config, self._configuration(), self.datamodule.fingerprint, left)
+        packages = self.model.needs_packages
+        resuming.check(self.run_config, self._configuration(), self.datamodule.fingerprint, left, packages)
         self._serve_features(build=True)
         for remark in self.datamodule.remarks():
             rank_zero_info(f"Note: {remark}")

@@ -43,7 +43,7 @@ def essence(message: str) -> str:
 
 def _hints(message: str, options: list[str]) -> Iterator[str]:
     """Sentences on the unknown names in a message of the parser."""
-    for name in re.findall(r"unrecognized arguments: --([^\s=]+)", message):
+    for name in re.findall(r"[Uu]nrecognized arguments: --([^\s=]+)", message):
         yield did_you_mean(name, options)
     where = ""
     for line in message.splitlines():

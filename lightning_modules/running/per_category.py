@@ -29,6 +29,7 @@ from lightning_modules.callbacks.progress import write_progress
 from lightning_modules.metrics.definitions import NOT_AVERAGED
 from lightning_modules.metrics.means import mean_over_categories
 from lightning_modules.running import resuming, tracking
+from lightning_modules.running.methods import class_at
 from lightning_modules.running.printing import print_metrics
 from lightning_modules.running.settings import RunConfig, sweep_parameters
 from results.aggregator.records import RunRecord, StoredRecord, read_record, write_record
@@ -50,7 +51,8 @@ class OneModelEach(Exception):
         if finished:
             for folder in ("runs", "work"):  # records and checkpoints of the run that is replaced
                 shutil.rmtree(work / folder, ignore_errors=True)
-        resuming.check(run, self.configuration, "", work / "runs")
+        packages = class_at(self.configuration["model"]["class_path"]).needs_packages
+        resuming.check(run, self.configuration, "", work / "runs", packages)
         if self.configuration["trainer"]["logger"] is not False:
             tracking.announce(run)
             tracking.open_run(run, self.configuration)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import sys
@@ -199,6 +200,9 @@ def _notes(outcome: Outcome, trained_here: bool) -> list[str]:
     if trained_here:
         notes += refusals.notes(outcome.config.trainer, outcome.history.batches_seen, model.trained_epochs)
         notes += data.changed_since(outcome.started.timestamp())
+    if model.needs_packages:
+        versions = (f"{package} {importlib.metadata.version(package)}" for package in model.needs_packages)
+        notes.append(f"networks of {', '.join(versions)}")
     if model.standardisation is not None:
         notes.append("feature channels standardised over the training images")
     if model.has_backbone and model.extractor.config.rectified:
@@ -216,7 +220,7 @@ def _came_about(outcome: Outcome) -> dict[str, Any]:
     """Where, when and how the run's numbers came about."""
     trainer, epochs = outcome.trainer, outcome.history.epochs_seen
     device = trainer.strategy.root_device
-    return provenance(device) | {
+    return provenance(device, outcome.model.needs_packages) | {
         "started": outcome.started.isoformat(timespec="seconds"),
         "wall_seconds": round((datetime.now().astimezone() - outcome.started).total_seconds(), 1),
         "epochs": outcome.model.trained_epochs,

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,10 +153,13 @@ def code_version() -> tuple[str, bool]:
         return "unknown", False
 
 
-def provenance(device: torch.device) -> dict[str, Any]:
-    """Where a number comes from: commit, versions, machine, command."""
+def provenance(device: torch.device, packages: Iterable[str] = ()) -> dict[str, Any]:
+    """Where a number comes from: commit, versions, machine, command.
+
+    packages: What the method needs beyond requirements.txt, for its versions.
+    """
     commit, dirty = code_version()
-    packages = ("torch", "lightning", "timm", "torchmetrics", "albumentations", "numpy", "scipy", "pandas")
+    packages = (*packages, "torch", "lightning", "timm", "torchmetrics", "albumentations", "numpy", "scipy", "pandas")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else (platform.processor() or platform.machine())
     return {
         "git_commit": commit,

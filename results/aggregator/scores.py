@@ -19,6 +19,7 @@ from results.aggregator.names import CONTROLS, COSTS, DATASET_CATEGORIES, PARTIA
 from results.aggregator.records import StoredRecord, data_options
 from results.aggregator.sweep_cells import SEED_KEYS, canonical, describe_cell
 from results.aggregator.table import Value
+from results.common.deciding import LIBRARIES as LIBRARIES_OF_METHODS
 from results.common.deciding import SEEDS, deciding
 from results.common.methods import COMPARE
 from results.common.pair import plain
@@ -420,6 +421,7 @@ def check_cell(records: Sequence[StoredRecord], query: Query) -> None:
     for title, values in (
         ("method", [stored.record.method for stored in records]),
         ("cell", [describe_cell({k: v for k, v in s.record.cell.items() if k not in SEED_KEYS}) for s in records]),
+        *(("version of " + name, [_version_of(s, name) for s in records]) for name in LIBRARIES_OF_METHODS),
     ):
         if len(set(values)) > 1:
             conflicts.append((title, _grouped(values, records)))
@@ -433,6 +435,10 @@ def check_cell(records: Sequence[StoredRecord], query: Query) -> None:
     conflicts += _config_conflicts(records)
     if conflicts:
         raise ConflictError(conflicts, "one cell")
+
+
+def _version_of(stored: StoredRecord, library: str) -> str:
+    return str((stored.record.provenance.get("versions") or {}).get(library, "none"))
 
 
 def _grouped(

@@ -2,7 +2,8 @@
 
 Everything decides except what is listed here, so that an option or a file that is new counts until somebody knows better.
 Data counts by its contents (`results.common.contents`), weights by their hash, both beside this rule. Versions of
-libraries are recorded and shown, and tables say when they differ, but no cell is run again for them.
+libraries are recorded and shown, and tables say when they differ, but no cell is run again for them; except those of
+`LIBRARIES`, for the methods whose code imports them.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ LATER = {
     "data.init_args.epoch_images": None, "data.init_args.category_count": None,
 }  # fmt: skip
 """Options that earlier versions did not have, with the value that means what those did: older runs stay comparable."""
+
+LIBRARIES = ("anomalib",)
+"""Packages that some methods take their networks from: the version decides these methods' results, and no others'."""
 
 SHOWING = (
     "results", "sweeps", "tests", "datamodules/__main__.py", "datamodules/check.py", "datamodules/contact_sheet.py",

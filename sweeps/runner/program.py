@@ -64,6 +64,7 @@ class Parser(UniReconCLI):
             raise
         except (ValueError, ImportError, OSError, RuntimeError, SystemExit) as error:
             reasons = [line.strip().removeprefix("- ") for line in str(error).splitlines() if line.startswith("  - ")]
+            reasons = [reason for reason in reasons if not reason.startswith("Expected a <class 'NoneType'>")]
             return (reasons or str(error).splitlines() or [type(error).__name__])[0]
         return ""
 
