@@ -66,8 +66,10 @@ def paper_table(
             runs = {**row.runs, **column.runs}
             if source != "published" and cell.key.get("method") != "dataset" and "absent" not in runs:
                 query = _query(spec, cell.key, runs, keys)
-                of_sweep = _of_methods(query)
-                cell.runs = pool.value(of_sweep if query.sweep is None and pool.find(of_sweep) else query)
+                queries = [query] if query.sweep else [_of_methods(query), query]
+                answered = [each for each in queries if pool.find(each)]
+                found = [pool.value(each) for each in answered[:1] or queries]
+                cell.runs = max(found, key=lambda value: len(value.reason))  # what was found, else the fuller reason
     table = Table(spec.name, spec.title, source, spec.row_headers, rows, columns, cells, notes=list(spec.notes))
     check_table(pool.used, varies(spec, None), f"table {spec.name}")
     _finish(table, spec, pool)

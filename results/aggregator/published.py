@@ -3,7 +3,8 @@
 Columns: source, table, dataset, category, method, variant, metric, value, std, certainty, note. Values are percent, as
 printed, wrong ones included; `<metric>_gap` is the gap to the default row as printed. A category `mean` (or
 `mean_objects`, `mean_textures`) is a printed mean, not one that was computed here. certainty: printed;
-cross-checked and repaired for tables read from a picture; cited for a number that another paper or page quotes.
+cross-checked and repaired for tables read from a picture; cited for a number that another paper or page quotes;
+unverified for one from memory, of which no copy could be read.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ COLUMNS = (
 )  # fmt: skip
 KEYS = COLUMNS[:7]
 """Columns that name a printed number; no two lines agree in all of them."""
-CERTAINTIES = ("printed", "cross-checked", "repaired", "cited")
+CERTAINTIES = ("printed", "cross-checked", "repaired", "cited", "unverified")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from results.aggregator.names import CONTROLS, COSTS, DATASET_CATEGORIES, PARTIAL_MEANS, is_percent
+from results.aggregator.names import CONTROLS, COSTS, DATASET_CATEGORIES, PARTIAL_MEANS, dataset_label, is_percent
 from results.aggregator.records import StoredRecord, data_options
 from results.aggregator.sweep_cells import SEED_KEYS, canonical, describe_cell
 from results.aggregator.table import Value
@@ -63,7 +63,7 @@ class Query:
     """What one cell of a table asks for. None means "any"; `cell` None asks for trainings outside of sweeps."""
 
     metric: str
-    dataset: str
+    dataset: str | None
     category: str = "mean"
     method: str | None = None
     sweep: str | None = None
@@ -107,7 +107,7 @@ class Pool:
             for stored in self.of_cell(query.sweep, query.cell)
             if (query.method is None or query.method in stored.methods)
             and (query.setting is None or stored.record.setting == query.setting)
-            and any(dataset["name"] == query.dataset for dataset in stored.record.datasets)
+            and any(query.dataset in (None, dataset["name"]) for dataset in stored.record.datasets)
         ]
 
     def value(self, query: Query) -> Value:
@@ -116,6 +116,10 @@ class Pool:
         if not found:
             others = sorted({stored.record.setting for stored in self.find(replace(query, setting=None))})
             told = f" with setting {query.setting} ({', '.join(others)} is there)" if others else ""
+            if not others:
+                of_others = self.find(replace(query, dataset=None, setting=None))
+                data = sorted({dataset_label(d["name"]) for stored in of_others for d in stored.record.datasets})
+                told = f" on {dataset_label(query.dataset)}, only on {' and '.join(data)}" if data else ""
             return Value(reason=f"no run{told}")
         key = (query.dataset, tuple(stored.name for stored in found))
         if key not in self._checked:

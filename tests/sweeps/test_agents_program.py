@@ -44,7 +44,8 @@ class Preempt(L.Callback):
 
 def prepare(project: Any, *more: str, heatmaps: Sequence[bool] = (True, False)) -> None:
     """Runs of UniAD that differ in nothing that decides the result, on a benchmark of two categories."""
-    shutil.copytree(REPOSITORY / "sweeps" / "profiles", project.folder / "sweeps" / "profiles", dirs_exist_ok=True)
+    for name in ("profiles", "grids"):
+        shutil.copytree(REPOSITORY / "sweeps" / name, project.folder / "sweeps" / name, dirs_exist_ok=True)
     content = yaml.safe_load((REPOSITORY / "sweeps" / "neighbor_mask.yaml").read_text())
     content["parameters"] = {
         "run.heatmaps": {"values": list(heatmaps)},
