@@ -220,7 +220,7 @@ def _tile(row: TableRow, remarks: Sequence[str], threshold: int, max_megapixels:
     return tile
 
 
-def _fitting(text: str, font: ImageFont.FreeTypeFont) -> str:
+def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """The text, or its beginning and end where it is wider than a tile."""
     half = len(text) // 2
     shown = text

@@ -8,8 +8,9 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import BinaryIO
+from typing import Any
 
 from datamodules.errors import DataError
 
@@ -20,7 +21,7 @@ MOST = 500_000
 """Files of one archive."""
 _CHUNK = 2**20
 _DAMAGED = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, NotImplementedError)
-_Entry = tuple[str, bool, Callable[[], BinaryIO]]
+_Entry = tuple[str, bool, Callable[[], Any]]
 """Name, whether it is a folder, and how to open it."""
 
 
@@ -84,13 +85,13 @@ def _entries(archive: Path) -> Iterator[_Entry]:
                     raise _refused(archive, info.filename)
                 if info.flag_bits & 1:
                     raise DataError(f"{archive.name}: {info.filename} is encrypted: it is not unpacked.")
-                yield info.filename, info.is_dir(), lambda info=info: file.open(info)
+                yield info.filename, info.is_dir(), partial(file.open, info)
         return
     with tarfile.open(archive) as file:
         for member in file:
             if not (member.isreg() or member.isdir()) or member.issparse():
                 raise _refused(archive, member.name)
-            yield member.name, member.isdir(), lambda member=member: file.extractfile(member)
+            yield member.name, member.isdir(), partial(file.extractfile, member)
 
 
 def _refused(archive: Path, name: str) -> DataError:

@@ -68,7 +68,8 @@ def measure(engine: str, run: str, category: str, batch: int) -> dict[str, Any]:
         score = _prepared(engine, scorer, images)
         for _ in range(WARM_UP):
             score()
-        ready, taken = time.perf_counter() - started, []
+        ready = time.perf_counter() - started
+        taken: list[float] = []
         while len(taken) < LEAST or sum(taken) < 1000 * SECONDS:
             before = time.perf_counter()
             score()

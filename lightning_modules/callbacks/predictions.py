@@ -353,5 +353,5 @@ def _shown(one: Photograph, root: str, small: Path) -> page.Shown:
         facts,
         [(*region.box, region.area, region.peak) for region in one.regions],
         [small / f"{one.number:06d}-{panel}.jpg" for panel in range(len(page.PANELS) if one.name else 0)],
-        tuple(f"{end:.3g}" for end in one.scale) if one.scale else ("", ""),
+        (f"{one.scale[0]:.3g}", f"{one.scale[1]:.3g}") if one.scale else ("", ""),
     )

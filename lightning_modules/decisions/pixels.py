@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -51,7 +52,7 @@ def read(record: Path) -> dict[str, NormalPixels]:
     rows = pd.read_csv(record / FILE, dtype={"category": str}, keep_default_na=False)
     found = {}
     for row in rows.to_dict("records"):
-        values = {field.name: float(row[field.name]) for field in fields(PixelStatistics)}
+        values: dict[str, Any] = {field.name: float(row[field.name]) for field in fields(PixelStatistics)}
         statistics = PixelStatistics(**{**values, "count": int(values["count"])})
         found[row["category"]] = NormalPixels(statistics, float(row["low"]), float(row["high"]))
     return found

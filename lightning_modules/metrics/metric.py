@@ -304,9 +304,13 @@ class AnomalyMetrics:
         rows, single = [], {}
         for category in found:
             one = values.get(category.name)
-            reason = "no normal image for a threshold" if one is None else ""
-            reason = reason or ("no anomalous pixel in the masks" if math.isnan(one.pooled) else "")
-            numbers = (math.nan,) * 3 if reason else (one.pooled, one.images, thresholds[category.name])
+            reason, numbers = "", (math.nan,) * 3
+            if one is None:
+                reason = "no normal image for a threshold"
+            elif math.isnan(one.pooled):
+                reason = "no anomalous pixel in the masks"
+            else:
+                numbers = (one.pooled, one.images, thresholds[category.name])
             single[category.name] = dict(zip(SEGMENTATION_METRICS, numbers, strict=True))
             n = 0 if one is None else one.n
             for metric, value in single[category.name].items():

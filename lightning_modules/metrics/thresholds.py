@@ -122,7 +122,7 @@ def threshold(
         raise ValueError(f"{(~np.isfinite(scores)).sum()} of {n} normal scores are not finite.")
     if rule in (DEFAULT, CONFORMAL):
         k = 1 if alpha is None else math.floor(alpha * (n + 1) + 1e-9)
-        if k < 1:
+        if alpha is not None and k < 1:
             raise RateError(
                 f"{n} normal images cannot promise a rate of false alarms of {alpha:g}: the lowest that they can is "
                 f"1/{n + 1} = {lowest_rate(n):.3g}; {alpha:g} needs {images_needed(alpha)}."

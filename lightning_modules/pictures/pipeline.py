@@ -18,6 +18,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
+from matplotlib.transforms import Bbox
 from torch import Tensor
 
 from lightning_modules.pictures.heatmaps import overlay, to_rgb
@@ -112,13 +113,14 @@ def _numbers(axis: Axes, metrics: pd.DataFrame) -> None:
     axis.axis("off")
     metrics["value"] = pd.to_numeric(metrics.value, errors="coerce")
     own = metrics[(metrics.variant == "") & metrics.scope.isin(["category", "mean"]) & metrics.metric.isin(METRICS)]
-    rows = {}
+    rows: dict[str, list[str]] = {}
     for (scope, category), part in own.groupby(["scope", "category"], sort=False):
         values = part.drop_duplicates("metric").set_index("metric").value
-        rows[category or scope] = ["-" if pd.isna(v) else f"{100 * v:.1f}" for v in values.reindex(list(METRICS))]
+        rows[str(category or scope)] = ["-" if pd.isna(v) else f"{100 * v:.1f}" for v in values.reindex(list(METRICS))]
+    height = 0.1 * (len(rows) + 1)
     table = axis.table(
         list(rows.values()), rowLabels=list(rows), colLabels=list(METRICS.values()), cellLoc="center",
-        colWidths=[0.24] * len(METRICS), bbox=(0.28, 0.5 - 0.05 * (len(rows) + 1), 0.72, 0.1 * (len(rows) + 1)),
+        colWidths=[0.24] * len(METRICS), bbox=Bbox.from_bounds(0.28, 0.5 - height / 2, 0.72, height),
     )  # fmt: skip
     table.auto_set_font_size(False)
     table.set_fontsize(8)

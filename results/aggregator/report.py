@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -159,7 +160,7 @@ def _sweeps(records: Sequence[StoredRecord], folder: Path, shown: dict[str, Stor
         sweep = read_sweep(file) if file.is_file() else None
         spec = spec_for_sweep(name)
         for kind, part in kinds([stored for stored in records if stored.record.sweep == name], compared=True):
-            block = _guarded(name, kind, lambda s=spec, m=part, w=sweep, k=kind: _ablation(s, m, w, k, shown, controls))
+            block = _guarded(name, kind, partial(_ablation, spec, part, sweep, kind, shown, controls))
             if block is not None:
                 blocks.append((spec.kind, block))
     return blocks

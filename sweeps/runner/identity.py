@@ -67,7 +67,7 @@ class Identifier:
                 code, libraries = code_hash(roots, Path(".")), reached_packages(roots, Path("."), LIBRARIES)
             except ValueError as error:
                 raise SweepError(str(error)) from error
-            found = {"configs": [deciding(read_config(path)) for path in files], "code": code}
+            found: dict[str, Any] = {"configs": [deciding(read_config(path)) for path in files], "code": code}
             if libraries:
                 found["libraries"] = {name: _version(name) for name in libraries}
             self._of_methods[method] = found
