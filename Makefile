@@ -4,13 +4,14 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
+CHOSEN_METHOD := $(value METHOD)
 METHOD ?= uniad
 PROFILE ?= demo
 # Values go through the environment, letter for letter: neither make nor the shell reads a `$`, a quote or a blank in them.
 # The first line is read by the command line itself, so that make, the sweep runner and `wandb agent` steer a run alike.
-VALUES := PROFILE DATASET DATA_ROOT CATEGORIES BACKBONE WEIGHTS WANDB \
+VALUES := PROFILE DATASET DATA_ROOT CATEGORIES BACKBONE WEIGHTS ALPHA RULE WANDB \
 	METHOD RUN IMAGES OUT ABLATION COMPARE SETTING WORKERS GPUS SEEDS SWEEP TABLE SOURCE FORMAT A B CLEAR \
-	RUNS METHODS REFERENCE CHECKPOINT
+	RUNS METHODS REFERENCE CHECKPOINT CATEGORY ADDRESS
 $(foreach v,$(VALUES),$(if $(filter undefined,$(origin $v)),,$(eval override $v := $$(value $v))$(eval export $v)))
 
 .DEFAULT_GOAL := help
@@ -29,7 +30,13 @@ $(VENV)/.installed: requirements.txt
 	$(INSTALL) -r requirements.txt
 	@cp requirements.txt $@
 
+$(VENV)/.baselines: requirements-baselines.txt $(VENV)/.installed
+	$(INSTALL) -r requirements.txt -r requirements-baselines.txt
+	@cp requirements-baselines.txt $@
+
 setup: $(VENV)/.installed  ## Make the virtual environment and install requirements.txt.
+
+baselines: $(VENV)/.baselines  ## Install anomalib, which CFLOW, FastFlow, DRAEM and EfficientAD take their networks from.
 
 test: setup  ## Run the tests that guard users, in minutes.
 	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not program"
@@ -37,11 +44,15 @@ test: setup  ## Run the tests that guard users, in minutes.
 test-all: setup  ## Run every test, also those that start programs, kill them and compile.
 	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-lint: setup  ## Check style with ruff.
+lint: setup  ## Check style with ruff and types with mypy.
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
-train: setup  ## Train and evaluate once: METHOD= PROFILE= DATASET= DATA_ROOT= [CATEGORIES= BACKBONE= WEIGHTS= RUN= ARGS=].
+readme: setup  ## Run every command of the READMEs in a copy of the repository, with short trainings: a quarter of an hour.
+	$(PY) tests/readme.py
+
+train: setup  ## Train and evaluate once: METHOD= PROFILE= DATASET= DATA_ROOT= [CATEGORIES= BACKBONE= WEIGHTS= ALPHA= RULE= RUN= ARGS=].
 	$(PY) -m sweeps data "sweeps/profiles/$$PROFILE/$$METHOD.yaml"
 	$(PY) -m lightning_modules fit --config "sweeps/profiles/$$PROFILE/$$METHOD.yaml" $(if $(RUN),--run.name="$$RUN") $(ARGS)
 
@@ -49,21 +60,36 @@ import: export PROFILE := $(if $(filter file,$(origin PROFILE)),paper,$(PROFILE)
 import: setup  ## A run record from an authors' checkpoint: CHECKPOINT= METHOD= DATASET= DATA_ROOT= [CATEGORIES= RUN= ARGS=].
 	$(PY) -m lightning_modules import --method "$$METHOD" --checkpoint "$$CHECKPOINT" $(if $(RUN),--run.name="$$RUN") $(ARGS)
 
-predict: setup  ## Heat maps of any images with a trained run: RUN=<record folder> IMAGES=<folder>.
-	@test -n "$$RUN" -a -n "$$IMAGES" || { echo 'error: predict needs RUN=<record folder> and IMAGES=<folder or file>'; exit 2; }
-	$(PY) -m lightning_modules predict --config "$$RUN/config.yaml" --data.init_args.predict_root="$$IMAGES" $(ARGS)
+predict: setup  ## Decisions on new photographs: RUN=<name or record folder> IMAGES=<folder, file or several> [OUT= CATEGORY= ALPHA= RULE= ARGS=].
+	$(PY) -m lightning_modules predict --run="$$RUN" --images="$$IMAGES" $(if $(OUT),--out="$$OUT") \
+		$(if $(CATEGORY),--category="$$CATEGORY") $(ARGS)
 
 submission: setup  ## MVTec AD 2's files for its evaluation server: RUN=<record folder> OUT=<new folder>.
 	@test -n "$$RUN" -a -n "$$OUT" || { echo 'error: submission needs RUN=<record folder> and OUT=<new folder>'; exit 2; }
 	$(PY) -m lightning_modules submission --run "$$RUN" --out "$$OUT" $(ARGS)
 
-check-data: setup  ## Count a dataset's images and list every problem: DATASET= DATA_ROOT= [CATEGORIES= ARGS=].
-	$(PY) -m datamodules check $(ARGS)
+export: setup  ## A run as one file for other programs: RUN= [FORMAT=onnx|torch OUT= CATEGORY= ALPHA= RULE= IMAGES=<to check it with>].
+	@test -n "$$RUN" || { echo 'error: export needs RUN=<name or record folder>'; exit 2; }
+	$(PY) -m lightning_modules.exporting --run "$$RUN" --format "$${FORMAT:-onnx}" $(if $(OUT),--out "$$OUT") \
+		$(if $(CATEGORY),--category "$$CATEGORY") $(if $(IMAGES),--images "$$IMAGES") \
+		$(if $(RULE),--rule "$$RULE") $(if $(ALPHA),--alpha "$$ALPHA") $(ARGS)
+
+export-requirements: setup  ## Install what ONNX files need, requirements-export.txt.
+	$(INSTALL) -r requirements-export.txt
+
+check-data: setup  ## Count a dataset's images, list every problem, draw contact sheets: DATASET= DATA_ROOT= [CATEGORIES= OUT= ARGS=].
+	$(PY) -m datamodules check --out "$${OUT:-results/check}" $(ARGS)
+
+data: setup  ## Fetch a public dataset: DATASET=mvtec_ad|mvtec_loco|mvtec_ad_2|visa|btad DATA_ROOT= [ACCEPT=1 ADDRESS=].
+	$(PY) -m datamodules fetch $(if $(filter 1,$(ACCEPT)),--accept) $(if $(ADDRESS),--address "$$ADDRESS") $(ARGS)
 
 synthetic: setup  ## Make the embedded benchmark in data/synthetic.
 	$(PY) -m datamodules synthetic data/synthetic
 
-sweep: setup  ## Run an ablation and rebuild its table: ABLATION= [PROFILE= COMPARE= SETTING= WORKERS= GPUS= SEEDS= ONLY= RETRY_FAILED=1].
+# METHOD's default is of other targets: only one that was asked for chooses cells. ARGS are added to every cell's command.
+sweep wandb-sweep: override export METHOD := $(value CHOSEN_METHOD)
+sweep wandb-sweep: export ARGS := $(value ARGS)
+sweep: setup  ## Run an ablation and rebuild its table: ABLATION= [PROFILE= COMPARE= SETTING= METHOD= WORKERS= GPUS= SEEDS= ONLY= ARGS= RETRY_FAILED=1].
 	$(PY) -m sweeps run "$$ABLATION" $(if $(WORKERS),--workers "$$WORKERS") $(if $(GPUS),--gpus "$$GPUS") \
 		$(if $(SEEDS),--seeds "$$SEEDS") $(foreach o,$(ONLY),--only $(o)) $(if $(RETRY_FAILED),--retry-failed)
 
@@ -76,7 +102,7 @@ reference: setup  ## Train and publish what results/reference/plan.yaml lists: [
 verify: setup  ## Run one small cell per method again, compare with its reference record: [ONLY=method=uniad WORKERS=].
 	$(PY) -m sweeps verify $(foreach o,$(ONLY),--only $(o)) $(if $(WORKERS),--workers "$$WORKERS")
 
-wandb-sweep: setup  ## Register an ablation with W&B and print how to start agents: ABLATION= [PROFILE= COMPARE= SETTING= SEEDS=].
+wandb-sweep: setup  ## Register an ablation with W&B and print how to start agents: ABLATION= [PROFILE= COMPARE= SETTING= SEEDS= ARGS=].
 	$(PY) -m sweeps register "$$ABLATION" $(if $(SEEDS),--seeds "$$SEEDS")
 
 agents: setup  ## One W&B agent per GPU: SWEEP=entity/project/sweep [GPUS=0,1 WORKERS=].
@@ -103,9 +129,12 @@ compare: setup  ## Paired tests between two methods, runs or cells: A= B= [ARGS=
 report: setup  ## One self-contained HTML page of all tables, figures and heat maps: [ARGS=].
 	$(PY) -m results report $(ARGS)
 
-reconstructions: setup  ## Picture what a run reconstructs: RUN=<record folder>.
-	@test -n "$$RUN" || { echo 'error: reconstructions needs RUN=<record folder>'; exit 2; }
+reconstructions: setup  ## Picture what a run reconstructs: RUN=<name or record folder> [ARGS="--epochs=100 --width=256"].
 	$(PY) -m lightning_modules.pictures.reconstructions "$$RUN" $(ARGS)
+
+pipeline: setup  ## The way of an image from photograph to table, with a run's own numbers: RUN=<record folder> [ARGS=--image=3].
+	@test -n "$$RUN" || { echo 'error: pipeline needs RUN=<record folder>'; exit 2; }
+	$(PY) -m lightning_modules.pictures.pipeline "$$RUN" $(ARGS)
 
 shortcuts: setup  ## What the networks of identical_shortcut reconstruct, early and late, by one decoder: [ARGS=].
 	$(PY) -m lightning_modules.pictures.shortcuts $(ARGS)
@@ -128,9 +157,13 @@ cache: setup  ## List the feature cache's entries, or delete some: [CLEAR=key or
 bench-metrics: setup  ## Time our metrics against other libraries.
 	$(PY) -m lightning_modules.benchmarks.metrics
 
+bench-inference: setup  ## Latency, images per second and memory of a run: RUN= [CATEGORY= ARGS=].
+	@test -n "$$RUN" || { echo 'error: bench-inference needs RUN=<name or record folder>'; exit 2; }
+	$(PY) -m lightning_modules.benchmarks.inference --run "$$RUN" $(if $(CATEGORY),--category "$$CATEGORY") $(ARGS)
+
 bench-start: setup  ## Time the start of a run on 60,000 small files: [ARGS=].
 	$(PY) -m lightning_modules.benchmarks.start $(ARGS)
 
-.PHONY: help setup test test-all lint train import predict submission check-data synthetic sweep sweeps reference verify wandb-sweep agents \
-	pull table tables \
-	audit figures compare report reconstructions gallery shortcuts self-similarity bench bench-metrics bench-start cache
+.PHONY: help setup baselines test test-all lint readme train import predict submission export export-requirements check-data data synthetic \
+	sweep sweeps reference verify wandb-sweep agents pull table tables audit figures compare report reconstructions pipeline gallery \
+	shortcuts self-similarity bench bench-metrics bench-inference bench-start cache

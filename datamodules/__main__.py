@@ -1,4 +1,4 @@
-"""Command line: `python -m datamodules check [--dataset NAME --data-root PATH]`, `... synthetic OUT` and `... cache`."""
+"""Command line: `python -m datamodules check`, `... fetch`, `... synthetic OUT` and `... cache`; `--help` explains each."""
 
 from __future__ import annotations
 
@@ -47,6 +47,22 @@ def _parser() -> argparse.ArgumentParser:
         "--crop-from", type=int, help="count what lies in the margin of a crop from this side to --image-size"
     )
     check.add_argument("--max-megapixels", type=float, default=179.0, help="larger image files are errors")
+    check.add_argument(
+        "--out", help="folder to write contact sheets into, with index.html; without it none are written"
+    )
+    check.add_argument("--per-kind", type=int, default=8, help="images of each kind on a contact sheet")
+    check.add_argument("--seed", type=int, default=0, help="of the choice of these images")
+    fetch = commands.add_parser(
+        "fetch",
+        help="download a public dataset, check it and unpack it",
+        epilog="Without --dataset the environment names the data: DATASET and DATA_ROOT.",
+    )
+    fetch.add_argument("--dataset", help="mvtec_ad, mvtec_loco, mvtec_ad_2, visa or btad")
+    fetch.add_argument("--data-root", help="folder for this dataset alone")
+    fetch.add_argument("--accept", action="store_true", help="accept the licence, which is shown, without being asked")
+    fetch.add_argument(
+        "--address", default="", help="another address of the same archive; its checksum must be the same"
+    )
     cache = commands.add_parser("cache", help="list the entries of the feature cache, or delete some")
     cache.add_argument("--root", default="results/cache", help="folder of the cache")
     cache.add_argument("--clear", nargs="+", metavar="KEY", help="delete these entries; `all` deletes everything")
@@ -57,7 +73,7 @@ def _cache(options: argparse.Namespace, console: Console) -> int:
     from rich.table import Table
 
     from datamodules.cache.folder import age, entries, remove
-    from results.common.nearest import did_you_mean
+    from results.common.did_you_mean import did_you_mean
 
     found = entries(Path(options.root))
     if options.clear:
@@ -71,10 +87,12 @@ def _cache(options: argparse.Namespace, console: Console) -> int:
             console.print(f"{entry.key}: {done} ({entry.nbytes / 2**20:.0f} MiB)")
         return 0
     shown = Table(title=f"{options.root}: {sum(entry.nbytes for entry in found) / 2**30:.2f} GiB")
-    for column in ("key", "holds", "MiB", "last used"):
-        shown.add_column(column, justify="right" if column == "MiB" else "left")
+    for column in ("key", "data", "holds", "MiB", "last used"):
+        shown.add_column(column, justify="right" if column == "MiB" else "left", overflow="fold")
     for entry in reversed(found):
-        shown.add_row(entry.key, entry.title, f"{entry.nbytes / 2**20:.0f}", age(entry.used))
+        shown.add_row(
+            entry.key, escape(entry.data), escape(entry.title), f"{entry.nbytes / 2**20:.0f}", age(entry.used)
+        )
     console.print(shown)
     return 0
 
@@ -92,28 +110,53 @@ def _synthetic(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _check(options: argparse.Namespace, console: Console) -> int:
-    from datamodules.check import SIZES, check, show
+def _chosen(options: argparse.Namespace, categories: tuple[str, ...] | None = None) -> Sequence[NamedDataset]:
+    """The datasets of the options, or those of the environment."""
     from datamodules.readers import has_own_root
 
     if options.dataset:
-        chosen = [NamedDataset(options.dataset, options.data_root or "", parts(options.categories) or None)]
-    else:
-        try:
-            chosen = parse(os.environ, has_own_root).datasets
-        except ValueError as error:
-            raise DataError(str(error)) from error
+        return (NamedDataset(options.dataset, options.data_root or "", categories),)
+    try:
+        chosen = parse(os.environ, has_own_root).datasets
+    except ValueError as error:
+        raise DataError(str(error)) from error
     if not chosen:
         raise DataError("No dataset is named: set DATASET and DATA_ROOT, or --dataset and --data-root.")
+    return chosen
+
+
+def _fetch(options: argparse.Namespace, console: Console) -> int:
+    from datamodules.download.fetch import fetch
+    from datamodules.download.sources import source_of
+
+    chosen = [(source_of(dataset.name), dataset.root) for dataset in _chosen(options)]
+    if options.address and len(chosen) > 1:
+        raise DataError("An address is that of one archive: name one dataset with it.")
+    for source, root in chosen:
+        if not root:
+            raise DataError(f"{source.name}: name a folder for it: DATA_ROOT, or --data-root.")
+        fetch(source, root, options.accept, console, options.address)
+    return 0
+
+
+def _check(options: argparse.Namespace, console: Console) -> int:
+    from datamodules.check import SIZES, check, show
+
+    chosen = _chosen(options, parts(options.categories) or None)
     if options.crop_from and not options.image_size:
         raise DataError("--crop-from needs --image-size, the side of the centre that is kept.")
     crop = (options.crop_from, options.image_size) if options.crop_from else None
-    sizes, errors = (options.image_size,) if options.image_size else SIZES, 0
+    sizes, reports = (options.image_size,) if options.image_size else SIZES, []
     for dataset in chosen:
         report = check(dataset.name, dataset.root, dataset.categories, console, sizes, options.max_megapixels, crop)
         show(report, console)
-        errors += report.errors
-    return 1 if errors else 0
+        reports.append(report)
+    if options.out:
+        from datamodules.contact_sheet import write_sheets
+
+        page = write_sheets(reports, options.out, options.per_kind, options.seed, options.max_megapixels)
+        console.print(f"contact sheets, masks outlined: {escape(str(page))}", highlight=False, soft_wrap=True)
+    return 1 if any(report.errors for report in reports) else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -125,7 +168,8 @@ def _main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     console = Console()
     try:
-        return {"check": _check, "synthetic": _synthetic, "cache": _cache}[options.command](options, console)
+        commands = {"check": _check, "fetch": _fetch, "synthetic": _synthetic, "cache": _cache}
+        return commands[options.command](options, console)
     except DataError as error:
         Console(stderr=True).print("[bold red]error:[/]", escape(str(error)), highlight=False, soft_wrap=True)
         return 2

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from datamodules.errors import DataError
-from results.common.nearest import did_you_mean
+from results.common.did_you_mean import did_you_mean
 
 if TYPE_CHECKING:
     import albumentations
@@ -85,12 +85,24 @@ def _destseg_mvtec(category: str) -> list[albumentations.BasicTransform]:
     return transforms
 
 
+def _cflow(category: str) -> list[albumentations.BasicTransform]:
+    """CFLOW: every image turned by up to 5 degrees, by the nearest pixel; corners become black."""
+    return [_library().Rotate((-5, 5), interpolation=0, border_mode=0, fill=0, fill_mask=0, p=1.0)]
+
+
+def _draem(category: str) -> list[albumentations.BasicTransform]:
+    """DRAEM: three images in ten turned by up to 90 degrees; corners become black."""
+    return [_library().Rotate((-90, 90), border_mode=0, fill=0, fill_mask=0, p=0.3)]
+
+
 AUGMENTATIONS: dict[str, Policy] = {
     "none": lambda category: [],
     "unias_mvtec": _unias_mvtec,
     "unias_mvtec_released": _unias_mvtec_released,
     "unias_visa": _unias_visa,
     "destseg_mvtec": _destseg_mvtec,
+    "cflow": _cflow,
+    "draem": _draem,
 }
 
 

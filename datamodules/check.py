@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -187,7 +187,7 @@ def _look_at_all(
     crop: tuple[int, int] | None,
 ) -> list[_Look]:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = pool.map(lambda row: _look_at(row, threshold, sizes, max_megapixels, crop), rows)
+        results: Iterable[_Look] = pool.map(lambda row: _look_at(row, threshold, sizes, max_megapixels, crop), rows)
         if console is not None:
             results = track(results, "opening files", len(rows), console=console, transient=True)
         return list(results)
@@ -211,9 +211,9 @@ def _file_problems(
             else:
                 files = (row.image_path, *row.mask_paths)
                 problems.append(Problem(severity, kind, row.category, what, files))
-    for (severity, category, kind), files in together.items():
-        what = f"{number_of(len(files), kind.split()[-1])}: {TOGETHER[kind]}"
-        problems.append(Problem(severity, kind, category, what, tuple(files)))
+    for (severity, category, kind), named in together.items():
+        what = f"{number_of(len(named), kind.split()[-1])}: {TOGETHER[kind]}"
+        problems.append(Problem(severity, kind, category, what, tuple(named)))
     for category, lost in vanishing.items():
         masks = sum(bool(row.mask_paths) for row in rows if row.category == category)
         told = ", ".join(f"{len(files)} at {size} x {size}" for size, files in lost.items() if files)
@@ -303,12 +303,15 @@ def show(report: Report, console: Console, limit: int = 50) -> None:
     title = escape(printable(f"{report.listing.reader.name} in {report.listing.root}"))
     table = Table(title=title, caption="found / published, red where they differ" if public else None)
     table.add_column("category")
-    for column in (*COLUMNS, "with mask"):
-        table.add_column(column.replace("_", " "), justify="right")
-    totals = dict.fromkeys(COLUMNS, 0)
+    told_apart = any(counts.logical for counts in (*report.counts.values(), *public.values()))
+    columns = COLUMNS if told_apart else COLUMNS[:-1]
+    for column in (*columns, "with mask"):
+        name = "defects" if column == "structural" and not told_apart else column.replace("_", " ")
+        table.add_column(name, justify="right")
+    totals = dict.fromkeys(columns, 0)
     for category, found in report.counts.items():
         cells = []
-        for column in COLUMNS:
+        for column in columns:
             here = getattr(found, column)
             totals[column] += here
             there = getattr(public[category], column) if category in public else None

@@ -146,7 +146,7 @@ class TableDataset(Dataset):
     def __init__(
         self,
         rows: Sequence[Row],
-        source: ImageSource,
+        source: Any,
         mean: Sequence[float],
         std: Sequence[float],
         augmentation: Augmentation | None = None,

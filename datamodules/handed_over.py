@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -16,8 +17,8 @@ from datamodules.errors import DataError
 from datamodules.images import MAX_MEGAPIXELS, centre, check_resize, pil_pixels, read_image, resize_image
 from datamodules.prediction import depth_of
 
-OneImage = Tensor | Image.Image | str | os.PathLike
-Images = OneImage | Sequence[OneImage]
+OneImage: TypeAlias = Tensor | Image.Image | str | os.PathLike
+Images: TypeAlias = OneImage | Sequence[OneImage]
 """A batch (B, 3, H, W), or one image or a list of images: a tensor (3, H, W), a PIL image, or the path of a file."""
 
 
@@ -51,6 +52,16 @@ class Preparation:
         Raises:
             DataError: no image, a file that cannot be read, or a tensor of another shape, type or range; says which.
         """
+        levels = normalised_levels(self.mean, self.std)
+        for part in self.resized(images, batch_size):
+            yield torch.stack([normalise(pixels.numpy(), levels) for pixels in part])
+
+    def resized(self, images: Images, batch_size: int) -> Iterator[Tensor]:
+        """The images at the size of the run: uint8 (up to batch_size, *size, 3), RGB.
+
+        Raises:
+            DataError: as `batches`.
+        """
         if isinstance(images, Tensor) and images.ndim == 4:
             images = list(images)
         images = [images] if isinstance(images, OneImage) else list(images)
@@ -59,12 +70,11 @@ class Preparation:
         paths = [os.fspath(image) for image in images if isinstance(image, str | os.PathLike)]
         rows = [Row(number, "", "", UNKNOWN, "unknown", path, ()) for number, path in enumerate(paths)]
         depth = self.bit_depth or depth_of(rows, None, self.max_megapixels).get("")
-        levels = normalised_levels(self.mean, self.std)
         for first in range(0, len(images), batch_size):
             numbered = enumerate(images[first : first + batch_size], first)
             pixels = [self._pixels(image, f"image {number}", depth) for number, image in numbered]
-            resized = (resize_image(p, self.crop_from or self.size, self.resize) for p in pixels)
-            yield torch.stack([normalise(np.ascontiguousarray(centre(r, self.size)), levels) for r in resized])
+            whole = (resize_image(p, self.crop_from or self.size, self.resize) for p in pixels)
+            yield torch.from_numpy(np.stack([centre(image, self.size) for image in whole]))
 
     def _pixels(self, image: OneImage, name: str, depth: int | None) -> np.ndarray:
         """uint8 (H, W, 3), RGB, in the image's own size."""

@@ -26,10 +26,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 from PIL import Image, ImageOps
-from PIL.TiffImagePlugin import ImageFileDirectory_v2
+from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 
 from datamodules.errors import DataError
-from results.common.nearest import did_you_mean
+from results.common.did_you_mean import did_you_mean
 
 BIT_DEPTHS = (8, 10, 12, 14, 16)
 MAX_MEGAPIXELS = 179.0
@@ -177,7 +177,7 @@ def _header(data: bytes, path: str | Path) -> Header:
             mode = _PIL_MODES.get(image.mode, f"other: {image.mode}")
             lossy = image.format in ("JPEG", "MPO", "JPEG2000", "AVIF")
             lossy |= image.format == "WEBP" and _lossy_webp(data)
-            lossy |= image.format == "TIFF" and image.tag_v2.get(259) in _LOSSY_TIFF
+            lossy |= isinstance(image, TiffImageFile) and image.tag_v2.get(259) in _LOSSY_TIFF
             if (data.startswith(_PNG) and data[24] == 16) or (image.format == "JPEG2000" and _jpeg2000_bits(data) > 8):
                 mode = "16-bit"
             return Header(mode, *image.size, lossy)

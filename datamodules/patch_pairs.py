@@ -67,7 +67,7 @@ class PatchPairs:
     def __init__(self, shape: tuple[int, int], sides: Sequence[int] = (64, 32), clip: Clip = "kept") -> None:
         if clip not in get_args(Clip):
             raise ValueError(f'position_clip is "{clip}"; choose one of {", ".join(get_args(Clip))}.')
-        self.shape, self.sides, self.clip = tuple(shape), tuple(sides), clip
+        self.shape, self.sides, self.clip = (*shape,), tuple(sides), clip
 
     def __call__(self, image: np.ndarray, seed: int, normalise: Callable[[np.ndarray], torch.Tensor]) -> dict[str, Any]:
         rng = np.random.default_rng([seed, _STREAM])

@@ -1,15 +1,28 @@
-"""Images of which nothing is known: any folder, or one file."""
+"""Images of which nothing is known: any folders and files."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from datamodules.dataset import UNKNOWN, Row
+import numpy as np
+from torch.utils.data import get_worker_info
+
+from datamodules.dataset import UNKNOWN, ImageSource, Row
 from datamodules.errors import DataError
-from datamodules.images import IMAGE_SUFFIXES, MAX_MEGAPIXELS, infer_bit_depth, odd_mode
+from datamodules.images import (
+    IMAGE_SUFFIXES,
+    MAX_MEGAPIXELS,
+    centre,
+    infer_bit_depth,
+    odd_mode,
+    read_image,
+    resize_image,
+)
 from datamodules.problems import number_of
 from results.common.contents import CLUTTER
 
@@ -17,13 +30,21 @@ SHOWN = 20
 """At most this many files that are not images are named."""
 
 
-def unknown_rows(root: str | Path, dataset: str = "") -> list[Row]:
-    """Rows of the images under a folder, or of one file: label -1, anomaly_type "unknown", category "", no masks.
+def unknown_rows(roots: str | Path | Sequence[str | Path], dataset: str = "") -> list[Row]:
+    """Rows of the images under folders, or of files: label -1, anomaly_type "unknown", category "", no masks.
 
-    Linked folders are entered once. Whatever is called as an image is a row, and fails when it is read if it is none;
-    files of other names are told in one warning. Hidden files, and the masks in folders called ground_truth, are left out.
+    Linked folders are entered once, and a file that is named twice is one row. Whatever is called as an image is a row, and
+    fails when it is read if it is none; files of other names are told in one warning. Hidden files, and the masks in folders
+    called ground_truth, are left out.
     """
-    root = Path(root).expanduser()
+    paths: dict[str, None] = {}
+    for root in [roots] if isinstance(roots, (str, Path)) else roots:
+        paths |= dict.fromkeys(_images(Path(root).expanduser()))
+    return [Row(number, dataset, "", UNKNOWN, "unknown", path, ()) for number, path in enumerate(paths)]
+
+
+def _images(root: Path) -> list[str]:
+    """Every image under a folder, or the file itself."""
     if not root.is_dir():
         paths, others = [str(root)] if root.exists() else [], []
     else:
@@ -38,8 +59,8 @@ def unknown_rows(root: str | Path, dataset: str = "") -> list[Row]:
     if others:
         names = ", ".join(os.path.relpath(path, root) for path in others[:SHOWN])
         more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
-        warnings.warn(f"{number_of(len(others), 'file')} not read, by suffix: {names}{more}", stacklevel=3)
-    return [Row(number, dataset, "", UNKNOWN, "unknown", path, ()) for number, path in enumerate(paths)]
+        warnings.warn(f"{number_of(len(others), 'file')} not read, by suffix: {names}{more}", stacklevel=4)
+    return paths
 
 
 def _files(root: str) -> list[str]:
@@ -56,6 +77,38 @@ def _files(root: str) -> list[str]:
             os.path.join(folder, name) for name in names if not name.startswith(".") and name.casefold() not in CLUTTER
         ]
     return files
+
+
+class PhotographSource(ImageSource):
+    """Loads images as its base does, and can keep the last ones at their own size, so that none is decoded twice.
+
+    Attributes:
+        room: Bytes that may be kept in this process; 0 keeps none.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.room = 0
+        self._kept: dict[str, np.ndarray] = {}
+
+    def load(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
+        """As `ImageSource.load`."""
+        photograph = self.read(row.image_path, row.dataset)
+        if photograph.nbytes <= self.room and get_worker_info() is None:
+            self.room -= photograph.nbytes
+            self._kept[row.image_path] = photograph
+        resized = centre(resize_image(photograph, self.whole, self.resize), self.size)
+        return np.ascontiguousarray(resized), np.zeros(self.size, bool)
+
+    def take(self, path: str) -> np.ndarray | None:
+        """An image as `read` gives it, if it was kept; it is kept no longer."""
+        kept = self._kept.pop(path, None)
+        self.room += 0 if kept is None else kept.nbytes
+        return kept
+
+    def read(self, path: str, dataset: str) -> np.ndarray:
+        """An image at its own size, turned as EXIF says, uint8 (H, W, 3), RGB."""
+        return read_image(path, self._bit_depths.get(dataset), self.max_megapixels)
 
 
 def depth_of(rows: list[Row], declared: int | None, max_megapixels: float = MAX_MEGAPIXELS) -> dict[str, int]:

@@ -114,7 +114,9 @@ def read_datasets(
         raise_on_errors(listing)
         found = [problem for problem in listing.problems if problem.severity == WARNING]
         if found:
-            warnings.warn(f"{label}: {len(found)} remarks on the data:\n{describe(found, limit=5)}", stacklevel=3)
+            warnings.warn(
+                f"{label}: {number_of(len(found), 'remark')} on the data:\n{describe(found, limit=5)}", stacklevel=3
+            )
         _settle_modes(label, listing.table, bit_depth, max_megapixels, bit_depths)
     table = concatenate(listing.table for listing in listings.values())
     roots = {label: listing.root for label, listing in listings.items()}

@@ -12,6 +12,47 @@ from datamodules.dataset import Row
 from datamodules.images import read_mask
 from datamodules.margin import kept, margin
 from datamodules.problems import number_of
+from datamodules.sample_table import FEWEST_HELD_OUT, SampleTable, category_keys
+
+
+def held_out(table: SampleTable, fraction: float | None, defaults: Mapping[str, float]) -> list[str]:
+    """What is held out for thresholds, in sentences: where that was nobody's wish, and where it is too little.
+
+    Args:
+        table: the samples, as split.
+        fraction: what the user asked for; None for the default.
+        defaults: dataset -> its own share, as in `datamodules.sample_table.hold_out`.
+    """
+    if fraction == 0 or (fraction is None and not any(defaults.values())):
+        return []
+    rows = table.assign(key=category_keys(table))
+    if fraction is None:
+        rows = rows[rows["dataset"].map(defaults) > 0]
+    counts = {
+        key: (int((splits == "val").sum()), int((splits == "train").sum()))
+        for key, splits in rows.groupby("key", sort=False)["split"]
+    }
+    sentences = []
+    kept = {key: held for key, (held, _) in counts.items() if held >= FEWEST_HELD_OUT}
+    few = {key: pair for key, pair in counts.items() if pair[0] < FEWEST_HELD_OUT}
+    if fraction is None and kept:
+        share = ", ".join(f"{100 * value:g} %" for value in dict.fromkeys(defaults.values()) if value)
+        sentences.append(
+            f"{share} of the normal training images are held out for thresholds ({_listed(kept)}): own folders' default; "
+            "data.init_args.holdout=0 trains on all"
+        )
+    if few:
+        found = _listed({key: held for key, (held, _) in few.items()})
+        sentences.append(
+            f"fewer than {FEWEST_HELD_OUT} images held out are none ({found}): thresholds of these categories rest on training "
+            "images too and are optimistic"
+        )
+    return sentences
+
+
+def _listed(counts: Mapping[str, int], most: int = 5) -> str:
+    shown = [f"{key} {count}" for key, count in list(counts.items())[:most]]
+    return ", ".join([*shown, f"and {len(counts) - most} more"] if len(counts) > most else shown)
 
 
 def tested_and_trained(others: Sequence[Row], test: Sequence[Row], hashes: Mapping[str, str]) -> list[str]:

@@ -21,7 +21,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import pandas as pd
 
@@ -29,10 +29,12 @@ from datamodules.errors import DataError
 from results.common.contents import content_hashes
 from results.common.pair import label
 
-SampleTable = pd.DataFrame
+SampleTable: TypeAlias = pd.DataFrame
 
 GOOD = "good"
 SPLITS = ("train", "val", "test")
+FEWEST_HELD_OUT = 5
+"""Held-out images of a category; the highest score of fewer would promise no lower rate of false alarms than one in five."""
 ANOMALY_TYPES = (GOOD, "structural", "logical")
 
 
@@ -212,20 +214,29 @@ def content_hash(table: SampleTable, roots: Mapping[str, str | Path], rules: Map
     return digest.hexdigest()
 
 
-def hold_out(table: SampleTable, fraction: float) -> SampleTable:
+def hold_out(table: SampleTable, fraction: float | None, defaults: Mapping[str, float] | None = None) -> SampleTable:
     """Move `fraction` of each category's training images to split val, unless the category has val images already.
 
     The choice depends on file names only (smallest hashes first), so it is the same for every seed, machine and root,
     and images added later change it little. At least one image is moved and at least one stays.
+
+    Args:
+        table: the samples.
+        fraction: in [0, 1); None for each dataset's own of `defaults`, where that makes at least `FEWEST_HELD_OUT` images.
+        defaults: dataset -> its fraction; 0 for one that is not named.
     """
-    if not 0 <= fraction < 1:
+    if fraction is not None and not 0 <= fraction < 1:
         raise DataError(f"holdout is a fraction of the normal training images, 0 <= holdout < 1, found {fraction}.")
     table = table.copy()
     if fraction == 0:
         return table
-    for (_, category), rows in table.groupby(["dataset", "category"], sort=False):
+    given = fraction
+    for (dataset, category), rows in table.groupby(["dataset", "category"], sort=False):
         train = rows[rows["split"] == "train"]
-        if (rows["split"] == "val").any() or train.empty:
+        fraction = (defaults or {}).get(dataset, 0.0) if given is None else given
+        if (rows["split"] == "val").any() or train.empty or fraction == 0:
+            continue
+        if given is None and round(fraction * len(train)) < FEWEST_HELD_OUT:
             continue
         if len(train) == 1:
             raise DataError(f"{category}: one training image cannot be split; set holdout to 0 or add images.")

@@ -9,7 +9,7 @@ import numpy as np
 from torch.utils.data import Dataset, DistributedSampler
 
 from datamodules.errors import DataError
-from results.common.nearest import did_you_mean
+from results.common.did_you_mean import did_you_mean
 
 SAMPLINGS = ("natural", "balanced", "balanced_datasets")
 
@@ -114,9 +114,9 @@ class EvalSampler(DistributedSampler):
 
     def __init__(self, dataset: Dataset, num_replicas: int = 1, rank: int = 0, repeat: bool = False) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
-        self._rows = range(rank, len(dataset), num_replicas)  # type: ignore[arg-type]
+        self._rows = range(rank, len(dataset), num_replicas)
         if repeat and not self._rows:
-            self._rows = range(rank % len(dataset), rank % len(dataset) + 1)  # type: ignore[arg-type]
+            self._rows = range(rank % len(dataset), rank % len(dataset) + 1)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datamodules.errors import DataError
 from datamodules.sample_table import SampleTable, category_keys
-from results.common.nearest import did_you_mean
+from results.common.did_you_mean import did_you_mean
 
 FULL = "full"
 DROP_LAST_32 = "drop_last_32"

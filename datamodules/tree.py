@@ -12,7 +12,7 @@ from datamodules.images import IMAGE_SUFFIXES
 from datamodules.problems import ERROR, WARNING, Problem, number_of
 from datamodules.sample_table import GOOD, Sample
 from results.common.contents import CLUTTER
-from results.common.nearest import nearest
+from results.common.did_you_mean import nearest
 
 NORMAL_NAMES = (GOOD, "ok", "normal")
 """Folders of normal images, in any case."""

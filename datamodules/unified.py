@@ -33,20 +33,28 @@ from datamodules.dataset import (
 )
 from datamodules.errors import DataError
 from datamodules.images import BIT_DEPTHS, MASK_RESIZES, MAX_MEGAPIXELS, check_crop, check_resize
-from datamodules.prediction import depth_of, unknown_rows
+from datamodules.prediction import PhotographSource, depth_of, unknown_rows
 from datamodules.problems import number_of
 from datamodules.reading import DatasetConfig, Reading, first_categories, read_datasets
-from datamodules.remarks import cropped_masks, tested_and_trained, vanishing_masks
-from datamodules.sample_table import SPLITS, SampleTable, category_keys, content_hash, fingerprint, hold_out
+from datamodules.remarks import cropped_masks, held_out, tested_and_trained, vanishing_masks
+from datamodules.sample_table import (
+    FEWEST_HELD_OUT,
+    SPLITS,
+    SampleTable,
+    category_keys,
+    content_hash,
+    fingerprint,
+    hold_out,
+)
 from datamodules.sampling import EvalSampler, TrainSampler, check_sampling
 from datamodules.subset import FULL, TEST_SUBSETS, left_out
-from results.common.nearest import did_you_mean
+from results.common.did_you_mean import did_you_mean
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SETTINGS = ("unified", "per_category")
-NORMAL = {"val": 1000, "train": 100}
-"""Split -> how many of its normal images are picked, evenly, to compare scores with."""
+NORMAL = {"val": 1000, "train": 50}
+"""Split -> how many normal images of each category are picked, evenly, to compare scores with."""
 
 
 class UnifiedDataModule(L.LightningDataModule):
@@ -71,8 +79,9 @@ class UnifiedDataModule(L.LightningDataModule):
             most 8. Batches do not depend on it.
         sampling: natural, balanced (each category equally often) or balanced_datasets (each dataset equally often, then
             each of its categories). An epoch has as many draws as there are training images.
-        holdout: fraction of each category's normal training images that becomes split val, chosen by file name. A
-            dataset with a validation folder of its own (MVTec LOCO) keeps that instead.
+        holdout: fraction of each category's normal training images that becomes split val, chosen by file name, for
+            thresholds and p-values. A dataset with a validation folder of its own (MVTec LOCO) keeps that instead. None:
+            nothing of the papers' datasets, and a fifth of one's own folders where that makes at least 5 images.
         epoch_images: draws per epoch; None for as many as there are training images. With it, runs on more or fewer images
             make equally many steps. Methods that are fitted in one pass do not heed it.
         category_count: use so many of the categories that are read, the first in the order in which they are named (in the
@@ -85,7 +94,8 @@ class UnifiedDataModule(L.LightningDataModule):
         augmentation: entry of `datamodules.augmentation.AUGMENTATIONS`.
         anomalies: puts synthetic anomalies into training images, after the augmentation. Training batches then carry
             `clean` (B, 3, H, W), the image without, and `mask` says where the anomaly is; the label stays 0.
-        mean, std: normalisation of pixels in [0, 1]. None stands for what the backbone's weights were trained with,
+        std: See `mean`.
+        mean: normalisation of pixels in [0, 1]. None stands for what the backbone's weights were trained with,
             which the command line fills in, and Lightning's trainer before the first batch; ImageNet's where there is no
             model.
         seed: of shuffling and augmentation.
@@ -101,7 +111,8 @@ class UnifiedDataModule(L.LightningDataModule):
         setting: unified, one model for all categories, or per_category: the command line trains one model for each
             category in turn and puts their results into one record.
         cache_mb: without workers, keep up to this much of the resized images in memory.
-        predict_root: folder (searched recursively, without the masks in ground_truth) or file for `predict_dataloader`.
+        predict_root: folder (searched recursively, without the masks in ground_truth) or file for `predict_dataloader`, or
+            a list of these.
         predict_dataset: which of several `datasets` the images of `predict_root` are like, for models that keep
             statistics per dataset. None takes the one in whose folder they lie, if there is one.
 
@@ -122,7 +133,7 @@ class UnifiedDataModule(L.LightningDataModule):
         eval_batch_size: int = 32,
         num_workers: int | None = None,
         sampling: str = "natural",
-        holdout: float = 0.0,
+        holdout: float | None = None,
         epoch_images: int | None = None,
         category_count: int | None = None,
         shots: int | None = None,
@@ -141,13 +152,13 @@ class UnifiedDataModule(L.LightningDataModule):
         test_subset: str | None = None,
         setting: str = "unified",
         cache_mb: int = 256,
-        predict_root: str | None = None,
+        predict_root: list[str] | str | None = None,
         predict_dataset: str | None = None,
         crop_from: int | tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         check_sampling(sampling)
-        if not 0 <= holdout < 1:
+        if holdout is not None and not 0 <= holdout < 1:
             raise DataError(f"holdout is a fraction of the normal training images, 0 <= holdout < 1, found {holdout}.")
         for name, value in (("epoch_images", epoch_images), ("category_count", category_count)):
             if value is not None and value < 1:
@@ -164,14 +175,14 @@ class UnifiedDataModule(L.LightningDataModule):
             raise DataError(f"repeat must be at least 1, found {repeat}.")
         if max_megapixels <= 0:
             raise DataError(f"max_megapixels must be positive, found {max_megapixels}.")
-        for name, value, known in (
+        for name, chosen, known in (
             ("mask_resize", mask_resize, MASK_RESIZES),
             ("setting", setting, SETTINGS),
             ("augmentation", augmentation, policies.AUGMENTATIONS),
             ("test_subset", test_subset or FULL, TEST_SUBSETS),
         ):
-            if value not in known:
-                raise DataError(f"Unknown {name} {value!r}. {did_you_mean(value, known)}")
+            if chosen not in known:
+                raise DataError(f"Unknown {name} {chosen!r}. {did_you_mean(chosen, known)}")
         if (mean is None) != (std is None):
             raise DataError(f"mean and std belong together: give both or neither, found mean={mean}, std={std}.")
         if std is not None and (len(mean) != 3 or len(std) != 3 or min(std) <= 0):
@@ -183,9 +194,9 @@ class UnifiedDataModule(L.LightningDataModule):
         if predict_dataset is not None and predict_dataset not in labels:
             raise DataError(f"Unknown predict_dataset {predict_dataset!r}. {did_you_mean(predict_dataset, labels)}")
         self.datasets = list(datasets)
-        self.image_size = image_size
+        self.image_size: Any = image_size  # a pair from setup on
         self.resize = resize
-        self.crop_from = crop_from
+        self.crop_from: Any = crop_from
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
@@ -216,7 +227,7 @@ class UnifiedDataModule(L.LightningDataModule):
         self._rules: dict[str, Any] = {}
         self._remarks: list[str] | None = None
         self._unknown: list[Row] = []
-        self._source: ImageSource | CachedImages | None = None
+        self._source: Any = None
         self._served: CachedSplits | None = None
         self._views: TrainingViews | None = None
 
@@ -234,7 +245,7 @@ class UnifiedDataModule(L.LightningDataModule):
             if self._source is None:
                 self._unknown = unknown_rows(self.predict_root, self.predicted_dataset)
                 depths = depth_of(self._unknown, self.bit_depth, self.max_megapixels)
-                self._source = ImageSource(
+                self._source = PhotographSource(
                     self.image_size,
                     self.resize,
                     depths,
@@ -246,7 +257,8 @@ class UnifiedDataModule(L.LightningDataModule):
             return
         configs = self.datasets if self.category_count is None else first_categories(self.datasets, self.category_count)
         found = read_datasets(configs, self.bit_depth, self.max_megapixels)
-        table = training_set.few_shots(hold_out(found.table, self.holdout), self.shots, self.seed)
+        self._reading = found
+        table = training_set.few_shots(hold_out(found.table, self.holdout, self._holdouts()), self.shots, self.seed)
         table = training_set.contaminate(table, self.contamination, self.contamination_reserved, self.seed)
         self.categories = list(dict.fromkeys(category_keys(table)))
         if self.setting == "per_category" and len(self.categories) > 1:
@@ -257,7 +269,7 @@ class UnifiedDataModule(L.LightningDataModule):
         self.left_out = left_out(table, self.test_subset)
         self.fingerprint, self.fingerprints = found.fingerprint, found.fingerprints
         self.bit_depths = found.bit_depths
-        self.table, self._reading = table, found
+        self.table = table
         self._rules = {**found.rules, "mask_resize": self.mask_resize}
         self._source = self._image_source(0 if self._workers() else self.cache_mb * 2**20)
 
@@ -305,6 +317,7 @@ class UnifiedDataModule(L.LightningDataModule):
             self._remarks = training_set.describe(
                 self.table, self.shots, self.contamination, self.contamination_reserved
             )
+            self._remarks += held_out(self.table, self.holdout, self._holdouts())
             self._remarks += tested_and_trained(self._rows("train", "val"), self._rows("test"), self._reading.hashes)
             read = self._source.mask if self._served is None else lambda row: self._served.cache.mask(row.id)
             if self.crop_from is None:
@@ -340,6 +353,10 @@ class UnifiedDataModule(L.LightningDataModule):
             f"DATA CHANGED DURING THE RUN: the images and masks are not those that the training began with "
             f"(fingerprint {self.fingerprint[:12]} then, {now[:12]} at its end){named}"
         ]
+
+    def _holdouts(self) -> dict[str, float]:
+        """Dataset -> the share of its normal training images that is held out by default."""
+        return {name: reader.holdout for name, reader in self._reading.readers.items()}
 
     def _short_batch(self) -> bool:
         """Whether dropping the last batch would leave a process without any."""
@@ -381,6 +398,11 @@ class UnifiedDataModule(L.LightningDataModule):
         """False-positive rates up to which AU-PRO is integrated: those of every dataset's reader, ascending."""
         return tuple(sorted({limit for reader in self._reading.readers.values() for limit in reader.fpr_limits}))
 
+    @property
+    def segmentation(self) -> bool:
+        """Whether one of the datasets is also measured by SegF1."""
+        return any(reader.segmentation for reader in self._reading.readers.values())
+
     def conditions(self) -> dict[int, str]:
         """Id -> `name=value`, for the test images whose reader knows under what they were taken."""
         found = {row.id: self._reading.readers[row.dataset].condition(row.image_path) for row in self._rows("test")}
@@ -414,17 +436,27 @@ class UnifiedDataModule(L.LightningDataModule):
 
     @property
     def normal_split(self) -> str:
-        """Where `normal_images` come from: val if normal images are held out, else train."""
+        """val if normal images are held out of any category, else train."""
         return "val" if (self.table["split"] == "val").any() else "train"
 
     def normal_images(self) -> DataLoader:
-        """Normal images to compare scores with, at most `NORMAL` of them, each once over all processes."""
+        """Normal images to compare scores with, each once over all processes; of each category at most `NORMAL`.
+
+        They are the held-out ones; where those of a category are fewer than `FEWEST_HELD_OUT`, also its training images.
+        """
         return self._eval_loader(self._normal_rows())
 
     def _normal_rows(self) -> list[Row]:
-        rows = self._rows(self.normal_split)
-        count = min(NORMAL[self.normal_split], len(rows))
-        return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, count).astype(int))]
+        found: dict[str, dict[str, list[Row]]] = {}
+        for split in ("val", "train"):
+            for row in self._rows(split):
+                found.setdefault(row.category, {"val": [], "train": []})[split].append(row)
+        chosen = []
+        for parts in found.values():
+            chosen += _evenly(parts["val"], NORMAL["val"])
+            if len(parts["val"]) < FEWEST_HELD_OUT:
+                chosen += _evenly(parts["train"], NORMAL["train"])
+        return sorted(chosen, key=lambda row: row.id)
 
     def val_dataloader(self) -> DataLoader | list:
         """Held-out normal images; an empty list if nothing is held out."""
@@ -463,13 +495,23 @@ class UnifiedDataModule(L.LightningDataModule):
         return self._eval_loader(self._unknown or unknown_rows(self.predict_root, self.predicted_dataset), repeat=True)
 
     @property
+    def photographs(self) -> PhotographSource:
+        """Where the images of `predict_root` come from, after `setup("predict")`."""
+        if not isinstance(self._source, PhotographSource):
+            raise DataError(
+                'Call setup("predict") before asking for photographs; the data option predict_root names them.'
+            )
+        return self._source
+
+    @property
     def predicted_dataset(self) -> str:
         """Which of several datasets the images of `predict_root` are like; "" if that is not known, or there is one."""
         if len(self.datasets) <= 1 or self.predict_root is None:
             return ""
-        place = os.path.realpath(os.path.expanduser(self.predict_root))
+        given = [self.predict_root] if isinstance(self.predict_root, str) else self.predict_root
+        places = [os.path.realpath(os.path.expanduser(place)) for place in given]
         roots = {d.label or d.name: os.path.realpath(os.path.expanduser(d.root)) for d in self.datasets if d.root}
-        around = [name for name, root in roots.items() if os.path.commonpath([root, place]) == root]
+        around = [name for name, root in roots.items() if os.path.commonpath([root, *places]) == root]
         # Of folders inside each other the inner one is meant.
         return self.predict_dataset or max(around, key=lambda name: len(roots[name]), default="")
 
@@ -579,3 +621,8 @@ class UnifiedDataModule(L.LightningDataModule):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return torch.distributed.get_world_size(), torch.distributed.get_rank()
         return 1, 0
+
+
+def _evenly(rows: Sequence[Row], most: int) -> list[Row]:
+    """At most so many of the rows, from all places."""
+    return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int))]

@@ -5,6 +5,7 @@ A method is a subclass that names its paper's recipe and builds its network; see
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,14 +77,14 @@ class ReconstructionModule(L.LightningModule):
     Args:
         backbone: The frozen feature extractor; or what stands in its place where a method trains all that it uses.
         head: Distance, fusion, smoothing and image score.
-        optimizer: Gives an optimiser of the trainable parameters. Learning rates are not scaled with the number of
+        make_optimizer: Gives an optimiser of the trainable parameters. Learning rates are not scaled with the number of
             processes. None for a method that is not trained by gradients: its `training_step` returns None.
         image_size: Size of the input images in pixels.
         schedule: Gives the optimiser's schedule; None for a constant learning rate.
         interval: Whether the schedule goes on after every `epoch` or every `step`.
 
     Raises:
-        ValueError: the optimiser or the schedule refuses its own options.
+        ValueError: a package of `needs_packages` is not installed; or the optimiser or the schedule refuses its own options.
     """
 
     method: ClassVar[str]
@@ -105,6 +106,8 @@ class ReconstructionModule(L.LightningModule):
     """Constructor arguments that must be the path of something that exists; else a sweep leaves the method's cells out."""
     uncached: str = ""
     """Why features cannot be cached, as half a sentence; empty where they can."""
+    unexported: str = ""
+    """Why no graph of tensors can compute the scores, as half a sentence; empty where one can."""
     map_names: tuple[str, ...] = ()
     """Names of the level maps in pictures, in the order of `ScoredMaps.level_maps`; empty: they are numbered."""
     network: FeatureNetwork
@@ -113,17 +116,21 @@ class ReconstructionModule(L.LightningModule):
         self,
         backbone: BackboneConfig,
         head: HeadConfig,
-        optimizer: OptimizerCallable | None,
+        make_optimizer: OptimizerCallable | None,
         image_size: ImageSize,
         schedule: LRSchedulerCallable | None = None,
         interval: Interval = "epoch",
     ) -> None:
         # A method that trains its trunk hands over a NoBackbone; were it in the annotation, the parser would take a part
         # of a backbone's options for neither of the two.
-        # Subclasses call these two lr_scheduler and lr_interval. Under one name, the command line would hand the base
-        # class's None on to a subclass, whose own schedule would be lost.
+        # Subclasses call these three optimizer, lr_scheduler and lr_interval. Under one name, the command line would hand the
+        # base class's None on to a subclass, whose own optimiser and schedule would be lost; of the optimiser
+        # jsonargparse 4.46 does.
         super().__init__()
-        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        if reason := self.absent_package():  # before weights are looked for
+            raise ValueError(reason)
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.image_size = (height, width)
         self.extractor = backbone if isinstance(backbone, NoBackbone) else FeatureExtractor(backbone)
         self.extractor.sizes(self.image_size)  # a size that the backbone does not take is refused here
         standardised = self.has_backbone and backbone.standardised
@@ -131,13 +138,21 @@ class ReconstructionModule(L.LightningModule):
             raise ValueError(f"backbone.standardised: {self.method} standardises its features already. Leave it out.")
         self.standardisation = Standardisation() if standardised else None
         self.head = AnomalyHead(head)
-        self.optimizer, self.schedule, self.interval = optimizer, schedule, interval
-        if optimizer is not None:  # impossible options are refused now, not after minutes of preparation
-            self._scheduled(optimizer([nn.Parameter(torch.zeros(1))]))
+        self.optimizer, self.schedule, self.interval = make_optimizer, schedule, interval
+        if make_optimizer is not None:  # impossible options are refused now, not after minutes of preparation
+            self._scheduled(make_optimizer([nn.Parameter(torch.zeros(1))]))
         self.trained_epochs = 0
         self.origin = ""
         self._unchecked_loss: tuple[Tensor, torch.cuda.Event | None, Mapping[str, Any], int] | None = None
         self._losses: dict[str, list[tuple[Tensor, int]]] = {}
+
+    @classmethod
+    def absent_package(cls) -> str | None:
+        """Which package of `needs_packages` is not installed, and what installs it, as a sentence; None if all are."""
+        for package, install in cls.needs_packages.items():
+            if importlib.util.find_spec(package) is None:
+                return f"{cls.method} needs the Python package {package}, which is not installed: {install}."
+        return None
 
     # ---- what a method may change ------------------------------------------------------------------------------------
 
@@ -169,6 +184,9 @@ class ReconstructionModule(L.LightningModule):
 
         Raises ValueError when the method's arguments contradict it.
         """
+
+    def avoid_solves(self) -> None:
+        """Called before a graph is made for a runtime that cannot solve linear systems."""
 
     def record_notes(self) -> list[str]:
         """What a reader of the run's numbers must know besides the configuration."""
@@ -309,6 +327,8 @@ class ReconstructionModule(L.LightningModule):
         schedule = self.schedule(optimizer)
         if self.attached is not None and getattr(schedule, "total_steps", 0) is None:
             schedule.total_steps = self.trainer.estimated_stepping_batches
+        if not self.automatic_optimization:  # the method steps it itself
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule}}
         monitor = getattr(schedule, "monitor", None)  # of Lightning's ReduceLROnPlateau
         return {
             "optimizer": optimizer,

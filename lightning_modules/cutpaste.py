@@ -13,7 +13,6 @@ from torch.optim import SGD
 
 from datamodules.anomalies.cutpaste import CutPaste as Views
 from datamodules.anomalies.cutpaste import CutPasteConfig
-from datamodules.dataset import TrainingViews
 from lightning_modules.base import ImageSize, Interval, Recipe
 from lightning_modules.metrics.sync import Group
 from lightning_modules.own_trunk import OwnTrunkModule
@@ -21,6 +20,7 @@ from models import cutpaste as networks
 from models.head import HeadConfig, ScoredMaps
 from models.layers.gaussian import Moments, merged, moments
 from models.layers.receptive import Reception, spread
+from models.layers.tracing import in_parts
 from models.optimizers import HalfCosine
 from models.trunk import build_trunk
 
@@ -53,9 +53,11 @@ class CutPaste(OwnTrunkModule):
             where it starts from ImageNet).
         cutpaste: What is pasted.
         localisation: `none`, the image-level model, or `patches`.
-        patch_side, patch_stride: Of the patch model's windows, in pixels: 2,401 of them at 256 pixels.
+        patch_side: Of the patch model's windows, in pixels: 2,401 of them at 256 pixels.
+        patch_stride: See `patch_side`.
         upsampling_std: Of the Gaussian that makes the patch model's map, in pixels.
-        head_layers, density: See `models.cutpaste.CutPasteNet`.
+        head_layers: See `models.cutpaste.CutPasteNet`.
+        density: See `head_layers`.
     """
 
     method = "cutpaste"
@@ -111,7 +113,7 @@ class CutPaste(OwnTrunkModule):
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
-    def training_views(self) -> TrainingViews:
+    def training_views(self) -> Views:
         return Views(self.cutpaste, self.reception.field if self.has_map else None)
 
     def batch_loss(self, batch: Mapping[str, Any]) -> Tensor:
@@ -136,7 +138,7 @@ class CutPaste(OwnTrunkModule):
         """Embeddings of all windows of images, float64 (B, I, J, C), one by one: padding makes the whole image another."""
         stride, side, _ = self.reception
         windows = images.unfold(2, side, stride).unfold(3, side, stride).permute(0, 2, 3, 1, 4, 5)
-        found = [self.network.embed(part) for part in windows.flatten(0, 2).split(WINDOWS)]
+        found = [self.network.embed(part) for part in in_parts(windows.flatten(0, 2), WINDOWS)]
         return torch.cat(found).view(*windows.shape[:3], -1)
 
     def _fit_windows(self) -> None:
@@ -156,13 +158,13 @@ class CutPaste(OwnTrunkModule):
         images = batch["image"].float()
         with torch.autocast(images.device.type, enabled=False):
             if self.has_map:
-                embeddings = torch.cat([self._windows(image) for image in images.split(1)])
+                embeddings = torch.cat([self._windows(part) for part in in_parts(images, 1)])
                 cells = self.network.score(embeddings.flatten(0, 2)).view(embeddings.shape[:3]).float()
                 maps = spread(cells, self.image_size, self.reception, self.upsampling_std, normalised=True)
                 scored = self.head.score([maps], self.image_size)
                 return {"": scored._replace(image_scores=cells.flatten(1).amax(1), level_maps=[cells])}
             scores = self.network.score(self.network.embed(images)).float()
-        return {"": ScoredMaps(images.new_zeros(len(images), *self.image_size), scores, [])}
+        return {"": ScoredMaps(images.new_zeros(images.shape[0], *self.image_size), scores, [])}
 
     def record_notes(self) -> list[str]:
         steps = f"{self.trained_steps:,} steps (the paper: {PAPER_STEPS:,})"

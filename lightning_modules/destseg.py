@@ -41,12 +41,18 @@ class DeSTSeg(ReconstructionModule):
         image_size: Input size in pixels, a multiple of 32.
         denoising: Whether the student learns from corrupted images (the paper's); else from clean ones.
         student_share: Share of the training's steps that the student gets, the first ones.
-        blocks_lr, head_lr: Learning rates of the segmentation network's residual blocks and of its head.
+        blocks_lr: Learning rates of the segmentation network's residual blocks and of its head.
+        head_lr: See `blocks_lr`.
         gamma: Exponent of the focal loss.
         segmentation_loss: `focal+l1` or `focal`.
         score_distances: Also score the product of the three cosine distances, without the segmentation network, as variant
             `segmentation=off`.
-        decoder, widths, stem, segmentation_input, segmentation_width, dilations: See `models.destseg.DeSTSeg`.
+        decoder: See `models.destseg.DeSTSeg`.
+        widths: See `decoder`.
+        stem: See `decoder`.
+        segmentation_input: See `decoder`.
+        segmentation_width: See `decoder`.
+        dilations: See `decoder`.
     """
 
     method = "destseg"

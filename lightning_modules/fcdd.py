@@ -76,7 +76,8 @@ class FCDD(OwnTrunkModule):
             raise ValueError(f'supervision is "{supervision}"; choose confetti or real_defects.')
         trunk, extractor = fcdd.build(net, start, frozen_norm)
         super().__init__(extractor, head, optimizer, image_size, lr_scheduler, lr_interval)
-        self.network_size = tuple(round(side * NETWORK_SHARE) for side in self.image_size)
+        height, width = self.image_size
+        self.network_size = (round(height * NETWORK_SHARE), round(width * NETWORK_SHARE))
         self.network = fcdd.FCDD(trunk, std=upsampling_std, normalised=normalised_upsampling)
         self.supervision, self.confetti, self.map_loss = supervision, confetti, map_loss
 

@@ -43,7 +43,7 @@ class FittedModule(ReconstructionModule):
     reconstructs: ClassVar[bool] = False
 
     def __init__(self, backbone: BackboneConfig, head: HeadConfig, image_size: ImageSize) -> None:
-        super().__init__(backbone, head, optimizer=None, image_size=image_size, schedule=None, interval="epoch")
+        super().__init__(backbone, head, make_optimizer=None, image_size=image_size, schedule=None, interval="epoch")
         self.automatic_optimization = False
         # Drawn once from the run's seed, so that all processes draw alike later, whatever each has drawn until then.
         self.fit_seed = int(torch.randint(2**31, ()))
@@ -268,8 +268,7 @@ class MemoryBankModule(FittedModule):
             with torch.autocast(self.device.type, enabled=False):
                 own = torch.cat([(part.to(self.device) @ matrix.T).cpu() for part in own.split(ROWS)] or [own])
         width = own.shape[1] if matrix is None else len(matrix)
-        held = group.gather(own.reshape(-1).numpy())
-        held = [torch.from_numpy(part).view(-1, patches, width) for part in held]
+        held = [torch.from_numpy(part).view(-1, patches, width) for part in group.gather(own.reshape(-1).numpy())]
         if group.size == 1 and [place.row for place in places] == list(range(len(places))):
             points = held[0].flatten(0, 1)
         else:

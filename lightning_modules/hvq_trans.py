@@ -104,14 +104,15 @@ class HVQTrans(ReconstructionModule):
         ):
             if value not in allowed:
                 raise ValueError(f"{option} is {value!r}; choose {' or '.join(allowed)}.")
-        self.grid = tuple(grid or self.extractor.sizes(self.image_size)[-1])
+        rows, columns = grid or self.extractor.sizes(self.image_size)[-1]
+        self.grid = (rows, columns)
         self.commitment, self.codebook_start, self.predicted_class = commitment, codebook_start, predicted_class
         self.score_transport = tuple(score_transport)
         self.backbone_mode = backbone_mode
         if backbone_mode == "train":
             set_moving(self.extractor.net, backbone.name)
             self.uncached = "backbone_mode=train lets the backbone's statistics move"
-        self.options = {
+        self.options: dict[str, Any] = {
             "d_model": d_model,
             "heads": heads,
             "feedforward": feedforward,
@@ -153,7 +154,7 @@ class HVQTrans(ReconstructionModule):
         options = self.network
         if options.selector == "none" or (options.selector == "classifier" and not options.training):
             return None
-        names = batch.get("category") or [""] * len(self._first(batch))
+        names = batch.get("category") or [""]  # one stands for all
         if len(self.class_names) == 1:
             return [0] * len(names)
         names = [name or self.predicted_class or "" for name in names]
@@ -163,14 +164,10 @@ class HVQTrans(ReconstructionModule):
             what = f"images of {', '.join(unknown)}" if unknown != [""] else "images whose category is not known"
             raise DataError(
                 f"HVQ-Trans with selector=label takes codebooks and head by the image's category, and was not trained on "
-                f"{what}; it knows {listed}. Name one with --model.init_args.predicted_class, or train with "
-                "selector=classifier or none."
+                f"{what}; it knows {listed}. Name one with --model.init_args.predicted_class (make export: CATEGORY=, load_run: "
+                "category=), or train with selector=classifier or none."
             )
         return [self.class_names.index(name) for name in names]
-
-    @staticmethod
-    def _first(batch: Mapping[str, Any]) -> Tensor:
-        return batch["features"][0] if "features" in batch else batch["image"]
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
@@ -266,7 +263,7 @@ class HVQTrans(ReconstructionModule):
         """On the pooled features of all training images, the same on every process."""
         was_training = self.training
         self.eval()
-        own = []
+        own: list[Any] = []
         for batch in self.trainer.datamodule.train_images():
             batch = self.trainer.strategy.batch_to_device(batch)
             pooled = PooledClassifier.pool(self.features(batch)[0]).cpu()

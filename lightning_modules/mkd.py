@@ -49,12 +49,15 @@ class MKD(ReconstructionModule):
         smooth_draws: Noisy copies for `smooth_grad`. All images get the same draws, scaled, so that batches do not matter.
         noise_rule: Their standard deviation: `released`, (0.05 / range)^2, or `smoothgrad`, 0.05 * range, which was
             probably meant.
-        stages, equal_size, bias: See `models.mkd.MKD`.
+        stages: See `models.mkd.MKD`.
+        equal_size: See `stages`.
+        bias: See `stages`.
     """
 
     method = "mkd"
     recipe = Recipe(resize="pil_bilinear", batch_size=64, max_epochs=602, best_on_test=("image_auroc", 10))
     needs_images = True
+    unexported = "its map is the gradient of the score by the pixels, which torch.export does not trace"
     network: mkd.MKD
 
     def __init__(

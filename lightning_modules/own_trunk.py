@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from lightning_modules.base import ImageSize, Interval, ReconstructionModule
+from lightning_modules.base import ImageSize, Interval
+from lightning_modules.calibrated import CalibratedModule
 from lightning_modules.metrics.sync import Group
 from models.head import HeadConfig
 from models.reconstruction import Pair
 from models.trunk import NoBackbone
 
 
-class OwnTrunkModule(ReconstructionModule):
+class OwnTrunkModule(CalibratedModule):
     """No frozen backbone: the network reads images, so that no feature is cached, and `batch_loss` reads training views.
 
-    `fit_normal` is called when training ends, and before each point of a curve, for what is estimated from plain
-    training images.
+    What is estimated from plain training images at the end goes into `fit_normal`; see `CalibratedModule`.
 
     Args:
         extractor: What stands in place of a backbone.
@@ -42,46 +42,20 @@ class OwnTrunkModule(ReconstructionModule):
         interval: Interval = "epoch",
     ) -> None:
         super().__init__(extractor, head, optimizer, image_size, schedule, interval)
-        self.fitted_epochs, self.trained_steps = -1, 0
+        self.trained_steps = 0
 
     # ---- what a method does ------------------------------------------------------------------------------------------
-
-    def fit_normal(self) -> None:
-        """Estimates what scoring needs from the training images; called in eval mode, without gradient."""
 
     @classmethod
     def starts_from(cls, arguments: Mapping[str, Any]) -> tuple[str, str] | None:
         """timm model and weights that the trunk starts from with these arguments of the constructor; None from scratch."""
         return None
 
-    # ---- when it is called -------------------------------------------------------------------------------------------
-
-    def before_scoring(self, last_epoch: bool) -> None:
-        self._fit_normal(self.current_epoch + 1)
-
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
         self.trained_steps = self.global_step
 
-    def on_train_end(self) -> None:
-        self._fit_normal(self.trained_epochs)
-
-    def on_test_start(self) -> None:
-        # A training that was cut off after its last epoch is resumed without any, and its end is not announced.
-        # An authors' weights come without it.
-        if self.fitted_epochs != self.trained_epochs:
-            self._fit_normal(self.trained_epochs)
-
-    @torch.no_grad()
-    def _fit_normal(self, epochs: int) -> None:
-        if self.fitted_epochs == epochs:
-            return
-        was_training = self.training
-        self.eval()
-        with torch.autocast(self.device.type, enabled=False):
-            self.fit_normal()
-        self.train(was_training)
-        self.fitted_epochs = epochs
+    # ---- images ------------------------------------------------------------------------------------------------------
 
     @property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -94,15 +68,10 @@ class OwnTrunkModule(ReconstructionModule):
         mean, std = (images.new_tensor(values).view(3, 1, 1) for values in self.normalisation)
         return images.float() * std + mean
 
-    def training_images(self) -> Iterator[Mapping[str, Any]]:
-        """Batches of all training images as they are, each image once over all processes, on this device."""
-        for batch in self.trainer.datamodule.train_images():
-            yield self.trainer.strategy.batch_to_device(batch)
-
     def of_all_images(self, measure: Callable[[Tensor], Tensor]) -> Tensor:
         """What `measure` gives of images (B, 3, H, W), one row (N, ...) per training image of all processes, in the order
         of their ids, so that neither order nor processes change anything."""
-        own = {}
+        own: dict[int, Tensor] = {}
         for batch in self.training_images():
             own |= dict(zip(batch["id"].tolist(), measure(batch["image"]).cpu(), strict=True))
         rows = {number: row for part in Group().gather_objects(own) for number, row in part.items()}
@@ -121,7 +90,7 @@ class OwnTrunkModule(ReconstructionModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["normalisation"] = self.normalisation
-        checkpoint["fitted_epochs"], checkpoint["trained_steps"] = self.fitted_epochs, self.trained_steps
+        checkpoint["trained_steps"] = self.trained_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.extractor.provenance = checkpoint[
@@ -129,4 +98,4 @@ class OwnTrunkModule(ReconstructionModule):
         ]  # every weight is in the checkpoint, whatever it started from
         self.extractor.mean, self.extractor.std = (tuple(part) for part in checkpoint["normalisation"])
         super().on_load_checkpoint(checkpoint)
-        self.fitted_epochs, self.trained_steps = checkpoint["fitted_epochs"], checkpoint["trained_steps"]
+        self.trained_steps = checkpoint["trained_steps"]

@@ -77,6 +77,9 @@ class PaDiM(FittedModule):
     def evaluate(self, batch: Mapping[str, Any]) -> dict[str, ScoredMaps]:
         return {"": self.head.score([self.network(self.features(batch))], self.image_size)}
 
+    def avoid_solves(self) -> None:
+        self.network.invert()
+
     def record_notes(self) -> list[str]:
         network = self.network
         drawn = "the run's seed" if self.channel_seed is None else f"seed {self.channel_seed}"

@@ -44,7 +44,10 @@ class PatchSVDD(OwnTrunkModule):
         position_clip: What becomes of a second patch that leaves the image: `kept` (moved back, released) or `redraw`.
         score_sides: Also score each patch size alone, as variants `patch_size=64` and `patch_size=32`.
         memory_gb: GB of embeddings of each size that stay in a process's memory while they are collected; more go to a file.
-        dim, widths, hidden, last_weight: See `models.patch_svdd.PatchSVDD`.
+        dim: See `models.patch_svdd.PatchSVDD`.
+        widths: See `dim`.
+        hidden: See `dim`.
+        last_weight: See `dim`.
     """
 
     method = "patch_svdd"

@@ -39,8 +39,9 @@ class QuantileConfig:
             are. `protocol`: held_out if clean, test_good if as_released.
         alpha: Probability of the lower quantile, which becomes 0.
         beta: Probability of the upper one, which becomes 0.1.
-        alphas, betas: More values; every pair of them is scored from the same trained model, as a variant of the run
-            named `alpha=A,beta=B`, next to `quantiles=none`.
+        alphas: More values; every pair of them is scored from the same trained model, as a variant of the run named
+            `alpha=A,beta=B`, next to `quantiles=none`.
+        betas: See `alphas`.
     """
 
     source: str = "protocol"

@@ -104,7 +104,7 @@ class UniAS(ReconstructionModule):
 
 def _of_levels(head: HeadConfig, levels: Sequence[int], count: int) -> HeadConfig:
     """The head with the blurs of the reconstructed levels, out of those given for all."""
-    chosen = {}
+    chosen: dict[str, Any] = {}
     for name in ("level_sigmas", "level_kernels"):
         values = getattr(head, name)
         if len(values) not in (0, count):

@@ -23,6 +23,7 @@ from lightning_modules.metrics.sync import Group
 from models import us
 from models.backbones import BackboneConfig
 from models.head import HeadConfig, ScoredMaps
+from models.layers.tracing import in_parts
 from models.reconstruction import Pair
 from models.weight_files import check_finite, check_fit, file_sha256, read_state_dict
 
@@ -45,8 +46,11 @@ class TeacherConfig:
             the run's own training images, and the record says so: such a teacher knows nothing of other images.
         steps: Steps of each teacher (50,000 in the paper).
         batch_size: Patches per step.
-        lr, weight_decay: Of Adam; the decay is an L2 term.
-        distillation, triplet, compactness_weight: Weights of the three losses. The paper's for MVTec AD are 1, 0 and 1.
+        lr: Of Adam; the decay is an L2 term.
+        weight_decay: See `lr`.
+        distillation: Weights of the three losses. The paper's for MVTec AD are 1, 0 and 1.
+        triplet: See `distillation`.
+        compactness_weight: See `distillation`.
         compactness: Correlations between descriptors' `dims` or between `samples`; see
             `models.us.compactness_loss`. The paper leaves it open.
         delta: Margin of the triplet loss.
@@ -101,7 +105,11 @@ class US(ReconstructionModule):
         calibration: `auto`, held-out normal images if there are any, else the training images; or `train`.
         score_parts: Also score error and variance alone, as variants `map=error` and `map=variance`, and each patch
             size, as `patch_size=P`.
-        patch_sizes, students, target, widths, padding: See `models.us.US`.
+        patch_sizes: See `models.us.US`.
+        students: See `patch_sizes`.
+        target: See `patch_sizes`.
+        widths: See `patch_sizes`.
+        padding: See `patch_sizes`.
     """
 
     method = "us"
@@ -331,7 +339,7 @@ class US(ReconstructionModule):
 
     def evaluate(self, batch: Mapping[str, Any]) -> dict[str, ScoredMaps]:
         with torch.autocast(self.device.type, enabled=False):
-            parts = [self.network.scaled(self.network(part)) for part in batch["image"].float().split(CHUNK)]
+            parts = [self.network.scaled(self.network(part)) for part in in_parts(batch["image"].float(), CHUNK)]
         errors, variances = (
             [torch.cat(maps) for maps in zip(*(part[n] for part in parts), strict=True)] for n in (0, 1)
         )

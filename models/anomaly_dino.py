@@ -25,10 +25,12 @@ from models.reconstruction import FeatureNetwork
 class AnomalyDINONetwork(FeatureNetwork):
     """`prepare` makes unit vectors, `bank` holds those of normal patches, `forward` measures distances.
 
-    channels, sizes: channels and (height, width) of each level. The paper uses one level, the last block; several are
-        concatenated on the lowest one's grid.
-    neighbors: a patch's distance is the mean of that many smallest ones (1).
-    top_fraction: share of an image's patches whose mean distance is its score (0.01), at least one patch.
+    Args:
+        channels: channels and (height, width) of each level. The paper uses one level, the last block; several are
+            concatenated on the lowest one's grid.
+        sizes: See `channels`.
+        neighbors: a patch's distance is the mean of that many smallest ones (1).
+        top_fraction: share of an image's patches whose mean distance is its score (0.01), at least one patch.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class AnomalyDINONetwork(FeatureNetwork):
         if not 0 < top_fraction <= 1:
             raise ValueError(f"top_fraction must lie in (0, 1], found {top_fraction}.")
         self.neighbors, self.top_fraction = neighbors, top_fraction
-        self.grid, self.width = tuple(sizes[0]), sum(channels)
+        self.grid, self.width = (*sizes[0],), sum(channels)
         self.bank = MemoryBank(self.width)
 
     @property

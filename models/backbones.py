@@ -43,28 +43,29 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class BackboneConfig:
     """Which features.
 
-    name: timm model, best by its full tag (`tf_efficientnet_b4.aa_in1k`), because a bare name means whatever weights
-        timm prefers today (for `tf_efficientnet_b4`: NoisyStudent, which no paper here uses).
-    levels: ascending level numbers, 1 = lowest.
-    weights: `imagenet` (the tag's weights, from timm's cache or hub), `packaged` (those inside a Python package:
-        tf_efficientnet_lite0.in1k, lite1 and lite2), `random` (seeded), `auto` (imagenet if it can be had within a
-        short time-out, else packaged, else random) or the path of a .pth or .safetensors file.
-    padding: `default` (timm's); `same` (TensorFlow's, for EfficientNet and MobileNet families, timm's pad_type);
-        `released` (UniAD, UniAS, HVQ-Trans: the static padding that their EfficientNet-B4 computed for its native 380
-        pixels, exact for image sizes divisible by 16, and by 32 at level 5); `reflect` (all 3x3 convolutions are padded
-        by reflection: DFR's VGG).
-    seed: of the weights `random`.
-    final_norm: of a vision transformer: every level goes through the norm that follows its last block, as DINOv2's own
-        `get_intermediate_layers` does; otherwise levels are the blocks' raw outputs.
-    prefix_tokens: of a vision transformer: its class and register tokens, left out otherwise, follow the levels, one
-        (B, C, 1, P) per level, the class token first (Dinomaly).
-    position: of a vision transformer with learned position codes at another image size than its own: `timm`
-        (antialiased), or `released` (Dinomaly and INP-Former, see `models.vit_tokens`).
-    standardised: each channel of what the network gets has mean 0 and standard deviation 1 over the training images
-        (see `models.layers.statistics.Standardisation`). Off in every paper here but ULSAD, which does it by itself.
-    maps: `levels` (one map per level) or `relu` (a VGG's, DFR: all ReLU outputs up to the highest level).
-    rectified: negative values of the levels become 0, for methods whose reconstruction ends in a ReLU (RD4AD, ULSAD) on
-        another backbone than a ResNet, whose levels have none anyway. In no paper here.
+    Args:
+        name: timm model, best by its full tag (`tf_efficientnet_b4.aa_in1k`), because a bare name means whatever weights
+            timm prefers today (for `tf_efficientnet_b4`: NoisyStudent, which no paper here uses).
+        levels: ascending level numbers, 1 = lowest.
+        weights: `imagenet` (the tag's weights, from timm's cache or hub), `packaged` (those inside a Python package:
+            tf_efficientnet_lite0.in1k, lite1 and lite2), `random` (seeded), `auto` (imagenet if it can be had within a
+            short time-out, else packaged, else random) or the path of a .pth or .safetensors file.
+        padding: `default` (timm's); `same` (TensorFlow's, for EfficientNet and MobileNet families, timm's pad_type);
+            `released` (UniAD, UniAS, HVQ-Trans: the static padding that their EfficientNet-B4 computed for its native 380
+            pixels, exact for image sizes divisible by 16, and by 32 at level 5); `reflect` (all 3x3 convolutions are padded
+            by reflection: DFR's VGG).
+        seed: of the weights `random`.
+        final_norm: of a vision transformer: every level goes through the norm that follows its last block, as DINOv2's own
+            `get_intermediate_layers` does; otherwise levels are the blocks' raw outputs.
+        prefix_tokens: of a vision transformer: its class and register tokens, left out otherwise, follow the levels, one
+            (B, C, 1, P) per level, the class token first (Dinomaly).
+        position: of a vision transformer with learned position codes at another image size than its own: `timm`
+            (antialiased), or `released` (Dinomaly and INP-Former, see `models.vit_tokens`).
+        standardised: each channel of what the network gets has mean 0 and standard deviation 1 over the training images
+            (see `models.layers.statistics.Standardisation`). Off in every paper here but ULSAD, which does it by itself.
+        maps: `levels` (one map per level) or `relu` (a VGG's, DFR: all ReLU outputs up to the highest level).
+        rectified: negative values of the levels become 0, for methods whose reconstruction ends in a ReLU (RD4AD, ULSAD) on
+            another backbone than a ResNet, whose levels have none anyway. In no paper here.
     """
 
     name: str

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from models.layers.gaussian import Moments, ledoit_wolf, merged, moments
 from models.layers.nearest import MemoryBank
+from models.layers.tracing import tracing
 from models.reconstruction import FeatureNetwork
 
 Density = Literal["gaussian", "kernels"]
@@ -37,13 +38,14 @@ class Seen(NamedTuple):
 class CutPasteNet(FeatureNetwork):
     """Trunk, head and density. Reads images, no features.
 
-    trunk: images (B, 3, H, W) -> (B, C), for example a ResNet18 without its classifier.
-    channels: C.
-    classes: 3 for normal, patch and scar; 2 where there is one kind of pasted part.
-    head: widths of the linear layers before the last one, each with batch norm and ReLU. The paper's is unknown; [512, 128]
-        is the reimplementation's of its best results.
-    density: `gaussian`, with the covariance of Ledoit and Wolf; or `kernels`, a Gaussian of width 1 around every training
-        embedding.
+    Args:
+        trunk: images (B, 3, H, W) -> (B, C), for example a ResNet18 without its classifier.
+        channels: C.
+        classes: 3 for normal, patch and scar; 2 where there is one kind of pasted part.
+        head: widths of the linear layers before the last one, each with batch norm and ReLU. The paper's is unknown; [512,
+            128] is the reimplementation's of its best results.
+        density: `gaussian`, with the covariance of Ledoit and Wolf; or `kernels`, a Gaussian of width 1 around every
+            training embedding.
 
     The state dict holds `mean` (C,) and `precision` (C, C), float64, NaN until `fit`; with `kernels`, `bank.vectors`.
     """
@@ -124,7 +126,7 @@ class CutPasteNet(FeatureNetwork):
 
         float64 throughout: the shrunk covariance's eigenvalues span more than float32 can tell apart.
         """
-        if not self.is_fitted:
+        if not tracing() and not self.is_fitted:
             raise RuntimeError(
                 "CutPaste has no density yet: it is made of the training images when training ends. Train, or give a "
                 "checkpoint."

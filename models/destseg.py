@@ -25,16 +25,17 @@ SegmentationInput = Literal["products", "concatenated", "cosine"]
 class DeSTSeg(ReconstructionNetwork):
     """Everything that is trained: the student, and the segmentation network. The teacher's features come from outside.
 
-    channels: of the teacher's three levels, finest first (ResNet18: layers 1 to 3 at strides 4, 8 and 16).
-    decoder: whether the student is an encoder with a decoder behind it (the paper's), or the encoder's first three
-        stages (`ed` off in the paper's Table 4).
-    widths: of the student encoder's four stages; None = the teacher's channels and twice the last, as released. Without
-        a decoder the first three must be the teacher's.
-    stem: width of the student's first convolution.
-    segmentation_input: `products` of the unit vectors channel by channel; both nets' unit vectors `concatenated`; or the
-        three `cosine` distances (the paper's Table 6).
-    segmentation_width: channels of the segmentation network.
-    dilations: of its three dilated branches.
+    Args:
+        channels: of the teacher's three levels, finest first (ResNet18: layers 1 to 3 at strides 4, 8 and 16).
+        decoder: whether the student is an encoder with a decoder behind it (the paper's), or the encoder's first three
+            stages (`ed` off in the paper's Table 4).
+        widths: of the student encoder's four stages; None = the teacher's channels and twice the last, as released. Without
+            a decoder the first three must be the teacher's.
+        stem: width of the student's first convolution.
+        segmentation_input: `products` of the unit vectors channel by channel; both nets' unit vectors `concatenated`; or
+            the three `cosine` distances (the paper's Table 6).
+        segmentation_width: channels of the segmentation network.
+        dilations: of its three dilated branches.
 
     Raises ValueError for another number of levels, an unknown option, or widths that do not fit.
     """
@@ -199,7 +200,8 @@ class Encoder(nn.Module):
 class Student(nn.Module):
     """An encoder of four stages and a decoder up to the teacher's three levels, without a connection around the bottleneck.
 
-    widths: of the encoder's stages; channels: of the teacher's levels, finest first.
+    Args:
+        widths: of the encoder's stages; channels: of the teacher's levels, finest first.
     """
 
     def __init__(self, widths: Sequence[int], channels: Sequence[int], stem: int) -> None:

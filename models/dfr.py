@@ -33,7 +33,11 @@ class RegionalFeatures:
     Each map is resized bilinearly (align_corners True) to the image's size and averaged over 4x4 windows. Both are
     linear and separable, so they are done as one small matrix per axis; the image-sized maps are never built.
 
-    channels, strides: of each map, as the feature extractor gives them. image_size: (height, width) in pixels.
+    Args:
+        channels: of each map, as the feature extractor gives them.
+        image_size: (height, width) in pixels.
+        strides: See `channels`.
+
     Raises ValueError for an image size that is not divisible by 4.
     """
 
@@ -75,8 +79,11 @@ def region_matrix(side: int, source: int) -> Tensor:
 class DFRNetwork(ReconstructionNetwork):
     """Regional features and the convolutional autoencoder of DFR: 1x1 convolutions, C -> (C + 2d) // 2 -> 2d -> d and back.
 
-    regional: gives the features with their C channels. latent: d, from `latent_dimension`; None until `build` is called
-    with it. Batch norm and ReLU follow every convolution but the latent and the last one. With C = 3456 and d = 100 it
+    Args:
+        regional: gives the features with their C channels.
+        latent: d, from `latent_dimension`; None until `build` is called with it.
+
+    Batch norm and ReLU follow every convolution but the latent and the last one. With C = 3456 and d = 100 it
     has 13.42 M parameters.
     """
 

@@ -32,21 +32,23 @@ Attention = Literal["linear", "softmax"]
 class Dinomaly(ReconstructionNetwork):
     """ViT blocks in, one pair per group of blocks out.
 
-    channels, sizes: width and (height, width) of each level, all equal, as a ViT's blocks give them.
-    prefix_tokens: how many class and register tokens come with each level, the class token first; 0 = patches only.
-    groups: of encoder and decoder layers that are averaged before they are compared ("loose constraint"): a number of
-        equal groups, 2 in the paper and as many as levels for layer to layer, or lists of positions from 0. Decoder
-        outputs are counted from the last, so that the last block answers for the first level.
-    heads: of the decoder's attention; None = one per 64 channels.
-    attention: `linear`, or `softmax` for the ablation.
-    neighbor_size: side of the window hidden from each patch; None or 0 = no mask (the paper's). Class and register
-        tokens are never hidden. With softmax the hidden weights are set to 0 after it and not renormalised, as in the
-        released code.
-    patch_tokens_only: drop class and register tokens before the bottleneck.
-    dropout: of the bottleneck: 0.2, Real-IAD and Dinomaly2 0.4; 0 = no noise.
-    narrow: width of the low-rank layer in front of the bottleneck: Dinomaly2's is 256; None = Dinomaly's bottleneck.
-    recenter: Dinomaly2's target: the group's patches minus the group's class token, then LayerNorm without parameters.
-    attention_epsilon: added to linear attention's divisor: 0, Dinomaly2 1e-8.
+    Args:
+        channels: width and (height, width) of each level, all equal, as a ViT's blocks give them.
+        sizes: See `channels`.
+        prefix_tokens: how many class and register tokens come with each level, the class token first; 0 = patches only.
+        groups: of encoder and decoder layers that are averaged before they are compared ("loose constraint"): a number of
+            equal groups, 2 in the paper and as many as levels for layer to layer, or lists of positions from 0. Decoder
+            outputs are counted from the last, so that the last block answers for the first level.
+        heads: of the decoder's attention; None = one per 64 channels.
+        attention: `linear`, or `softmax` for the ablation.
+        neighbor_size: side of the window hidden from each patch; None or 0 = no mask (the paper's). Class and register
+            tokens are never hidden. With softmax the hidden weights are set to 0 after it and not renormalised, as in the
+            released code.
+        patch_tokens_only: drop class and register tokens before the bottleneck.
+        dropout: of the bottleneck: 0.2, Real-IAD and Dinomaly2 0.4; 0 = no noise.
+        narrow: width of the low-rank layer in front of the bottleneck: Dinomaly2's is 256; None = Dinomaly's bottleneck.
+        recenter: Dinomaly2's target: the group's patches minus the group's class token, then LayerNorm without parameters.
+        attention_epsilon: added to linear attention's divisor: 0, Dinomaly2 1e-8.
 
     Raises ValueError for levels of different widths or sizes, groups or a window that do not fit, an unknown attention,
     and `recenter` without a class token.

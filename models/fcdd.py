@@ -33,8 +33,9 @@ TINY = 1e-31
 class VGG(nn.Module):
     """VGG11 with batch norm up to its sixth convolution, and a 1x1 convolution to one number. Released names.
 
-    frozen_norm: `batch`: batch norm of the frozen part uses the batch's statistics in training, and moves its running ones,
-        as released; `running`: it stays as it was.
+    Args:
+        frozen_norm: `batch`: batch norm of the frozen part uses the batch's statistics in training, and moves its running
+            ones, as released; `running`: it stays as it was.
     """
 
     reception = Reception(8, 62, 3.5)
@@ -121,8 +122,10 @@ def losses_without_maps(cells: Tensor, labels: Tensor) -> Tensor:
 class FCDD(FeatureNetwork):
     """Normalisation, network, maps. Reads images, no features.
 
-    net: a `VGG` or a `Small`. std: of the Gaussian, in pixels; None: `default_std`. normalised: whether maps
-    are divided by those of ones.
+    Args:
+        net: a `VGG` or a `Small`.
+        std: of the Gaussian, in pixels; None: `default_std`.
+        normalised: whether maps are divided by those of ones.
 
     The state dict holds `low` and `high`, (3,): range of the contrast-normalised training images, NaN until measured.
     """

@@ -31,25 +31,29 @@ SmoothingTarget = Literal["both", "image_score"]
 class HeadConfig:
     """How pairs become a map and a score. The defaults are UniAD's.
 
-    distance: per position over channels: `l2` norm of the residual (UniAD); `squared_sum`; `squared_mean` (DFR);
-        `cosine` = 1 - cos (UniAS); `mse_cosine` = mean square + cosine_weight * (1 - cos) (RLR: 1, ULSAD: 0.5).
-    cosine_weight: the weight in `mse_cosine`, >= 0.
-    fusion: of the levels' maps, position by position: `sum`, `mean` (RLR, ULSAD) or `product` (UniAS).
-    fusion_stride: levels are resized to image_size // fusion_stride before the fusion; 1 = at image size, UniAS 2.
-    align_corners: of the bilinear resize of a level's map to the fusion size.
-    fused_align_corners: of the bilinear resize of the fused map to the image size (only acts for fusion_stride > 1).
-    level_sigmas, level_kernels: Gaussian blur of each level's resized map, in pixels of the fusion size, one value per
-        level, lowest level first, reflect border; empty = none. Without kernels each is cut at 4 sigma.
-    map_size: side, or (height, width), of the map that is smoothed, scored and given out, resized from the map at image
-        size without aligned corners; None = the image size (Dinomaly, INP-Former: 256 from 392).
-    smoothing_sigma: Gaussian blur of the map at image or map size, in pixels; 0 = none (RLR, ULSAD: 4).
-    smoothing_kernel: its number of taps (odd); None = cut at 4 sigma, which is 33 taps for sigma 4.
-    smoothing_border: `reflect` (kornia, ULSAD), `symmetric` (SciPy's default, RLR) or `zeros` (Dinomaly, INP-Former); see
-        models/layers/blur.py.
-    smoothing_target: `both` map and image score, or only `image_score` (RLR's pixel metrics read the unsmoothed map).
-    image_score: of the map: `max`, `mean`, `std` (population), `top_k` = mean of the largest top_k_fraction of pixels
-        (their number rounded down, at least 1: Dinomaly, INP-Former), `pooled_max` = max after average pooling with a
-        pool_window x pool_window window, stride 1, no padding.
+    Args:
+        distance: per position over channels: `l2` norm of the residual (UniAD); `squared_sum`; `squared_mean` (DFR);
+            `cosine` = 1 - cos (UniAS); `mse_cosine` = mean square + cosine_weight * (1 - cos) (RLR: 1, ULSAD: 0.5).
+        cosine_weight: the weight in `mse_cosine`, >= 0.
+        fusion: of the levels' maps, position by position: `sum`, `mean` (RLR, ULSAD) or `product` (UniAS).
+        fusion_stride: levels are resized to image_size // fusion_stride before the fusion; 1 = at image size, UniAS 2.
+        align_corners: of the bilinear resize of a level's map to the fusion size.
+        fused_align_corners: of the bilinear resize of the fused map to the image size (only acts for fusion_stride > 1).
+        level_sigmas: Gaussian blur of each level's resized map, in pixels of the fusion size, one value per level, lowest
+            level first, reflect border; empty = none. Without kernels each is cut at 4 sigma.
+        level_kernels: See `level_sigmas`.
+        map_size: side, or (height, width), of the map that is smoothed, scored and given out, resized from the map at image
+            size without aligned corners; None = the image size (Dinomaly, INP-Former: 256 from 392).
+        smoothing_sigma: Gaussian blur of the map at image or map size, in pixels; 0 = none (RLR, ULSAD: 4).
+        smoothing_kernel: its number of taps (odd); None = cut at 4 sigma, which is 33 taps for sigma 4.
+        smoothing_border: `reflect` (kornia, ULSAD), `symmetric` (SciPy's default, RLR) or `zeros` (Dinomaly, INP-Former);
+            see models/layers/blur.py.
+        smoothing_target: `both` map and image score, or only `image_score` (RLR's pixel metrics read the unsmoothed map).
+        image_score: of the map: `max`, `mean`, `std` (population), `top_k` = mean of the largest top_k_fraction of pixels
+            (their number rounded down, at least 1: Dinomaly, INP-Former), `pooled_max` = max after average pooling with a
+            pool_window x pool_window window, stride 1, no padding.
+        pool_window: side of the window of `pooled_max`, in pixels.
+        top_k_fraction: share of the pixels that `top_k` averages, in (0, 1].
     """
 
     distance: Distance = "l2"
@@ -235,7 +239,7 @@ class AnomalyHead(nn.Module):
                 prepared.append(blurs[index](level_map)[:, 0])
             fused = fuse(prepared, self.config.fusion)
             maps = resize(fused[:, None], (height, width), self.config.fused_align_corners)[:, 0]
-            if self.config.map_size is not None:
+            if isinstance(self.config.map_size, tuple):
                 maps = resize(maps[:, None], self.config.map_size, align_corners=False)[:, 0]
             smoothed = self.smoothing(maps)
             scores = image_scores(

@@ -39,10 +39,11 @@ EPSILON = 1e-5
 class Quantized(NamedTuple):
     """One level after quantisation.
 
-    tokens: (B, L, D) float32, the codes, with the gradient of what they replace (straight-through).
-    indices: (B, L) int64, which code.
-    commitment: float32 scalar, mean squared distance of the tokens to their codes.
-    source: (B, L, D) float32, the tokens before.
+    Args:
+        tokens: (B, L, D) float32, the codes, with the gradient of what they replace (straight-through).
+        indices: (B, L) int64, which code.
+        commitment: float32 scalar, mean squared distance of the tokens to their codes.
+        source: (B, L, D) float32, the tokens before.
     """
 
     tokens: Tensor
@@ -66,25 +67,31 @@ class Restored(NamedTuple):
 class HVQTrans(ConcatenatedLevels):
     """Levels in, one pair out: all levels resized to one grid and concatenated, and their reconstruction from codes.
 
-    channels, sizes: channels and (height, width) of each backbone level, as the feature extractor gives them.
-    classes: how many classes (categories) of images there are.
-    grid: (height, width) of the token grid; None = the size of the highest level given.
-    d_model, heads, feedforward, encoder_layers, decoder_layers, dropout: of the transformer; the decoder is twice as
-        wide as the encoder.
-    codes: codes of one codebook (released: 512).
-    decay: of the moving averages that the codes follow.
-    hierarchy: how many of the encoder's levels are quantised and read by the decoder, from the highest down: all of
-        them, encoder_layers + 1, if None. With 1, every decoder layer reads the highest level, twice side by side. 0 =
-        nothing is quantised, the control that can copy its input.
-    selector: what chooses codebooks and head. `label` (released): the true class, in training and test. `classifier`
-        (the paper's text): the true class in training, a classifier's guess in eval mode. `none`: there is one codebook
-        per level and one head for all classes.
-    switched: which parts the selector switches; the others exist once.
-    transport: the prototype-oriented transport score (POT) that is added to the map in eval mode: `off`, at the `lowest`
-        level (released) or summed over `all` quantised levels.
-    transport_weight: its weight (released: 80).
-    transport_divisor: of the products of tokens and codes before the softmax; None = the number of codes, as released,
-        so that another codebook size changes the temperature.
+    Args:
+        channels: channels and (height, width) of each backbone level, as the feature extractor gives them.
+        sizes: See `channels`.
+        classes: how many classes (categories) of images there are.
+        grid: (height, width) of the token grid; None = the size of the highest level given.
+        d_model: channels of a token in the encoder; the decoder is twice as wide.
+        heads: attention heads; they divide d_model.
+        feedforward: width of the feed-forward part.
+        encoder_layers: number of encoder layers.
+        decoder_layers: number of decoder layers.
+        dropout: share dropped from attention weights, residual branches and inside the feed-forward part.
+        codes: codes of one codebook (released: 512).
+        decay: of the moving averages that the codes follow.
+        hierarchy: how many of the encoder's levels are quantised and read by the decoder, from the highest down: all of
+            them, encoder_layers + 1, if None. With 1, every decoder layer reads the highest level, twice side by side. 0 =
+            nothing is quantised, the control that can copy its input.
+        selector: what chooses codebooks and head. `label` (released): the true class, in training and test. `classifier`
+            (the paper's text): the true class in training, a classifier's guess in eval mode. `none`: there is one codebook
+            per level and one head for all classes.
+        switched: which parts the selector switches; the others exist once.
+        transport: the prototype-oriented transport score (POT) that is added to the map in eval mode: `off`, at the
+            `lowest` level (released) or summed over `all` quantised levels.
+        transport_weight: its weight (released: 80).
+        transport_divisor: of the products of tokens and codes before the softmax; None = the number of codes, as released,
+            so that another codebook size changes the temperature.
 
     Raises ValueError for unknown options and for widths that do not divide.
     """
@@ -134,7 +141,8 @@ class HVQTrans(ConcatenatedLevels):
             )
         if codes < 1 or not 0 <= decay < 1:
             raise ValueError(f"codes must be positive and decay in [0, 1), found codes={codes}, decay={decay}.")
-        self.grid = tuple(grid or sizes[-1])
+        rows, columns = grid or sizes[-1]
+        self.grid = (rows, columns)
         self.classes, self.selector = classes, selector
         self.transport, self.transport_weight, self.transport_divisor = transport, transport_weight, transport_divisor
         width_in = sum(channels)
@@ -161,7 +169,7 @@ class HVQTrans(ConcatenatedLevels):
         )
         self.classifier = PooledClassifier(width_in, classes) if selector == "classifier" else None
 
-    def forward(self, features: Sequence[Tensor], classes: Sequence[int] | None = None) -> Restored:
+    def forward(self, features: list[Tensor], classes: Sequence[int] | None = None) -> Restored:
         """features: (B, C_l, H_l, W_l) per level; classes: the class of each image, 0 to classes - 1.
 
         Classes are needed wherever the selector reads them: with `label` always, with `classifier` in training mode.
@@ -175,13 +183,17 @@ class HVQTrans(ConcatenatedLevels):
         reconstruction = self.restore(decoded, chosen)
         return Restored(Pair(target, reconstruction.transpose(1, 2).unflatten(2, self.grid)), levels)
 
-    def select(self, target: Tensor, classes: Sequence[int] | None) -> list[int]:
-        """The class that switches codebooks and head of each image of a batch (B, C, H, W)."""
+    def select(self, target: Tensor, classes: Sequence[int] | None) -> list[int] | Tensor:
+        """The class that switches codebooks and head of each image of a batch (B, C, H, W), as int64 (B,) or a list.
+
+        Outside training, a list of one class is for all images.
+        """
         if self.selector == "none":
-            return [0] * len(target)
+            return [0] * len(target) if self.training else [0]
         if self.selector == "classifier" and not self.training:
-            return self.classifier(target).tolist()
-        if classes is None or len(classes) != len(target):
+            return self.classifier(target)
+        one = classes is not None and len(classes) == 1 and not self.training
+        if not one and (classes is None or len(classes) != len(target)):
             raise ValueError(
                 f"HVQ-Trans with selector={self.selector} needs the class of each of the {len(target)} images, found "
                 f"{'none' if classes is None else len(classes)}."
@@ -202,7 +214,7 @@ class HVQTrans(ConcatenatedLevels):
         return levels
 
     def quantize(
-        self, encoded: list[Tensor], classes: Sequence[int]
+        self, encoded: list[Tensor], classes: Sequence[int] | Tensor
     ) -> tuple[Tensor, list[Tensor], dict[int, Quantized]]:
         """The decoder's start and the memory of each of its layers, (B, L, 2d), and the quantised levels.
 
@@ -236,12 +248,17 @@ class HVQTrans(ConcatenatedLevels):
             x = layer(x, memory, position, None, None)
         return self.norm(x)
 
-    def restore(self, decoded: Tensor, classes: Sequence[int]) -> Tensor:
+    def restore(self, decoded: Tensor, classes: Sequence[int] | Tensor) -> Tensor:
         """(B, L, 2d) to features (B, L, C) through the head of each image's class."""
         if len(self.heads) == 1:
             return self.heads[0](decoded)
-        weight = torch.stack([self.heads[c].weight for c in classes])  # (B, C, 2d)
-        bias = torch.stack([self.heads[c].bias for c in classes])
+        if isinstance(classes, Tensor):  # from the classifier
+            weight = torch.stack([head.weight for head in self.heads])[classes]
+            bias = torch.stack([head.bias for head in self.heads])[classes]
+        else:  # a head that no image asks for gets no gradient, so that the optimiser leaves it alone
+            weight = torch.stack([self.heads[c].weight for c in classes])  # (B or 1, C, 2d)
+            bias = torch.stack([self.heads[c].bias for c in classes])
+        weight = weight.expand(decoded.shape[0], -1, -1)
         return torch.baddbmm(bias[:, None].to(decoded.dtype), decoded, weight.transpose(1, 2).to(decoded.dtype))
 
     @torch.no_grad()
@@ -254,7 +271,7 @@ class HVQTrans(ConcatenatedLevels):
         chosen = self.select(restored.pair.target, classes)
         scores = {}
         for level, quantized in restored.levels.items():
-            codes = self.codebooks[str(level)].of(chosen)
+            codes = self.codebooks[str(level)].of(chosen, quantized.source.shape[0])
             divisor = self.transport_divisor or codes.shape[2]
             scores[level] = transport_cost(quantized.source, codes, divisor).unflatten(1, self.grid)
         return scores
@@ -281,7 +298,7 @@ class HVQTrans(ConcatenatedLevels):
         return any(bool(book.counts.any()) for level in self.codebooks.values() for book in level.books)
 
     @torch.no_grad()
-    def start_codebooks(self, features: Sequence[Tensor], classes: Sequence[int], generator: torch.Generator) -> None:
+    def start_codebooks(self, features: list[Tensor], classes: Sequence[int], generator: torch.Generator) -> None:
         """Codes become tokens of these images, each counted once (our start `data`; the released one is random).
 
         features, classes: as in `forward`, of some images of every class. generator: of the choice of tokens, on the
@@ -349,7 +366,8 @@ class Codebooks(nn.Module):
     class, and so on: the same numbers. The released code mixes up the classes of several processes. Here every process
     gets the images of all of them, in the order of a single process' batch, and makes the same updates.
 
-    width: of the tokens; codes: per codebook; classes: how many codebooks; decay: of the moving averages.
+    Args:
+        width: of the tokens; codes: per codebook; classes: how many codebooks; decay: of the moving averages.
     """
 
     def __init__(self, width: int, codes: int, classes: int, decay: float) -> None:
@@ -357,25 +375,25 @@ class Codebooks(nn.Module):
         self.decay = decay
         self.books = nn.ModuleList(Codebook(width, codes) for _ in range(classes))
 
-    def forward(self, x: Tensor, classes: Sequence[int]) -> Quantized:
+    def forward(self, x: Tensor, classes: Sequence[int] | Tensor) -> Quantized:
         """x: (B, L, width); classes: the codebook of each image. Computed in float32, also under autocast."""
         if len(self.books) == 1:
-            classes = [0] * len(x)
+            classes = [0] * len(x) if self.training else [0]
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
             own = x.detach()
             if self.training:
                 nearest, indices = self._follow(own, classes)
             else:
-                nearest, indices = nearest_codes(own, self.of(classes))
+                nearest, indices = nearest_codes(own, self.of(classes, x.shape[0]))
             commitment = F.mse_loss(x, nearest)
             return Quantized(x + (nearest - own), indices, commitment, own)
 
-    def of(self, classes: Sequence[int]) -> Tensor:
-        """The codes that each image meets, (B, width, K)."""
+    def of(self, classes: Sequence[int] | Tensor, images: int) -> Tensor:
+        """The codes that each of so many images meets, (images, width, K); one class is for all."""
         if len(self.books) == 1:
-            return self.books[0].codes.expand(len(classes), -1, -1)
-        return torch.stack([self.books[c].codes for c in classes])
+            return self.books[0].codes.expand(images, -1, -1)
+        return torch.stack([book.codes for book in self.books])[classes].expand(images, -1, -1)
 
     @torch.no_grad()
     def _follow(self, x: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -37,13 +37,16 @@ class Rebuilt(NamedTuple):
 class INPFormer(ReconstructionNetwork):
     """ViT blocks in, one pair per group of blocks out. Class and register tokens are not used.
 
-    channels, sizes: width and (height, width) of each level, all equal, as a ViT's blocks give them.
-    prototypes: number of INPs, 6 in the paper.
-    groups, heads: as in `models.dinomaly.Dinomaly`.
-    attention: of the decoder: `relu` of the scaled cosine similarities, not normalised, or `softmax` of them, for the
-        ablation.
-    residual: add each block's input to what its attention gives; the paper has no such path.
-    dropout: of the bottleneck; 0 in the paper, 0.2 is Dinomaly's noise on top.
+    Args:
+        channels: width and (height, width) of each level, all equal, as a ViT's blocks give them.
+        sizes: See `channels`.
+        prototypes: number of INPs, 6 in the paper.
+        groups: as in `models.dinomaly.Dinomaly`.
+        heads: See `groups`.
+        attention: of the decoder: `relu` of the scaled cosine similarities, not normalised, or `softmax` of them, for the
+            ablation.
+        residual: add each block's input to what its attention gives; the paper has no such path.
+        dropout: of the bottleneck; 0 in the paper, 0.2 is Dinomaly's noise on top.
 
     Raises ValueError for levels of different widths or sizes, groups that do not fit, and an unknown attention.
     """
@@ -93,7 +96,7 @@ class INPFormer(ReconstructionNetwork):
         targets = features[: len(self.groups)]
         fused = features[-1] if self.fused_apart else torch.stack(features).mean(dim=0)
         tokens = fused.flatten(2).transpose(1, 2)  # (B, L, C)
-        prototypes = self.extractor(self.prototypes.expand(len(tokens), -1, -1), tokens)
+        prototypes = self.extractor(self.prototypes.expand(tokens.shape[0], -1, -1), tokens)
         distance = nearest_distance(tokens, prototypes).unflatten(1, self.grid)
         x = self.bottleneck(tokens)
         outputs = []

@@ -30,13 +30,17 @@ class MKD(ReconstructionNetwork):
     Every stage halves the image: 3x3 convolutions, each followed by batch norm and ReLU, but the last one by ReLU alone, so
     that no compared level is normalised; then a 2x2 maximum. 343,984 parameters for VGG16's levels.
 
-    channels, strides: of the source's levels, lowest first, as `prepare` gives them (behind the pool, for a VGG).
-        Strides are powers of two, 4, 8, 16 and 32 for the released network.
-    pooled: whether the source's levels still have to be pooled: a VGG's, which the feature extractor gives before the pool.
-    stages: widths of the cloner's convolutions, a list per stage; a compared stage ends in its level's channels. None is
-        the released plan: two convolutions in the first two stages, three in the others, 16 channels but for the last one.
-    equal_size: the plan has the levels' channels in every convolution instead of 16 (the paper's equal-size ablation).
-    bias: whether the cloner's convolutions have biases.
+    Args:
+        channels: of the source's levels, lowest first, as `prepare` gives them (behind the pool, for a VGG). Strides are
+            powers of two, 4, 8, 16 and 32 for the released network.
+        strides: See `channels`.
+        pooled: whether the source's levels still have to be pooled: a VGG's, which the feature extractor gives before the
+            pool.
+        stages: widths of the cloner's convolutions, a list per stage; a compared stage ends in its level's channels. None
+            is the released plan: two convolutions in the first two stages, three in the others, 16 channels but for the
+            last one.
+        equal_size: the plan has the levels' channels in every convolution instead of 16 (the paper's equal-size ablation).
+        bias: whether the cloner's convolutions have biases.
 
     Raises ValueError for strides or stages that do not fit the source.
     """

@@ -23,9 +23,11 @@ from models.reconstruction import FeatureNetwork
 class NearestNeighboursNetwork(FeatureNetwork):
     """`prepare` brings the levels to one grid, `bank` holds the vectors of normal images, `forward` measures distances.
 
-    channels, sizes: channels and (height, width) of each level, as the feature extractor gives them.
-    grid: side of the grid that the levels are resized to, or None for the lowest level's own: the finest, and the slowest.
-        A reconstruction method is compared at its own grid, on which it sees no more than this.
+    Args:
+        channels: channels and (height, width) of each level, as the feature extractor gives them.
+        sizes: See `channels`.
+        grid: side of the grid that the levels are resized to, or None for the lowest level's own: the finest, and the
+            slowest. A reconstruction method is compared at its own grid, on which it sees no more than this.
     """
 
     def __init__(self, channels: Sequence[int], sizes: Sequence[tuple[int, int]], *, grid: int | None = None) -> None:
@@ -34,7 +36,7 @@ class NearestNeighboursNetwork(FeatureNetwork):
             raise ValueError(
                 f"grid is the positive side of a map of vectors, or null for the finest level's; found {grid}."
             )
-        self.grid = tuple(sizes[0]) if grid is None else (grid, grid)
+        self.grid = (*sizes[0],) if grid is None else (grid, grid)
         self.width = sum(channels)
         self.bank = MemoryBank(self.width)
 

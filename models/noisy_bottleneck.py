@@ -33,13 +33,16 @@ class NoisyBottleneckNetwork(ConcatenatedLevels):
     `blocks` decoder blocks, linear projection back. Dinomaly's dropout before and after every layer was tried too: it
     learns two to three times as slowly on these features.
 
-    channels, sizes: channels and (height, width) of each level, as the feature extractor gives them.
-    grid: (height, width) of the token grid; None = the size of the highest level given.
-    width: of a token; with fewer than the feature channels the projection is low-rank.
-    dropout: on the standardised features and on the bottleneck's hidden layer, in training only; 0 = no noise, which is
-        the control that learns to copy.
-    blocks: decoder blocks; attention: `linear`, `softmax`, or `none` = their MLPs alone, one token at a time.
-    heads: of the attention, must divide `width`.
+    Args:
+        channels: channels and (height, width) of each level, as the feature extractor gives them.
+        sizes: See `channels`.
+        grid: (height, width) of the token grid; None = the size of the highest level given.
+        width: of a token; with fewer than the feature channels the projection is low-rank.
+        dropout: on the standardised features and on the bottleneck's hidden layer, in training only; 0 = no noise, which is
+            the control that learns to copy.
+        blocks: number of decoder blocks.
+        attention: `linear`, `softmax`, or `none` = their MLPs alone, one token at a time.
+        heads: of the attention, must divide `width`.
 
     The buffers `mean` and `std`, (C,), standardise each channel; they are set by `standardise` before training.
     Raises ValueError for an unknown attention and widths that do not divide.
@@ -66,7 +69,8 @@ class NoisyBottleneckNetwork(ConcatenatedLevels):
         if blocks < 0:
             raise ValueError(f"blocks must not be negative, found {blocks}.")
         head_count(width, heads)
-        self.grid = tuple(grid or sizes[-1])
+        rows, columns = grid or sizes[-1]
+        self.grid = (rows, columns)
         width_in = sum(channels)
         self.register_buffer("mean", torch.zeros(width_in))
         self.register_buffer("std", torch.ones(width_in))

@@ -1,5 +1,5 @@
 """StableAdamW and the warm cosine, the optimiser and the schedule of Dinomaly and INP-Former; Adam as RD4AD has it; half a
-cosine as CutPaste has it.
+cosine as CutPaste has it; the schedules of CFLOW, DRAEM and EfficientAD.
 
 StableAdamW: Wortsman et al., "Stable and low-precision training for large-scale vision-language models", NeurIPS 2023,
 https://arxiv.org/abs/2304.13013, in the form of Dinomaly's released code.
@@ -177,6 +177,91 @@ class WarmCosine(LRScheduler):
         length = self.total_steps - self.warmup_steps
         progress = min(1.0, (step - self.warmup_steps) / length) if length > 0 else 1.0
         return self.final_ratio + (1 - self.final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class WarmStairs(LRScheduler):
+    """Learning rate per step: linear warm-up, then half a cosine that falls in stairs, as in CFLOW's code. Step it per step.
+
+    The training is cut into `stairs` equal parts (CFLOW: meta-epochs). The rate of part k is
+    final_ratio + (1 - final_ratio) (1 + cos(pi k / stairs)) / 2 of the full one; in the first `warm` parts it rises instead,
+    linearly from `start_ratio` to the rate of part `warm`. total_steps: None = the training's length, which whoever trains fills
+    in.
+
+    Raises ValueError for numbers that make no such schedule.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_steps: int | None = None,
+        stairs: int = 25,
+        warm: int = 2,
+        start_ratio: float = 0.1,
+        final_ratio: float = 1e-3,
+    ) -> None:
+        if not 0 <= warm < stairs or start_ratio < 0 or final_ratio < 0:
+            raise ValueError(
+                f"WarmStairs needs 0 <= warm < stairs and no negative ratio, found warm={warm}, stairs={stairs}, "
+                f"start_ratio={start_ratio}, final_ratio={final_ratio}."
+            )
+        self.total_steps, self.stairs, self.warm = total_steps, stairs, warm
+        self.start_ratio, self.final_ratio = start_ratio, final_ratio
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        """The learning rate of each parameter group in the present step."""
+        return [rate * self.factor(self.last_epoch) for rate in self.base_lrs]
+
+    def factor(self, step: int) -> float:
+        """What the learning rate is multiplied by in step 0, 1, 2, ..."""
+        if not step:
+            return self.start_ratio if self.warm else 1.0
+        if self.total_steps is None:
+            raise ValueError("total_steps of WarmStairs is None: set it to the number of steps of the training.")
+        part = min(step / self.total_steps, 1) * self.stairs
+        if part < self.warm:
+            return self.start_ratio + part / self.warm * (self._stair(self.warm) - self.start_ratio)
+        return self._stair(math.floor(part))
+
+    def _stair(self, part: int) -> float:
+        return self.final_ratio + (1 - self.final_ratio) * 0.5 * (1 + math.cos(math.pi * part / self.stairs))
+
+
+class Drops(LRScheduler):
+    """Learning rate per step, multiplied by `ratio` at a share of the training, and again at another. Step it per step.
+
+    DRAEM: a fifth at 0.8 and at 0.9. EfficientAD: a tenth at 0.95, and at 1, which no step reaches. total_steps: None = the
+    training's length, which whoever trains fills in.
+
+    Raises ValueError for shares outside (0, 1] or a negative ratio.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        total_steps: int | None = None,
+        first: float = 0.8,
+        second: float = 0.9,
+        ratio: float = 0.2,
+    ) -> None:
+        if not (0 < first <= 1 and 0 < second <= 1 and ratio >= 0):
+            raise ValueError(
+                f"Drops needs shares in (0, 1] and no negative ratio, found first={first}, second={second}, ratio={ratio}."
+            )
+        self.total_steps, self.first, self.second, self.ratio = total_steps, first, second, ratio
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        """The learning rate of each parameter group in the present step."""
+        return [rate * self.factor(self.last_epoch) for rate in self.base_lrs]
+
+    def factor(self, step: int) -> float:
+        """What the learning rate is multiplied by in step 0, 1, 2, ..."""
+        if not step:
+            return 1.0
+        if self.total_steps is None:
+            raise ValueError("total_steps of Drops is None: set it to the number of steps of the training.")
+        return self.ratio ** sum(step >= share * self.total_steps for share in (self.first, self.second))
 
 
 class HalfCosine(LRScheduler):

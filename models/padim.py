@@ -17,11 +17,13 @@ channels: 0.13 and 0.17 GB. Factoring takes k^3 / 3 operations per position, 0.2
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.layers.tracing import tracing
 from models.reconstruction import FeatureNetwork
 
 POSITIONS = 64
@@ -35,11 +37,13 @@ class PaDiMNetwork(FeatureNetwork):
 
     Nothing is prepared: which channels are kept differs from run to run, and picking them is cheap.
 
-    channels, sizes: channels and (height, width) of each level, as the feature extractor gives them. Every level's map
-        must be a whole fraction of the lowest one's.
-    kept: how many channels of the concatenated levels are used; None: the paper's 550 of 1792 or 100 of 448.
-    epsilon: added to the diagonal of every covariance (0.01; anomalib adds 1e-5 more).
-    generator: of the draw of channels; None: torch's global one.
+    Args:
+        channels: channels and (height, width) of each level, as the feature extractor gives them. Every level's map must be
+            a whole fraction of the lowest one's.
+        sizes: See `channels`.
+        kept: how many channels of the concatenated levels are used; None: the paper's 550 of 1792 or 100 of 448.
+        epsilon: added to the diagonal of every covariance (0.01; anomalib adds 1e-5 more).
+        generator: of the draw of channels; None: torch's global one.
 
     The state dict holds `chosen`, int64 (kept,), the channels in the order of use; `mean`, float64 (H * W, kept); and
     `factor`, float64 (H * W, kept (kept + 1) / 2): the lower Cholesky factors, row by row. Before `finish`, `factor` holds
@@ -83,6 +87,7 @@ class PaDiMNetwork(FeatureNetwork):
         self.register_buffer("chosen", torch.randperm(total, generator=generator)[:kept])
         self.register_buffer("mean", torch.zeros(0, kept, dtype=torch.float64))
         self.register_buffer("factor", torch.zeros(0, kept * (kept + 1) // 2, dtype=torch.float64))
+        self.register_buffer("inverse", None, persistent=False)
 
     @property
     def state_bytes(self) -> int:
@@ -96,15 +101,8 @@ class PaDiMNetwork(FeatureNetwork):
 
     def embed(self, levels: Sequence[Tensor]) -> Tensor:
         """Levels (B, C_l, H_l, W_l) -> the chosen channels (B, kept, H, W), lowest level's channels numbered first."""
-        B, (H, W) = len(levels[0]), self.grid
-        embedding = levels[0].new_empty(B, self.kept, H, W, dtype=torch.float32)
-        first = 0
-        for level in levels:
-            inside = (self.chosen >= first) & (self.chosen < first + level.shape[1])
-            picked = level.float()[:, self.chosen[inside] - first]
-            embedding[:, inside] = F.interpolate(picked, size=self.grid, mode="nearest")
-            first += level.shape[1]
-        return embedding
+        joined = [F.interpolate(level.float(), size=self.grid, mode="nearest") for level in levels]
+        return torch.cat(joined, dim=1)[:, self.chosen]
 
     # ---- fit ---------------------------------------------------------------------------------------------------------
 
@@ -197,15 +195,24 @@ class PaDiMNetwork(FeatureNetwork):
             )
         with torch.autocast(levels[0].device.type, enabled=False):
             x = self.embed(levels).flatten(2).permute(2, 1, 0).double() - self.mean[:, :, None]  # (H * W, kept, B)
-            distances = [
-                torch.linalg.vector_norm(
-                    torch.linalg.solve_triangular(self._full(self.factor[part]), x[part], upper=False), dim=1
-                )
-                for part in self._parts()
-            ]
+            distances = [torch.linalg.vector_norm(self._whitened(part, x[part]), dim=1) for part in self._parts()]
         return torch.cat(distances).T.reshape(-1, *self.grid).float()
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _whitened(self, part: slice, x: Tensor) -> Tensor:
+        """(n, kept, B) divided by the Cholesky factors of the positions in `part`."""
+        if tracing() and self.inverse is not None:
+            return self._full(self.inverse[part]) @ x
+        return torch.linalg.solve_triangular(self._full(self.factor[part]), x, upper=False)
+
+    @torch.no_grad()
+    def invert(self) -> None:
+        """Makes graphs that are traced from now on multiply by the inverse factors, which they hold instead of the factors."""
+        one = torch.eye(self.kept, dtype=self.factor.dtype, device=self.factor.device)
+        whole = (self._full(self.factor[part]) for part in self._parts())
+        parts = [self._packed(torch.linalg.solve_triangular(full, one.expand_as(full), upper=False)) for full in whole]
+        self.inverse = torch.cat(parts)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in ("chosen", "mean", "factor"):
             stored, own = state_dict.get(prefix + name), getattr(self, name)
             if stored is not None and stored.shape[1:] == own.shape[1:] and name != "chosen":

@@ -33,7 +33,9 @@ SLOPE = 0.1
 class SmallEncoder(nn.Module):
     """Patches of 32 pixels -> (B, D): eight 3x3 convolutions without padding, the first with stride 2, and a tanh.
 
-    widths: channels of the first seven. dim: D.
+    Args:
+        widths: channels of the first seven.
+        dim: D.
     """
 
     def __init__(self, widths: Sequence[int], dim: int) -> None:
@@ -94,7 +96,8 @@ class PositionClassifier(nn.Module):
 
     The last layer's weight is divided by its length over the eight classes.
 
-    last_weight: `fixed`: no gradient reaches that weight, so that it keeps its initial value, as released; `trained`.
+    Args:
+        last_weight: `fixed`: no gradient reaches that weight, so that it keeps its initial value, as released; `trained`.
     """
 
     def __init__(self, dim: int, hidden: int, last_weight: LastWeight = "fixed") -> None:
@@ -116,9 +119,12 @@ class PositionClassifier(nn.Module):
 class PatchSVDD(FeatureNetwork):
     """Encoder, position classifiers, mean image and the embeddings of the training patches. Reads images, no features.
 
-    size: (height, width) of the images.
-    dim: D, of both embeddings. widths: of the small encoder's first seven convolutions. hidden: of the layer above it, and
-        of the classifiers. last_weight: see `PositionClassifier`.
+    Args:
+        size: (height, width) of the images.
+        dim: D, of both embeddings.
+        widths: of the small encoder's first seven convolutions.
+        hidden: of the layer above it, and of the classifiers.
+        last_weight: see `PositionClassifier`.
 
     The state dict holds `mean_image`, (3, height, width) in [0, 1], NaN until it is measured, and the banks `bank_64` and
     `bank_32`, empty until training ends: 3.2 GB for MVTec AD's 3,629 training images at 256 pixels.
@@ -157,7 +163,9 @@ class PatchSVDD(FeatureNetwork):
     def losses(self, position: Tensor, label: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
         """Cross entropy of the direction, and mean distance (not squared) of near patches, of one side.
 
-        position, near: centred patches (B, 2, 3, K, K). label: (B,).
+        position: centred patches (B, 2, 3, K, K).
+        label: (B,).
+        near: See `position`.
         """
         classifier = self.cls_64 if position.shape[-1] == 64 else self.cls_32
         first, second, near_first, near_second = self.encoder(
@@ -197,9 +205,8 @@ def spread(distances: Tensor, side: int, size: tuple[int, int]) -> Tensor:
     ones = distances.new_ones(1, 1, side, side)
     total = F.conv_transpose2d(distances[:, None], ones, stride=stride)
     count = F.conv_transpose2d(torch.ones_like(distances[:1, None]), ones, stride=stride)
-    maps = distances.new_zeros(len(distances), *size)
-    maps[:, : total.shape[-2], : total.shape[-1]] = (total / count)[:, 0]
-    return maps
+    below, right = (side - covered for side, covered in zip(size, total.shape[-2:], strict=True))
+    return F.pad((total / count)[:, 0], (0, right, 0, below))
 
 
 def released_part(network: PatchSVDD) -> nn.Module:

@@ -44,18 +44,21 @@ class PatchScores(NamedTuple):
 class PatchCoreNetwork(FeatureNetwork):
     """Nothing is trained: `prepare` makes patch vectors, `bank` holds the chosen ones, `forward` measures distances.
 
-    channels, sizes: channels and (height, width) of each level, as the feature extractor gives them.
-    rule: `released`: all numbers of the neighbourhood, averaged to `pretrain_dim` per level and to `target_dim` over the
-        levels; squared distances. `anomalib`: the neighbourhood's mean, levels concatenated; distances not squared, and
-        a patch map that is enlarged without interpolation.
-    score: of an image. `patch_max`: the farthest patch's distance, before enlarging and smoothing (released).
-        `reweighted`: that distance x (1 - softmax over the distances to the `score_neighbors` bank entries around its
-        nearest one), the paper's Eq. 7 as anomalib has it. `map`: what the head makes of the smoothed map. None = the
-        rule's own.
-    neighbors: a patch's distance is the mean of that many smallest ones (released: 1; 3 to 5 for its pixel metrics).
-    score_neighbors: b of the reweighted score; a smaller bank gives all it has.
-    patch: side of the neighbourhood, odd.
-    pretrain_dim, target_dim: see rule; `anomalib` has no use for them.
+    Args:
+        channels: channels and (height, width) of each level, as the feature extractor gives them.
+        sizes: See `channels`.
+        rule: `released`: all numbers of the neighbourhood, averaged to `pretrain_dim` per level and to `target_dim` over
+            the levels; squared distances. `anomalib`: the neighbourhood's mean, levels concatenated; distances not squared,
+            and a patch map that is enlarged without interpolation.
+        score: of an image. `patch_max`: the farthest patch's distance, before enlarging and smoothing (released).
+            `reweighted`: that distance x (1 - softmax over the distances to the `score_neighbors` bank entries around its
+            nearest one), the paper's Eq. 7 as anomalib has it. `map`: what the head makes of the smoothed map. None = the
+            rule's own.
+        neighbors: a patch's distance is the mean of that many smallest ones (released: 1; 3 to 5 for its pixel metrics).
+        score_neighbors: b of the reweighted score; a smaller bank gives all it has.
+        patch: side of the neighbourhood, odd.
+        pretrain_dim: see rule; `anomalib` has no use for them.
+        target_dim: See `pretrain_dim`.
     """
 
     def __init__(
@@ -91,7 +94,7 @@ class PatchCoreNetwork(FeatureNetwork):
         self.neighbors, self.score_neighbors = neighbors, score_neighbors
         self.pretrain_dim, self.target_dim = pretrain_dim, target_dim
         self.channels = tuple(channels)
-        self.grid = tuple(sizes[0])
+        self.grid = (*sizes[0],)
         self.width = target_dim if rule == "released" else sum(channels)
         self.bank = MemoryBank(self.width)
 

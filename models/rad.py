@@ -15,11 +15,13 @@ MVTec AD, unified, with a ViT-B/16 at 448 pixels (784 patches, 768 channels, 4 l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.layers.tracing import in_parts
 from models.reconstruction import FeatureNetwork
 
 CHUNK = 16
@@ -29,10 +31,12 @@ CHUNK = 16
 class RADNetwork(FeatureNetwork):
     """`prepare` makes unit vectors, the banks hold those of all normal images, `forward` compares.
 
-    channels, sizes: channels and (height, width) of each level.
-    images: how many normal images are retrieved (150); fewer training images: all.
-    positional: whether a patch is compared only with patches of about the same place.
-    radius: how many patches that place reaches in every direction; 0 is the same place only.
+    Args:
+        channels: channels and (height, width) of each level.
+        sizes: See `channels`.
+        images: how many normal images are retrieved (150); fewer training images: all.
+        positional: whether a patch is compared only with patches of about the same place.
+        radius: how many patches that place reaches in every direction; 0 is the same place only.
 
     The state dict holds `descriptors` (N, C_L) and `bank{l}` (H_l W_l, N, C_l), float32, all of unit length.
     """
@@ -54,7 +58,7 @@ class RADNetwork(FeatureNetwork):
         if radius < 0:
             raise ValueError(f"radius must not be negative, found {radius}.")
         self.images, self.positional, self.radius = images, positional, radius
-        self.sizes = [tuple(size) for size in sizes]
+        self.sizes = [(*size,) for size in sizes]
         self.register_buffer("descriptors", torch.zeros(0, channels[-1]))
         for level, (width, (height, columns)) in enumerate(zip(channels, self.sizes, strict=True)):
             self.register_buffer(f"bank{level}", torch.zeros(height * columns, 0, width))
@@ -102,32 +106,33 @@ class RADNetwork(FeatureNetwork):
             for level, bank, size in zip(features, self.banks, self.sizes, strict=True):
                 vectors = level.float().flatten(2).transpose(1, 2)  # (B, H * W, C)
                 compare = self._same_place if self.positional else self._anywhere
-                found = [compare(one, bank, chosen, size) for one, chosen in zip(vectors, retrieved, strict=True)]
-                maps.append(1 - torch.stack(found).view(-1, *size))
+                images = zip(in_parts(vectors, 1), in_parts(retrieved, 1), strict=True)
+                found = [compare(own, bank, chosen, size) for own, chosen in images]
+                maps.append(1 - torch.cat(found).view(-1, *size))
         return maps
 
     @staticmethod
     def _anywhere(vectors: Tensor, bank: Tensor, chosen: Tensor, size: tuple[int, int]) -> Tensor:
-        """Largest cosine of each vector (P, C) with any patch of the chosen images, (P,)."""
-        best = [(vectors @ bank[:, part].flatten(0, 1).T).amax(dim=1) for part in chosen.split(CHUNK)]
-        return torch.stack(best).amax(dim=0)
+        """Largest cosine of each vector (B, P, C) with any patch of the chosen images (B, k), (B, P)."""
+        patches = (bank[:, part].transpose(0, 1).flatten(1, 2) for part in chosen.split(CHUNK, dim=1))
+        return torch.stack([(vectors @ found.transpose(1, 2)).amax(dim=2) for found in patches]).amax(dim=0)
 
     def _same_place(self, vectors: Tensor, bank: Tensor, chosen: Tensor, size: tuple[int, int]) -> Tensor:
-        """Largest cosine of each vector (P, C) with patches of the chosen images at most `radius` away, (P,)."""
+        """Largest cosine of each vector (B, P, C) with patches of the chosen images (B, k) at most `radius` away, (B, P)."""
         H, W = size
-        best = vectors.new_full((H, W), -1.0)
-        query = vectors.view(H, W, -1, 1)
-        for part in chosen.split(CHUNK):
-            grid = bank[:, part].view(H, W, len(part), -1)
+        query = vectors.unflatten(1, size)[..., None]
+        best = torch.full_like(query[..., 0, 0], -1.0)
+        for part in chosen.split(CHUNK, dim=1):
+            grid = bank[:, part].transpose(0, 1).unflatten(1, size)  # (B, H, W, k, C)
             for down in range(max(-self.radius, 1 - H), min(self.radius, H - 1) + 1):
                 for right in range(max(-self.radius, 1 - W), min(self.radius, W - 1) + 1):
                     rows, columns = slice(max(0, -down), H - max(0, down)), slice(max(0, -right), W - max(0, right))
-                    there = grid[max(0, down) : H - max(0, -down), max(0, right) : W - max(0, -right)]
-                    cosine = (there @ query[rows, columns])[..., 0].amax(dim=2)
-                    best[rows, columns] = torch.maximum(best[rows, columns], cosine)
-        return best.flatten()
+                    there = grid[:, max(0, down) : H - max(0, -down), max(0, right) : W - max(0, -right)]
+                    cosine = (there @ query[:, rows, columns])[..., 0].amax(dim=3)
+                    best[:, rows, columns] = torch.maximum(best[:, rows, columns], cosine)
+        return best.flatten(1)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         stored = state_dict.get(prefix + "descriptors")
         if stored is not None and stored.ndim == 2:
             self.descriptors = self.descriptors.new_zeros(len(stored), self.descriptors.shape[1])

@@ -27,13 +27,16 @@ class RD4AD(ReconstructionNetwork):
     """Three levels in, three pairs out. Of a ResNet's levels (c, 2c, 4c) it is the released network; of any other
     backbone's the widths follow the levels in the same way.
 
-    channels, sizes: channels and (height, width) of each level, as the feature extractor gives them, each level at half
-        the size of the one before. The highest level's size must be even.
-    block: residual blocks of the embedding and the decoder, `bottleneck` (ResNet50 and larger) or `basic` (ResNet18, 34).
-    width_per_group: middle width of a bottleneck block relative to a ResNet's, in units of 64: 128 for WideResNet50-2,
-        also in the embedding, where anomalib leaves 64.
-    embedding_blocks: blocks of the embedding: 3, for basic blocks 2.
-    decoder_blocks: blocks of the decoder's layers, from the smallest map: 3, 4, 6 for ResNet50; 2, 2, 2 for ResNet18.
+    Args:
+        channels: channels and (height, width) of each level, as the feature extractor gives them, each level at half the
+            size of the one before. The highest level's size must be even.
+        sizes: See `channels`.
+        block: residual blocks of the embedding and the decoder, `bottleneck` (ResNet50 and larger) or `basic` (ResNet18,
+            34).
+        width_per_group: middle width of a bottleneck block relative to a ResNet's, in units of 64: 128 for WideResNet50-2,
+            also in the embedding, where anomalib leaves 64.
+        embedding_blocks: blocks of the embedding: 3, for basic blocks 2.
+        decoder_blocks: blocks of the decoder's layers, from the smallest map: 3, 4, 6 for ResNet50; 2, 2, 2 for ResNet18.
 
     83,802,624 parameters for WideResNet50-2. The released embedding carries 8,392,704 more, in `conv4` and `bn4`, which
     nothing uses or trains; they are left out, and ignored in a released checkpoint.

@@ -73,9 +73,8 @@ def load_released(network: nn.Module, checkpoint: str | Path | Mapping[str, Tens
             f"{type(network).__module__} has no function `released_name`, so authors' checkpoints cannot be imported "
             f"into {type(network).__name__}."
         )
-    in_memory = isinstance(checkpoint, Mapping)
-    source = dict(checkpoint) if in_memory else read_state_dict(checkpoint)
-    where = "The released checkpoint" if in_memory else f"The released checkpoint {checkpoint}"
+    source = dict(checkpoint) if isinstance(checkpoint, Mapping) else read_state_dict(checkpoint)
+    where = "The released checkpoint" if isinstance(checkpoint, Mapping) else f"The released checkpoint {checkpoint}"
     state = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
 
     best: dict[str, str] = {}

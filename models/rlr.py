@@ -314,7 +314,7 @@ class ReferenceAttention(MultiHeadAttention):
         """query (B, L, d), key and value (B or 1, L, d); `attend` maps their heads (B, h, L, d / h) -> (B, L, d)."""
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         heads = [
-            self._split(F.linear(tokens, weight, bias)).expand(len(query), -1, -1, -1)
+            self._split(F.linear(tokens, weight, bias)).expand(query.shape[0], -1, -1, -1)
             for tokens, weight, bias in zip((query, key, value), weights, biases, strict=True)
         ]
         return self.out_proj(attend(*heads).transpose(1, 2).flatten(2))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -24,8 +24,15 @@ Shortcut = Literal["mlp", "cnn", "transformer_no_query", "transformer_one_query"
 class ConvolutionalShortcut(ConcatenatedLevels):
     """Three hidden layers with ReLU on the concatenated levels; no norm, no skip, no dropout, PyTorch's initialisation.
 
-    kernel: 1 = the MLP, one token at a time; 3 = the CNN. hidden: width of the hidden layers, at least the number of
-    channels, since a narrower network could not copy even if it wanted. Other arguments as in `UniAD`.
+    Args:
+        channels: Of each level.
+        sizes: (height, width) of each level.
+        kernel: 1 = the MLP, one token at a time; 3 = the CNN.
+        hidden: width of the hidden layers, at least the number of channels, since a narrower network could not copy even
+            if it wanted.
+        grid: (height, width) of the token grid; None = the size of the highest level given.
+        jitter_scale: as in `models.uniad.UniAD`; 0 = no jitter.
+        jitter_probability: share of training batches that are jittered, in [0, 1].
     """
 
     def __init__(
@@ -48,7 +55,8 @@ class ConvolutionalShortcut(ConcatenatedLevels):
             )
         if kernel < 1 or kernel % 2 == 0:
             raise ValueError(f"The kernel must be a positive odd number, found {kernel}.")
-        self.grid = tuple(grid or sizes[-1])
+        rows, columns = grid or sizes[-1]
+        self.grid = (rows, columns)
         self.jitter = FeatureJitter(jitter_scale, jitter_probability, dim=1)
         widths = [width, hidden, hidden, hidden, width]
         layers: list[nn.Module] = []
@@ -89,13 +97,13 @@ def shortcut_network(
         raise ValueError(f'There is no shortcut network "{kind}"; choose from {", ".join(get_args(Shortcut))}.')
     if jitter_scale is None:
         jitter_scale = 20.0 if kind == "uniad" else 0.0
-    jitter = {"jitter_scale": jitter_scale, "jitter_probability": jitter_probability}
+    jitter: dict[str, Any] = {"jitter_scale": jitter_scale, "jitter_probability": jitter_probability}
     if kind in ("mlp", "cnn"):
         if dropout:
             raise ValueError(f"The {kind} has no dropout; found dropout={dropout}. Only the transformers have.")
         kernel, width = (1, 1792) if kind == "mlp" else (3, 512)
         return ConvolutionalShortcut(channels, sizes, kernel=kernel, hidden=hidden or width, grid=grid, **jitter)
-    study = {} if kind == "uniad" else {"query": "first", "neighbor_size": None, "mask_places": ()}
+    study: dict[str, Any] = {} if kind == "uniad" else {"query": "first", "neighbor_size": None, "mask_places": ()}
     if kind == "transformer_no_query":
         study["query"] = "none"
     return UniAD(

@@ -16,9 +16,15 @@ STARTS = "scratch, imagenet (timm's), packaged (those inside a Python package) o
 class NoBackbone(nn.Module):
     """Stands where other methods have a frozen feature extractor: it gives no level.
 
-    mean, std: normalisation of the pixels, for pixels in [0, 1].
-    name, weights, source, sha256, note: what the run's record says of the trunk in its place: its name, what it started
-        from, where that came from, its hash, and a remark.
+    Args:
+        mean: normalisation of the pixels, for pixels in [0, 1].
+        std: See `mean`.
+        name: what the run's record says of the trunk in its place: its name, what it started from, where that came from,
+            its hash, and a remark.
+        weights: See `name`.
+        source: See `name`.
+        sha256: See `name`.
+        note: See `name`.
     """
 
     def __init__(

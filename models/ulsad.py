@@ -34,15 +34,16 @@ GLOBAL_MAPS = ("auto", "bridge", "direct", "attention", "none")
 class ULSADDetails:
     """Where the released code and the printed paper differ, and one choice of ours. The defaults are the released code's.
 
-    encoder_activation: "relu" (code, and the paper's Table 4) or "leaky_relu" with slope 0.01 (the paper's text).
-    third_activation: activation after the third encoder convolution (Table 4: True; code: False).
-    decoder_sizes: "released" (at image size 256: 3, 8, 15, 31, 63) or "printed", the nominal powers of two of Table 5
-        (4, 8, 16, 32, 64; its first entry, 31, contradicts the map size that follows it and is read as 4).
-    autoencoder_output: "linear" (code) or "relu" (Table 5).
-    autoencoder_affine: learnable scale and shift in the autoencoder's batch normalisation, with PyTorch's default eps
-        1e-5 (Table 5 says plain BatchNorm); False is the code: none, eps 1e-4.
-    local_output: "relu" (code) or, which is ours, "linear": a ReLU cannot give the negative half of standardised
-        features, which is small for a ResNet's, but a half for levels that do not end in a ReLU (EfficientNet).
+    Args:
+        encoder_activation: "relu" (code, and the paper's Table 4) or "leaky_relu" with slope 0.01 (the paper's text).
+        third_activation: activation after the third encoder convolution (Table 4: True; code: False).
+        decoder_sizes: "released" (at image size 256: 3, 8, 15, 31, 63) or "printed", the nominal powers of two of Table 5
+            (4, 8, 16, 32, 64; its first entry, 31, contradicts the map size that follows it and is read as 4).
+        autoencoder_output: "linear" (code) or "relu" (Table 5).
+        autoencoder_affine: learnable scale and shift in the autoencoder's batch normalisation, with PyTorch's default eps
+            1e-5 (Table 5 says plain BatchNorm); False is the code: none, eps 1e-4.
+        local_output: "relu" (code) or, which is ours, "linear": a ReLU cannot give the negative half of standardised
+            features, which is small for a ResNet's, but a half for levels that do not end in a ReLU (EfficientNet).
     """
 
     encoder_activation: str = "relu"
@@ -71,7 +72,9 @@ class FeatureAggregator(nn.Module):
     the channel vector of every position is average-pooled adaptively to `channels`: for WideResNet50-2, 512 + 1024
     channels to 384, output j is the mean of channels 4j .. 4j+3 (released code; the paper does not mention it).
 
-    channels: channels of the two levels. pooled: c*; None keeps the concatenation, as the paper's text has it.
+    Args:
+        channels: channels of the two levels.
+        pooled: c*; None keeps the concatenation, as the paper's text has it.
     """
 
     def __init__(self, channels: Sequence[int], pooled: int | None = 384) -> None:
@@ -252,19 +255,23 @@ class ULSADFeatures(NamedTuple):
 class ULSADNetwork(ReconstructionNetwork):
     """The whole method behind the frozen backbone.
 
-    channels, sizes: of the two backbone levels, finer first. image_size: (height, width), divisible by 64.
-    pooled_channels: c*. terms: the losses, each on or off:
-        pl    local reconstruction, D(U, U')                                           (Eq. 1)
-        pg    global, self-attention against cross-attention, D(A, A^)                 (Eq. 5)
-        pg_d  global, direct: D(U, U^) instead of the attention maps                   (ablation; not in released code)
-        lg    bridge: the local network's second head imitates the autoencoder, D(U^, U'')   (Eq. 6)
-    lambda_l, lambda_g: weight of the direction (cosine) term in local and in global distances, in losses and maps;
-        lambda_g None = as lambda_l, which all published runs have.
-    global_map: what the global anomaly map compares. "bridge": U^ and U'' (the method); "direct": U and U^;
-        "attention": A and A^ (the last two are the options for models trained without lg, whose second head is
-        untrained; paper and code leave this open). "auto": bridge with lg, else attention with pg, direct with pg_d,
-        none without a global term. "none": local map only.
-    double_head: None = doubled exactly when `lg` needs it.
+    Args:
+        channels: of the two backbone levels, finer first.
+        image_size: (height, width), divisible by 64.
+        sizes: See `channels`.
+        pooled_channels: c*.
+        terms: the losses, each on or off: `pl`, local reconstruction, D(U, U') (Eq. 1); `pg`, global, self-attention against
+            cross-attention, D(A, A^) (Eq. 5); `pg_d`, global, direct, D(U, U^) instead of the attention maps (ablation;
+            not in released code); `lg`, bridge: the local network's second head imitates the autoencoder, D(U^, U'')
+            (Eq. 6).
+        lambda_l: weight of the direction (cosine) term in local and in global distances, in losses and maps; lambda_g None
+            = as lambda_l, which all published runs have.
+        lambda_g: See `lambda_l`.
+        global_map: what the global anomaly map compares. "bridge": U^ and U'' (the method); "direct": U and U^;
+            "attention": A and A^ (the last two are the options for models trained without lg, whose second head is
+            untrained; paper and code leave this open). "auto": bridge with lg, else attention with pg, direct with pg_d,
+            none without a global term. "none": local map only.
+        double_head: None = doubled exactly when `lg` needs it.
     """
 
     def __init__(
@@ -291,7 +298,7 @@ class ULSADNetwork(ReconstructionNetwork):
         double = "lg" in self.terms if double_head is None else double_head
         if "lg" in self.terms and not double:
             raise ValueError("the loss term lg trains the local network's second head: it needs double_head true")
-        size = tuple(sizes[0])
+        size = (*sizes[0],)
         if any(side % 4 for side in size):
             raise ValueError(
                 f"the local network halves its {size[0]}x{size[1]} input twice and needs sides divisible by 4; "

@@ -35,20 +35,27 @@ MaskPlace = Literal["encoder", "decoder1", "decoder2"]
 class UniAD(ConcatenatedLevels):
     """Levels in, one pair out: all levels resized to one grid and concatenated, and their reconstruction.
 
-    channels, sizes: channels and (height, width) of each level, as the feature extractor gives them.
-    grid: (height, width) of the token grid; None = the size of the highest level given. The paper's is the image size
-        divided by 16, whichever levels are used.
-    d_model, heads, feedforward, encoder_layers, decoder_layers, dropout: the transformer's usual measures; dropout acts
-        on attention weights, residual branches and inside the feed-forward part.
-    position: `learned` row and column tables, or DETR's `sine` code; added to queries and keys only.
-    query: `layerwise` (the paper's): every decoder layer starts from its own learned query and reads the memory, then
-        the previous layer's output. `first`: an ordinary decoder, whose first layer starts from a learned query and
-        whose layers read themselves, then the memory. `none`: the same, starting from the memory itself.
-    neighbor_size: side, or (rows, columns), of the window hidden from each position; an even size acts as the next odd
-        one; None or 0 = no mask.
-    mask_places: where the mask acts: `encoder`; `decoder1`, each decoder layer's first attention; `decoder2`, its
-        second. Empty = no mask.
-    jitter_scale, jitter_probability: see `FeatureJitter`; scale 0 = no jitter.
+    Args:
+        channels: channels and (height, width) of each level, as the feature extractor gives them.
+        sizes: See `channels`.
+        grid: (height, width) of the token grid; None = the size of the highest level given. The paper's is the image size
+            divided by 16, whichever levels are used.
+        d_model: channels of a token inside the transformer.
+        heads: attention heads; they divide d_model.
+        feedforward: width of the feed-forward part.
+        encoder_layers: number of encoder layers.
+        decoder_layers: number of decoder layers.
+        dropout: share dropped from attention weights, residual branches and inside the feed-forward part.
+        position: `learned` row and column tables, or DETR's `sine` code; added to queries and keys only.
+        query: `layerwise` (the paper's): every decoder layer starts from its own learned query and reads the memory, then
+            the previous layer's output. `first`: an ordinary decoder, whose first layer starts from a learned query and
+            whose layers read themselves, then the memory. `none`: the same, starting from the memory itself.
+        neighbor_size: side, or (rows, columns), of the window hidden from each position; an even size acts as the next odd
+            one; None or 0 = no mask.
+        mask_places: where the mask acts: `encoder`; `decoder1`, each decoder layer's first attention; `decoder2`, its
+            second. Empty = no mask.
+        jitter_scale: see `FeatureJitter`; scale 0 = no jitter.
+        jitter_probability: See `jitter_scale`.
 
     Raises ValueError for a window that hides everything from some position, for an unknown option, and for widths that
     do not divide.
@@ -83,7 +90,8 @@ class UniAD(ConcatenatedLevels):
                 f"UniAD needs at least one decoder layer and no negative number of encoder layers, found "
                 f"encoder_layers={encoder_layers}, decoder_layers={decoder_layers}."
             )
-        height, width = self.grid = tuple(grid or sizes[-1])
+        height, width = grid or sizes[-1]
+        self.grid = (height, width)
         width_in = sum(channels)
         self.query = query
         self.mask_places = tuple(mask_places)

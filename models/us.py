@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.layers.tracing import tracing
 from models.reconstruction import FeatureNetwork
 
 Padding = Literal["zeros", "reflect"]
@@ -45,7 +46,10 @@ class Reading(NamedTuple):
 class PatchNetwork(nn.Module):
     """Valid convolutions that make one descriptor of a patch; `forward` gives it around every pixel of an image.
 
-    patch_size: 17, 33 or 65. widths: channels of the convolutions. padding: of the image, by patch_size // 2.
+    Args:
+        patch_size: 17, 33 or 65.
+        widths: channels of the convolutions.
+        padding: of the image, by patch_size // 2.
     """
 
     def __init__(self, patch_size: int, widths: Sequence[int], padding: Padding = "zeros") -> None:
@@ -126,14 +130,15 @@ class TargetScale(nn.Module):
 class US(FeatureNetwork):
     """Teachers, students and everything estimated from normal images, for each patch size. Reads images, no features.
 
-    decoded: channels of the features that teachers are distilled from (ResNet18: 512).
-    patch_sizes: among 17, 33 and 65.
-    students: M, of each patch size.
-    target: what students learn: the teacher's linear `descriptor` (the paper's), or the `decoded` and activated output (the
-        usual reimplementation's), with a decoder of their own.
-    widths: patch size -> channels of the convolutions, for other than the paper's (65: [128, 128, 128, 256, 128] is the
-        paper's table as printed).
-    padding: of an image, `zeros` or `reflect` (which needs sides above patch_size // 2).
+    Args:
+        decoded: channels of the features that teachers are distilled from (ResNet18: 512).
+        patch_sizes: among 17, 33 and 65.
+        students: M, of each patch size.
+        target: what students learn: the teacher's linear `descriptor` (the paper's), or the `decoded` and activated output
+            (the usual reimplementation's), with a decoder of their own.
+        widths: patch size -> channels of the convolutions, for other than the paper's (65: [128, 128, 128, 256, 128] is the
+            paper's table as printed).
+        padding: of an image, `zeros` or `reflect` (which needs sides above patch_size // 2).
 
     Estimated from normal images, and NaN until then: `scales`, mean and deviation of each teacher's channels; `statistics`,
     (patch sizes, 4): mean and std of e, mean and std of v over all pixels.
@@ -236,7 +241,7 @@ class US(FeatureNetwork):
 
         With one student there is no variance, and the second list is empty. Raises ValueError before there are statistics.
         """
-        if not self.has_statistics:
+        if not tracing() and not self.has_statistics:
             raise ValueError(
                 "US puts its maps on the scale of normal images, which is estimated when training ends and comes with the "
                 "checkpoint: give a checkpoint (--ckpt_path)."

@@ -41,8 +41,10 @@ class VisualDecoder(nn.Module):
         super().__init__()
         if len(channels) != len(sizes) or not sizes:
             raise ValueError(f"Give channels and size of every map, found {list(channels)} and {list(sizes)}.")
-        self.image_size = tuple(image_size)
-        stage_sizes = [tuple(min(sizes))]
+        rows, columns = image_size
+        self.image_size = (rows, columns)
+        rows, columns = min(sizes)
+        stage_sizes = [(rows, columns)]
         while 2 * stage_sizes[-1][0] < self.image_size[0] or 2 * stage_sizes[-1][1] < self.image_size[1]:
             stage_sizes.append((2 * stage_sizes[-1][0], 2 * stage_sizes[-1][1]))
         self.stage_sizes = stage_sizes

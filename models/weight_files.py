@@ -1,4 +1,4 @@
-"""Reading weight files of foreign origin, and saying precisely what does not fit."""
+"""Reading other people's weight files, and saying precisely what does not fit."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from results.aggregator import methods, names, reference, render
 from results.aggregator.build import SOURCES, category_tables, paper_table, sweep_table, varies
 from results.aggregator.curves import curve_table
 from results.aggregator.records import DamagedRecordWarning, RecordError, RecordSet, StoredRecord, read_records
-from results.aggregator.scores import ConflictError, data_of, kinds, newest, select
+from results.aggregator.scores import ConflictError, data_of, distinct, kinds, newest, select
 from results.aggregator.spec import Spec, SpecError, find_spec, spec_for_sweep, spec_names
 from results.aggregator.sweep_cells import SweepCells, read_sweep
 from results.aggregator.table import Table
@@ -153,7 +153,10 @@ def _compare(options: argparse.Namespace) -> int:
     a, b = comparing.choose(records, options.a), comparing.choose(records, options.b)
     for metric in options.metric or ["image_auroc", "pixel_auroc"]:
         result = comparing.compare(a, b, options.a, options.b, metric, options.dataset, options.variant)
-        print(comparing.report(result))
+        if sys.stdout.isatty():
+            comparing.show(result, console)
+        else:
+            print(comparing.report(result))
     return 0
 
 
@@ -265,7 +268,7 @@ def _records(options: argparse.Namespace, sweep: str | None = None) -> RecordSet
     kind = options.profile, options.protocol
     experiment = options.compare or None, options.setting or None
     chosen = select(found, *kind, options.runs or (), *experiment)
-    chosen = newest(chosen) if options.newest else chosen
+    chosen = newest(chosen) if options.newest else distinct(chosen)
     beside = select(coming, *kind, (), *experiment)
     if sweep is None:
         beside = [stored for stored in beside if stored.record.sweep != reference.SMALL]

@@ -19,6 +19,7 @@ from sweeps.runner.expansion import Cell
 from sweeps.runner.impossible import methods_that_cannot
 from sweeps.runner.local import Job, Runner, check_writable
 from sweeps.runner.state import DONE, FAILED, WORK
+from sweeps.runner.taken_over import take_over
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -140,9 +141,10 @@ def _run(options: argparse.Namespace, console: Console) -> int:
 
     variables = prepare.environment(options.profile)
     sweep = prepare.chosen(checked_sweep.load(options.ablation), variables)
+    only = prepare.only(sweep, options.only, variables)
     every_cell = sweep.cells(options.seeds, options.count, options.sampler_seed)
     variables = prepare.with_shared_data(sweep, every_cell, variables)
-    cells = expansion.select(every_cell, options.only, sweep.path)
+    cells = expansion.select(every_cell, only, sweep.path)
     impossible = methods_that_cannot(every_cell, variables)
     _tell_impossible(cells, impossible, say)
     every_cell, cells = _of_others(every_cell, impossible), _of_others(cells, impossible)
@@ -157,8 +159,12 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         gpus = prepare.gpus(options.gpus)
         workers = len(gpus) or options.workers or min(4, prepare.cores())
         threads = max(1, prepare.cores() // workers)
-        weights = prepare.Weights(sweep, variables, say)
+        weights = prepare.Weights(sweep, variables, say, sets)
         all_jobs = prepare.jobs(sweep, every_cell, variables, sets, weights, threads)
+        if not variables.get("ARGS"):  # agents got none, or others
+            taken = take_over(all_jobs, sweep, variables, sets)
+            if taken:
+                say(f"{len(taken)} cells have a record that W&B's agents made; they are not run again.")
         jobs = [job for job in all_jobs if job.cell in cells]
         left_out: dict[int, str] = {}
         if not all(job.finished() for job in jobs):

@@ -48,13 +48,20 @@ def _call(folder: Path, target: str, variables: dict[str, str], from_environment
 @pytest.mark.parametrize(
     ("target", "variables", "words", "named"),
     [
-        ("check-data", {"DATASET": "folder", "DATA_ROOT": STRANGE}, set(), ["folder", STRANGE, ""]),
+        ("check-data", {"DATASET": "folder", "DATA_ROOT": STRANGE, "OUT": STRANGE}, {"--out", STRANGE}, ["folder", STRANGE, ""]),
+        ("data", {"DATASET": "visa", "DATA_ROOT": STRANGE, "ADDRESS": STRANGE}, {"fetch", STRANGE}, ["visa", STRANGE, ""]),
         ("train", {"DATASET": "folder", "DATA_ROOT": STRANGE, "CATEGORIES": "a b, c"}, {"fit"}, ["folder", STRANGE, "a b, c"]),
         ("train", {"RUN": STRANGE}, {f"--run.name={STRANGE}"}, ["", "", ""]),
         (
             "predict",
             {"RUN": STRANGE, "IMAGES": STRANGE},
-            {f"{STRANGE}/config.yaml", f"--data.init_args.predict_root={STRANGE}"},
+            {f"--run={STRANGE}", f"--images={STRANGE}"},
+            ["", "", ""],
+        ),
+        (
+            "predict",
+            {"RUN": "mine", "IMAGES": "a", "OUT": STRANGE, "CATEGORY": STRANGE},
+            {f"--out={STRANGE}", f"--category={STRANGE}"},
             ["", "", ""],
         ),
         ("submission", {"RUN": STRANGE, "OUT": "b c"}, {STRANGE, "b c"}, ["", "", ""]),

@@ -47,8 +47,9 @@ class ConfettiConfig:
     """Squares as FCDD draws them.
 
     Args:
-        coloured, dark: Probability of a pixel to be the centre of a coloured or of a dark square. Each image gets at least one
-            of each.
+        coloured: Probability of a pixel to be the centre of a coloured or of a dark square. Each image gets at least one of
+            each.
+        dark: See `coloured`.
         sides: Smallest and largest side in pixels.
         rotation_center: `mended`: a square turns about its centre. `released`: about its centre with row and column
             exchanged, which shows at the image's border.
@@ -145,7 +146,8 @@ def confetti(rng: np.random.Generator, image: np.ndarray, config: ConfettiConfig
         draw_layer(rng, shape, config.coloured, config.sides, coloured=True),
         draw_layer(rng, shape, config.dark, config.sides, coloured=False),
     )
-    return added(image, smoothed(sum(paint(layer, shape, config.rotation_center) for layer in layers)))
+    coloured, dark = (paint(layer, shape, config.rotation_center) for layer in layers)
+    return added(image, smoothed(coloured + dark))
 
 
 def nearest_places(length: int, wanted: int) -> np.ndarray:
@@ -166,7 +168,7 @@ class ConfettiImages:
         size: tuple[int, int],
         defects: Sequence[tuple[np.ndarray, np.ndarray]] = (),
     ) -> None:
-        self.config, self.size, self.defects = config, tuple(size), list(defects)
+        self.config, self.size, self.defects = config, (*size,), list(defects)
 
     def __call__(self, image: np.ndarray, seed: int, normalise: Callable[[np.ndarray], torch.Tensor]) -> dict[str, Any]:
         rng = np.random.default_rng([seed, _STREAM])
@@ -178,12 +180,10 @@ class ConfettiImages:
             plain, image = image, confetti(rng, image, self.config)
             mask = (image != plain).any(2) if self.config.mask == "changed" else ~mask
         if rng.random() < 0.5:
-            top, left = (
-                int(rng.integers(length - part + 1)) for length, part in zip(mask.shape, self.size, strict=True)
-            )
+            top, left = (int(rng.integers(mask.shape[axis] - self.size[axis] + 1)) for axis in (0, 1))
             places = np.ix_(top + np.arange(self.size[0]), left + np.arange(self.size[1]))
         else:
-            places = np.ix_(*(nearest_places(length, part) for length, part in zip(mask.shape, self.size, strict=True)))
+            places = np.ix_(*(nearest_places(mask.shape[axis], self.size[axis]) for axis in (0, 1)))
         image, mask = np.ascontiguousarray(image[places]), mask[places]
         pixels = np.asarray(jittered(Image.fromarray(image), self._jitter(rng))) / np.float32(255)
         if rng.random() < 0.5:

@@ -70,8 +70,8 @@ def paste_patch(
     image: np.ndarray,
     share: float,
     aspect: float,
-    source: Sequence[float],
-    target: Sequence[float],
+    source: Sequence[float] | np.ndarray,
+    target: Sequence[float] | np.ndarray,
     jitter: Jitter | None = None,
 ) -> np.ndarray:
     """uint8 (H, W, 3) with a patch from `source` pasted at `target`.
@@ -87,7 +87,11 @@ def paste_patch(
 
 
 def turned_scar(
-    image: np.ndarray, size: Sequence[float], source: Sequence[float], angle: float, jitter: Jitter | None = None
+    image: np.ndarray,
+    size: Sequence[float],
+    source: Sequence[float] | np.ndarray,
+    angle: float,
+    jitter: Jitter | None = None,
 ) -> Image.Image:
     """RGBA picture of a part of the image, turned counter-clockwise by `angle` degrees; transparent outside the part.
 
@@ -98,7 +102,7 @@ def turned_scar(
     return jittered(patch, jitter).convert("RGBA").rotate(angle, expand=True)
 
 
-def paste_scar(image: np.ndarray, scar: Image.Image, target: Sequence[float]) -> np.ndarray:
+def paste_scar(image: np.ndarray, scar: Image.Image, target: Sequence[float] | np.ndarray) -> np.ndarray:
     """uint8 (H, W, 3) with a scar at `target`, (row, column) rounded down; what sticks out is cut off."""
     picture = Image.fromarray(image)
     picture.paste(scar, (int(target[1]), int(target[0])), mask=scar.split()[-1])

@@ -15,7 +15,7 @@ from datamodules.anomalies.perlin import blend, draw_blobs
 from datamodules.anomalies.textures import draw_texture
 from datamodules.errors import DataError
 from datamodules.images import IMAGE_SUFFIXES, read_image, resize_image
-from results.common.nearest import did_you_mean
+from results.common.did_you_mean import did_you_mean
 
 SOURCES = ("dtd", "textures", "own")
 OPACITIES = {"released": (0.2, 1.0), "paper": (0.15, 1.0)}
@@ -105,7 +105,7 @@ class Anomalies:
         top, left = (
             rng.integers(length - part + 1) for length, part in zip(image.shape[:2], (height, width), strict=True)
         )
-        crop = np.rot90(image[top : top + height, left : left + width], rng.integers(4))
+        crop = np.rot90(image[top : top + height, left : left + width], int(rng.integers(4)))
         if rng.random() < 0.5:
             crop = crop[:, ::-1]
         crop = cv2.resize(np.ascontiguousarray(crop), shape[::-1], interpolation=cv2.INTER_LINEAR).astype(np.float32)

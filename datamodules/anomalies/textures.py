@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import reduce
 
 import cv2
 import numpy as np
@@ -47,7 +48,7 @@ def _noise(rng: np.random.Generator, shape: tuple[int, int], cells: int) -> np.n
 def _fractal(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
     gain, cells = rng.uniform(0.4, 0.7), int(rng.integers(2, 6))
     octaves = int(rng.integers(4, 7))
-    return sum(gain**k * _noise(rng, shape, min(cells * 2**k, max(shape))) for k in range(octaves))
+    return reduce(np.add, (gain**k * _noise(rng, shape, min(cells * 2**k, max(shape))) for k in range(octaves)))
 
 
 def _axes(rng: np.random.Generator, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

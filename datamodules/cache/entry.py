@@ -15,10 +15,10 @@ import json
 import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -154,7 +154,9 @@ def _let_go(arrays: Iterable[np.ndarray]) -> None:
     """
     for array in arrays:
         if hasattr(mmap, "MADV_DONTNEED"):
-            array.base.madvise(mmap.MADV_DONTNEED)  # a memory-mapped array lies in a mapping of the system
+            cast(mmap.mmap, array.base).madvise(
+                mmap.MADV_DONTNEED
+            )  # a memory-mapped array lies in a mapping of the system
 
 
 def _first_damaged(arrays: Sequence[np.ndarray], checksums: np.ndarray) -> int:
@@ -175,6 +177,7 @@ def open_or_build(
     compute: Callable[[int], Computed],
     budget: int,
     announce: Callable[[str], None] = lambda message: None,
+    about: str = "",
 ) -> FeatureCache:
     """The entry of `spec`, built first if it is missing or damaged; other processes asking for it wait and then read it.
 
@@ -185,6 +188,7 @@ def open_or_build(
         compute: Called with the first missing row; yields consecutive batches in row order.
         budget: Bytes that all entries together may take; the least recently used ones make room.
         announce: Told, in a sentence, of every build and its size before anything is written, and of waiting.
+        about: The data in a few words, for a list of entries.
 
     Raises:
         CacheTooLargeError: the entry alone would exceed the budget or the free disk space.
@@ -204,7 +208,7 @@ def open_or_build(
             if old.complete and old.version < VERSION and old.title == spec.title:
                 announce(f"{old.folder} has an older layout (version {old.version}, now {VERSION}); it is built anew.")
                 remove(old)
-        _build(root, spec, rows, compute, budget, announce)
+        _build(root, spec, rows, compute, budget, announce, about)
         return FeatureCache(folder)
 
 
@@ -236,7 +240,7 @@ def _reserve(folder: Path, arrays: Iterable[str]) -> None:
             try:
                 os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
             except (AttributeError, OSError) as error:  # not on every system and file system
-                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     shutil.rmtree(folder, ignore_errors=True)
                     raise CacheTooLargeError(f"{folder.parent}: {os.strerror(error.errno)}") from error
 
@@ -248,6 +252,7 @@ def _build(
     compute: Callable[[int], Computed],
     budget: int,
     announce: Callable[[str], None],
+    about: str,
 ) -> None:
     partial = root / f"{spec.key}.partial"
     done, arrays, checksums = _unfinished(partial, rows)
@@ -292,20 +297,21 @@ def _build(
         raise RuntimeError(f"{partial}: {done} of {rows} rows were computed.")
     _flush(partial, arrays, checksums, done)
     meta = {"spec": asdict(spec), "title": spec.title, "arrays": list(arrays), "rows": rows, "version": VERSION}
+    meta["data"] = f"{about}, {number_of(rows, 'image')}" if about else number_of(rows, "image")
     write_json(partial / "meta.json", meta)
     (partial / "state.json").unlink()
     partial.rename(root / spec.key)
     sync_folder(root)
 
 
-def _flush(partial: Path, arrays: dict[str, np.ndarray], checksums: np.ndarray, done: int) -> None:
+def _flush(partial: Path, arrays: Mapping[str, np.ndarray], checksums: np.ndarray, done: int) -> None:
     """Writes everything to disk, and only then that it is there."""
     for array in (*arrays.values(), checksums):
-        array.flush()
+        cast(np.memmap, array).flush()
     write_json(partial / "state.json", {"done": done, "arrays": list(arrays)})
 
 
-def _unfinished(partial: Path, rows: int) -> tuple[int, dict[str, np.ndarray], np.ndarray | None]:
+def _unfinished(partial: Path, rows: int) -> tuple[int, Mapping[str, np.ndarray], np.ndarray | None]:
     """(intact rows, arrays, checksums) of an interrupted build; (0, {}, None) if nothing of it can be used."""
     with contextlib.suppress(*_DAMAGE):
         state = json.loads((partial / "state.json").read_text())

@@ -28,6 +28,7 @@ class Entry:
         used: When it was last opened, in seconds since the epoch.
         complete: False for an interrupted build.
         version: Of its layout; 0 for an interrupted build.
+        data: Of what data, and how many images, in words; empty if the entry does not say.
     """
 
     folder: Path
@@ -36,6 +37,7 @@ class Entry:
     used: float
     complete: bool
     version: int
+    data: str = ""
 
     @property
     def key(self) -> str:
@@ -54,8 +56,10 @@ def entries(root: Path) -> list[Entry]:
             about = ({"title": "damaged"} | read_json(meta)) if complete else {"title": "interrupted build"}
             files = [file.stat() for file in folder.iterdir()]
             used = meta.stat().st_mtime if complete else max((f.st_mtime for f in files), default=0.0)
-            size, version = sum(f.st_size for f in files), about.get("version", 0)
-            found.append(Entry(folder, about.get("title", "?"), size, used, complete, version))
+            size, version = sum(f.st_size for f in files), int(about.get("version", 0))
+            rows = about.get("rows")
+            data = about.get("data") or (f"{rows} images" if rows else "")
+            found.append(Entry(folder, about.get("title", "?"), size, used, complete, version, data))
     return sorted(found, key=lambda entry: entry.used)
 
 

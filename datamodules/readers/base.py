@@ -14,7 +14,7 @@ from datamodules.errors import DataError
 from datamodules.problems import ERROR, WARNING, Problem, describe, number_of
 from datamodules.sample_table import GOOD, Sample, SampleTable, build_table
 from datamodules.tree import is_category, list_folders
-from results.common.nearest import did_you_mean
+from results.common.did_you_mean import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,10 @@ class DatasetReader(abc.ABC):
     """Mask values above it are defective, at native resolution."""
     fpr_limits: ClassVar[tuple[float, ...]] = (0.3,)
     """False-positive rates up to which AU-PRO is integrated, unless a run says otherwise."""
+    segmentation: ClassVar[bool] = False
+    """Whether runs are also measured by SegF1, see `lightning_modules.metrics.segmentation`."""
+    holdout: ClassVar[float] = 0.0
+    """Share of each category's normal training images that is held out for thresholds, unless a run says otherwise."""
     totals: ClassVar[tuple[int, Counts] | None] = None
     """(number of categories, public counts over all of them), where the authors give only these."""
 
@@ -188,7 +192,10 @@ def raise_on_errors(listing: Listing) -> None:
 
 
 def _how_to_get(reader: DatasetReader) -> str:
+    from datamodules.download.sources import SOURCES  # late: it asks for readers itself
+
     source = f" It is available from {reader.homepage}" if reader.homepage else ""
+    source += f", or by make data DATASET={reader.name} DATA_ROOT=<folder>" if reader.name in SOURCES else ""
     return f"{reader.name} is laid out as: {reader.layout}.{source}"
 
 

@@ -18,6 +18,7 @@ from datamodules.tree import is_category, list_folders, read_tree
 @register
 class Folder(DatasetReader):
     name = "folder"
+    holdout = 0.2
     layout = "[<category>/]{train/good, test/<good|defect>} and, with masks, ground_truth/<defect>/<stem>_mask.png"
 
     def categories(self, root: Path) -> list[str]:

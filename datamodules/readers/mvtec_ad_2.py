@@ -35,6 +35,7 @@ class MVTecAD2(DatasetReader):
     )
     homepage = "https://www.mvtec.com/company/research/datasets/mvtec-ad-2"
     fpr_limits = (0.05, 0.3)
+    segmentation = True
 
     def locate(self, root: Path) -> Path:
         unpacked = root / "mvtec_ad_2"

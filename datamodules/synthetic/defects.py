@@ -153,7 +153,7 @@ def contamination(canvas: Canvas, rng: np.random.Generator, severity: float) -> 
         canvas.paint(window, cover, colour, gloss=0.15)
         canvas.add_height(window, np.float32(0.6) * np.sqrt(np.maximum(radius**2 - distance**2, 0)))
         return
-    for _ in range(1 + int(rng.integers(1, 3 + 3 * severity))):
+    for _ in range(1 + int(rng.integers(1, 3 + 3 * severity))):  # type: ignore[call-overload]
         cx, cy = x + rng.normal(0, 0.07), y + rng.normal(0, 0.07)
         radius = (0.012 + 0.040 * severity) * rng.uniform(0.5, 1)
         window = canvas.window(cx, cy, 2 * radius + 0.02)
@@ -183,8 +183,7 @@ def burn(canvas: Canvas, rng: np.random.Generator, severity: float) -> None:
 def chip(canvas: Canvas, rng: np.random.Generator, severity: float) -> None:
     """A piece broken off at an edge of the product: down to the table, or to rough pale material below."""
     edge = (canvas.surface > 0.5).astype(np.uint8)
-    edge = edge - cv2.erode(edge, np.ones((3, 3), np.uint8), borderValue=1)
-    candidates = np.flatnonzero(edge)
+    candidates = np.flatnonzero(edge - cv2.erode(edge, np.ones((3, 3), np.uint8), borderValue=1))
     row, column = divmod(int(rng.choice(candidates)), canvas.n)
     x, y = float(canvas.axis[column]), float(canvas.axis[row])
     radius = 0.035 + 0.09 * severity
@@ -237,7 +236,7 @@ def tear(canvas: Canvas, rng: np.random.Generator, severity: float) -> None:
     length = 0.08 + 0.28 * severity
     path = wander(rng, 0, 0, length, angle, 0.12)
     path += start - path[0]
-    window = canvas.window(*start, 0.5)
+    window = canvas.window(start[0], start[1], 0.5)
     distance, along = _lines(canvas, window, path, tuple(start))
     opening = (0.008 + 0.032 * severity) * (1.05 - along)
     canvas.cut(window, canvas.cover(distance - opening) * (canvas.surface[window.at] > 0.5))

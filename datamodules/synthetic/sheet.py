@@ -7,10 +7,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from datamodules.outline import outlined
 from datamodules.synthetic.categories import CATEGORIES
 from datamodules.synthetic.writer import render_defect, render_normal
-
-_OUTLINE = (255, 235, 0)
 
 
 def contact_sheet(path: str | Path, seed: int = 0, tile: int = 136, defects: int = 6, quality: int = 80) -> Path:
@@ -43,10 +42,7 @@ def _tile(image: np.ndarray, mask: np.ndarray | None, side: int, text: str) -> n
     """A picture with its caption below, uint8 (side + 22, side + 6, 3)."""
     small = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
     if mask is not None:
-        grown = cv2.dilate(mask.astype(np.uint8), np.ones((5, 5), np.uint8))
-        outline = grown - cv2.erode(grown, np.ones((3, 3), np.uint8))
-        edge = cv2.resize(outline.astype(np.float32), (side, side), interpolation=cv2.INTER_AREA)[..., None]
-        small = (small + np.minimum(1.6 * edge, 1) * (np.asarray(_OUTLINE, np.float32) - small)).astype(np.uint8)
+        small = outlined(small, mask)
     framed = np.pad(small, ((3, 19), (3, 3), (0, 0)), constant_values=255)
     size = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.42, 1)[0][0]
     place = ((side + 6 - size) // 2, side + 16)

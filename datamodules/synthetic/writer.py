@@ -19,7 +19,7 @@ from datamodules.errors import DataError
 from datamodules.synthetic.canvas import blur, expose
 from datamodules.synthetic.categories import CATEGORIES, LOGICAL
 from datamodules.synthetic.defects import STRUCTURAL
-from results.common.nearest import did_you_mean
+from results.common.did_you_mean import did_you_mean
 
 VERSION = 1
 """Raised whenever the generator's pictures change: results on different versions do not compare."""
@@ -132,12 +132,11 @@ def _changed(seen: np.ndarray, clean: np.ndarray) -> np.ndarray:
     """Where a defect is visible: changed pixels, specks dropped, gaps closed, small holes filled."""
     size = seen.shape[0]
     change = blur(np.abs(seen - clean).max(axis=2), 0.5)
-    mask = (change > _VISIBLE).astype(np.uint8)
+    mask: np.ndarray = (change > _VISIBLE).astype(np.uint8)
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (3, 3))
     mask = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, kernel, iterations=max(1, size // 110))
-    mask = cv2.morphologyEx(mask, cv2.MORPH_OPEN, kernel) | cv2.morphologyEx(
-        (change > 4 * _VISIBLE).astype(np.uint8), cv2.MORPH_CLOSE, kernel
-    )
+    strong = cv2.morphologyEx((change > 4 * _VISIBLE).astype(np.uint8), cv2.MORPH_CLOSE, kernel)
+    mask = np.bitwise_or(cv2.morphologyEx(mask, cv2.MORPH_OPEN, kernel), strong)
     count, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
     small = max(6, size * size // 6000)
     keep = np.array([False] + [stats[i, cv2.CC_STAT_AREA] >= small for i in range(1, count)])

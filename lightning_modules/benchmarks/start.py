@@ -38,7 +38,7 @@ def write_tree(root: Path, files: int) -> None:
         if number in (0, 9):
             folder.mkdir(parents=True)
         image = rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
-        (folder / f"{number:06d}.png").write_bytes(cv2.imencode(".png", image)[1])
+        (folder / f"{number:06d}.png").write_bytes(cv2.imencode(".png", image)[1].tobytes())
 
 
 def first_batch(root: Path, state: str) -> dict[str, float]:

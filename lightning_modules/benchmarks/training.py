@@ -52,8 +52,8 @@ from lightning_modules.fitted import FittedModule
 from lightning_modules.running.methods import build
 from lightning_modules.running.serving import CacheConfig, attach
 from lightning_modules.running.settings import code_version
+from results.common.did_you_mean import did_you_mean
 from results.common.environment import parts
-from results.common.nearest import did_you_mean
 
 CATEGORIES = ("wood", "fabric", "gear", "steel_plate")
 CELLS = 16
@@ -270,12 +270,12 @@ def measure(method: str, options: Options, root: Path) -> dict[str, Any]:
     plain = make()
     plain.setup("fit")
     with tempfile.TemporaryDirectory() as folder:
-        opened = []
+        starts = []
         for _ in range(4):
             ours, started = make(), now()
             attach(module, ours, CacheConfig(root=folder), device, build=True)
-            opened.append(now() - started)
-        built, opened = opened[0], min(opened[1:])  # the first one finds nothing
+            starts.append(now() - started)
+        built, opened = starts[0], min(starts[1:])  # the first one finds nothing
         train_ours(
             module, ours, 1, clip, options.precision, now
         )  # warms up, and makes what a method makes at its start
@@ -348,7 +348,12 @@ def growth(options: Options) -> list[Options]:
     first = replace(options, methods=options.methods[:1], rounds=1)
     config = yaml.safe_load((PROFILES / options.profile / f"{options.methods[0]}.yaml").read_text())
     size = options.image_size or config["model"]["init_args"].get("image_size", 224)
-    changes = [{}, {"images": 4 * options.images}, {"categories": 2 * options.categories}, {"image_size": 2 * size}]
+    changes: list[dict[str, Any]] = [
+        {},
+        {"images": 4 * options.images},
+        {"categories": 2 * options.categories},
+        {"image_size": 2 * size},
+    ]
     return [replace(first, **change) for change in changes]
 
 
@@ -385,8 +390,8 @@ def run(options: Options) -> dict[str, Any]:
         if not options.short:
             jobs += [("measure", o.methods[0], o) for o in growth(options)]
             jobs.append(("measure_float16", options.methods[0], options))
-        jobs = track(jobs, "Benchmark", console=Console(stderr=True), transient=True)
-        results = [in_own_process(task, method, o, root(o)) for task, method, o in jobs]
+        shown = track(jobs, "Benchmark", console=Console(stderr=True), transient=True)
+        results = [in_own_process(task, method, o, root(o)) for task, method, o in shown]
     rows = results[: len(options.methods)]
     commit, dirty = code_version()
     return {

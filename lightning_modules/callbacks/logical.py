@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ class LogicalEvaluation:
             curve, reason = None, f"no {CONFIG}"
             if self._saturated[key]:
                 try:
-                    curve, reason = spro_curve(lambda ids=ids: self._samples(ids), group=self._group), ""
+                    curve, reason = spro_curve(partial(self._samples, ids), group=self._group), ""
                 except ValueError as error:
                     if any(self._rows[i].mask_paths for i in ids):
                         raise

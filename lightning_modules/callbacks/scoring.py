@@ -18,8 +18,10 @@ from datamodules.problems import number_of
 from datamodules.sample_table import category_keys
 from lightning_modules.base import ReconstructionModule
 from lightning_modules.callbacks.logical import DEFINITIONS, LogicalEvaluation, has_logical
+from lightning_modules.callbacks.normal_scores import NormalScores
 from lightning_modules.metrics import AnomalyMetrics, MetricResult, RegionCache
 from lightning_modules.metrics.sync import Group
+from lightning_modules.metrics.thresholds import threshold
 from lightning_modules.running import refusals
 from lightning_modules.running.printing import print_metrics
 from models.head import ScoredMaps
@@ -69,16 +71,16 @@ class Evaluation(L.Callback):
 
     `notes` says how many masks mark nothing at the maps' size, where that is not the images'.
 
-    After the test, `result` holds one long table over all variants, `image_scores` one row per image,
-    `anomaly_ratios` how much of the images is marked at their size, by definition, and `colour_scale` the ends
-    of a colour scale on which normal images are dark: the median pixel, and the 90 % quantile over images of the highest
-    one.
+    After the test, `result` holds one long table over all variants, `image_scores` one row per image, and
+    `anomaly_ratios` how much of the images is marked at their size, by definition.
 
     Args:
         fpr_limits: False-positive rates up to which AU-PRO is integrated; None takes the data's own.
+        normal: A callback before this one, whose normal images give the thresholds of SegF1, for data measured by it.
     """
 
-    def __init__(self, fpr_limits: Sequence[float] | None = None) -> None:
+    def __init__(self, fpr_limits: Sequence[float] | None = None, normal: NormalScores | None = None) -> None:
+        self.normal = normal
         self.fpr_limits = None if fpr_limits is None else tuple(sorted(set(fpr_limits)))
         self._conditions: dict[int, str] = {}
         self._map_size: tuple[int, int] | None = None
@@ -88,10 +90,8 @@ class Evaluation(L.Callback):
         self.result: MetricResult | None = None
         self.image_scores: pd.DataFrame | None = None
         self.anomaly_ratios: pd.DataFrame | None = None
-        self.colour_scale: tuple[float, float] | None = None
         self._metrics: dict[str, AnomalyMetrics] = {}
-        self._rows: list[tuple[int, str, str, int, float, str]] = []
-        self._ranges: list[tuple[float, float]] = []
+        self._rows: list[tuple[int, str, str, int, float, float, str]] = []
         self._regions = RegionCache()
         self._logical: LogicalEvaluation | None = None
 
@@ -105,7 +105,7 @@ class Evaluation(L.Callback):
             refusals.room(directory, needed, "anomaly maps")
 
     def on_test_epoch_start(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
-        self._metrics, self._rows, self._ranges = {}, [], []
+        self._metrics, self._rows = {}, []
         self._map_size, self._marked, self._vanished = None, set(), set()
         self._marks = {}
         data = trainer.datamodule
@@ -139,10 +139,10 @@ class Evaluation(L.Callback):
         has_mask = batch["has_mask"].tolist()
         self._marks |= {i: seen for i, seen, has in zip(ids, marked, has_mask, strict=True) if has}
         pixels = outputs[""].maps.flatten(1)
-        self._ranges += zip(pixels.median(1).values.tolist(), pixels.amax(1).tolist(), strict=True)
         scores: Tensor = outputs[""].image_scores
         columns = batch["id"].tolist(), batch["category"], batch["anomaly_type"], batch["label"].tolist()
-        self._rows += zip(*columns, scores.tolist(), batch["path"], strict=True)
+        highest = pixels.amax(1).tolist() if module.has_map else [np.nan] * len(pixels)
+        self._rows += zip(*columns, scores.tolist(), highest, batch["path"], strict=True)
 
     def _look_at_masks(self, masks: Tensor, maps: Tensor, ids: Sequence[int]) -> None:
         if masks.shape[-2:] == maps.shape[-2:]:
@@ -199,6 +199,15 @@ class Evaluation(L.Callback):
         results = {variant: metrics.compute() for variant, metrics in self._metrics.items()}
         self.result = results[""]
         tables = [result.table for result in results.values()]
+        if self.normal is not None and self.normal.pixels and trainer.datamodule.segmentation:
+            limits = {
+                name: threshold([0.0], "mean_3sd", pixels=found).value for name, found in self.normal.pixels.items()
+            }
+            for variant in ("", *dict.fromkeys(self._conditions.values())):
+                if variant in self._metrics:
+                    found = self._metrics[variant].segmentation(limits)
+                    tables.append(found.table)
+                    self.result.definitions = self.result.definitions | found.definitions
         if self._logical is not None:
             tables.append(self._logical.rows())
             self.result.definitions = self.result.definitions | DEFINITIONS
@@ -208,17 +217,13 @@ class Evaluation(L.Callback):
         self.result.table = table
         group = Group()
         # A process without images of its own repeats one: each id counts once.
-        gathered = group.gather_objects(list(zip(self._rows, self._ranges, strict=True)))
-        once = {row[0]: (row, ends) for part in gathered for row, ends in part}
-        rows = [row for row, _ in once.values()]
+        rows = list({row[0]: row for part in group.gather_objects(self._rows) for row in part}.values())
         for part in group.gather_objects((self._map_size, self._marked, self._vanished, self._marks)):
             self._map_size = self._map_size or part[0]
             self._marked |= part[1]
             self._vanished |= part[2]
             self._marks |= part[3]
-        middles, peaks = np.array([ends for _, ends in once.values()]).T
-        self.colour_scale = float(np.median(middles)), float(np.quantile(peaks, 0.9))
-        columns = ["id", "category", "anomaly_type", "label", "image_score", "path"]
+        columns = ["id", "category", "anomaly_type", "label", "image_score", "map_max", "path"]
         self.image_scores = pd.DataFrame(rows, columns=columns).sort_values("id", ignore_index=True)
         self.anomaly_ratios = self._ratios()
         if trainer.is_global_zero:

@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 
 from . import folder
-from .rendering import render
+from .rendering import main_metrics, render
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError, SyntaxError) as error:  # Pillow's for damaged files
         print(f"error: {error}", file=sys.stderr)
         return 2
-    table = render(result)
+    caption = f"percent; metric definitions version {result.version}"
+    table = render(result.table, main_metrics(result.table), caption=caption)
     console = Console()
     needed = console.measure(table, options=console.options.update(max_width=1000)).maximum
     console.width = max(console.width, needed)  # a cut number is worse than a long line

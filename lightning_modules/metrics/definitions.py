@@ -51,7 +51,7 @@ IMAGE_METRICS = tuple(IMAGE_DEFINITIONS)
 PIXEL_METRICS = tuple(PIXEL_DEFINITIONS)
 METRICS = IMAGE_METRICS + PIXEL_METRICS
 OVERLAP_METRICS = tuple(name for name in PIXEL_METRICS if name.startswith(("dsc", "iou")))
-NOT_AVERAGED = frozenset({"dsc_threshold"})
+NOT_AVERAGED = frozenset({"dsc_threshold", "seg_f1_threshold"})
 
 SCOPES: dict[str, str] = {
     "scope category": "one category, all its test images",

@@ -19,9 +19,10 @@ import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from .metric import AnomalyMetrics
 
@@ -146,7 +147,7 @@ def _marked(path: Path, max_megapixels: float) -> np.ndarray:
             lossy = image.format in ("JPEG", "MPO", "JPEG2000", "AVIF") or image.info.get("compression") in _LOSSY_TIFF
             lossy |= image.format == "WEBP" and _lossy_webp(path.read_bytes())
             if image.mode not in ("L", "I", "F", "I;16", "I;16B") and "16" in str(
-                image.tile[0][3] if image.tile else ""
+                image.tile[0][3] if isinstance(image, ImageFile.ImageFile) and image.tile else ""
             ):
                 raise ValueError(f"{path}: a mask of 16-bit colours; save it as 8-bit grey")
             ImageOps.exif_transpose(image, in_place=True)
@@ -182,7 +183,7 @@ def _lossy_webp(data: bytes) -> bool:
     return True
 
 
-def score_maps(rows: Sequence[SavedMap], max_megapixels: float = MAX_MEGAPIXELS, **options: object) -> AnomalyMetrics:
+def score_maps(rows: Sequence[SavedMap], max_megapixels: float = MAX_MEGAPIXELS, **options: Any) -> AnomalyMetrics:
     """`AnomalyMetrics` (made with `options`), updated with every row."""
     datasets: dict[str, str] = {}
     for row in rows:

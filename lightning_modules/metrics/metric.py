@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -25,11 +27,12 @@ from .means import mean_over_categories
 from .pixels import PixelResult, evaluate_pixels
 from .ranking import rank
 from .regions import RegionCache
+from .segmentation import SEGMENTATION_DEFINITIONS, SEGMENTATION_METRICS, segmentation_f1
 from .store import Category, Maps
 from .sync import Group
 
-Vector = torch.Tensor | np.ndarray | Sequence
-Stack = torch.Tensor | np.ndarray
+Vector: TypeAlias = torch.Tensor | np.ndarray | Sequence
+Stack: TypeAlias = torch.Tensor | np.ndarray
 COLUMNS = ("variant", "scope", "dataset", "category", "metric", "value", "n", "reason")
 Values = dict[str, tuple[float, int, str]]  # metric -> (value, n, reason)
 
@@ -285,6 +288,42 @@ class AnomalyMetrics:
         table = pd.DataFrame(rows, columns=list(COLUMNS)).astype({"value": np.float64, "n": np.int64})
         return MetricResult(table, self.version, self.definitions)
 
+    def segmentation(self, thresholds: Mapping[str, float]) -> MetricResult:
+        """SegF1 in both readings (`segmentation.SEGMENTATION_METRICS`), after `compute`; see `segmentation`.
+
+        thresholds: category -> its threshold; a category without one has no value and a reason.
+        Raises ValueError if no map is kept, as without a pixel metric or with `expected`.
+        """
+        if not self.keeps_maps or self._evaluated:
+            raise ValueError("SegF1 needs all maps: select a pixel metric, and leave `expected` out")
+        names = list(self.datasets) if self.datasets is not None else sorted(self._categories)
+        found = [self._categories[name] for name in names if name in self._categories]
+        group = Group()
+        scored = segmentation_f1([c for c in found if c.name in thresholds], thresholds, group)
+        values = dict(zip([c.name for c in found if c.name in thresholds], scored, strict=True))
+        rows, single = [], {}
+        for category in found:
+            one = values.get(category.name)
+            reason, numbers = "", (math.nan,) * 3
+            if one is None:
+                reason = "no normal image for a threshold"
+            elif math.isnan(one.pooled):
+                reason = "no anomalous pixel in the masks"
+            else:
+                numbers = (one.pooled, one.images, thresholds[category.name])
+            single[category.name] = dict(zip(SEGMENTATION_METRICS, numbers, strict=True))
+            n = 0 if one is None else one.n
+            for metric, value in single[category.name].items():
+                rows.append((self.variant, "category", category.dataset, category.name, metric, value, n, reason))
+        for dataset in dict.fromkeys([*(c.dataset for c in found), ""]):
+            part = [c.name for c in found if dataset in ("", c.dataset)]
+            for metric in SEGMENTATION_METRICS:
+                if metric not in NOT_AVERAGED:
+                    mean = mean_over_categories((name, single[name][metric]) for name in part)
+                    rows.append((self.variant, "mean", dataset, "", metric, *mean))
+        table = pd.DataFrame(rows, columns=list(COLUMNS)).astype({"value": np.float64, "n": np.int64})
+        return MetricResult(table, self.version, SEGMENTATION_DEFINITIONS)
+
     def _agree(self, group: Group) -> None:
         """Drop samples that a lower rank has too, and learn the categories of the other processes."""
         if any(group.gather_objects(self._numbered)):
@@ -374,12 +413,12 @@ class AnomalyMetrics:
             "pixel_f1max": _value(ranking.f1_max, n, reason),
         }
         for limit in self.fpr_limits:
-            values[aupro_name(limit)] = _value(lambda limit=limit: ranking.aupro(limit), n, no_normal)
+            values[aupro_name(limit)] = _value(partial(ranking.aupro, limit), n, no_normal)
         best = ranking.best_sum
         at_sum, at_f1, at_all = result.at_sum, result.at_f1, result.at_all
         texts = {
             "dsc": lambda: at_sum.dice / n,
-            "dsc_threshold": lambda: key_to_float(best.key),
+            "dsc_threshold": lambda: key_to_float(int(best.key)),
             "dsc_precision": lambda: best.hits / best.predicted,
             "dsc_recall": lambda: best.hits / ranking.positives,
             "dsc_floor_nothing": lambda: (n - m) / n,

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import repeat
+from typing import Any, Literal
 
 import numpy as np
 
@@ -87,7 +88,7 @@ class CutMaps:
         self._after = self._cut([row.normal for row in self.rows], "right")
         self._anomalous = self._cut([row.anomalous for row in self.rows], "left")
 
-    def _cut(self, parts: list[np.ndarray], side: str) -> np.ndarray:
+    def _cut(self, parts: list[np.ndarray], side: Literal["left", "right"]) -> np.ndarray:
         cuts = [np.searchsorted(part, self.edges, side) for part in parts]
         return np.array(cuts, dtype=np.int32).reshape(len(parts), len(self.edges))
 
@@ -164,8 +165,8 @@ def evaluate_pixels(
             sums = group.sum_all([count.reshape(-1) for count in counts])
             higher = [*above[:, k].tolist(), int(above[:, k].sum())]
             for ranking, own, over, count in zip(rankings, scores, higher, sums, strict=False):
-                false = count.reshape(2, -1)[:, ::-1] + over
-                ranking.add(own.keys[::-1], own.hits[::-1], *false, own.weights[::-1])
+                at, higher_than = count.reshape(2, -1)[:, ::-1] + over
+                ranking.add(own.keys[::-1], own.hits[::-1], at, higher_than, own.weights[::-1])
         if overlaps:
             _overlaps(cuts, results, whole, group, pooled)
     return results, whole
@@ -183,11 +184,11 @@ def _edges(categories: Sequence[Category], group: Group, pixels: int) -> np.ndar
     At most the pixels at the lower edge itself are more than that.
     """
     parts = [part for c in categories for row in c.maps.read() for part in (row.normal, row.anomalous)]
-    samples = [part[:: max(1, len(part) // SAMPLES)] for part in parts]
-    samples = np.sort(np.concatenate(group.gather(np.concatenate(samples or [np.zeros(0, dtype=np.int32)]))))
+    own = [part[:: max(1, len(part) // SAMPLES)] for part in parts] or [np.zeros(0, dtype=np.int32)]
+    samples = np.sort(np.concatenate(group.gather(np.concatenate(own))))
     stretches = min(STRETCHES, max(1, pixels // STRETCH))
     chosen = samples[:: max(1, -(-len(samples) // stretches))]
-    return np.unique(np.concatenate(([LOWEST, -SPAN, 0, SPAN, HIGHEST], chosen)).astype(np.int32))
+    return np.unique(np.concatenate((np.array([LOWEST, -SPAN, 0, SPAN, HIGHEST]), chosen)).astype(np.int32))
 
 
 def _scores(own: list[np.ndarray], group: Group, pooled: bool) -> list[Scores]:
@@ -230,9 +231,9 @@ def _count(scores: Scores, normal: list[np.ndarray], ties: int, edge: np.int32) 
 def _overlaps(cuts: list[CutMaps], results: list[PixelResult], whole: PixelResult, group: Group, pooled: bool) -> None:
     """Fill in the overlaps of the results at the thresholds of their rankings."""
     shared = [whole.ranking.best_sum.key, whole.ranking.best_f1.key] if pooled else []
-    thresholds = [[LOWEST, r.ranking.best_sum.key, r.ranking.best_f1.key, *shared] for r in results]
-    sums = [cut.overlaps(keys) for cut, keys in zip(cuts, thresholds, strict=True)]
-    sums = group.sum(np.array(sums).reshape(len(results), 3 + len(shared), 4))
+    thresholds: list[list[Any]] = [[LOWEST, r.ranking.best_sum.key, r.ranking.best_f1.key, *shared] for r in results]
+    found = [cut.overlaps(keys) for cut, keys in zip(cuts, thresholds, strict=True)]
+    sums = group.sum(np.array(found).reshape(len(results), 3 + len(shared), 4))
     for result, own in zip(results, sums, strict=True):
         result.at_all, result.at_sum, result.at_f1 = (Overlap(*own[i]) for i in range(3))
     if pooled:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -116,11 +117,11 @@ class RegionCache:
     def __len__(self) -> int:
         return len(self._regions)
 
-    def get(self, ids: Sequence[int] | None, masks: np.ndarray) -> list[Regions]:
+    def get(self, ids: Sequence[int] | np.ndarray | None, masks: np.ndarray) -> list[Regions]:
         """Regions of the masks (bool (B, H, W)) of the samples `ids`. Without ids nothing is cached."""
         if ids is None:
             return find_regions(masks, self.connectivity)
-        result = [self._regions.get(int(i)) for i in ids]
+        result: list[Any] = [self._regions.get(int(i)) for i in ids]
         known = [found is not None and found.equals(mask) for found, mask in zip(result, masks, strict=True)]
         missing = [b for b, same in enumerate(known) if not same]
         if missing:

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -75,7 +75,7 @@ class Maps:
         if self._file is None:
             self._rows.append(row)
         else:
-            self._file.write(row)
+            self._file.write(row.data)
         self._lengths.append(len(row))
         self.pixels.append(found.pixels)
         self.regions.append(len(found.areas))
@@ -92,13 +92,13 @@ class Maps:
             yield MapRow(row[: end - anomalous], row[end - anomalous : end], row[end:])
 
     def _mapped(self) -> np.ndarray:
-        if not self._lengths:
+        if self._file is None or not self._lengths:
             return np.zeros(0, dtype=np.int32)
         self._file.flush()
         expected, found = 4 * sum(self._lengths), os.fstat(self._file.fileno()).st_size
         if found < expected:
             raise OSError(f"the temporary file of maps has {found} bytes instead of {expected}: was it truncated?")
-        return np.asarray(np.memmap(self._file, dtype=np.int32, mode="r"))
+        return np.asarray(np.memmap(cast(Any, self._file), dtype=np.int32, mode="r"))
 
 
 @dataclass

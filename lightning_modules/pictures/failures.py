@@ -5,6 +5,7 @@ After UniAS (supplement, Figure 2) and RLR (section 5), which show failures pick
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.base import ReconstructionModule
-from lightning_modules.pictures.heatmaps import picture, to_rgb
+from lightning_modules.pictures.heatmaps import map_names, picture, to_rgb
 
 FILE = "failures.csv"
 """In a record: the rows of `find`."""
@@ -49,13 +50,19 @@ def find(image_scores: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
 
 
 @torch.no_grad()
-def draw(module: ReconstructionModule, data: Any, found: pd.DataFrame) -> tuple[dict[str, bytes], list[tuple]]:
+def draw(
+    module: ReconstructionModule,
+    data: Any,
+    found: pd.DataFrame,
+    scales: Mapping[str, tuple[float, float]] | None = None,
+) -> tuple[dict[str, bytes], list[tuple]]:
     """One picture per category, on one colour scale each, and its lines of `heatmaps/index.csv`.
 
     Args:
         module: The trained method, in eval mode.
         data: The data module; images are read through `UnifiedDataModule.image_batch`.
         found: From `find`.
+        scales: Category -> ends of its colour scale, see `lightning_modules.pictures.heatmaps`.
     """
     files, index = {}, []
     for category, rows in found.groupby("category", sort=False):
@@ -68,7 +75,9 @@ def draw(module: ReconstructionModule, data: Any, found: pd.DataFrame) -> tuple[
         ]
         name = f"{category.replace('/', '-')}-failures.jpg"
         images = to_rgb(batch["image"], data.mean, data.std)
-        files[f"heatmaps/{name}"] = picture(images, batch["mask"], scored, titles, module.map_names)
+        files[f"heatmaps/{name}"] = picture(
+            images, batch["mask"], scored, titles, map_names(module), (scales or {}).get(category)
+        )
         for number, (row, rank) in enumerate(zip(rows.itertuples(), ranks, strict=True)):
             place = (batch["dataset"][number], data.table["category"][row.id])
             caption = f"{category}: {rank}, {row.defects} defects"

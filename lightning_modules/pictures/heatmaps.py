@@ -1,4 +1,7 @@
-"""Pictures of anomaly maps: image, ground truth, map of each level, fused map; chosen by rule, on one scale per category."""
+"""Pictures of anomaly maps: image, ground truth, map of each level, fused map; chosen by rule, on one scale per category.
+
+The scale is made of normal images, see `lightning_modules.decisions.pixels`: a good image looks good beside the defects.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,8 @@ from lightning_modules.base import ReconstructionModule
 from models.head import ScoredMaps
 
 RANKS = ("worst", "median", "best")
+GOOD_RANK = "good"
+"""Of the good image that is shown beside the defects."""
 
 
 def choose(image_scores: pd.DataFrame) -> dict[int, str]:
@@ -39,9 +44,24 @@ def choose(image_scores: pd.DataFrame) -> dict[int, str]:
     return chosen
 
 
+def beside(chosen: Mapping[int, str], image_scores: pd.DataFrame) -> dict[int, str]:
+    """The chosen images and, of each of their categories, the good test image with the median score, of rank `GOOD_RANK`."""
+    categories = set(image_scores[image_scores.id.isin(list(chosen))].category)
+    found = dict(chosen)
+    good = image_scores[(image_scores.label == 0) & image_scores.category.isin(categories)]
+    for _, rows in good.groupby("category", sort=False):
+        ordered = rows.sort_values(["image_score", "id"]).id.to_numpy()
+        found[int(ordered[(len(ordered) - 1) // 2])] = GOOD_RANK
+    return found
+
+
 @torch.no_grad()
 def draw(
-    module: ReconstructionModule, data: Any, ranks: Mapping[int, str], image_scores: pd.DataFrame
+    module: ReconstructionModule,
+    data: Any,
+    ranks: Mapping[int, str],
+    image_scores: pd.DataFrame,
+    scales: Mapping[str, tuple[float, float]] | None = None,
 ) -> tuple[dict[str, bytes], list[tuple]]:
     """Draws the chosen test images, one picture per category, with the pictures' lines of the index.
 
@@ -50,6 +70,7 @@ def draw(
         data: The data module; images are read through `UnifiedDataModule.image_batch`.
         ranks: Image id -> rank, from `choose`.
         image_scores: The scores of all test images.
+        scales: Category -> ends of its colour scale; None takes the lowest and the highest pixel of each picture.
 
     Returns:
         File name in the record -> JPEG bytes, and the lines for `index_of`.
@@ -59,21 +80,34 @@ def draw(
     chosen = image_scores[image_scores.id.isin(list(ranks))]
     for category, rows in chosen.groupby("category", sort=False):
         kinds = dict(zip(rows.id, rows.anomaly_type, strict=True))
-        ids = sorted(rows.id, key=lambda i: (kinds[i], RANKS.index(ranks[i])))
+        order = (GOOD_RANK, *RANKS)
+        ids = sorted(rows.id, key=lambda i: (ranks[i] != GOOD_RANK, kinds[i], order.index(ranks[i])))
         batch = data.image_batch(ids)
         scored = module.evaluate({k: v.to(module.device) if isinstance(v, Tensor) else v for k, v in batch.items()})[""]
         defects = [data.table["defect"][i] for i in ids]
-        titles = [f"{ranks[i]}: {defect}" for i, defect in zip(ids, defects, strict=True)]
+        titles = [
+            "good, the median one" if ranks[i] == GOOD_RANK else f"{ranks[i]}: {defect}"
+            for i, defect in zip(ids, defects, strict=True)
+        ]
         name = f"{category.replace('/', '-')}.jpg"
         images = to_rgb(batch["image"], data.mean, data.std)
-        files[f"heatmaps/{name}"] = picture(images, batch["mask"], scored, titles, module.map_names)
+        files[f"heatmaps/{name}"] = picture(
+            images, batch["mask"], scored, titles, map_names(module), (scales or {}).get(category)
+        )
         score = rows.set_index("id").image_score
         for n, i in enumerate(ids):
-            caption = f"{category}: {ranks[i]} by image score, {defects[n]}"
+            what = "median good image" if ranks[i] == GOOD_RANK else f"{ranks[i]} by image score, {defects[n]}"
+            caption = f"{category}: {what}"
             index.append(
                 (batch["dataset"][n], data.table["category"][i], ranks[i], defects[n], score[i], name, caption)
             )
     return files, index
+
+
+def map_names(module: ReconstructionModule) -> tuple[str, ...]:
+    """Names of the method's level maps in their own order: its own, or else its backbone's levels; () if unknown."""
+    config = getattr(getattr(module, "extractor", None), "config", None)
+    return tuple(module.map_names) or tuple(f"level {level}" for level in getattr(config, "levels", ()))
 
 
 def index_of(rows: Sequence[tuple]) -> str:
@@ -97,11 +131,17 @@ def overlay(image: np.ndarray, anomaly_map: np.ndarray, low: float, high: float)
 
 
 def picture(
-    images: np.ndarray, masks: Tensor, scored: ScoredMaps, titles: Sequence[str], names: Sequence[str] = ()
+    images: np.ndarray,
+    masks: Tensor,
+    scored: ScoredMaps,
+    titles: Sequence[str],
+    names: Sequence[str] = (),
+    scale: tuple[float, float] | None = None,
 ) -> bytes:
     """One JPEG: a row per image; columns image, ground truth, the levels from the highest to the lowest, fused map.
 
-    With `names` the level maps stand in their own order under these names.
+    With `names` the level maps stand in their own order under these names. `scale`: ends of the fused map's colours; None
+    takes the lowest and the highest pixel of these maps.
     """
     maps = scored.maps.float().cpu().numpy()
     levels = [level.float().cpu().numpy() for level in scored.level_maps] if len(scored.level_maps) > 1 else []
@@ -109,6 +149,7 @@ def picture(
         levels.reverse()
         names = [f"map {n + 1} of {len(levels)}" for n in range(len(levels))]
     columns = ["image", "ground truth", *names, "anomaly map"]
+    low, high = scale or (float(maps.min()), float(maps.max()))
     figure = Figure(figsize=(1.7 * len(columns), 1.75 * len(images)), dpi=90, layout="constrained")
     axes = figure.subplots(len(images), len(columns), squeeze=False)
     for row, title in enumerate(titles):
@@ -116,10 +157,10 @@ def picture(
         axes[row, 1].imshow(masks[row, 0].cpu().numpy(), cmap="gray", vmin=0, vmax=1)
         for column, level in enumerate(levels, start=2):
             axes[row, column].imshow(level[row], cmap="inferno", vmin=level.min(), vmax=level.max())
-        axes[row, -1].imshow(overlay(images[row], maps[row], maps.min(), maps.max()))
+        axes[row, -1].imshow(overlay(images[row], maps[row], low, high))
         axes[row, 0].set_ylabel(title, fontsize=7)
-    for axis, column in zip(axes[0], columns, strict=True):
-        axis.set_title(column, fontsize=8)
+    for axis, name in zip(axes[0], columns, strict=True):
+        axis.set_title(name, fontsize=8)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])

@@ -1,9 +1,9 @@
-"""Pictures of what a trained run reconstructs: `python -m lightning_modules.pictures.reconstructions results/runs/SWEEP/RUN`.
+"""Pictures of what a trained run reconstructs: `python -m lightning_modules.pictures.reconstructions RUN`.
 
 A `models.visual_decoder.VisualDecoder` is trained on the run's normal training images to turn the method's clean
 features back into images, then draws, per category, an anomalous test image's features and their reconstruction. It
 serves every method whose pairs are feature maps. Decoder and figure are written beside the run's checkpoint; a training
-that was interrupted goes on where it stopped.
+that was interrupted goes on where it stopped. What the training costs on this machine is said before it starts.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import io
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from datamodules import UnifiedDataModule
 from datamodules.sample_table import category_keys
 from lightning_modules.base import ReconstructionModule
 from lightning_modules.callbacks.progress import PlainProgress
 from lightning_modules.pictures.heatmaps import overlay, to_rgb
-from lightning_modules.running import checkpoints, foreign
+from lightning_modules.running import checkpoints, recorded_configuration
 from lightning_modules.running.checkpoints import WholeCheckpoints
+from lightning_modules.running.finding import find_run
 from lightning_modules.running.loading import load_run
 from lightning_modules.running.methods import build
 from lightning_modules.running.quiet import quiet
@@ -41,6 +45,8 @@ from results.aggregator.records import read_record
 from results.common import trouble
 from results.common.environment import parts
 
+TIMED = 2
+"""Training steps by which the cost is estimated before it is paid."""
 COLUMNS = ("normal", "anomaly", "its features", "reconstructed", "ground truth", "anomaly map")
 
 
@@ -57,7 +63,7 @@ def trained(folder: Path) -> tuple[ReconstructionModule, UnifiedDataModule]:
     module = load_run(folder).module
     record = read_record(folder)
     section = yaml.safe_load(record.config_text).get("data")
-    foreign.check(section, folder / "config.yaml", ())
+    recorded_configuration.check(section, folder / "config.yaml", ())
     data = build(UnifiedDataModule, section)
     data.setup("fit")
     for dataset in record.record.datasets:
@@ -143,12 +149,34 @@ def train_decoder(
     )
     if done != epochs:
         attach(module, data, cache, trainer.strategy.root_device, build=True, images=True)
-    trainer.fit(training, data.train_dataloader(), ckpt_path=None if done is None else str(file), weights_only=True)
+    loader = data.train_dataloader()
+    if done != epochs:
+        left = (epochs - (done or 0)) * seconds_per_epoch(training, module, data.train_dataloader())
+        print(
+            f"The visual decoder (width {width}) is trained for {epochs - (done or 0)} epochs first: about "
+            f"{max(left / 60, 0.1):.1f} min on this machine. Fewer --epochs or a smaller --width cost less, more draw "
+            "sharper. Ctrl-C stops, and the same command goes on.",
+            flush=True,
+        )
+    trainer.fit(training, loader, ckpt_path=None if done is None else str(file), weights_only=True)
     if done != epochs:
         trainer.save_checkpoint(file)
         error = trainer.callback_metrics["train/loss"]
         print(f"Visual decoder: mean squared error {error:.4f} on normalised training images; kept in {file}")
     return training.decoder.eval()
+
+
+def seconds_per_epoch(training: DecoderTraining, method: ReconstructionModule, loader: DataLoader) -> float:
+    """How long an epoch of a decoder's training takes here, by `TIMED` steps of a copy; nothing of them is kept."""
+    decoder = deepcopy(training.decoder).to(method.device).train()
+    optimizer, moments = torch.optim.Adam(decoder.parameters()), []
+    for _, batch in zip(range(TIMED + 1), loader, strict=False):  # the first step, which allocates, is not counted
+        maps, _ = clean_and_reconstructed(method, batch)
+        optimizer.zero_grad()
+        F.mse_loss(decoder(maps), batch["image"].to(method.device)).backward()
+        optimizer.step()
+        moments.append(time.perf_counter())
+    return (moments[-1] - moments[0]) / max(1, len(moments) - 1) * len(loader)
 
 
 def _trained_epochs(file: Path, training: DecoderTraining) -> int | None:
@@ -242,9 +270,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m lightning_modules.pictures.reconstructions", description=__doc__)
-    parser.add_argument("run", type=Path, help="record of a finished run, results/runs/SWEEP/RUN")
-    parser.add_argument("--epochs", type=int, default=100, help="epochs of the decoder (default 100)")
-    parser.add_argument("--width", type=int, default=256, help="channels of the decoder's first stage (default 256)")
+    parser.add_argument("run", help="name or record folder of a finished run")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of the decoder (default 10; 100 draw sharper)")
+    parser.add_argument(
+        "--width", type=int, default=64, help="channels of the decoder's first stage (default 64; 256 draw sharper)"
+    )
     parser.add_argument("--categories", default="", help="comma list of category keys to draw (default: all)")
     parser.add_argument("--output", type=Path, help="the figure (default: reconstructions.jpg beside the checkpoint)")
     options = parser.parse_args(arguments)
@@ -253,6 +283,7 @@ def _main(arguments: Sequence[str]) -> None:
     quiet()
     torch.manual_seed(0)
     try:
+        options.run = find_run(options.run)
         module, data = trained(options.run)
     except (FileNotFoundError, ValueError) as error:  # also those of records and data
         raise SystemExit(f"error: {error}") from error

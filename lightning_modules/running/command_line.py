@@ -24,26 +24,24 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 import datamodules
 from datamodules.errors import DataError
-from datamodules.problems import number_of
 from lightning_modules.base import ReconstructionModule
-from lightning_modules.callbacks import normal_scores
 from lightning_modules.callbacks.compile import Compile
 from lightning_modules.callbacks.curve import EvaluationCurve
 from lightning_modules.callbacks.epoch_seed import EpochSeed
 from lightning_modules.callbacks.history import History
 from lightning_modules.callbacks.kept_epochs import KeptEpochs
 from lightning_modules.callbacks.normal_scores import NormalScores
-from lightning_modules.callbacks.predictions import Predictions
 from lightning_modules.callbacks.progress import PlainProgress, Progress
 from lightning_modules.callbacks.scoring import Evaluation
 from lightning_modules.callbacks.throughput import Throughput
 from lightning_modules.running import (
     checkpoints,
-    foreign,
+    decisions,
     internals,
     normalisation,
     per_category,
     preemption,
+    recorded_configuration,
     recording,
     refusals,
     resuming,
@@ -64,6 +62,7 @@ class UniReconCLI(internals.OpenCLI):
 
     def __init__(self, args: list[str]) -> None:
         self.started = datetime.now().astimezone()
+        self.only = next(iter(args), None)
         super().__init__(
             ReconstructionModule,
             datamodules.UnifiedDataModule,
@@ -105,9 +104,11 @@ class UniReconCLI(internals.OpenCLI):
             raise SystemExit("\n".join(reasons) or str(error)) from error
 
     def _leave_finished(self) -> None:
-        """Refuses a run that has its record already."""
+        """Refuses to train a run that has its record already; `test` scores it again and leaves the record as it is."""
         run = RunConfig(**self.config[self.subcommand].run.as_dict())
-        if self.subcommand in ("fit", "test") and not run.overwrite and run.finished():
+        finished = self.subcommand in ("fit", "test") and not run.overwrite and run.finished()
+        self.checks_record = finished and self.subcommand == "test" and not tracking.handed_out(run)
+        if finished and not self.checks_record:
             per_category.leave_finished(run, self._configuration())
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -118,19 +119,21 @@ class UniReconCLI(internals.OpenCLI):
         except ValueError as error:
             raise SystemExit(str(error)) from error
         if self.subcommand == "fit":
+            refusals.random_features(self.model, self.datamodule)
             refusals.place(self.run_config, self._bytes_needed())
             resuming.claim(self.run_config)
             self._leave_finished()  # another process may have finished the run while this one waited for it
         given = self.made("trainer")
-        self.evaluation, self.curve = Evaluation(self.run_config.fpr_limits), None
         self.normal_scores, self.history = NormalScores(), History()
+        self.evaluation = Evaluation(self.run_config.fpr_limits, self.normal_scores)
+        self.curve: EvaluationCurve | None = None
         seed = EpochSeed(self.config[self.subcommand].seed_everything)
         self.throughput = Throughput()
         own = [seed, self.normal_scores, self.evaluation, self.throughput, self.history, *self._callbacks()]
         more = given.get("callbacks") or []
         callbacks = [*(more if isinstance(more, list) else [more]), *own]
         if given.get("logger") is None:
-            kwargs["logger"] = self._wandb_logger()
+            kwargs["logger"] = False if self.checks_record else self._wandb_logger()
         if given.get("plugins") is None:
             slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
             kwargs["plugins"] = [WholeCheckpoints(), *slurm]
@@ -146,10 +149,6 @@ class UniReconCLI(internals.OpenCLI):
     def _callbacks(self) -> list[L.Callback]:
         run, model = self.run_config, self.model
         callbacks: list[L.Callback] = [RichProgressBar(leave=False) if sys.stdout.isatty() else PlainProgress()]
-        if self.subcommand == "predict":
-            scale = recording.colour_scale(run.record)
-            self.predictions = Predictions(run.work / "predictions", scale, normal_scores.read(run.record))
-            return [*callbacks, self.predictions]
         if self.subcommand != "fit":
             return callbacks
         epochs = self.made("trainer")["max_epochs"]
@@ -229,6 +228,8 @@ class UniReconCLI(internals.OpenCLI):
         size = f"{trainable:,} trainable parameters" if trainable else "a network that the training data will size"
         rank_zero_info(f"{self.model.method}: {size} on {backbone['name']} ({backbone['weights']} weights)")
         self.datamodule.setup("fit")
+        decisions.check(self.datamodule.table, self.run_config)
+        rank_zero_info(normalisation.described(self.model, self.datamodule))
         if not self.datamodule.has_test_images:
             if self.run_config.selects == "best_on_test":
                 raise DataError("No test image: run.protocol=as_released chooses its epoch on the test set. Use clean.")
@@ -239,7 +240,8 @@ class UniReconCLI(internals.OpenCLI):
                 self.trainer.max_epochs, -(-self.trainer.max_steps // max(1, len(loader)))
             )
         left = self.run_config.work / "checkpoints" / "last.ckpt"
-        resuming.check(self.run_config, self._configuration(), self.datamodule.fingerprint, left)
+        packages = self.model.needs_packages
+        resuming.check(self.run_config, self._configuration(), self.datamodule.fingerprint, left, packages)
         self._serve_features(build=True)
         for remark in self.datamodule.remarks():
             rank_zero_info(f"Note: {remark}")
@@ -271,15 +273,11 @@ class UniReconCLI(internals.OpenCLI):
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
         self.after_test()
 
-    def after_predict(self) -> None:
-        if failed := self.predictions.failed:
-            shown = [f"  {line}" for line in failed[:20]] + [f"  and {len(failed) - 20} more"] * (len(failed) > 20)
-            have = "has" if len(failed) == 1 else "have"
-            what = f"{number_of(len(failed), 'image')} could not be read and {have} no score (reasons in scores.csv):"
-            raise SystemExit("\n".join([f"error: {what}", *shown]))
-
     def after_test(self) -> None:
         if not self.trainer.is_global_zero:
+            return
+        if self.checks_record:
+            rank_zero_info(recording.compared(self.run_config.record, self.evaluation.result.table))
             return
         outcome = recording.Outcome(
             self.run_config, self.subcommand, self.config[self.subcommand], self.model, self.datamodule, self.trainer,
@@ -309,14 +307,18 @@ def main(arguments: list[str] | None = None) -> None:
                 from lightning_modules.running.submission import main as submit
 
                 submit(arguments[1:], methods)
+            elif arguments[:1] == ["predict"]:
+                from lightning_modules.prediction.command import main as predict
+
+                predict(arguments[1:], methods)
             else:
-                _run(with_environment(foreign.as_data(arguments, methods), os.environ))
+                _run(with_environment(recorded_configuration.as_data(arguments, methods), os.environ))
     except Exception as error:
         if debug:
             raise
         raise SystemExit(trouble.sentence(error)) from error
     finally:
-        foreign.clean_up()
+        recorded_configuration.clean_up()
 
 
 def _run(arguments: list[str]) -> None:

@@ -1,6 +1,6 @@
 """What a configuration leaves open is filled: from the environment, from the method's recipe, from the run's moment.
 
-What the environment names (`DATASET`, `DATA_ROOT`, `CATEGORIES`, `BACKBONE`, `WEIGHTS`) stands between the
+What the environment names (`DATASET`, `DATA_ROOT`, `CATEGORIES`, `BACKBONE`, `WEIGHTS`, `ALPHA`, `RULE`) stands between the
 configuration files and the explicit arguments, so that `make`, the local sweep runner and `wandb agent` steer a run in
 the same way.
 """
@@ -14,7 +14,7 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from datamodules.readers import has_own_root
+from datamodules.readers import has_own_root, load_readers
 from lightning_modules.running import preemption, refusals
 from lightning_modules.running.methods import class_at
 from results.common import methods
@@ -44,6 +44,9 @@ def environment_arguments(environment: Mapping[str, str]) -> list[str]:
     for value, key in ((named.backbone, "name"), (named.weights, "weights")):
         if value:
             arguments.append(f"--model.init_args.backbone.{key}={value}")
+    if named.alpha is not None or named.rule:  # together they replace the configuration's two
+        arguments.append(f"--run.alpha={'null' if named.alpha is None else named.alpha}")
+        arguments.append(f"--run.rule={named.rule or 'null'}")
     if named.backbone and not named.backbone.startswith("tf_efficientnet_b4."):
         arguments.append("--model.init_args.backbone.padding=default")  # a released padding belongs to its own backbone
     return arguments
@@ -99,6 +102,11 @@ def fill(config: Any, subcommand: str, started: datetime) -> None:
             "only; the data follows it."
         )
     data.image_size = size
+    readers = load_readers()
+    if data.holdout is None and not any(
+        getattr(readers.get(dataset.name), "holdout", 0.0) for dataset in data.datasets or ()
+    ):
+        data.holdout = 0.0
     for name in ("resize", "batch_size", "drop_last", "repeat"):
         if data.get(name) is None:
             data[name] = getattr(recipe, name)

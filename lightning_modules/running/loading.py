@@ -16,7 +16,7 @@ import yaml
 
 from datamodules.handed_over import Images, Preparation
 from lightning_modules.base import ReconstructionModule
-from lightning_modules.running import checkpoints, foreign
+from lightning_modules.running import checkpoints, recorded_configuration
 from lightning_modules.running.backbone import recorded_weights
 from lightning_modules.running.earlier import translated
 from lightning_modules.running.methods import build, import_methods
@@ -78,11 +78,12 @@ class TrainedModel:
             datamodules.errors.DataError: no image, a file that cannot be read, or a tensor of another shape, type or range.
         """
         with _as_trained(self.module.device, self.precision):
-            parts = [self._score(batch) for batch in self.preparation.batches(images, self.batch_size)]
+            parts = [self.score(batch) for batch in self.preparation.batches(images, self.batch_size)]
         maps, scores, levels = zip(*parts, strict=True)
         return ScoredMaps(torch.cat(maps), torch.cat(scores), [torch.cat(level) for level in zip(*levels, strict=True)])
 
-    def _score(self, images: torch.Tensor) -> ScoredMaps:
+    def score(self, images: torch.Tensor) -> ScoredMaps:
+        """Scores normalised images, float32 (B, 3, H, W), all at once and in the precision of the surrounding context."""
         batch: dict[str, Any] = {"image": images.to(self.module.device)}
         if self.category:
             batch |= {"category": [self.category] * len(images), "dataset": [self.dataset] * len(images)}
@@ -123,7 +124,7 @@ def load_run(
     folder = Path(record)
     stored = read_record(folder)
     dataset, name = _pair(stored, category)
-    if checkpoint is None and stored.record.setting == "per_category" and len(stored.record.category_keys) > 1:
+    if checkpoint is None and _several(stored):
         return load_run(_part(folder, stored, dataset, name), None, name, backbone_file)
     weights = _weights(folder, checkpoint)
     content = checkpoints.read(weights)
@@ -158,7 +159,7 @@ def _module(
         raise ValueError(f"{file} does not describe a model with a backbone, so nothing can be built from it.")
     arguments = {key: value for key, value in arguments.items() if key not in OF_TRAINING}
     section = {"class_path": section.get("class_path"), "init_args": arguments}
-    foreign.check(section, file, methods)
+    recorded_configuration.check(section, file, methods)
     if own_trunk:  # all weights are in the checkpoint, whatever they started from
         arguments |= {"start": "scratch"} if "start" in arguments else {}
     else:
@@ -213,6 +214,22 @@ def _pair(stored: StoredRecord, category: str | None) -> tuple[str, str]:
         what = "stands for several categories" if fitting else "is not a category"
         raise ValueError(f"{category!r} {what} of {stored.name}; it has {', '.join(names)}.")
     return fitting[0]
+
+
+def part_of(folder: Path, category: str) -> Path:
+    """The record whose model is for a category: of a run with one model each that category's own, else the run's.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_run`.
+    """
+    stored = read_record(folder)
+    dataset, name = _pair(stored, category)
+    return _part(folder, stored, dataset, name) if _several(stored) else folder
+
+
+def _several(stored: StoredRecord) -> bool:
+    """Whether it is the joint record of one model per category."""
+    return stored.record.setting == "per_category" and len(stored.record.category_keys) > 1
 
 
 def _part(folder: Path, stored: StoredRecord, dataset: str, name: str) -> Path:

@@ -28,7 +28,7 @@ def import_methods() -> dict[str, type[ReconstructionModule]]:
     return found
 
 
-def class_at(path: str) -> type:
+def class_at(path: str) -> type[Any]:
     """The class at a dotted path."""
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)
@@ -43,7 +43,8 @@ def build(kind: type[T], section: Mapping[str, Any]) -> T:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(kind, "made")
     try:
-        return parser.instantiate(parser.parse_object({"made": dict(section)})).made
+        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its name before 4.49
+        return instantiate(parser.parse_object({"made": dict(section)})).made
     except (TypeError, ValueError, ArgumentError) as error:
         lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
         raise ValueError(f"{section.get('class_path')} cannot be made: {lines[-1] if lines else error}") from error

@@ -20,6 +20,20 @@ def follow_weights(model: ReconstructionModule, data: UnifiedDataModule, options
         warnings.warn(note, stacklevel=2)
 
 
+def described(model: ReconstructionModule, data: UnifiedDataModule) -> str:
+    """What the network gets to see, in one line: size, resize rule, normalisation, and how its backbone pads.
+
+    Args:
+        model: The method.
+        data: Its data, set up.
+    """
+    padding = model.extractor.provenance.get("padding")
+    return (
+        f"Images: {data.image_size[0]}x{data.image_size[1]} ({data.resizing}), mean {_text(data.mean)}, std {_text(data.std)}"
+        + (f"; backbone's padding: {padding}" if padding else "")
+    )
+
+
 def notes(model: ReconstructionModule, data: UnifiedDataModule) -> list[str]:
     """What a reader of the run's numbers must know: that pixels are not normalised as the weights expect."""
     extractor = model.extractor

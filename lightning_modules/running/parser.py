@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_modules.running.earlier import translated
 from lightning_modules.running.internals import parser_options
-from results.common.nearest import did_you_mean
+from results.common.did_you_mean import did_you_mean
 
 _NOISE = ("Given value", "- Expected a <class 'NoneType'>", "Subtypes:", "Errors:", "Does not validate against any of")
 
@@ -43,7 +43,7 @@ def essence(message: str) -> str:
 
 def _hints(message: str, options: list[str]) -> Iterator[str]:
     """Sentences on the unknown names in a message of the parser."""
-    for name in re.findall(r"unrecognized arguments: --([^\s=]+)", message):
+    for name in re.findall(r"[Uu]nrecognized arguments: --([^\s=]+)", message):
         yield did_you_mean(name, options)
     where = ""
     for line in message.splitlines():

@@ -29,6 +29,7 @@ from lightning_modules.callbacks.progress import write_progress
 from lightning_modules.metrics.definitions import NOT_AVERAGED
 from lightning_modules.metrics.means import mean_over_categories
 from lightning_modules.running import resuming, tracking
+from lightning_modules.running.methods import class_at
 from lightning_modules.running.printing import print_metrics
 from lightning_modules.running.settings import RunConfig, sweep_parameters
 from results.aggregator.records import RunRecord, StoredRecord, read_record, write_record
@@ -50,7 +51,8 @@ class OneModelEach(Exception):
         if finished:
             for folder in ("runs", "work"):  # records and checkpoints of the run that is replaced
                 shutil.rmtree(work / folder, ignore_errors=True)
-        resuming.check(run, self.configuration, "", work / "runs")
+        packages = class_at(self.configuration["model"]["class_path"]).needs_packages
+        resuming.check(run, self.configuration, "", work / "runs", packages)
         if self.configuration["trainer"]["logger"] is not False:
             tracking.announce(run)
             tracking.open_run(run, self.configuration)
@@ -162,9 +164,10 @@ def _refuse_joint(subcommand: str, folder: Path) -> None:
     """Refuses a run that holds one model per category, and names their records."""
     names = sorted(path.parent.name for path in folder.glob("*/record.json"))
     if names:
+        named = "name a category (--category, CATEGORY= with make), or " if subcommand == "predict" else ""
         there = ", ".join(names[:20]) + (" ..." if len(names) > 20 else "")
         raise SystemExit(
-            f"setting per_category: {subcommand} works on one model, so give the configuration of one category's record "
+            f"setting per_category: {subcommand} works on one model, so {named}give the configuration of one category's record "
             f"(there are {there}): --config {folder / names[0]}/config.yaml (make: RUN={folder / names[0]})."
         )
 
@@ -191,7 +194,7 @@ def join_records(records: list[RunRecord], run: str, sweep: str) -> RunRecord:
     for entry in datasets.values():
         entry["fingerprint"] = hashlib.sha256("".join(entry["fingerprint"]).encode()).hexdigest()
     provenance = dict(first.provenance)
-    rules = {
+    rules: dict[str, Callable[[list[Any]], Any]] = {
         "wall_seconds": sum,
         "seconds_per_epoch": sum,
         "train_seconds": sum,

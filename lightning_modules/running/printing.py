@@ -5,10 +5,8 @@ from __future__ import annotations
 import pandas as pd
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from lightning_modules.metrics import rendering
-from results.common.pair import label
 
 HEADINGS = {
     **rendering.HEADINGS,
@@ -26,6 +24,8 @@ SHOWN = (
     "pixel_aupro",
     "pixel_auspro_mean",
     "dsc",
+    "seg_f1",
+    "seg_f1_images",
 )
 """Columns of the table printed after an evaluation; the record holds all metrics."""
 OF_SOME_DATA = ("image_auroc_structural", "image_auroc_logical", "pixel_auspro_mean")
@@ -42,31 +42,20 @@ def _shown(metrics: pd.Series) -> list[str]:
 def print_metrics(table: pd.DataFrame) -> None:
     """Prints the per-category metrics in percent, the means below, and why a number is missing."""
     console = Console()
+    console.print()  # a progress bar may have left its line open
     reasons: dict[str, None] = {}
     for variant, rows in table.groupby("variant", sort=False):
         pooled = "; pooled = one ranking over all" if (rows.scope == "pooled").any() else ""
-        shown = Table(title=variant or None, caption=f"percent; mean = unweighted over categories{pooled}")
-        shown.add_column("category", no_wrap=True)
         of_categories = rows[rows.scope == "category"]
         defined = of_categories.groupby("metric").value.count()
-        keys = of_categories[["dataset", "category"]].drop_duplicates()
-        everywhere = set(defined.index[defined == len(keys)])
-        shared = set(keys.category[keys.category.duplicated()])  # the same name in two data sets
+        everywhere = set(defined.index[defined == len(of_categories[["dataset", "category"]].drop_duplicates())])
         columns = [c for c in _shown(rows.metric) if c in (everywhere if c in OF_SOME_DATA else set(rows.metric))]
-        for name in columns:
-            shown.add_column(rendering.heading(name, HEADINGS), justify="right")
-        for (scope, dataset, category), group in rows.groupby(["scope", "dataset", "category"], sort=False):
-            if dataset and not category and rows.dataset[rows.scope == "category"].nunique() == 1:
-                continue  # the same as over all datasets
-            values = group.set_index("metric").value
-            title = category or f"{scope}{f' of {dataset}' if dataset else ''}"
-            title = label(dataset, category) if category in shared else title
-            shown.add_row(
-                escape(title), *("-" if pd.isna(values.get(c)) else f"{100 * values[c]:.2f}" for c in columns)
-            )
-            reasons |= dict.fromkeys(
-                f"{title}: {r}" for r in group[group.metric.isin(columns)].reason.dropna().unique() if r
-            )
+        caption = f"percent; mean = unweighted over categories{pooled}"
+        shown = rendering.render(rows.assign(variant=""), columns, HEADINGS, caption)
+        shown.title = variant or None
         console.print(shown)
+        missing = rows[rows.metric.isin(columns) & rows.reason.fillna("").ne("")]
+        for keys, group in missing.groupby(["scope", "dataset", "category"], sort=False):
+            reasons |= dict.fromkeys(f"{rendering.title(*keys)}: {reason}" for reason in group.reason.unique())
     for reason in reasons:
         console.print(f"- {escape(reason)}", highlight=False)

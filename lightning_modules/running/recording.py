@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pandas as pd
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from datamodules import UnifiedDataModule
 from lightning_modules.base import ReconstructionModule
-from lightning_modules.callbacks import normal_scores
 from lightning_modules.callbacks.curve import EvaluationCurve
 from lightning_modules.callbacks.history import History
 from lightning_modules.callbacks.normal_scores import NormalScores
 from lightning_modules.callbacks.scoring import Evaluation
+from lightning_modules.decisions import POOLED, pixels
 from lightning_modules.pictures import failures, heatmaps
-from lightning_modules.running import checkpoints, normalisation, refusals, tracking
+from lightning_modules.running import checkpoints, decisions, normalisation, refusals, tracking
 from lightning_modules.running.settings import RunConfig, provenance, sweep_parameters
 from results.aggregator.records import RunRecord, StoredRecord, read_record, write_record
 
 NOTHING_TO_MEASURE = (
     "No test image, so nothing is measured; normal images are scored instead, for predict to compare with."
 )
+SAME = 1e-6
+"""Metrics that differ by less are the same: another order of sums makes as much."""
 COLOUR_SCALE = "colour_scale.json"
-"""In a record: the ends of the colour scale of the run's heat maps, for `predict`."""
+"""In records of earlier versions: the ends of one colour scale for all categories; see `lightning_modules.decisions.pixels`."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +76,13 @@ def write(outcome: Outcome, dump: Callable[[Any], str]) -> Path:
         dump: Turns a configuration into YAML.
     """
     run, table = outcome.run, outcome.evaluation.result.table
-    attachments = _attachments(outcome)
+    decided = decisions.judge(outcome.normal_scores, outcome.evaluation.image_scores, run, outcome.data.has_test_images)
+    attachments = _attachments(outcome, decided)
     config_text = dump(_configuration(outcome))
     before = _scored_before(outcome)
     path = write_record(
         Path(run.results) / "runs",
-        describe(outcome, before),
+        describe(outcome, before, decided.notes),
         table,
         outcome.history.table() if before is None else before.history,
         config_text,
@@ -92,21 +97,26 @@ def write(outcome: Outcome, dump: Callable[[Any], str]) -> Path:
     return path
 
 
-def _attachments(outcome: Outcome) -> dict[str, bytes | str]:
-    """Scores of test and normal images, failures, anomaly ratios, the colour scale, and heat maps if they are wanted."""
+def _attachments(outcome: Outcome, decided: decisions.Judged) -> dict[str, bytes | str]:
+    """Scores of test and normal images, failures, anomaly ratios, decisions, and heat maps if they are wanted."""
     scores = outcome.evaluation.image_scores
     failed = failures.find(scores, outcome.data.table)
     attachments: dict[str, bytes | str] = {
         "image_scores.csv": scores.to_csv(index=False),
         failures.FILE: failed.to_csv(index=False, errors="surrogateescape"),
         "anomaly_ratio.csv": outcome.evaluation.anomaly_ratios.to_csv(index=False),
-        normal_scores.FILE: outcome.normal_scores.table.to_csv(index=False),
-        COLOUR_SCALE: json.dumps(outcome.evaluation.colour_scale),
     }
+    attachments |= decided.attachments
     if outcome.run.heatmaps and outcome.model.has_map:
         outcome.model.eval().to(outcome.trainer.strategy.root_device)  # the trainer has moved it off the device
-        files, index = heatmaps.draw(outcome.model, outcome.data, heatmaps.choose(scores), scores)
-        more, further = failures.draw(outcome.model, outcome.data, failed)
+        files, index = heatmaps.draw(
+            outcome.model,
+            outcome.data,
+            heatmaps.beside(heatmaps.choose(scores), scores),
+            scores,
+            decided.scales,
+        )
+        more, further = failures.draw(outcome.model, outcome.data, failed, decided.scales)
         attachments |= files | more | {"heatmaps/index.csv": heatmaps.index_of(index + further)}
     return attachments
 
@@ -128,8 +138,34 @@ def _scored_before(outcome: Outcome) -> StoredRecord | None:
     return read_record(record) if outcome.subcommand == "test" and record.exists() else None
 
 
-def describe(outcome: Outcome, before: StoredRecord | None) -> RunRecord:
-    """What the run was; `before` is the record of the training whose weights were scored again."""
+def compared(record: Path, table: pd.DataFrame) -> str:
+    """What a run's weights, scored again, give beside the numbers of its record, which stays as it is; a sentence.
+
+    Args:
+        record: The record's folder.
+        table: The metrics found now, as in `metrics.csv`.
+    """
+    keys = ["variant", "scope", "dataset", "category", "metric"]
+    both = (
+        read_record(record).metrics.merge(table, on=keys, suffixes=("", "_now")).dropna(subset=["value", "value_now"])
+    )
+    change = (both["value_now"] - both["value"]).abs()
+    if both.empty:
+        found = "none of them is among the numbers found now"
+    elif change.max() < SAME:
+        found = f"all {len(both)} numbers that both have are the same"
+    else:
+        worst = both.loc[change.idxmax()]
+        found = (
+            f"{int((change >= SAME).sum())} of {len(both)} numbers that both have differ, the most {worst['metric']} of "
+            f"{worst['category'] or worst['dataset'] or worst['scope']}: {worst['value']:.6g} in the record, "
+            f"{worst['value_now']:.6g} now"
+        )
+    return f"The record {record} stays as it is: {found}. --run.overwrite=true writes it again."
+
+
+def describe(outcome: Outcome, before: StoredRecord | None, decided: Sequence[str] = ()) -> RunRecord:
+    """What the run was; `before`: the record of the training whose weights were scored again; `decided`: notes on decisions."""
     run, model, data = outcome.run, outcome.model, outcome.data
     result = outcome.evaluation.result
     came_about = _came_about(outcome)
@@ -151,7 +187,7 @@ def describe(outcome: Outcome, before: StoredRecord | None) -> RunRecord:
         metrics={"version": result.version, "definitions": result.definitions},
         parameters={"trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)},
         provenance=came_about,
-        notes=_notes(outcome, trained_here=before is None),
+        notes=[*_notes(outcome, trained_here=before is None), *decided],
     )
 
 
@@ -164,6 +200,9 @@ def _notes(outcome: Outcome, trained_here: bool) -> list[str]:
     if trained_here:
         notes += refusals.notes(outcome.config.trainer, outcome.history.batches_seen, model.trained_epochs)
         notes += data.changed_since(outcome.started.timestamp())
+    if model.needs_packages:
+        versions = (f"{package} {importlib.metadata.version(package)}" for package in model.needs_packages)
+        notes.append(f"networks of {', '.join(versions)}")
     if model.standardisation is not None:
         notes.append("feature channels standardised over the training images")
     if model.has_backbone and model.extractor.config.rectified:
@@ -181,7 +220,7 @@ def _came_about(outcome: Outcome) -> dict[str, Any]:
     """Where, when and how the run's numbers came about."""
     trainer, epochs = outcome.trainer, outcome.history.epochs_seen
     device = trainer.strategy.root_device
-    return provenance(device) | {
+    return provenance(device, outcome.model.needs_packages) | {
         "started": outcome.started.isoformat(timespec="seconds"),
         "wall_seconds": round((datetime.now().astimezone() - outcome.started).total_seconds(), 1),
         "epochs": outcome.model.trained_epochs,
@@ -196,7 +235,10 @@ def _came_about(outcome: Outcome) -> dict[str, Any]:
 
 
 def colour_scale(record: Path) -> tuple[float, float] | None:
-    """Ends of the colour scale that a run's test set gave; None if the run has no record."""
+    """Ends of one colour scale for all categories of a run; None if the run has no record, or its method no map."""
+    kept = pixels.read(record)
+    if (found := kept.get(POOLED) or (next(iter(kept.values())) if len(kept) == 1 else None)) is not None:
+        return found.low, found.high
     file = record / COLOUR_SCALE
     return tuple(json.loads(file.read_text())) if file.is_file() else None
 

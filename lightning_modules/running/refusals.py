@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 
+from datamodules import UnifiedDataModule
+from lightning_modules.base import ReconstructionModule
 from lightning_modules.running.settings import RunConfig
+from results.common.no_weights import no_weights
 
 PARTS = {
     "fast_dev_run": False,
@@ -101,6 +104,21 @@ def predict_root(value: Any) -> None:
         raise SystemExit(
             "error: predict needs images: IMAGES=<folder or file> with make, or --data.init_args.predict_root."
         )
+
+
+def random_features(model: ReconstructionModule, data: UnifiedDataModule) -> None:
+    """Refuses to train on someone's own photographs with features that nobody trained, unless they were asked for.
+
+    Raises:
+        SystemExit: `auto` came to random weights, and a dataset is read by `folder`.
+    """
+    config = getattr(model.extractor, "config", None)
+    if (
+        getattr(config, "weights", None) == "auto"
+        and model.extractor.provenance["weights"] == "random"
+        and any(dataset.name == "folder" for dataset in data.datasets)
+    ):
+        raise SystemExit(f"error: {no_weights(config.name)}")
 
 
 def place(run: RunConfig, needed: int) -> None:

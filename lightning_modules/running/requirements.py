@@ -7,7 +7,6 @@ the program's message.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Mapping
 from functools import cache
@@ -43,9 +42,8 @@ def lacking(config: Mapping[str, Any], insisted: bool = False) -> str | None:
         insisted: Whether the user named the weights (`WEIGHTS=`): a run without them is then to fail.
     """
     method, arguments = method_of(config), config["model"]["init_args"]
-    for package, install in method.needs_packages.items():
-        if importlib.util.find_spec(package) is None:
-            return f"{method.method} needs the Python package {package}, which is not installed: {install}."
+    if absent := method.absent_package():
+        return absent
     for option in method.needs_files:
         path = arguments.get(option)
         if path is None:

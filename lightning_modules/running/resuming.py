@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,19 +56,23 @@ def claim(run: RunConfig) -> None:
         checkpoints.forget(checkpoint)
 
 
-def check(run: RunConfig, configuration: Mapping[str, Any], fingerprint: str, left: Path) -> None:
-    """Refuses to go on with an interrupted run that began with other options or on other data; else notes these.
+def check(
+    run: RunConfig, configuration: Mapping[str, Any], fingerprint: str, left: Path, packages: Iterable[str] = ()
+) -> None:
+    """Refuses to go on with an interrupted run that began with other options, data or networks; else notes these.
 
     Args:
         run: The run. With `overwrite` it begins anew instead.
         configuration: Its complete configuration.
         fingerprint: Of its data.
         left: The file or folder that an interrupted run goes on from.
+        packages: What the method takes its networks from, by versions that must not change.
 
     Raises:
         SystemExit: the run began as something else; the message names what differs.
     """
-    now = {**deciding(configuration, beside=EXTENDS), "fingerprint of the data": fingerprint[:12]}
+    versions = {f"version of {package}": importlib.metadata.version(package) for package in packages}
+    now = {**deciding(configuration, beside=EXTENDS), **versions, "fingerprint of the data": fingerprint[:12]}
     now = json.loads(json.dumps(now, default=str))
     file = run.work / BEGAN_AS
     then = read_json(file)  # empty after a lost power: then it is written anew

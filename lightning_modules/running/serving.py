@@ -137,4 +137,15 @@ def _open(
     if not build and not (root / spec.key / "meta.json").exists():
         return None
     rows = len(data.table) + len(symmetric)
-    return open_or_build(root, spec, rows, compute, int(config.budget_gb * 2**30), rank_zero_info)
+    return open_or_build(root, spec, rows, compute, int(config.budget_gb * 2**30), rank_zero_info, _words(data))
+
+
+def _words(data: UnifiedDataModule) -> str:
+    """The data sets and their categories, for a person: `photos (ball_screw, cookie)`."""
+    found: dict[str, dict[str, None]] = {}
+    for dataset, category in zip(data.table["dataset"], data.table["category"], strict=True):
+        found.setdefault(str(dataset), {})[str(category).rpartition("/")[2]] = None
+    return "; ".join(
+        f"{name} ({', '.join(list(categories)[:6])}{', ...' if len(categories) > 6 else ''})"
+        for name, categories in found.items()
+    )

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 import yaml
 
+from lightning_modules.metrics.thresholds import check_rule
 from lightning_modules.metrics.version import __version__
 from results.aggregator.records import NAME
+from results.common.environment import shell_line
 from results.common.files import restore_replaced
 
 PROTOCOLS = ("clean", "as_released")
@@ -44,6 +47,10 @@ class RunConfig:
         fpr_limits: False-positive rates up to which AU-PRO is integrated, each in (0, 1]: 0.3 gives `pixel_aupro`, 0.05
             `pixel_aupro_0.05`, side by side in record and table. None is the data's own: 0.05 and 0.3 for MVTec AD 2,
             0.3 for every other data set.
+        alpha: Wanted rate of false alarms per good image, in (0, 1), for the rule `conformal`: 0.01 needs 99 held-out normal
+            images of each category. It and `rule` decide nothing about the training; `predict` may be given others.
+        rule: How the threshold is made of normal images: `max` (their highest score), `conformal` (needs alpha), `mean_3sd`,
+            `p95_factor`; see `lightning_modules.metrics.thresholds`. None is conformal with an alpha, else max.
         compile: Compile the reconstruction network (`torch.compile`) for training and scoring. The first steps then
             take a minute; numbers agree with those of an uncompiled run up to rounding, but dropout draws differ.
         cuda_graphs: Launch the compiled network as one CUDA graph per batch shape instead of kernel by kernel
@@ -62,6 +69,8 @@ class RunConfig:
     upload: bool = True
     keep_epochs: list[int] | None = None
     fpr_limits: list[float] | None = None
+    alpha: float | None = None
+    rule: str | None = None
     compile: bool = False
     cuda_graphs: bool = False
 
@@ -79,6 +88,10 @@ class RunConfig:
                 f"run.fpr_limits is {self.fpr_limits!r}; give one or more false-positive rates above 0 and up to 1, for "
                 "example [0.05, 0.3], or null for the data's own."
             )
+        try:
+            check_rule(self.rule, self.alpha)
+        except ValueError as error:
+            raise ValueError(f"run.{error}") from error
         if self.cuda_graphs and not self.compile:
             raise ValueError(
                 "run.cuda_graphs=true needs run.compile=true: the graphs are made of the compiled network."
@@ -140,10 +153,13 @@ def code_version() -> tuple[str, bool]:
         return "unknown", False
 
 
-def provenance(device: torch.device) -> dict[str, Any]:
-    """Where a number comes from: commit, versions, machine, command."""
+def provenance(device: torch.device, packages: Iterable[str] = ()) -> dict[str, Any]:
+    """Where a number comes from: commit, versions, machine, command.
+
+    packages: What the method needs beyond requirements.txt, for its versions.
+    """
     commit, dirty = code_version()
-    packages = ("torch", "lightning", "timm", "torchmetrics", "albumentations", "numpy", "scipy", "pandas")
+    packages = (*packages, "torch", "lightning", "timm", "torchmetrics", "albumentations", "numpy", "scipy", "pandas")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else (platform.processor() or platform.machine())
     return {
         "git_commit": commit,
@@ -154,5 +170,5 @@ def provenance(device: torch.device) -> dict[str, Any]:
             **{p: importlib.metadata.version(p) for p in packages},
         },
         "device": f"{device.type}: {name}",
-        "command": " ".join(["python -m lightning_modules", *sys.argv[1:]]),
+        "command": shell_line(["python", "-m", "lightning_modules", *sys.argv[1:]], os.environ),
     }

@@ -34,9 +34,11 @@ from datamodules.readers import find_dataset
 from datamodules.readers.mvtec_ad_2 import PRIVATE, MVTecAD2
 from datamodules.tree import list_images
 from lightning_modules.base import ReconstructionModule
-from lightning_modules.running import foreign
+from lightning_modules.prediction.geometry import to_photograph
+from lightning_modules.running import recorded_configuration
 from lightning_modules.running.command_line import UniReconCLI
 from lightning_modules.running.filling import with_environment
+from lightning_modules.running.finding import find_run
 from models.head import ScoredMaps
 
 CATEGORIES = ("can", "fabric", "fruit_jelly", "rice", "sheet_metal", "vial", "wallplugs", "walnuts")
@@ -96,7 +98,7 @@ class Submission(L.Callback):
 
     def _write(self, values: np.ndarray, place: Path, image: str) -> None:
         header = read_header(image)
-        whole = to_native(values, (header.height, header.width), self.crop).clip(0, np.finfo(np.float16).max)
+        whole = to_photograph(values, (header.height, header.width), self.crop).clip(0, np.finfo(np.float16).max)
         tiff, png = (
             self.out / folder / place.with_suffix(suffix) for folder, suffix in ((MAPS, ".tiff"), (THRESHOLDED, ".png"))
         )
@@ -106,25 +108,6 @@ class Submission(L.Callback):
         tiff.write_bytes(tiff_bytes(rounded))
         cv2.imwrite(str(png), (rounded > 1).astype(np.uint8) * 255)
         self.written += 1
-
-
-def to_native(
-    values: np.ndarray, size: tuple[int, int], crop: tuple[tuple[int, int], tuple[int, int]] | None
-) -> np.ndarray:
-    """A map (h, w) at the (height, width) of its image, bilinearly.
-
-    After a centre crop the map is put where it belongs; the margin, which was not seen, gets the map's lowest value.
-    """
-    if crop is None:
-        return cv2.resize(values, size[::-1], interpolation=cv2.INTER_LINEAR)
-    whole, kept = crop
-    inner = tuple(round(side * part / all_of_it) for side, part, all_of_it in zip(size, kept, whole, strict=True))
-    placed = np.full(size, values.min(), values.dtype)
-    top, left = (round((side - part) / 2) for side, part in zip(size, inner, strict=True))
-    placed[top : top + inner[0], left : left + inner[1]] = cv2.resize(
-        values, inner[::-1], interpolation=cv2.INTER_LINEAR
-    )
-    return placed
 
 
 def tiff_bytes(values: np.ndarray) -> bytes:
@@ -195,13 +178,11 @@ def main(arguments: list[str], methods: Iterable[type]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m lightning_modules submission", description=__doc__.partition("\n\n")[2]
     )
-    parser.add_argument("--run", required=True, help="record folder of a run on mvtec_ad_2")
+    parser.add_argument("--run", required=True, help="name or record folder of a run on mvtec_ad_2")
     parser.add_argument("--out", required=True, help="folder for the files; runs of single categories share one")
     parser.add_argument("--data-root", help="by default where the run read the data")
     options, more = parser.parse_known_args(arguments)
-    config, out = Path(options.run) / "config.yaml", Path(options.out)
-    if not config.is_file():
-        raise SystemExit(f"{options.run} holds no config.yaml: --run is the folder of a finished run's record.")
+    config, out = find_run(options.run) / "config.yaml", Path(options.out)
     named = _dataset(config)
     root = options.data_root or named.get("root") or ""
     _, root, _, chosen = find_dataset(MVTecAD2.name, root, named.get("categories"))
@@ -210,11 +191,11 @@ def main(arguments: list[str], methods: Iterable[type]) -> None:
             raise SystemExit(f"{folder} is there already: delete it or name another --out, so that no files mix.")
     if set(chosen) != set(CATEGORIES):
         rank_zero_info(f"Note: the server wants all {len(CATEGORIES)} categories, these are {', '.join(chosen)}.")
-    with tempfile.TemporaryDirectory() as folder:
-        links = Path(folder)
+    with tempfile.TemporaryDirectory() as place:
+        links = Path(place)
         private = link(root, chosen, links)
         words = ["predict", f"--config={config}", f"--data.init_args.predict_root={links}", "--trainer.devices=1"]
-        words = with_environment(foreign.as_data([*words, *more], methods), os.environ)
+        words = with_environment(recorded_configuration.as_data([*words, *more], methods), os.environ)
         command = SubmissionCLI(words, out, links)
         if command.submission.written != private:
             raise SystemExit(f"error: {command.submission.written} of {private} images were written to {out}.")

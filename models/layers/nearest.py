@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from models.layers.tracing import in_parts, tracing
 
 QUERIES = 2048
 """Queries that are compared at a time."""
@@ -28,14 +32,14 @@ def nearest(queries: Tensor, bank: Tensor, neighbors: int = 1) -> tuple[Tensor, 
         raise ValueError(
             f"{neighbors} nearest neighbours were asked for, but the memory bank holds {len(bank)} vectors."
         )
-    if not len(queries):
+    if queries.shape[0] == 0:
         empty = queries.new_empty(0, neighbors, dtype=torch.float32)
         return empty, empty.long()
     with torch.autocast(queries.device.type, enabled=False):
         bank = bank.float()
         # The rounding of a product grows with the vectors' length: from the bank's mean they are shorter.
         centre = bank.mean(dim=0)
-        found = [_nearest(part, bank, centre, neighbors) for part in queries.float().split(QUERIES)]
+        found = [_nearest(part, bank, centre, neighbors) for part in in_parts(queries.float(), QUERIES)]
     distances, indices = zip(*found, strict=True)
     return torch.cat(distances), torch.cat(indices)
 
@@ -43,8 +47,8 @@ def nearest(queries: Tensor, bank: Tensor, neighbors: int = 1) -> tuple[Tensor, 
 def _nearest(queries: Tensor, bank: Tensor, centre: Tensor, neighbors: int) -> tuple[Tensor, Tensor]:
     wanted = min(neighbors + SPARE, len(bank))
     moved = queries - centre
-    values = queries.new_empty(len(queries), 0)
-    indices = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    values = queries.new_empty(queries.shape[0], 0)
+    indices = torch.empty(queries.shape[0], 0, dtype=torch.int64, device=queries.device)
     for first in range(0, len(bank), ENTRIES):
         block = bank[first : first + ENTRIES] - centre
         # Half the squared distance, less what all entries have in common.
@@ -56,7 +60,8 @@ def _nearest(queries: Tensor, bank: Tensor, centre: Tensor, neighbors: int) -> t
             indices = indices.gather(1, kept)
     indices = indices.sort(dim=1).values
     exact = (queries[:, None] - bank[indices]).square().sum(dim=2)
-    order = exact.sort(dim=1, stable=True).indices[:, :neighbors]
+    # ONNX knows one sort, which is stable.
+    order = (exact.sort(dim=1) if tracing() else exact.sort(dim=1, stable=True)).indices[:, :neighbors]
     return exact.gather(1, order), indices.gather(1, order)
 
 
@@ -92,7 +97,7 @@ class MemoryBank(nn.Module):
             )
         return nearest(queries, self.vectors, neighbors)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         stored = state_dict.get(prefix + "vectors")
         if stored is not None and stored.ndim == 2 and stored.shape[1] == self.vectors.shape[1]:
             self.vectors = self.vectors.new_zeros(stored.shape)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class StreamingQuantiles:
         self._upper: Tensor | None = None
         self._ranks: Tensor | None = None
 
-    def passes(self):
+    def passes(self) -> Any:
         """Iterate twice: once for each pass over the data."""
         yield 1
         self.next_pass()

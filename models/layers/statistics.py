@@ -21,6 +21,9 @@ class ChannelStatistics(nn.Module):
     centred, and a warning counts such channels.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.channels = channels

@@ -54,7 +54,8 @@ def one_width(channels: Sequence[int], sizes: Sequence[tuple[int, int]], method:
             f"{list(channels)} channels and sizes {[tuple(size) for size in sizes]}. Choose a ViT, for example "
             "vit_base_patch14_reg4_dinov2.lvd142m with levels 3 to 10."
         )
-    return channels[0], tuple(sizes[0])
+    height, width = sizes[0]
+    return channels[0], (height, width)
 
 
 def head_count(width: int, heads: int | None) -> int:

@@ -103,7 +103,8 @@ def _copied_rows(numbers: Mapping[tuple[str, ...], Printed]) -> tuple[list[Findi
     groups: dict[tuple[str, ...], dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for (source, table, dataset, category, method, variant, metric), number in numbers.items():
         groups[source, table, dataset, method, variant][category][metric] = number.value
-    findings, explained = [], set()
+    findings: list[Finding] = []
+    explained: set[tuple[str, ...]] = set()
     for (source, table, dataset, method, variant), rows in groups.items():
         mean = rows.get("mean", {})
         members = [category for category in rows if not category.startswith("mean")]

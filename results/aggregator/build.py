@@ -7,18 +7,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from results.aggregator import methods, names, reference
+from results.aggregator.history import FALLING, fall
 from results.aggregator.published import KEYS, Printed, read_published
-from results.aggregator.records import SHOUTED, StoredRecord, data_options
+from results.aggregator.records import SHOUTED, RecordError, StoredRecord, data_options
 from results.aggregator.scores import Pool, Query, axis_value, check_table, versions
 from results.aggregator.spec import Entry, Spec, SpecError, spec_for_sweep
 from results.aggregator.sweep_cells import SEED_KEYS, SweepCells, canonical, cell_key, describe_cell, show_value
 from results.aggregator.table import Cell, Column, Row, Table, Value, add_gaps, mark_values
+from results.common.did_you_mean import did_you_mean
 from results.common.methods import COMPARE
-from results.common.nearest import did_you_mean
 
 SOURCES = ("published", "runs", "both")
 OWN_PAPERS = "own_papers"
 """Source of the published numbers that a method's own paper prints."""
+UNUSED = "unused in the file"
+"""A run's note that holds this lists parts of a weights file that the backbone has no use for; its record keeps it."""
+NO_RUN = "No run fits this table yet."
+DIRTY = "Some runs were made from code with uncommitted changes."
 #: Which axes a sweep may vary, recognised by the key that it sets.
 _SWEPT_AXES = (
     (".backbone", ("backbone", "weights")),
@@ -68,9 +73,39 @@ def paper_table(
     table = Table(spec.name, spec.title, source, spec.row_headers, rows, columns, cells, notes=list(spec.notes))
     check_table(pool.used, varies(spec, None), f"table {spec.name}")
     _finish(table, spec, pool)
+    if source != "published" and not table.has_runs:
+        table.caption = table.caption.replace(NO_RUN, f"{NO_RUN} {_why_none(spec, table, records)}")
     if source == "both" and spec.own_papers is not None:
         _add_own_papers(table, spec, printed)
     return table
+
+
+def _why_none(spec: Spec, table: Table, records: Sequence[StoredRecord]) -> str:
+    """What the table asks of a run, and what there is instead."""
+    keys = [cell.key for line in table.cells for cell in line if cell.runs is not None]
+    wanted = {
+        name: list(dict.fromkeys(filter(None, (key.get(name) for key in keys)))) for name in ("method", "dataset")
+    }
+    setting = {"unified": ", one model for all categories", "per_category": ", one model per category"}.get(
+        spec.setting, ""
+    )
+    data = " or ".join(map(names.dataset_label, wanted["dataset"]))
+    few = [names.method_label(method) for method in wanted["method"]]
+    methods_text = ", ".join(few[:6]) + (f" and {len(few) - 6} more" if len(few) > 6 else "")
+    place = f"the sweep {spec.sweep}" if spec.sweep else "a training of its own, or a cell of the sweep methods"
+    asked = f"It asks for {methods_text} on {data}{setting}: {place}."
+    found: dict[str, int] = {}
+    for stored in records:
+        record = stored.record
+        on = " and ".join(names.dataset_label(d["name"]) for d in record.datasets)
+        at = f"sweep {record.sweep}" if record.cell else "by itself"
+        text = f"{names.method_label(record.method)} on {on} ({record.setting.replace('_', ' ')}, {at})"
+        found[text] = found.get(text, 0) + 1
+    if not found:
+        return f"{asked} There is no run at all."
+    wanted_first = sorted(found.items(), key=lambda item: (not any(item[0].startswith(f"{m} ") for m in few), -item[1]))
+    listed = "; ".join(f"{count} of {text}" for text, count in wanted_first[:5])
+    return f"{asked} There are {listed}" + (f"; and {len(found) - 5} more kinds." if len(found) > 5 else ".")
 
 
 def _add_own_papers(table: Table, spec: Spec, printed: Mapping[tuple[str, ...], Printed]) -> None:
@@ -133,7 +168,8 @@ def sweep_table(
             once = "dataset" in column.where or column.where.get("metric") in names.COSTS
             if number == 0 or not once:
                 plan.append((column, column.where.get("dataset", dataset)))
-    columns, cells = [], [[] for _ in entries]
+    columns: list[Column] = []
+    cells: list[list[Cell]] = [[] for _ in entries]
     for column, dataset in plan:
         group = (
             names.dataset_label(dataset) if len(datasets) > 1 and column.where.get("metric") not in names.COSTS else ""
@@ -178,7 +214,7 @@ def category_tables(
     pool = Pool(records, rms_std, categories=_found_categories(records))
     keys = _known_keys(records, sweep)
     entries, headers, _ = _sweep_rows(spec, records, sweep, keys)
-    metrics = [column for column in spec.columns if column.where.get("metric") not in names.COSTS]
+    metrics = [column for column in (*spec.columns, *spec.details) if column.where.get("metric") not in names.COSTS]
     tables = []
     for number, entry in enumerate(entries, start=1):
         rows, cells = [], []
@@ -211,7 +247,7 @@ def category_tables(
 def describe_runs(records: Sequence[StoredRecord]) -> str:
     """What a reader needs to judge numbers from runs: protocol, seeds, backbone, weights, data, versions, commit."""
     if not records:
-        return "No run fits this table yet."
+        return NO_RUN
     seeds = sorted({stored.record.seed for stored in records})
     spread = f"± sample standard deviation over seeds {_list(seeds)} (n = {len(seeds)} unless stated)"
     if len(seeds) == 1:
@@ -222,13 +258,15 @@ def describe_runs(records: Sequence[StoredRecord]) -> str:
         f"Protocol {_all(records, lambda r: r.protocol)}, profile {_all(records, lambda r: r.profile)}, "
         f"{_all(records, lambda r: settings[r.setting])}."
     )
+    recipes: dict[str, list[str]] = {}  # methods that share theirs are named together
     for method in sorted({stored.record.method for stored in records}):
         mine = [stored for stored in records if stored.record.method == method]
         weights = _all(mine, lambda r: "RANDOM weights" if r.random_weights else f"weights {_weights(r)}")
         backbone = _all(mine, lambda r: r.backbone["name"])
         size = " or ".join(sorted({axis_value(stored, "image size") for stored in mine}))
-        name = names.method_label(method)
-        parts.append(f"{name}: backbone {backbone}, {weights}, images {size} ({_all(mine, lambda r: r.resize)}).")
+        recipe = f"backbone {backbone}, {weights}, images {size} ({_all(mine, lambda r: r.resize)})"
+        recipes.setdefault(recipe, []).append(names.method_label(method))
+    parts += [f"{_list(methods)}: {recipe}." for recipe, methods in recipes.items()]
     for dataset in sorted({d["name"] for stored in records for d in stored.record.datasets}):
         found = sorted(_found_categories(records)[dataset])
         known = names.DATASET_CATEGORIES.get(dataset, ())
@@ -260,7 +298,7 @@ def shouts(records: Iterable[StoredRecord]) -> list[str]:
         found.append("PROTOCOL as_released: these numbers follow the released code, test-set choices included.")
     found += [f"{note}." for note in _run_notes(records) if SHOUTED.match(note)]
     if any(stored.record.provenance.get("git_dirty") for stored in records):
-        found.append("Some runs were made from code with uncommitted changes.")
+        found.append(DIRTY)
     return found
 
 
@@ -279,9 +317,33 @@ def version_notes(table: Table, records: Iterable[StoredRecord]) -> list[str]:
     return [f"The rows were run with different library versions. {groups}."]
 
 
+def falling_notes(table: Table, records: Iterable[StoredRecord]) -> list[str]:
+    """One note that names the rows whose training loss was still falling at the end; empty if there is none."""
+    falling = set()
+    for stored in records:
+        try:
+            share = fall(stored)
+        except RecordError:  # a damaged history; the curves say so
+            continue
+        if share is not None and share > FALLING:
+            falling.add(stored.name)
+    rows = [
+        _row_title(row)
+        for row, line in zip(table.rows, table.cells, strict=True)
+        if any(cell.runs and falling & set(cell.runs.records) for cell in line)
+    ]
+    if not rows:
+        return []
+    return [
+        f"Still falling when training ended (the loss, by more than {100 * FALLING:.0f} % over the last tenth of the epochs): "
+        f"{_list(rows)}. Longer trainings may change the order."
+    ]
+
+
 def _run_notes(records: Iterable[StoredRecord]) -> list[str]:
     """What the runs themselves had to say, once each."""
-    return list(dict.fromkeys(note for stored in records for note in stored.record.notes))
+    said = dict.fromkeys(note for stored in records for note in stored.record.notes)
+    return [note for note in said if UNUSED not in note]
 
 
 def _merge(spec: Spec, row: Entry, column: Entry) -> dict[str, str]:
@@ -518,16 +580,31 @@ def _finish(table: Table, spec: Spec, pool: Pool) -> None:
     used = list({stored.name: stored for _, stored in pool.used}.values())
     parts = []
     if table.source != "runs":
-        parts.append(f"As printed in {spec.paper}, percent; best and second best are marked from the printed numbers.")
+        parts.append(
+            f"As printed in {spec.paper or 'the papers'}, percent; best and second best are marked from the printed numbers."
+        )
     if table.source == "both":
         parts.append("Each place: printed | our runs (ours minus printed).")
     if table.source != "published":
         parts.append(describe_runs(used))
         table.warnings += shouts(used)
-        table.notes += [*_run_notes(used), *version_notes(table, used), *reference.notes(used)]
+        table.notes += [
+            *_run_notes(used), *version_notes(table, used), *falling_notes(table, used), *reference.notes(used),
+        ]  # fmt: skip
+    if (
+        table.source != "published"
+        and len({stored.record.seed for stored in used}) > 1
+        and compared(table, spec.compare)
+    ):
+        parts.append("No mark where the distance to the next rank is within the spread of the seeds.")
     if any(row.default for row in table.rows):
         parts.append("In brackets: distance to the default row (★).")
     table.caption = " ".join(parts)
+
+
+def compared(table: Table, compare: str) -> bool:
+    """Whether best and second best are looked for in a table."""
+    return compare != "none" and any(column.ranked for column in table.columns)
 
 
 def _records_of(table: Table, records: Sequence[StoredRecord]) -> list[StoredRecord]:

@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 from scipy import stats
 
-from results.aggregator.names import metric_label
+from results.aggregator.names import METHODS, metric_label
 from results.aggregator.records import StoredRecord
 from results.aggregator.render import markdown_frame
-from results.aggregator.scores import ConflictError, Query, axis_value, check_cell, check_table, seed_means, versions
-from results.aggregator.sweep_cells import canonical
-from results.common.nearest import did_you_mean
+from results.aggregator.scores import (
+    METHOD_AXES,
+    ConflictError,
+    Query,
+    axis_value,
+    check_cell,
+    check_table,
+    options_of,
+    seed_means,
+    versions,
+)
+from results.aggregator.sweep_cells import canonical, show_value
+from results.common.did_you_mean import did_you_mean
+
+_SAID = ("model.class_path", "model.init_args.backbone", "model.init_args.image_size", "data.init_args.image_size",
+         "data.init_args.resize", "data.init_args.setting")  # fmt: skip
+"""Options that the sentence before says in a reader's words."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +108,15 @@ def choose(records: Sequence[StoredRecord], selector: str) -> list[StoredRecord]
         mine = [stored for stored in records if fnmatch.fnmatchcase(stored.name, selector)]
     else:
         mine = [stored for stored in records if stored.record.method == selector and not stored.record.cell]
+    of_sweeps = sorted({s.record.sweep for s in records if s.record.method == selector})
+    if not mine and of_sweeps:
+        raise ValueError(
+            f"no training of {selector} outside of sweeps; its runs belong to {', '.join(of_sweeps)}. Name them as "
+            f"{of_sweeps[0]}/run* or {of_sweeps[0]}:key=value"
+        )
+    if not mine and selector in METHODS:
+        there = ", ".join(sorted({s.record.method for s in records})) or "no method"
+        raise ValueError(f"no run of {selector} is here; there are runs of {there}")
     if not mine:
         known = sorted(
             {s.record.method for s in records if not s.record.cell} | {f"{s.record.sweep}/*" for s in records}
@@ -215,24 +241,41 @@ def _caveats(
         elif result.smallest > 0.05:
             least = f"p below {result.smallest:.3g}, whatever the data"
             notes.append(f"With n = {result.n} the Wilcoxon test over {units} cannot give {least}.")
-    recipes = {
-        (
-            s.record.backbone["name"],
-            str(s.record.backbone["weights"]),
-            s.record.image_size,
-            s.record.resize,
-            s.record.setting,
-        )
-        for s in (*records_a, *records_b)
-    }
-    if len(recipes) > 1:
-        notes.append("A and B differ in backbone, weights, image size, resize or setting, not only in the method.")
+    notes += _differences(records_a, records_b)
     made = [" or ".join(sorted({versions(stored) for stored in records})) for records in (records_a, records_b)]
     if made[0] != made[1]:
         notes.append(f"A was run with {made[0]}, B with {made[1]}.")
     if any(s.record.random_weights for s in (*records_a, *records_b)):
         notes.append("RANDOM BACKBONE WEIGHTS: this does not show how good the methods are.")
     return notes
+
+
+def _differences(records_a: Sequence[StoredRecord], records_b: Sequence[StoredRecord], limit: int = 8) -> list[str]:
+    """What A and B differ in: method, backbone and images in a reader's words, then options, each with both values."""
+
+    def both(values: Sequence[Iterable[str]]) -> list[str]:
+        return [" or ".join(sorted(set(side))) for side in values]
+
+    sides = (records_a, records_b)
+    found = [("method", *both([[s.record.method for s in side] for side in sides]))]
+    for axis in METHOD_AXES:
+        found.append((axis, *both([[axis_value(s, axis) for s in side] for side in sides])))
+    told = [f"{name}: A {a}, B {b}" for name, a, b in found if a != b]
+    lines = [f"A and B differ in {'; '.join(told)}."] if told else []
+    options = []
+    configs = [[options_of(stored) for stored in side] for side in sides]
+    names = [set().union(*side) for side in configs]
+    one_method = found[0][1] == found[0][2]  # what another method has no option for is not a difference of options
+    for key in sorted(names[0] | names[1] if one_method else names[0] & names[1]):
+        if key.startswith(_SAID):
+            continue
+        a, b = both([[show_value(config[key]) if key in config else "not set" for config in side] for side in configs])
+        if a != b:
+            options.append(f"{key}: A {a}, B {b}")
+    if options:
+        more = f"; and {len(options) - limit} more" if len(options) > limit else ""
+        lines.append(f"Options in which A and B differ: {'; '.join(options[:limit])}{more}.")
+    return lines
 
 
 def _split_conditions(text: str) -> list[str]:
@@ -252,25 +295,47 @@ _HEADS = (
 )  # fmt: skip
 
 
+def show(result: Comparison, console: Console) -> None:
+    """Print the comparison for a reader at a terminal; where nine columns have no room, with a column per unit."""
+    title, sentence, rows, categories = _parts(result)
+    console.print(f"[bold]{escape(title)}[/]", highlight=False)
+    console.print(escape(sentence), highlight=False)
+    lines = [_HEADS, *rows]
+    if console.width < 108:
+        lines = list(zip(*lines, strict=True))
+    grid = Table(header_style="bold")
+    for number, head in enumerate(lines[0]):
+        grid.add_column(head, justify="right" if number else "left", no_wrap=True)
+    for row in lines[1:]:
+        grid.add_row(*map(escape, row))
+    console.print(grid, soft_wrap=True)
+    console.print(escape(categories), highlight=False)
+    for note in result.notes:
+        console.print(f"[dim]{escape(note)}[/]", highlight=False)
+
+
 def report(result: Comparison) -> str:
     """The comparison as Markdown."""
-    lines = [
-        f"**{metric_label(result.metric)} on {result.dataset}: A = `{result.a}`, B = `{result.b}`**",
-        "",
+    title, sentence, rows, categories = _parts(result)
+    lines = [f"**{title}**", "", sentence, "", *markdown_frame(_HEADS, rows, 1), "", categories, ""]
+    return "\n".join(lines + [f"- {note}" for note in result.notes]) + "\n"
+
+
+def _parts(result: Comparison) -> tuple[str, str, list[list[str]], str]:
+    """Title, the sentence with both means, the rows of `_HEADS`, and the differences per category."""
+    title = f"{metric_label(result.metric)} on {result.dataset}: A = {result.a}, B = {result.b}"
+    sentence = (
         f"A {result.mean_a:.2f}, B {result.mean_b:.2f}, A − B = {result.over_seeds.difference:+.2f} points "
-        f"({len(result.categories)} categories, seeds {', '.join(map(str, result.seeds))}).",
-        "",
-    ]
+        f"({len(result.categories)} categories, seeds {', '.join(map(str, result.seeds))})."
+    )
     rows = []
     for r in (result.over_categories, result.over_seeds):
         interval = "–" if r.interval is None else f"{r.interval[0]:+.2f} … {r.interval[1]:+.2f}"
         cells = [_p(r.p_t), _p(r.p_wilcoxon), _number(r.effect), _number(r.rank)]
         name = "categories" if r.unit == "category" else "seeds"
         rows.append([name, str(r.n), f"{r.difference:+.2f}", interval, *cells, f"{r.wins} / {r.losses}"])
-    lines += markdown_frame(_HEADS, rows, 1)
     ordered = sorted(result.over_categories.differences, key=lambda pair: pair[1])
-    lines += ["", "Per category: " + ", ".join(f"{name} {value:+.2f}" for name, value in ordered) + ".", ""]
-    return "\n".join(lines + [f"- {note}" for note in result.notes]) + "\n"
+    return title, sentence, rows, "Per category: " + ", ".join(f"{name} {value:+.2f}" for name, value in ordered) + "."
 
 
 def _p(value: float | None) -> str:

@@ -4,50 +4,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-
-import pandas as pd
 
 from results.aggregator import reference
 from results.aggregator.build import _known_keys as known_keys
 from results.aggregator.build import _sweep_rows, describe_runs, shouts, version_notes
+from results.aggregator.history import DETECTION, LOCALISATION, LOSS, Curve, read_curve
 from results.aggregator.records import RecordError, StoredRecord
 from results.aggregator.scores import Query, check_cell, check_table
 from results.aggregator.spec import Spec
 from results.aggregator.sweep_cells import SweepCells, cell_key
 from results.aggregator.table import Cell, Column, Row, Table, Value
-
-#: Names in history.csv.
-LOSS, DETECTION, LOCALISATION = "train/loss", "curve/image_auroc", "curve/pixel_auroc"
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One quantity over epochs of one run; `epochs` ascending, `values` as recorded (scores are fractions)."""
-
-    epochs: tuple[int, ...]
-    values: tuple[float, ...]
-
-    @property
-    def peak(self) -> tuple[float, int]:
-        """The highest value and the first epoch that reaches it."""
-        value = max(self.values)
-        return value, self.epochs[self.values.index(value)]
-
-    @property
-    def final(self) -> float:
-        """The last value."""
-        return self.values[-1]
-
-
-def read_curve(stored: StoredRecord, name: str) -> Curve | None:
-    """A quantity of a run per epoch; several logged steps of one epoch are averaged. None if it was not recorded."""
-    rows = stored.history[stored.history["metric"] == name]
-    rows = rows.assign(epoch=pd.to_numeric(rows["epoch"]), value=pd.to_numeric(rows["value"])).dropna(subset=["value"])
-    if rows.empty:
-        return None
-    means = rows.groupby("epoch")["value"].mean().sort_index()
-    return Curve(tuple(int(epoch) for epoch in means.index), tuple(float(value) for value in means))
 
 
 def with_history(records: Sequence[StoredRecord]) -> tuple[list[StoredRecord], list[str]]:
@@ -88,7 +54,8 @@ def curve_table(spec: Spec, records: Sequence[StoredRecord], sweep: SweepCells |
             Column(label, group, "threshold", 0 if label == "epoch" else 1)
             for label in ("peak", "epoch", "final", "drop")
         ]
-    rows, cells, missing, last_epochs = [], [], [], set()
+    rows, cells, missing = [], [], []
+    last_epochs: set[int] = set()
     for entry, (label, mine) in zip(entries, cell_curves(spec, records, sweep), strict=True):
         rows.append(Row(entry.labels, default=entry.default))
         if mine:

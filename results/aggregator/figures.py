@@ -5,21 +5,15 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from results.aggregator.curves import (
-    DETECTION,
-    LOCALISATION,
-    LOSS,
-    Curve,
-    cell_curves,
-    mean_curve,
-    read_curve,
-    with_history,
-)
+from results.aggregator.curves import cell_curves, mean_curve, with_history
+from results.aggregator.history import DETECTION, HELD_OUT, LOCALISATION, LOSS, Curve, read_curve
 from results.aggregator.methods import Ranks
 from results.aggregator.names import COSTS, category_label, method_label, metric_label
 from results.aggregator.records import StoredRecord
@@ -85,11 +79,16 @@ def curves_figure(spec: Spec, records: Sequence[StoredRecord], sweep: SweepCells
             ):  # fmt: skip
                 found = [curve for curve in (read_curve(stored, name) for stored in mine) if curve is not None]
                 _draw_curve(target, found, colour, scale, log=name == LOSS)
-            axis.set_yscale("log")
+            loss_axis(axis)
             axis.set_title(label)
             axis.set_xlabel("epoch")
             axis.tick_params(axis="y", colors=BLUE)
-            right.set_ylim(-2 if shares else min(45.0, right.dataLim.y0 - 2), 101)
+            if shares:
+                right.set_ylim(-2, 101)
+            else:  # each panel shows its own range, so that small changes can be seen
+                low, high = right.dataLim.y0, right.dataLim.y1
+                room = max(0.08 * (high - low), 0.5)
+                right.set_ylim(low - room, min(101.0, high + room))
             if number % columns == 0:
                 axis.set_ylabel("training loss", color=BLUE)
             if number % columns == columns - 1 or number == len(cells) - 1:
@@ -100,7 +99,54 @@ def curves_figure(spec: Spec, records: Sequence[StoredRecord], sweep: SweepCells
     return figure
 
 
-def _draw_curve(axis: object, curves: Sequence[Curve], colour: str, scale: float, log: bool) -> None:
+def run_figure(stored: StoredRecord) -> Figure | None:
+    """A run's training loss (log axis) and, where they were recorded, its losses on held-out images and test AUROCs by epoch.
+
+    None if nothing was recorded over more than one epoch.
+    """
+    losses = [
+        (read_curve(stored, LOSS), BLUE, "training"),
+        (read_curve(stored, HELD_OUT), GREY, "held-out normal images"),
+    ]
+    scores = [
+        (read_curve(stored, DETECTION), GREEN, "image AUROC"),
+        (read_curve(stored, LOCALISATION), RED, "pixel AUROC"),
+    ]
+    panels = [
+        [(curve, colour, label) for curve, colour, label in panel if curve is not None and len(curve.epochs) > 1]
+        for panel in (losses, scores)
+    ]
+    panels = [panel for panel in panels if panel]
+    if not panels:
+        return None
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.2 * len(panels), 2.5), layout="constrained")
+        for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            loss = panel[0][2] in ("training", "held-out normal images")
+            for curve, colour, label in panel:
+                _draw_curve(axis, [curve], colour, 1.0 if loss else 100.0, log=loss)
+                axis.lines[-1].set_label(label)
+            if loss:
+                loss_axis(axis)
+            axis.set_title("loss" if loss else "test AUROC [%]")
+            axis.set_xlabel("epoch")
+            axis.legend()
+    return figure
+
+
+def loss_axis(axis: Any) -> None:
+    """A log axis for a loss, its ticks as plain numbers: 0.2, 0.5, 1, also where it spans less than a decade."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    low, high = axis.get_ylim()
+    if 0 < high < 2.5 * low:  # between two of those ticks: ticks at equal steps
+        axis.yaxis.set_major_locator(MaxNLocator(4))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+
+
+def _draw_curve(axis: Any, curves: Sequence[Curve], colour: str, scale: float, log: bool) -> None:
     for curve in curves:
         positive = [max(value, 1e-12) * scale if log else value * scale for value in curve.values]
         axis.plot(curve.epochs, positive, color=colour, lw=0.7, alpha=0.35 if len(curves) > 1 else 0.0)
@@ -128,7 +174,7 @@ def ablation_bars(table: Table, records: Sequence[StoredRecord]) -> Figure:
             for i, row in enumerate(table.cells):
                 value = row[j].runs
                 if value is None or value.mean is None:
-                    axis.text(0.02, i, "no run", transform=axis.get_yaxis_transform(), va="center", color=GREY, size=7)
+                    axis.text(0.04, i, "no run", transform=axis.get_yaxis_transform(), va="center", color=GREY, size=7)
                     continue
                 colour = BLUE if table.rows[i].default else "#9dbfe0"
                 axis.barh(i, value.mean, color=colour, height=0.62)
@@ -262,14 +308,14 @@ def cost_against_quality(table: Table, records: Sequence[StoredRecord], metric: 
     if len(points) < 2:
         return None
     prices = [point[0] for point in points]
-    if max(prices) < 1.2 * min(prices):  # the same cost but for noise: nothing to weigh
+    if max(prices) <= 1.2 * min(prices):  # the same cost but for noise: nothing to weigh
         return None
     label, unit, _ = COSTS[price]
     with rc_context(STYLE):
         figure = Figure(figsize=(5.4, 3.4), layout="constrained")
         axis = figure.subplots()
         for x, value, _, default in points:
-            style = {"fmt": "*", "ms": 10} if default else {"fmt": "o", "ms": 5}
+            style: dict[str, Any] = {"fmt": "*", "ms": 10} if default else {"fmt": "o", "ms": 5}
             axis.errorbar(x, value.mean, yerr=value.std, color=BLUE, capsize=2, elinewidth=0.8, **style)
         if 0 < 4 * min(prices) < max(prices):  # methods without training have no parameters
             axis.set_xscale("log")

@@ -18,7 +18,7 @@ from results.aggregator.scores import Query, axis_value, seed_means
 from results.aggregator.spec import Entry, Spec
 from results.aggregator.sweep_cells import SweepCells
 from results.aggregator.table import Cell, Column, Row, Table, Value
-from results.common import foreign
+from results.common import untrusted
 from results.common.methods import COMPARE, METHOD
 
 HEADERS = ("Method", "Backbone", "Images")
@@ -111,10 +111,10 @@ class Interval:
 def image_scores(stored: StoredRecord) -> dict[str, dict[str, tuple[int, float]]]:
     """category -> image path -> (label, image score) of a record's test images; RecordError if it kept none."""
     try:
-        text = foreign.file_inside(stored.path, "image_scores.csv").read_text(
+        text = untrusted.file_inside(stored.path, "image_scores.csv").read_text(
             encoding="utf-8", errors="surrogateescape"
         )
-    except (foreign.ForeignError, OSError) as error:
+    except (untrusted.UntrustedError, OSError) as error:
         raise RecordError(f"{stored.name} has no image_scores.csv: {error}") from None
     found: dict[str, dict[str, tuple[int, float]]] = defaultdict(dict)
     try:

@@ -32,17 +32,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 
 from results.aggregator.names import published_name
 from results.aggregator.sweep_cells import cell_key
-from results.common import foreign
+from results.common import untrusted
+from results.common.did_you_mean import did_you_mean
 from results.common.files import REPLACED, restore_replaced, sync_folder
 from results.common.methods import of
-from results.common.nearest import did_you_mean
 from results.common.pair import plain
 
 SCHEMA = 1
@@ -68,7 +68,9 @@ _NUMBERS = (
     "wall_seconds", "epochs", "seconds_per_epoch", "peak_memory_bytes", "train_seconds", "images_per_second",
 )  # fmt: skip  # of the provenance, in tables
 # Families whose values are fractions; a 97.3 among them is a percentage by mistake.
-_FRACTION = re.compile(r"^(image|pixel|dsc|iou|pooled)(_|$)(?!.*threshold)")
+_FRACTION = re.compile(r"^(image|pixel|dsc|iou|pooled|seg_f1)(_|$)(?!.*threshold)")
+ScoreKey: TypeAlias = tuple[str, str, str, str, str]
+"""(variant, scope, dataset, category, metric)."""
 NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9._=,+\-]*$")
 """What a run or a sweep may be called."""
 
@@ -188,7 +190,7 @@ class StoredRecord:
         return pd.DataFrame(self.columns, columns=list(METRIC_COLUMNS))
 
     @cached_property
-    def scores(self) -> dict[tuple[str, str, str, str, str], tuple[float, str]]:
+    def scores(self) -> dict[ScoreKey, tuple[float, str]]:
         """(variant, scope, dataset, category, metric) -> (value, reason); `dataset/` before a category is cut."""
         columns = self.columns
         keys = zip(*(columns[name] for name in METRIC_COLUMNS[:5]), strict=True)
@@ -255,8 +257,8 @@ class StoredRecord:
         """A picture that `heatmaps` lists under `file`; RecordError if it is not what the run wrote."""
         name = f"heatmaps/{file}"
         try:
-            content = foreign.file_inside(self.path, name).read_bytes()
-        except (foreign.ForeignError, OSError) as error:
+            content = untrusted.file_inside(self.path, name).read_bytes()
+        except (untrusted.UntrustedError, OSError) as error:
             raise RecordError(f"{self.name}: {error}") from None
         if hashlib.sha256(content).hexdigest() != self.files.get(name, hashlib.sha256(content).hexdigest()):
             raise RecordError(f"{self.name}: {name} is not what the run wrote (checksum differs)")
@@ -291,7 +293,7 @@ class RecordSet(Sequence[StoredRecord]):
         return self.records[index]
 
 
-def _means_of_seven(scores: Mapping[tuple[str, ...], tuple[float, str]]) -> dict[tuple[str, ...], tuple[float, str]]:
+def _means_of_seven(scores: Mapping[ScoreKey, tuple[float, str]]) -> dict[ScoreKey, tuple[float, str]]:
     """The mean of the seven metrics of every category, where a record has them all; undefined where one is."""
     means = {}
     for key in [key for key in scores if key[1] == "category" and key[4] == SEVEN[0]]:
@@ -391,13 +393,13 @@ def read_record(path: str | Path, pictures: bool = False) -> StoredRecord:
     path = Path(path)
     try:
         return _read(path, pictures)
-    except foreign.ForeignError as error:
+    except untrusted.UntrustedError as error:
         raise RecordError(f"{path}: {error}") from None
 
 
 def _read(path: Path, pictures: bool) -> StoredRecord:
-    raw = foreign.read_mapping(path, "record.json")
-    files = foreign.checksums(raw)
+    raw = untrusted.read_mapping(path, "record.json")
+    files = untrusted.checksums(raw)
     raw.pop("files", None)
     known = {item.name for item in fields(RunRecord)}
     unknown = sorted(set(raw) - known)
@@ -408,18 +410,18 @@ def _read(path: Path, pictures: bool) -> StoredRecord:
     except (TypeError, RecordError) as error:
         raise RecordError(f"{path / 'record.json'}: {str(error).replace('RunRecord.__init__() ', '')}") from None
     for name in FILES:
-        foreign.file_inside(path, name)
+        untrusted.file_inside(path, name)
     content = (path / "metrics.csv").read_bytes()
-    foreign.check_files(path, files, pictures)
+    untrusted.check_files(path, files, pictures)
     columns = _parse_metrics(content, path / "metrics.csv")
     _check_columns(columns, str(path / "metrics.csv"))
     try:
-        foreign.check_yaml((path / "config.yaml").read_text(encoding="utf-8"), "config.yaml")
+        untrusted.check_yaml((path / "config.yaml").read_text(encoding="utf-8"), "config.yaml")
     except UnicodeDecodeError as error:
         raise RecordError(f"{path / 'config.yaml'} is not UTF-8: {error}") from None
     if (path / HEATMAPS).exists():
         _heatmap_index(path, files)
-    unchecked = ()
+    unchecked: tuple[str, ...] = ()
     if set(files) <= set(FILES):  # written before attachments had checksums, or there are none
         unchecked = tuple(sorted({entry.name for entry in os.scandir(path)} - {*FILES, "record.json"}))
     return StoredRecord(record, path, columns, files, unchecked)
@@ -429,7 +431,7 @@ def _heatmap_index(path: Path, files: Mapping[str, str]) -> list[tuple[str, ...]
     """The rows of an attached `heatmaps/index.csv`; RecordError if one names a file that is not the record's."""
     index = path / HEATMAPS
     try:
-        rows = list(csv.reader(io.StringIO(foreign.file_inside(path, HEATMAPS).read_text(encoding="utf-8"))))
+        rows = list(csv.reader(io.StringIO(untrusted.file_inside(path, HEATMAPS).read_text(encoding="utf-8"))))
     except (UnicodeDecodeError, csv.Error) as error:
         raise RecordError(f"{index} is not a CSV file: {error}") from None
     head = rows[0] if rows else []
@@ -442,7 +444,7 @@ def _heatmap_index(path: Path, files: Mapping[str, str]) -> list[tuple[str, ...]
             raise RecordError(f"{index} line {number} has {len(row)} of {len(head)} fields")
         line = dict(zip(head, row, strict=True))
         try:
-            foreign.file_inside(path, f"heatmaps/{line['file']}")
+            untrusted.file_inside(path, f"heatmaps/{line['file']}")
             float(line["image_score"])
         except ValueError as error:
             raise RecordError(f"{index} line {number}: {error}") from None
@@ -530,13 +532,14 @@ def _check_columns(columns: Mapping[str, Sequence[Any]], where: str) -> None:
         _check_row(scope, dataset, category, metric, 0.0, "", where)
     for position, value in enumerate(columns["value"]):
         if not 0.0 <= value <= 1.0:  # also NaN
-            _check_row(*places[position], value, columns["reason"][position], where)
+            scope, dataset, category, metric = places[position]
+            _check_row(scope, dataset, category, metric, value, columns["reason"][position], where)
     if min(columns["n"]) < 0:
         raise RecordError(f"{where}: n is {min(columns['n'])}; it counts images or categories")
     keys = list(zip(columns["variant"], places, strict=True))
     if len(set(keys)) < len(keys):
         seen: set[Any] = set()
-        variant, place = next(key for key in keys if key in seen or seen.add(key))
+        variant, place = next(key for key in keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         row = dict(zip(("scope", "dataset", "category", "metric"), place, strict=True))
         raise RecordError(
             f"{where}: two rows for variant={variant!r}, {', '.join(f'{k}={v!r}' for k, v in row.items())}"

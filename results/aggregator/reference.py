@@ -38,7 +38,7 @@ PLAN = "plan.yaml"
 MARK = "†"
 CODE = "code"
 """Key of a reference record's provenance: `hash` of its code, `roots` it was reached from, place of its `data`."""
-LEFT_OUT = ("normal_scores.csv", "colour_scale.json")
+LEFT_OUT = ("normal_scores.csv", "normal_pixels.csv", "category_features.csv", "colour_scale.json")
 """Attachments that only `predict` reads, which needs a checkpoint."""
 WIDTH, QUALITY = 400, 50
 """Of a reference record's pictures: largest width in pixels, and JPEG quality."""
@@ -95,11 +95,11 @@ def _agrees(stored: StoredRecord, own: Sequence[StoredRecord], varies: set[str])
             continue
         if axis == "data":
             near = [other for other in own if _named(other) == _named(stored)]
-            mine, theirs = _prints(stored), {_prints(other) for other in near}
+            agrees = _prints(stored) in {_prints(other) for other in near}
         else:
             near = [other for other in own if axis in TABLE_AXES or other.record.method == stored.record.method]
-            mine, theirs = axis_value(stored, axis), {axis_value(other, axis) for other in near}
-        if near and mine not in theirs:
+            agrees = axis_value(stored, axis) in {axis_value(other, axis) for other in near}
+        if near and not agrees:
             return False
     return True
 
@@ -242,8 +242,8 @@ def smaller(picture: bytes) -> bytes:
     """A JPEG of at most `WIDTH` pixels width."""
     from PIL import Image
 
-    with Image.open(io.BytesIO(picture)) as image:
-        image = image.convert("RGB")
+    with Image.open(io.BytesIO(picture)) as opened:
+        image = opened.convert("RGB")
         if image.width > WIDTH:
             image = image.resize((WIDTH, round(image.height * WIDTH / image.width)), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()

@@ -10,9 +10,9 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from jinja2.environment import TemplateModule
 from markupsafe import Markup
 from rich.console import Console
 from rich.markup import escape
@@ -43,7 +43,7 @@ def number_text(value: Value | None, column: Column, show_n: bool = False) -> st
     if value is None or value.mean is None:
         return DASH
     if column.scientific:
-        text = f"{value.mean:.2e}" + (f" ± {value.std:.1e}" if value.std is not None else "")
+        text = f"{value.mean:.3g}" + (f" ± {value.std:.2g}" if value.std is not None else "")
     else:
         text = f"{value.mean:.{column.digits}f}"
         if value.std is not None:
@@ -104,8 +104,8 @@ def print_table(table: Table, console: Console) -> None:
     for block in _blocks(table, console.width):
         groups = {table.columns[n].group for n in block}
         if len(groups) == 1 and groups != {""}:
-            console.print(f"\n[italic]{escape(*groups)}[/]", highlight=False)
-        console.print(_grid(table, block, show_groups=len(groups) > 1), soft_wrap=True)
+            console.print(f"\n[italic]{escape(min(groups))}[/]", highlight=False)
+        console.print(_grid(table, block, len(groups) > 1, console.width), soft_wrap=True)
     console.print(f"[dim]{escape(table.caption)}[/]", highlight=False)
     for note in table.notes:
         console.print(f"[dim]{escape(note)}[/]", highlight=False)
@@ -113,15 +113,17 @@ def print_table(table: Table, console: Console) -> None:
         console.print(f"[yellow]{escape(text)}[/]", highlight=False)
 
 
-def _grid(table: Table, block: Sequence[int], show_groups: bool) -> RichTable:
-    """Some columns of the table beside the names of its rows."""
+def _grid(table: Table, block: Sequence[int], show_groups: bool, width: int) -> RichTable:
+    """Some columns of the table beside the names of its rows, which are folded where `width` has no room for both."""
+    names, widths = _widths(table)
+    fits = names + sum(widths[n] for n in block) <= width
     columns = [table.columns[n] for n in block]
     grid = RichTable(header_style="bold")
     for header in table.row_headers:
-        grid.add_column(escape(header), no_wrap=True)
-    for column in columns:
+        grid.add_column(escape(header), no_wrap=fits, overflow="fold")
+    for n, column in zip(block, columns, strict=True):
         heads = (column.group if show_groups else "", column.label)
-        grid.add_column(escape("\n".join(filter(None, heads))), justify="right", no_wrap=True)
+        grid.add_column(escape("\n".join(filter(None, heads))), justify="right", no_wrap=True, min_width=widths[n] - 3)
     styles = {"best": "[bold]{}[/]", "second": "[underline]{}[/]", "": "{}"}
     for row, line in zip(table.rows, table.cells, strict=True):
         if starts_group(table, row):
@@ -143,6 +145,8 @@ def _blocks(table: Table, width: int) -> list[list[int]]:
     if natural_width(table) <= width:
         return [list(range(len(table.columns)))]
     names, widths = _widths(table)
+    if names + max(widths, default=0) > width:  # the names are folded to make room
+        names = min(names, max(width // 2, width - sum(widths)))
     blocks: list[list[int]] = []
     for _, members in itertools.groupby(range(len(table.columns)), key=lambda n: table.columns[n].group):
         used = width
@@ -224,10 +228,7 @@ def latex(table: Table, standalone: bool = False) -> str:
     width = len(table.row_headers) + len(table.columns)
     wide = width > 7 or natural_width(table) > 95
     lines = ["\\begin{table}[htbp]", "\\centering"]
-    caption = " ".join(
-        [f"\\textbf{{{tex(warning)}}}" for warning in table.warnings] + [tex(table.title.rstrip(".") + ".")]
-    )
-    lines.append(f"\\caption{{{caption} {tex(' '.join([table.caption, *table.notes]))}}}")
+    lines.append(f"\\caption{{{tex(table.title.rstrip('.') + '.')}}}")
     lines.append(f"\\label{{tab:{table.name.replace('_', '-')}}}\\smallskip")
     lines += ["\\resizebox{\\linewidth}{!}{%"] * wide
     lines.append(f"\\begin{{tabular}}{{{'l' * len(table.row_headers)}{'r' * len(table.columns)}}}")
@@ -259,12 +260,21 @@ def latex(table: Table, standalone: bool = False) -> str:
         lines.append(" & ".join([*map(tex, labels(row)), *(_tex_signs(text) for text in texts)]) + " \\\\")
     lines.append("\\bottomrule")
     lines.append("\\end{tabular}" + "}" * wide)
-    missing = missing_lines(table)
-    if missing:
-        lines += ["", "\\smallskip", f"\\parbox{{\\linewidth}}{{\\footnotesize {tex(_shortened(missing))}}}"]
+    lines += [
+        line
+        for note in _latex_notes(table)
+        for line in ("", "\\smallskip", f"\\parbox{{\\linewidth}}{{\\footnotesize {note}}}")
+    ]
     lines.append("\\end{table}")
     text = "\n".join(lines) + "\n"
     return f"{_PREAMBLE}\\begin{{document}}\n{text}\\end{{document}}\n" if standalone else text
+
+
+def _latex_notes(table: Table) -> list[str]:
+    """What stands below a LaTeX table: warnings in bold, how it was made, notes, what is missing."""
+    missing = missing_lines(table)
+    notes = [table.caption, *table.notes, *([_shortened(missing)] if missing else [])]
+    return [f"\\textbf{{{tex(warning)}}}" for warning in table.warnings] + [tex(note) for note in notes if note]
 
 
 def latex_document(names: Sequence[str]) -> str:
@@ -274,14 +284,16 @@ def latex_document(names: Sequence[str]) -> str:
 
 
 @functools.cache
-def template() -> TemplateModule:
+def template() -> Any:
     """The macros `table` and `page` of report.html.j2, as functions that return HTML."""
     here = Path(__file__).parent
     loader = FileSystemLoader(here)
     environment = Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    helpers = (anchor, group_spans, labels, missing_lines, origin, record_id, shown_numbers, starts_group)
+    helpers = (
+        anchor, group_spans, labels, missing_lines, origin, print_width, record_id, shown_numbers, starts_group,
+    )  # fmt: skip
     environment.globals.update({helper.__name__: helper for helper in helpers})
     environment.globals["file"] = lambda name: Markup((here / name).read_text(encoding="utf-8"))
     return environment.get_template("report.html.j2").module
@@ -301,6 +313,12 @@ def origin(cell: Cell, row: Row, column: Column) -> str:
         lines.append(f"n = {cell.runs.n} seeds" if cell.runs.mean is not None else cell.runs.reason)
         lines += cell.runs.records
     return "\n".join(filter(None, lines))
+
+
+def print_width(table: Table) -> str:
+    """The class of a table that needs small letters to keep its columns on a printed page, else nothing."""
+    characters = natural_width(table)
+    return " widest" if characters > 260 else " wide" if characters > 150 else ""
 
 
 def record_id(name: str) -> str:
@@ -365,7 +383,7 @@ def _widths(table: Table) -> tuple[int, list[int]]:
     return sum(3 + name for name in names) + 1, widths
 
 
-def _plain(value: float | None) -> str:
+def _plain(value: Any) -> str:
     return "" if value is None else repr(round(value, 10))
 
 

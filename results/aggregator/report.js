@@ -75,4 +75,8 @@ for (const head of document.querySelectorAll("table.sortable tr.heads th")) {
   head.title = "Sort by this column";
 }
 window.addEventListener("hashchange", openTarget);
+window.addEventListener("beforeprint", () => {
+  for (const part of document.querySelectorAll("details.opens")) part.open = true;
+  for (const image of document.querySelectorAll("img")) image.loading = "eager";
+});
 openTarget();

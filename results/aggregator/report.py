@@ -1,18 +1,22 @@
-"""The report: one self-contained HTML page with every table, figure, heat map and the provenance of every number."""
+"""The report: one self-contained HTML page, one's own runs first, then every table, figure and where each number is from."""
 
 from __future__ import annotations
 
 import base64
+import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from PIL import Image
 
 from results.aggregator import audit, figures, methods, names, render
 from results.aggregator.build import category_tables, paper_table, sweep_table
 from results.aggregator.curves import curve_table
+from results.aggregator.own_runs import Picture, Shown, overview, own, show
 from results.aggregator.records import RecordError, RecordSet, StoredRecord
 from results.aggregator.scores import ConflictError, kinds
 from results.aggregator.spec import Spec, SpecError, find_spec, spec_for_sweep, spec_names
@@ -25,13 +29,53 @@ _PICTURES = 12_000_000  # bytes of heat maps in one page
 
 @dataclass
 class _Block:
-    """A table with its pictures (data URI, caption), or why it was refused."""
+    """A table with its pictures, or why it was refused; with the table of the methods what belongs beside it."""
 
     table: Table | None = None
-    figures: Sequence[tuple[str, str]] = ()
+    figures: Sequence[Picture] = ()
     per_category: Sequence[Table] | None = None
     title: str = ""
     refused: str = ""
+    beside: Table | None = None
+    said: str = ""
+
+
+@dataclass
+class _Pictures:
+    """Hands out the heat maps of runs until the page is large enough, and remembers which it kept back."""
+
+    left: int = _PICTURES
+    kept_back: list[str] = field(default_factory=list)
+
+    def of(self, stored: StoredRecord) -> list[Picture]:
+        """A run's heat maps, a picture per category and then its failures."""
+        pictures, skipped = [], 0
+        for file, rows in stored.heatmaps.groupby("file", sort=False):
+            try:
+                data = stored.picture(file)
+            except RecordError as error:
+                pictures.append(Picture("Left out", str(error)))
+                continue
+            if not data or len(data) > self.left:
+                skipped += 1
+                continue
+            self.left -= len(data)
+            title = f"{names.dataset_label(rows['dataset'].iloc[0])} / {rows['category'].iloc[0]}"
+            text = ", ".join(f"{row.rank}: {row.defect} ({float(row.image_score):.4g})" for row in rows.itertuples())
+            kind = "png" if file.endswith(".png") else "jpeg"
+            pictures.append(Picture(title, text, _uri(kind, data), _width(data)))
+        if skipped:
+            self.kept_back.append(f"{stored.name}: {skipped} pictures, in {stored.path / 'heatmaps'}")
+        return pictures
+
+
+def _width(picture: bytes) -> int:
+    """Width in pixels, 0 if it is no picture."""
+    try:
+        with Image.open(io.BytesIO(picture)) as image:
+            return image.width
+    except OSError:
+        return 0
 
 
 def write_report(
@@ -53,37 +97,73 @@ def write_report(
 def page(records: RecordSet | Sequence[StoredRecord], sweeps: Path, pictures: Path | None = None) -> str:
     """The page as HTML text."""
     shown: dict[str, StoredRecord] = {}
-    ablations = _ablations(list(records), sweeps, shown)
-    papers = _papers(list(records), shown)
-    gallery, skipped = _gallery(list(records), shown)
-    newest = max((str(s.record.provenance.get("started") or "") for s in records), default="")
+    records, damaged = list(records), getattr(records, "damaged", ())
+    budget = _Pictures()
+    runs, of_sweeps = own(records)
+    blocks = _sweeps(records, sweeps, shown)
+    first = [_run(stored, budget, shown) for stored in runs]
+    gallery, elsewhere = _gallery(records, budget, shown)
     text = render.template().page(
-        lead=f"{len(records)} run records" + (f", the newest started {newest}" if newest else ""),
-        damaged=getattr(records, "damaged", ()),
-        ablations=ablations,
-        papers=papers,
+        lead=_lead(records),
+        damaged=damaged,
+        runs=first,
+        overview=overview(runs) if len(runs) > 1 else None,
+        of_sweeps=of_sweeps,
+        ablations=[block for kind, block in blocks if kind != "methods"],
+        methods=[block for kind, block in blocks if kind == "methods"],
+        papers=_papers(records, shown),
         audit=audit.audit_table(audit.audit()),
-        side_by_side=_side_by_side(pictures, list(records), shown),
+        side_by_side=_side_by_side(pictures, records, shown),
         gallery=gallery,
-        skipped=skipped,
+        elsewhere=elsewhere,
+        kept_back=budget.kept_back,
         definitions=_definitions(shown),
         records=_records(shown),
     )
     return str(text)
 
 
-def _ablations(records: Sequence[StoredRecord], folder: Path, shown: dict[str, StoredRecord]) -> list[_Block]:
+def _lead(records: Sequence[StoredRecord]) -> str:
+    """How many records there are, of whom, and of when."""
+    mine = [stored for stored in records if not stored.reference]
+    newest = max((str(s.record.provenance.get("started") or "") for s in mine), default="")
+    own_text = f"{len(mine)} runs of your own" + (
+        f", the newest started {newest[:16].replace('T', ' ')}" if newest else ""
+    )
+    return f"{own_text}; {len(records) - len(mine)} reference records, which come with the project"
+
+
+def _run(stored: StoredRecord, budget: _Pictures, shown: dict[str, StoredRecord]) -> Shown:
+    """A run of one's own with its curve and its heat maps."""
+    found = show(stored)
+    shown[stored.name] = stored
+    try:
+        figure = figures.run_figure(stored)
+    except RecordError as error:
+        found.remarks.append(f"No curves: {error}")
+        figure = None
+    if figure is not None:
+        found.curve = Picture("Curves", "Training by epoch.", _source(figure))
+    found.pictures = budget.of(stored)
+    return found
+
+
+def _sweeps(records: Sequence[StoredRecord], folder: Path, shown: dict[str, StoredRecord]) -> list[tuple[str, _Block]]:
+    """The tables of the sweeps with their kind of spec, those with runs of one's own first."""
     blocks = []
     controls = [stored for stored in records if stored.record.sweep in names.CONTROLS]
-    for name in sorted({stored.record.sweep for stored in records if stored.record.cell}):
+    mine = {stored.record.sweep for stored in records if stored.record.cell and not stored.reference}
+    for name in sorted(
+        {stored.record.sweep for stored in records if stored.record.cell}, key=lambda n: (n not in mine, n)
+    ):
         file = folder / f"{name}.yaml"
         sweep = read_sweep(file) if file.is_file() else None
         spec = spec_for_sweep(name)
-        for kind, mine in kinds([stored for stored in records if stored.record.sweep == name], compared=True):
-            blocks.append(
-                _guarded(name, kind, lambda s=spec, m=mine, w=sweep, k=kind: _ablation(s, m, w, k, shown, controls))
-            )
-    return [block for block in blocks if block]
+        for kind, part in kinds([stored for stored in records if stored.record.sweep == name], compared=True):
+            block = _guarded(name, kind, partial(_ablation, spec, part, sweep, kind, shown, controls))
+            if block is not None:
+                blocks.append((spec.kind, block))
+    return blocks
 
 
 def _guarded(name: str, kind: str, make: Callable[[], _Block | None]) -> _Block | None:
@@ -102,10 +182,16 @@ def _ablation(
     shown: dict[str, StoredRecord],
     controls: Sequence[StoredRecord] = (),
 ) -> _Block:
-    per_category = None
+    per_category = beside = None
+    said = ""
     if spec.kind == "curves":
         table = curve_table(spec, records, sweep)
-        drawn = [(figures.curves_figure(spec, records, sweep), "Thin lines: seeds; thick: their mean.")]
+        drawn = [
+            (
+                figures.curves_figure(spec, records, sweep),
+                "Thin lines: seeds; thick: their mean. Each panel has its own axes.",
+            )
+        ]
     else:
         table = sweep_table(spec, records, sweep, controls=controls)
         drawn = [(figures.sweep_figure(spec, table, records), "Mean over categories; each dot is a seed.")]
@@ -115,8 +201,19 @@ def _ablation(
             if figure is not None:
                 drawn.append((figure, "Cost against quality."))
         per_category = [_named(each, kind) for each in category_tables(spec, records, sweep)]
+    if spec.kind == "methods":
+        found = methods.ranks(records)
+        said = found.silent or methods.sentence(found)
+        if not found.silent:
+            drawn.append((figures.critical_difference(found), "Average ranks; a bar joins methods that do not differ."))
+        beside = methods.control_table(spec, records, sweep)
+        if beside is not None:
+            _use(beside, records, shown)
+        else:
+            said += f" No control was run ({', '.join(methods.CONTROLS)}), so nothing is compared with one."
     _use(table, [*records, *controls], shown)
-    return _Block(_named(table, kind), [(_source(figure), text) for figure, text in drawn], per_category)
+    pictures = [Picture("", text, _source(figure)) for figure, text in drawn]
+    return _Block(_named(table, kind), pictures, per_category, beside=beside and _named(beside, kind), said=said)
 
 
 def _source(figure: Figure) -> str:
@@ -145,7 +242,7 @@ def _papers(
         if spec.rows is None or "source" not in spec.where or name != f"{paper}_{spec.where['table']}":
             continue
         beside = [
-            _guarded(name, kind, lambda s=spec, m=mine, k=kind: _beside(s, m, k, shown))
+            _guarded(name, kind, lambda s=spec, m=mine, k=kind: _beside(s, m, k, shown))  # type: ignore[misc]
             for kind, mine in (kinds(records) if records else [])
         ]
         beside = [block for block in beside if block]
@@ -162,7 +259,7 @@ def _beside(spec: Spec, records: Sequence[StoredRecord], kind: str, shown: dict[
     _use(table, records, shown)
     metrics = dict.fromkeys(column.metric for column in table.columns if column.ranked)
     drawn = [figure for metric in metrics if (figure := figures.against_published(table, metric)) is not None]
-    return _Block(_named(table, kind), [(_source(figure), "Ours against the printed numbers.") for figure in drawn])
+    return _Block(_named(table, kind), [Picture("", "Ours against the printed numbers.", _source(f)) for f in drawn])
 
 
 def _use(table: Table, records: Sequence[StoredRecord], shown: dict[str, StoredRecord]) -> None:
@@ -171,42 +268,25 @@ def _use(table: Table, records: Sequence[StoredRecord], shown: dict[str, StoredR
 
 
 def _gallery(
-    records: Sequence[StoredRecord], shown: dict[str, StoredRecord]
-) -> tuple[list[tuple[str, StoredRecord, list[tuple[str, str, str]]]], int]:
-    """Worst, median and best image of every category, from one run per method, data set and kind: the newest.
+    records: Sequence[StoredRecord], budget: _Pictures, shown: dict[str, StoredRecord]
+) -> tuple[list[tuple[str, StoredRecord, list[Picture]]], list[str]]:
+    """Heat maps of sweeps and reference records: from one run per method, data set and kind, the newest, one's own first.
 
-    Each run has a title and its pictures (category, ranks, data URI); the number counts pictures left out.
+    One's own trainings outside of sweeps have theirs in the first section. Beside them, where the others' heat maps are.
     """
+    with_pictures = [stored for stored in records if stored.record.cell and len(stored.heatmaps)]
     chosen: dict[tuple, StoredRecord] = {}
-    for stored in sorted(records, key=lambda s: str(s.record.provenance.get("started") or "")):
-        if len(stored.heatmaps):
-            record = stored.record
-            single = not record.cell  # a training of its own before a cell of an ablation
-            key = (record.method, record.profile, record.protocol, tuple(d["name"] for d in record.datasets))
-            if key not in chosen or single or chosen[key].record.cell:
-                chosen[key] = stored
-    gallery, left, skipped = [], _PICTURES, 0
-    for stored in chosen.values():
+    for stored in sorted(with_pictures, key=lambda s: (not s.reference, str(s.record.provenance.get("started") or ""))):
+        record = stored.record
+        chosen[(record.method, record.profile, record.protocol, tuple(d["name"] for d in record.datasets))] = stored
+    gallery = []
+    for stored in sorted(chosen.values(), key=lambda s: s.reference):
         shown[stored.name] = stored
-        cell = f", {describe_cell(stored.record.cell)}" if stored.record.cell else ""
-        title = f"{names.method_label(stored.record.method)}, {stored.record.profile} profile{cell}"
-        pictures = []
-        for file, rows in stored.heatmaps.groupby("file", sort=False):
-            try:
-                data = stored.picture(file)
-            except RecordError as error:
-                pictures.append(("Left out", str(error), ""))
-                continue
-            if not data or len(data) > left:
-                skipped += 1
-                continue
-            left -= len(data)
-            kind = "png" if file.endswith(".png") else "jpeg"
-            category = f"{names.dataset_label(rows['dataset'].iloc[0])} / {rows['category'].iloc[0]}"
-            ranks = ", ".join(f"{row.rank}: {row.defect} ({float(row.image_score):.3g})" for row in rows.itertuples())
-            pictures.append((category, ranks, _uri(kind, data)))
-        gallery.append((title, stored, pictures))
-    return gallery, skipped
+        title = f"{names.method_label(stored.record.method)}, {stored.record.profile} profile"
+        gallery.append((f"{title}, {describe_cell(stored.record.cell)}", stored, budget.of(stored)))
+    drawn = {stored.name for stored in chosen.values()}
+    others = [f"{s.name}: {s.path / 'heatmaps'}" for s in with_pictures if s.name not in drawn]
+    return gallery, others
 
 
 def _side_by_side(

@@ -19,6 +19,7 @@ from results.aggregator.names import CONTROLS, COSTS, DATASET_CATEGORIES, PARTIA
 from results.aggregator.records import StoredRecord, data_options
 from results.aggregator.sweep_cells import SEED_KEYS, canonical, describe_cell
 from results.aggregator.table import Value
+from results.common.deciding import LIBRARIES as LIBRARIES_OF_METHODS
 from results.common.deciding import SEEDS, deciding
 from results.common.methods import COMPARE
 from results.common.pair import plain
@@ -280,6 +281,25 @@ def newest(records: Iterable[StoredRecord]) -> list[StoredRecord]:
     return sorted(last.values(), key=lambda stored: stored.name)
 
 
+def distinct(records: Iterable[StoredRecord]) -> list[StoredRecord]:
+    """Of runs that are the same experiment with the same seed, and the same numbers to the last digit, only the first.
+
+    They come from two runners, such as an agent and this machine, and say one thing twice.
+    """
+    groups: dict[tuple, list[StoredRecord]] = {}
+    for stored in sorted(records, key=lambda stored: (str(stored.record.provenance.get("started") or ""), stored.name)):
+        record = stored.record
+        same = (record.sweep, stored.cell, record.method, record.seed, record.profile, record.protocol, record.setting)
+        numbers = stored.files.get("metrics.csv")
+        groups.setdefault((*same, data_of(stored), numbers) if stored.cell and numbers else (stored.name,), []).append(
+            stored
+        )
+    kept = []
+    for group in groups.values():
+        kept += [stored for n, stored in enumerate(group) if n == 0 or _config_conflicts([group[0], stored])]
+    return sorted(kept, key=lambda stored: stored.name)
+
+
 def kinds(records: Sequence[StoredRecord], compared: bool = False) -> list[tuple[str, list[StoredRecord]]]:
     """The records by profile and protocol, which no table mixes; the name is empty if there is only one kind.
 
@@ -290,7 +310,7 @@ def kinds(records: Sequence[StoredRecord], compared: bool = False) -> list[tuple
     found: dict[tuple[str, ...], list[StoredRecord]] = {}
     for stored in records:
         record = stored.record
-        key = (record.profile, record.protocol)
+        key: tuple[str, ...] = (record.profile, record.protocol)
         if compared and record.cell.get(COMPARE):
             key += (str(record.cell[COMPARE]), record.setting)
         found.setdefault(key, []).append(stored)
@@ -405,6 +425,7 @@ def check_cell(records: Sequence[StoredRecord], query: Query) -> None:
     for title, values in (
         ("method", [stored.record.method for stored in records]),
         ("cell", [describe_cell({k: v for k, v in s.record.cell.items() if k not in SEED_KEYS}) for s in records]),
+        *(("version of " + name, [_version_of(s, name) for s in records]) for name in LIBRARIES_OF_METHODS),
     ):
         if len(set(values)) > 1:
             conflicts.append((title, _grouped(values, records)))
@@ -418,6 +439,10 @@ def check_cell(records: Sequence[StoredRecord], query: Query) -> None:
     conflicts += _config_conflicts(records)
     if conflicts:
         raise ConflictError(conflicts, "one cell")
+
+
+def _version_of(stored: StoredRecord, library: str) -> str:
+    return str((stored.record.provenance.get("versions") or {}).get(library, "none"))
 
 
 def _grouped(
@@ -458,8 +483,18 @@ def _bare_text(stored: StoredRecord) -> str:
     return "\n".join(line for line in lines if not (_SEED_LINE.match(line) or line.endswith(f" {run}")))
 
 
+def options_of(stored: StoredRecord) -> dict[str, Any]:
+    """The options that decide a record's result, by dotted key, the seed left out."""
+    return _options(stored.path, stored.path.stat().st_mtime_ns)
+
+
 @lru_cache(maxsize=20000)
-def _config(path: Path, _modified: int) -> dict[str, Any]:
+def _config(path: Path, modified: int) -> dict[str, Any]:
+    return {key: canonical(value) for key, value in _options(path, modified).items()}
+
+
+@lru_cache(maxsize=20000)
+def _options(path: Path, _modified: int) -> dict[str, Any]:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     content = yaml.load((path / "config.yaml").read_text(encoding="utf-8"), Loader=loader)
-    return {key: canonical(value) for key, value in deciding(content, beside=SEEDS).items()}
+    return deciding(content, beside=SEEDS)

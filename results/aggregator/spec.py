@@ -12,6 +12,7 @@
       - {label: "{4}", variant: levels=4, runs: {variant: levels=4}}
       - {label: "{4,3,2,1}", variant: levels=4+3+2+1, runs: {variant: levels=4+3+2+1}, default: true}
     columns: [pixel_ap, dsc, pixel_auroc]
+    details: [dsc_precision, dsc_recall]     # more columns of the tables per category alone
     compare: columns                         # rank within columns or within rows, or none
     digits: 2
     parameters:                              # rows: sweep only; labels of the sweep's parameters, in this order
@@ -39,14 +40,14 @@ from typing import Any
 import yaml
 
 from results.aggregator import names
-from results.common.nearest import did_you_mean
+from results.common.did_you_mean import did_you_mean
 
 FOLDER = Path(__file__).parents[1] / "tables" / "specs"
 SELECTORS = ("source", "table", "dataset", "category", "method", "variant", "metric", "setting")
 _RUNS = ("variant", "cell", "sweep", "method", "setting", "dataset")
 _TOP = (
     "title", "paper", "kind", "sweep", "setting", "where", "row_headers", "rows", "columns", "compare", "digits",
-    "parameters", "default", "notes", "shares", "own_papers", "x",
+    "details", "parameters", "default", "notes", "shares", "own_papers", "x",
 )  # fmt: skip
 _ROW = ("label", "labels", "group", "rule", "default", "runs", *SELECTORS)
 _COLUMN = ("label", "group", "digits", "runs", *SELECTORS)
@@ -86,6 +87,7 @@ class Spec:
     row_headers: tuple[str, ...] = ()
     rows: tuple[Entry, ...] | None = None
     columns: tuple[Entry, ...] = ()
+    details: tuple[Entry, ...] = ()
     compare: str = "columns"
     digits: int = 1
     parameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -170,6 +172,7 @@ def read_spec(path: str | Path) -> Spec:
         row_headers=headers,
         rows=entries,
         columns=_entries(content.get("columns", []), _COLUMN, f"{path}: columns", "metric"),
+        details=_entries(content.get("details", []), _COLUMN, f"{path}: details", "metric"),
         compare=compare,
         digits=int(content.get("digits", 1)),
         parameters=content.get("parameters") or {},

@@ -48,7 +48,7 @@ class SweepCells:
         axes = [self.values.get(key) for key in keys]
         if any(axis is None for axis in axes):
             return None
-        return [dict(zip(keys, values, strict=True)) for values in itertools.product(*axes)]  # type: ignore[arg-type]
+        return [dict(zip(keys, values, strict=True)) for values in itertools.product(*axes)]
 
 
 def read_sweep(path: str | Path) -> SweepCells:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -112,7 +113,8 @@ def mark_values(table: Table, compare: str) -> None:
     """Mark best and second best in place.
 
     compare: "columns" ranks the rows within each column (ablations), "rows" ranks the columns with the same metric
-    within each row (methods side by side), "none" marks nothing. Ties at the printed precision share the mark.
+    within each row (methods side by side), "none" marks nothing. Ties at the printed precision share the mark. Of our runs
+    no number is marked that differs from its neighbour in rank by no more than the spread of the seeds.
     """
     if compare == "none":
         return
@@ -146,8 +148,18 @@ def _mark_line(line: Sequence[tuple[Value | None, int]]) -> None:
     levels = sorted({rounded for _, rounded in present}, reverse=True)
     if len(levels) < 2:  # a single value, or all equal, cannot be ranked
         return
+    apart = [_apart(present, above, below) for above, below in itertools.pairwise(levels[:3])]
+    marks = {levels[0]: "best"} if apart[0] else {}
+    if all(apart):
+        marks[levels[1]] = "second"
     for value, rounded in present:
-        value.mark = {levels[0]: "best", levels[1]: "second"}.get(rounded, "")
+        value.mark = marks.get(rounded, "")
+
+
+def _apart(present: Sequence[tuple[Value, float]], above: float, below: float) -> bool:
+    """Whether two neighbouring ranks differ by more than the seeds of either spread; with one seed nothing is known of it."""
+    spreads = [v.std for v, rounded in present if rounded in (above, below) and v.std is not None and not v.printed]
+    return above - below > max(spreads, default=0.0)
 
 
 def add_gaps(table: Table) -> None:

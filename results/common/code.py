@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +21,12 @@ def code_hash(modules: Iterable[str], root: Path) -> str:
     for path in sorted(reached_files(modules, root)):
         digest.update(f"{path.relative_to(root)}\0{_normalised(path, path.stat().st_mtime_ns)}\n".encode())
     return digest.hexdigest()
+
+
+def reached_packages(modules: Iterable[str], root: Path, packages: Collection[str]) -> list[str]:
+    """Which of some packages the source files that the modules reach import, sorted."""
+    found = {name.partition(".")[0] for path in reached_files(modules, root) for name in _imports(path, root)}
+    return sorted(found & set(packages))
 
 
 def reached_files(modules: Iterable[str], root: Path) -> set[Path]:

@@ -41,18 +41,18 @@ def content_hashes(paths: Iterable[str | Path], root: str | Path) -> list[str]:
     Raises:
         OSError: a file cannot be read.
     """
-    paths = [os.fspath(path) for path in paths]
+    files = [os.fspath(path) for path in paths]
     place = os.path.abspath(root)
     memory = MEMORY / f"{xxhash.xxh3_64_hexdigest(os.fsencode(place))}.hashes"
     states, hashes = _read(memory)
     below = f"{os.fspath(root).rstrip(os.sep)}{os.sep}"
     names = [
         path[len(below) :] if path.startswith(below) else os.path.abspath(path).removeprefix(f"{place}{os.sep}")
-        for path in paths
+        for path in files
     ]
     new = {
         name: path
-        for name, path in zip(names, paths, strict=True)
+        for name, path in zip(names, files, strict=True)
         if name not in states or states[name] != _state(os.stat(path))
     }
     if new:

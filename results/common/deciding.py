@@ -2,7 +2,8 @@
 
 Everything decides except what is listed here, so that an option or a file that is new counts until somebody knows better.
 Data counts by its contents (`results.common.contents`), weights by their hash, both beside this rule. Versions of
-libraries are recorded and shown, and tables say when they differ, but no cell is run again for them.
+libraries are recorded and shown, and tables say when they differ, but no cell is run again for them; except those of
+`LIBRARIES`, for the methods whose code imports them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 FREE = re.compile(
     r"(config|ckpt_path"
-    r"|run\.(name|sweep|results|heatmaps|overwrite|upload|keep_epochs|cuda_graphs)"
+    r"|run\.(name|sweep|results|alpha|rule|heatmaps|overwrite|upload|keep_epochs|cuda_graphs)"
     r"|cache\.(root|budget_gb|resident_gb)"
     r"|trainer\.(logger|default_root_dir|enable_\w+|log_every_n_steps|accelerator|profiler|num_sanity_val_steps)"
     r"|data\.init_args\.(num_workers|pin_memory|eval_batch_size|cache_mb|predict_root|predict_dataset|root"
@@ -35,12 +36,17 @@ LATER = {
 }  # fmt: skip
 """Options that earlier versions did not have, with the value that means what those did: older runs stay comparable."""
 
+LIBRARIES = ("anomalib",)
+"""Packages that some methods take their networks from: the version decides these methods' results, and no others'."""
+
 SHOWING = (
-    "results", "sweeps", "tests", "datamodules/__main__.py", "datamodules/check.py", "datamodules/errors.py",
-    "datamodules/problems.py", "lightning_modules/benchmarks", "lightning_modules/pictures",
-    "lightning_modules/callbacks/kept_epochs.py",
+    "results", "sweeps", "tests", "datamodules/__main__.py", "datamodules/check.py", "datamodules/contact_sheet.py",
+    "datamodules/download", "datamodules/errors.py", "datamodules/outline.py", "datamodules/problems.py",
+    "lightning_modules/benchmarks", "lightning_modules/decisions", "lightning_modules/exporting",
+    "lightning_modules/pictures", "lightning_modules/prediction", "lightning_modules/callbacks/kept_epochs.py",
     "lightning_modules/callbacks/predictions.py", "lightning_modules/callbacks/progress.py",
-    "lightning_modules/running/checkpoints.py", "lightning_modules/running/loading.py",
+    "lightning_modules/running/checkpoints.py", "lightning_modules/running/decisions.py",
+    "lightning_modules/running/finding.py", "lightning_modules/running/loading.py",
     "lightning_modules/running/parser.py", "lightning_modules/running/preemption.py",
     "lightning_modules/running/printing.py",
     "lightning_modules/running/quiet.py", "lightning_modules/running/resuming.py",

@@ -1,4 +1,4 @@
-"""What a user names in the environment: DATASET, DATA_ROOT, CATEGORIES, BACKBONE, WEIGHTS.
+"""What a user names in the environment: DATASET, DATA_ROOT, CATEGORIES, BACKBONE, WEIGHTS, ALPHA, RULE.
 
 Lists are separated by commas; white space around a part and empty parts are dropped. Nothing else is interpreted: the
 shell has taken its own quotes away before, so that a quote or a dollar sign in a value is part of a name.
@@ -7,6 +7,7 @@ shell has taken its own quotes away before, so that a quote or a dollar sign in 
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,18 @@ class Named:
     datasets: tuple[NamedDataset, ...] = ()
     backbone: str = ""
     weights: str = ""
+    alpha: float | None = None
+    rule: str = ""
+
+
+VARIABLES = ("PROFILE", "DATASET", "DATA_ROOT", "CATEGORIES", "BACKBONE", "WEIGHTS")
+"""Variables that steer a run; PROFILE is that of the methods in a sweep over methods."""
+
+
+def shell_line(words: Iterable[str], variables: Mapping[str, str]) -> str:
+    """A command as a shell takes it, with the variables before it that steer a run: copied, it runs the same again."""
+    given = [f"{name}={shlex.quote(variables[name])}" for name in VARIABLES if variables.get(name)]
+    return " ".join([*given, *map(shlex.quote, words)])
 
 
 def parts(value: str | Iterable[str] | None) -> tuple[str, ...]:
@@ -73,7 +86,22 @@ def parse(variables: Mapping[str, str], has_own_root: Callable[[str], bool]) -> 
         ),
         (variables.get("BACKBONE") or "").strip(),
         (variables.get("WEIGHTS") or "").strip(),
+        _rate((variables.get("ALPHA") or "").strip()),
+        (variables.get("RULE") or "").strip(),
     )
+
+
+def _rate(text: str) -> float | None:
+    """A rate of false alarms; None for nothing."""
+    try:
+        value = float(text) if text else None
+    except ValueError:
+        value = -1.0
+    if value is not None and not 0 < value < 1:
+        raise ValueError(
+            f"ALPHA={text} is no rate of false alarms: give a number above 0 and below 1, for example 0.01."
+        )
+    return value
 
 
 def _roots(names: tuple[str, ...], text: str, has_own_root: Callable[[str], bool]) -> list[str]:

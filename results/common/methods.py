@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from results.common.nearest import did_you_mean
+from results.common.did_you_mean import did_you_mean
 
 METHOD, COMPARE, SETTING = "method", "compare", "data.init_args.setting"
 """Parameters of the sweep `methods`: which profile, which of the two experiments, one model for all or one each."""

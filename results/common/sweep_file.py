@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from results.common.nearest import did_you_mean
+from results.common.did_you_mean import did_you_mean
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _NUMBER = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+")

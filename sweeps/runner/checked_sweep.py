@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from results.common.nearest import did_you_mean
+from results.common.did_you_mean import did_you_mean
 from results.common.sweep_file import check_parameters, distribution, read
 from sweeps.runner.errors import SweepError
 from sweeps.runner.expansion import SEED, Cell, draw, grid

@@ -6,6 +6,8 @@ Everything is done by the unmodified `wandb` program; this file only spares the 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import netrc
 import os
 import re
 import shutil
@@ -19,12 +21,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from results.common import foreign, methods
+from results.common import methods, untrusted
 from results.common.files import write_text
 from results.common.shown import printable
 from sweeps.runner import checked_sweep, command, preflight, prepare
@@ -41,10 +44,26 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=,+-]*")  # of a sweep or run, as r
 _SWEEP = re.compile(r"[^/\s]+/[^/\s]+/[^/\s]+")
 
 
+def _need_key(variables: Mapping[str, str] = os.environ) -> None:
+    """SweepError at once if W&B's client would find no key; it would say so after its imports, or with a trace."""
+    if variables.get("WANDB_API_KEY") or variables.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return
+    host = urlsplit(variables.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    files = [variables["NETRC"]] if variables.get("NETRC") else ["~/.netrc", "~/_netrc"]
+    for file in files:
+        with contextlib.suppress(OSError, netrc.NetrcParseError):
+            if netrc.netrc(os.path.expanduser(file)).authenticators(host):
+                return
+    raise SweepError(f"W&B has no API key for {host} here: set WANDB_API_KEY, or type `wandb login` once.")
+
+
 def register(options: argparse.Namespace, console: Console) -> int:
     """Check a sweep, register it with W&B under the chosen profile and print how to start agents."""
+    _need_key()
     variables = prepare.environment(options.profile) | {"WANDB_MODE": "online"}
     sweep = prepare.chosen(checked_sweep.load(options.ablation), variables)
+    if variables.get("METHOD"):
+        raise SweepError("METHOD does not choose cells of a registered sweep: agents take them all. Leave it out.")
     check_writable(WORK)
     sweep = _of_methods_that_can(sweep, variables, console)
     parameters = dict(sweep.parameters)
@@ -112,6 +131,7 @@ def agents(options: argparse.Namespace, console: Console) -> int:
     """
     if not _SWEEP.fullmatch(options.sweep):
         raise SweepError(f"SWEEP={options.sweep} must be entity/project/sweep, as `make wandb-sweep` prints it.")
+    _need_key()
     gpus = prepare.gpus(options.gpus)
     places: list[str | None] = list(gpus) or [None] * (options.workers or 1)
     running = [_start_agent(options.sweep, gpu, len(places)) for gpu in places]
@@ -161,6 +181,9 @@ def _start_agent(sweep: str, gpu: str | None, count: int) -> subprocess.Popen[by
 
 def pull(options: argparse.Namespace, console: Console) -> int:
     """Fetch the run records of a W&B sweep into `results/runs/`; those that are there already are left alone."""
+    if not _SWEEP.fullmatch(options.sweep):
+        raise SweepError(f"SWEEP={options.sweep} must be entity/project/sweep, as `make wandb-sweep` prints it.")
+    _need_key()
     import wandb
 
     check_writable(RECORDS)
@@ -212,9 +235,9 @@ def _fetch(run: Any) -> str:
 def _place(folder: Path, name: str) -> Path:
     """Where a fetched record belongs: the sweep and run that it names itself; SweepError if it does not."""
     try:
-        record: Mapping[str, Any] = foreign.read_mapping(folder, "record.json")
-        foreign.check_files(folder, foreign.checksums(record))
-    except foreign.ForeignError as error:
+        record: Mapping[str, Any] = untrusted.read_mapping(folder, "record.json")
+        untrusted.check_files(folder, untrusted.checksums(record))
+    except untrusted.UntrustedError as error:
         raise SweepError(f"The record of W&B run {name} is damaged: {error}.") from None
     parts = [record.get("sweep"), record.get("run")]
     for part in parts:

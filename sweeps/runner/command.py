@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from results.common.nearest import did_you_mean
+from results.common.did_you_mean import did_you_mean
 from sweeps.runner.errors import SweepError
 
 _VARIABLE = re.compile(r"\$\{envvar:([A-Z0-9_]*)\}")

@@ -7,11 +7,13 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from sweeps.runner.expansion import SEED
 from sweeps.runner.state import DONE, FAILED, INTERRUPTED, RUNNING, WAITING
@@ -90,7 +92,7 @@ class Display:
                 if job.state == RUNNING:
                     progress = job.progress()
                     parts = (_epoch_text(progress), self._metric_so_far(progress), duration(time.time() - job.started))
-                    self.say(f"{self._count(job)} running  {self.label(job)}  {'  '.join(filter(None, parts))}")
+                    self._line(f"{self._count(job)} running ", self.label(job), "  ".join(filter(None, parts)))
             self.say(f"{self._summary()}, time left {self._left()}")
 
     def say(self, text: str) -> None:
@@ -100,7 +102,7 @@ class Display:
     def started(self, job: Job) -> None:
         """Tell that a job started."""
         if self._live is None:
-            self.say(f"{self._count(job)} start    {self.label(job)}")
+            self._line(f"{self._count(job)} start   ", self.label(job))
 
     def ended(self, job: Job, note: str = "") -> None:
         """Tell how a job ended."""
@@ -109,7 +111,14 @@ class Display:
         metric = "" if value is None else f"{self._metric} {value:.4g}"
         took = f" in {duration(job.seconds)}" if job.seconds is not None else ""
         notes = "  ".join(text for text in (metric, note) if text)
-        self.say(f"{self._count(job)} [{colour}]{job.state}[/]{took:12} {self.label(job)}  {notes}")
+        self._line(f"{self._count(job)} [{colour}]{job.state}[/]{took:12}", self.label(job), notes)
+
+    def _line(self, *parts: str) -> None:
+        """Prints the parts of a line; on a terminal too narrow for it, each below the other."""
+        line = "  ".join(filter(None, parts))
+        if self._console.is_terminal and Text.from_markup(line).cell_len > self._console.width:
+            line = "\n      ".join(part.strip() for part in parts if part)
+        self.say(line)
 
     def label(self, job: Job) -> str:
         """The job's varying settings in short."""
@@ -150,6 +159,28 @@ class Display:
         return f"about {duration(seconds / self._slots)}"
 
     def _render(self) -> Group:
+        wide = self._wide()
+        needed = Measurement.get(self._console, self._console.options.update(max_width=1000), wide).maximum
+        return wide if needed <= self._console.width else self._narrow()
+
+    def _narrow(self) -> Group:
+        """For a terminal that has no room for columns: the settings of each running job, and below them how far it is."""
+        lines: list[RenderableType] = [
+            Text.from_markup(f"[bold]{self._title}[/]  {self._summary()}, time left {self._left()}", overflow="fold")
+        ]
+        for job in self._jobs:
+            if job.state == RUNNING:
+                progress = job.progress()
+                row = Table.grid(padding=(0, 1))
+                parts = (_epoch_text(progress), self._metric_so_far(progress), duration(time.time() - job.started))
+                row.add_row(
+                    "     ", ProgressBar(total=1.0, completed=_fraction(progress), width=16), *filter(None, parts)
+                )
+                lines += [Text.from_markup(f"{self._count(job)} {self.label(job)}", overflow="fold"), row]
+        return Group(*lines)
+
+    def _wide(self) -> Group:
+        """A line per running job, a column per setting."""
         table = Table(box=None, pad_edge=False)
         for title in ("", *map(short, self._varying), "progress", "", "metric", "time"):
             table.add_column(title, no_wrap=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from results.common.nearest import did_you_mean
+from results.common.did_you_mean import did_you_mean
 from results.common.sweep_file import axis, distribution, numbers
 from sweeps.runner.errors import SweepError
 

@@ -1,7 +1,8 @@
 """The name of a cell: a hash of everything that determines its result and is known before it runs.
 
 These are the sweep's parameters with the seed, the words of the command, its configuration files, the source code that the
-program reaches, the contents of the data, and the overrides DATASET, CATEGORIES, BACKBONE and WEIGHTS. What changes no
+program reaches, the versions of the packages that methods take their networks from, the contents of the data, and the overrides
+DATASET, CATEGORIES, BACKBONE and WEIGHTS. What changes no
 number (`results.common.deciding`), places on the machine among it, is left out, so that the same cell has the same
 name elsewhere.
 """
@@ -9,6 +10,7 @@ name elsewhere.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import itertools
 import json
 from collections.abc import Iterator, Mapping
@@ -19,10 +21,10 @@ from typing import Any
 import yaml
 
 from results.common import methods
-from results.common.code import code_hash
+from results.common.code import code_hash, reached_packages
 from results.common.contents import content_hashes, data_hash
-from results.common.deciding import FREE, deciding
-from results.common.nearest import did_you_mean
+from results.common.deciding import FREE, LIBRARIES, deciding
+from results.common.did_you_mean import did_you_mean
 from sweeps.runner import command
 from sweeps.runner.checked_sweep import ARGS, CheckedSweep
 from sweeps.runner.errors import SweepError
@@ -61,10 +63,14 @@ class Identifier:
             parameters = {} if method is None else {command.METHOD: method}
             files = command.configs(self._sweep.command, self._environment, parameters)
             try:
-                code = code_hash(code_roots(self._sweep, self._environment, parameters), Path("."))
+                roots = code_roots(self._sweep, self._environment, parameters)
+                code, libraries = code_hash(roots, Path(".")), reached_packages(roots, Path("."), LIBRARIES)
             except ValueError as error:
                 raise SweepError(str(error)) from error
-            self._of_methods[method] = {"configs": [deciding(read_config(path)) for path in files], "code": code}
+            found: dict[str, Any] = {"configs": [deciding(read_config(path)) for path in files], "code": code}
+            if libraries:
+                found["libraries"] = {name: _version(name) for name in libraries}
+            self._of_methods[method] = found
         return self._of_methods[method]
 
     def describe(self, cell: Cell, weights: str | None) -> dict[str, Any]:
@@ -143,6 +149,14 @@ def code_roots(
     for entry in sweep.parameters.values():
         roots += [value for value in [entry.get("value"), *entry.get("values", ())] if isinstance(value, str)]
     return roots
+
+
+def _version(package: str) -> str:
+    """Of an installed package; empty without it, in which case the cell is left out."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _class_paths(value: Any) -> Iterator[str]:

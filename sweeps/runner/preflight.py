@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from results.common import methods
+from results.common.did_you_mean import did_you_mean
 from results.common.methods import COMPARE, METHOD
-from results.common.nearest import did_you_mean
 from sweeps.runner import command
 from sweeps.runner.checked_sweep import CheckedSweep
 from sweeps.runner.errors import SweepError
@@ -133,7 +133,8 @@ def _lacking(question: list[dict[str, Any]]) -> list[str | None]:
     """Per cell, in their order, why it cannot run on this machine, or None; runs in a process of its own."""
     from sweeps.runner.program import Parser, Refusal, needs
 
-    parser, found = Parser(), {}
+    parser = Parser()
+    found: dict[int, str | None] = {}
     for group in question:
         options: tuple[str, ...] = ()
         known: dict[str, str | None] = {}  # cells with the same needs are looked up once
@@ -162,9 +163,27 @@ def _among(name: str, options: tuple[str, ...]) -> bool:
     return any(f"{name}.".startswith(f"{option}.") or f"{option}.".startswith(f"{name}.") for option in options)
 
 
+def _accepted(parser: Any, group: dict[str, Any]) -> bool:
+    """Whether the program takes cells that together have every value; then no value has to be asked for by itself."""
+    from sweeps.runner.program import Refusal
+
+    left = {(key, value) for key, value, _ in group["values"]}
+    cells = [({(key, str(value)) for key, value in given.items()}, words) for _, given, words in group["cells"]]
+    while left:
+        own, words = max(cells, key=lambda cell: len(cell[0] & left))
+        try:
+            parser.parse(words)
+        except Refusal:
+            return False
+        left -= own
+    return bool(group["values"])
+
+
 def _first_problem(parser: Any, group: dict[str, Any]) -> dict[str, Any] | None:
     from sweeps.runner.program import Refusal
 
+    if _accepted(parser, group):
+        return None
     found: dict[str, Any] = {"what": "base"}
     try:
         known = list(_known(parser.parse(group["base"])))

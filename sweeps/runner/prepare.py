@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from results.common import methods
 from results.common.environment import parse, parts
 from results.common.files import read_json, write_json
 from results.common.lock import Lock
+from results.common.no_weights import no_weights
 from sweeps.runner import command
 from sweeps.runner.checked_sweep import CheckedSweep
 from sweeps.runner.errors import SweepError
@@ -36,7 +38,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXP
 
 def environment(profile: str | None, base: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment of a sweep's programs: PROFILE set, empty overrides dropped, W&B offline unless WANDB=online."""
-    may_be_empty = (*OVERRIDES, *CHOICES, "PROFILE", "WANDB")
+    may_be_empty = (*OVERRIDES, *CHOICES, "PROFILE", "WANDB", "ARGS", "METHOD")
     result = {key: value for key, value in base.items() if value or key not in may_be_empty}
     result["PROFILE"] = profile or result.get("PROFILE") or "demo"
     mode = result.pop("WANDB", None)
@@ -62,7 +64,36 @@ def chosen(sweep: CheckedSweep, variables: Mapping[str, str]) -> CheckedSweep:
         if value not in _ALLOWED[name]:
             raise SweepError(f"{name} is {value!r}. Allowed: {', '.join(_ALLOWED[name])}.")
         parameters[key] = {"value": value}
-    return replace(sweep, parameters=parameters)
+    return replace(sweep, parameters=parameters, command=(*sweep.command, *_more_words(sweep, variables)))
+
+
+def _more_words(sweep: CheckedSweep, variables: Mapping[str, str]) -> list[str]:
+    """The words of ARGS, for every cell; SweepError if they are no options or set what the sweep varies."""
+    try:
+        words = shlex.split(variables.get("ARGS") or "")
+    except ValueError as error:
+        raise SweepError(f"ARGS={variables['ARGS']} cannot be split into words: {error}.") from None
+    for word in words:
+        name = word.removeprefix("--").partition("=")[0]
+        if not word.startswith("--") or "=" not in word:
+            raise SweepError(f"ARGS: {word!r} must be an option with its value in one word, --key=value, for a sweep.")
+        if name in sweep.parameters or name.startswith("run."):
+            reason = "the sweep names its runs" if name.startswith("run.") else f"{sweep.path} sets it for each cell"
+            raise SweepError(f"ARGS: {word}: {reason}. ONLY=key=value chooses cells, SEEDS= seeds.")
+    return words
+
+
+def only(sweep: CheckedSweep, conditions: list[str], variables: Mapping[str, str]) -> list[str]:
+    """The conditions that choose cells, METHOD among them; SweepError if the sweep has no choice of methods."""
+    method = variables.get("METHOD")
+    if not method:
+        return conditions
+    if command.METHOD not in sweep.parameters:
+        raise SweepError(
+            f"METHOD={method}, but {sweep.path} has no choice of methods: its command names what is trained. Leave METHOD "
+            "out, or run ABLATION=methods."
+        )
+    return [*conditions, f"{command.METHOD}={method}"]
 
 
 def with_shared_data(sweep: CheckedSweep, cells: list[Cell], variables: Mapping[str, str]) -> dict[str, str]:
@@ -136,10 +167,18 @@ def data(sets: list[Dataset], profile: str, say: Callable[[str], None]) -> None:
                 raise SweepError(
                     f"The data set {dataset.name} of profile {profile} should be in {dataset.root}, which is not a folder. "
                     f"Name its place with DATA_ROOT=<folder>, or run PROFILE=demo, which makes its own data."
+                    f"{_fetched(dataset.name)}"
                 )
             find_dataset(dataset.name, dataset.root, dataset.categories)
         except DataError as error:
             raise SweepError(str(error)) from error
+
+
+def _fetched(name: str) -> str:
+    """How to get a data set that can be fetched by name, as a further sentence."""
+    from datamodules.download.sources import SOURCES
+
+    return f" Fetch it with make data DATASET={name} DATA_ROOT=<folder>." if name in SOURCES else ""
 
 
 def _make_synthetic(root: Path, options: tuple[str, ...], say: Callable[[str], None]) -> None:
@@ -159,12 +198,19 @@ class Weights:
     The decision is kept in the sweep's working folder and also holds for later runs of the sweep.
     """
 
-    def __init__(self, sweep: CheckedSweep, variables: Mapping[str, str], say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        sweep: CheckedSweep,
+        variables: Mapping[str, str],
+        say: Callable[[str], None],
+        sets: Sequence[Dataset] = (),
+    ) -> None:
         self._variables = variables
         self._say = say
         self._kept = WORK / sweep.name / "weights.json"
         self._decided: dict[str, str] = {}
         self._sweep = sweep
+        self._own_data = any(dataset.name == "folder" for dataset in sets)
 
     def of(self, cell: Cell) -> str | None:
         """The cell's WEIGHTS, or None if neither the environment nor `auto` in the profile asks for any."""
@@ -186,6 +232,8 @@ class Weights:
         if tag not in self._decided:
             self._decided[tag] = read_json(self._kept).get(tag) or self._decide(tag)
             self._tell(tag)
+        if self._own_data and self._decided[tag] == "random":
+            raise SweepError(no_weights(tag))
         return self._decided[tag]
 
     def _decide(self, tag: str) -> str:
@@ -247,8 +295,8 @@ def threads(variables: Mapping[str, str], count: int) -> dict[str, str]:
 
     It must be one number: a library with more threads than the others waits for a core by spinning on it.
     """
-    count = next((variables[name] for name in THREADS if variables.get(name)), str(count))
-    return {**variables, **{name: variables.get(name) or count for name in THREADS}}
+    chosen = next((variables[name] for name in THREADS if variables.get(name)), str(count))
+    return {**variables, **{name: variables.get(name) or chosen for name in THREADS}}
 
 
 def cores() -> int:

@@ -31,7 +31,7 @@ class Parser(UniReconCLI):
     def __init__(self) -> None:
         warnings.filterwarnings("ignore")
         with contextlib.suppress(_Built):
-            super().__init__(["fit"])
+            super().__init__([])
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         self.parser = parser
@@ -64,6 +64,7 @@ class Parser(UniReconCLI):
             raise
         except (ValueError, ImportError, OSError, RuntimeError, SystemExit) as error:
             reasons = [line.strip().removeprefix("- ") for line in str(error).splitlines() if line.startswith("  - ")]
+            reasons = [reason for reason in reasons if not reason.startswith("Expected a <class 'NoneType'>")]
             return (reasons or str(error).splitlines() or [type(error).__name__])[0]
         return ""
 

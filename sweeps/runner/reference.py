@@ -24,8 +24,8 @@ from results.aggregator.records import RecordError, StoredRecord, read_record
 from results.aggregator.spec import spec_for_sweep
 from results.aggregator.sweep_cells import cell_key
 from results.aggregator.verify import compare
+from results.common.did_you_mean import did_you_mean
 from results.common.files import read_json
-from results.common.nearest import did_you_mean
 from sweeps.runner import checked_sweep, expansion, identity, prepare
 from sweeps.runner.display import Display, duration
 from sweeps.runner.errors import SweepError
@@ -100,7 +100,8 @@ def read_plan(path: Path) -> list[Entry]:
         for key in item:
             if key not in known:
                 raise SweepError(f"{where}: unknown key {key!r}. {did_you_mean(str(key), known)}")
-        entry = Entry(**{key: tuple(value) if isinstance(value, list) else value for key, value in item.items()})
+        given: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in item.items()}
+        entry = Entry(**given)
         if entry.pictures not in _PICTURES:
             raise SweepError(f"{where}: pictures is {entry.pictures!r}; allowed are {', '.join(_PICTURES)}.")
         if not entry.seeds or not all(isinstance(seed, int) for seed in entry.seeds):
@@ -128,7 +129,7 @@ def plan(entry: Entry, threads: int, say: Callable[[str], None], results: Path |
     variables = prepare.with_shared_data(sweep, cells, variables)
     sets = prepare.datasets(prepare.command.configs(sweep.command, variables), variables)
     prepare.data(sets, "demo", say)
-    jobs = prepare.jobs(sweep, cells, variables, sets, prepare.Weights(sweep, variables, say), threads)
+    jobs = prepare.jobs(sweep, cells, variables, sets, prepare.Weights(sweep, variables, say, sets), threads)
     roots = {job.run: sorted(set(identity.code_roots(sweep, variables, job.cell.parameters))) for job in jobs}
     lay = _places(sets)
     there = {}
@@ -153,8 +154,8 @@ def _places(sets: list[identity.Dataset]) -> list[str]:
     found = []
     for data in sets:
         root = data.root.resolve()
-        root = root.relative_to(ours) if root.is_relative_to(ours) else os.path.relpath(root)
-        found.append(f"{data.name} {','.join(data.categories or ())} {root}")
+        place = root.relative_to(ours) if root.is_relative_to(ours) else os.path.relpath(root)
+        found.append(f"{data.name} {','.join(data.categories or ())} {place}")
     return found
 
 

@@ -140,6 +140,14 @@ def real_iad(
     return root
 
 
+def folders(root: Path, side: int) -> Path:
+    """Two categories, a and b, of five square noisy training images of this side."""
+    for number, category in enumerate(("a", "b")):
+        for k in range(5):
+            write_image(root / category / "train" / "good" / f"{k}.png", size=(side, side), seed=10 * number + k)
+    return root
+
+
 @pytest.fixture(scope="session")
 def make() -> SimpleNamespace:
     """Builders of tiny datasets and files."""
@@ -152,4 +160,5 @@ def make() -> SimpleNamespace:
         visa_raw=visa_raw,
         mvtec_ad_2=mvtec_ad_2,
         real_iad=real_iad,
+        folders=folders,
     )

@@ -125,16 +125,8 @@ def test_wrong_options_are_named(options, message):
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    """Two categories of five noisy images."""
-    root = tmp_path_factory.mktemp("tree")
-    for number, category in enumerate(("a", "b")):
-        rng = np.random.default_rng(number)
-        for k in range(5):
-            path = root / category / "train" / "good" / f"{k}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(path)
-    return root
+def tree(make, tmp_path_factory):
+    return make.folders(tmp_path_factory.mktemp("tree"), 40)
 
 
 def module(tree, **options) -> UnifiedDataModule:

@@ -78,6 +78,15 @@ def test_holdout_depends_on_names_only_and_leaves_every_category_something():
     assert (table["split"] == "train").all(), "the argument must stay as it is"
 
 
+def test_each_datasets_own_share_is_held_out_only_where_that_makes_enough_images():
+    samples = [normal(k, c) for c, n in (("a", 23), ("b", 22)) for k in range(n)]
+    table = build_table("folder", samples)
+    held = hold_out(table, None, {"folder": 0.2})
+    assert (held["split"] == "val").groupby(held["category"]).sum().to_dict() == {"a": 5, "b": 0}
+    assert (hold_out(table, None)["split"] == "train").all()
+    assert (hold_out(table, 0.1, {"folder": 0.5})["split"] == "val").sum() == 4
+
+
 def test_holdout_leaves_a_validation_folder_alone():
     table = build_table("d", [normal(i) for i in range(10)] + [normal(i, split="val") for i in range(2)])
     assert (hold_out(table, 0.5)["split"] == "val").sum() == 2

@@ -7,7 +7,6 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from datamodules import DatasetConfig, UnifiedDataModule
 from datamodules.anomalies import confetti
@@ -158,16 +157,8 @@ def _span(view, side: int, axis: int) -> tuple[int, int]:
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    """Two categories of five noisy images."""
-    root = tmp_path_factory.mktemp("tree")
-    for number, category in enumerate(("a", "b")):
-        rng = np.random.default_rng(number)
-        for k in range(5):
-            path = root / category / "train" / "good" / f"{k}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 255, (80, 80, 3), dtype=np.uint8)).save(path)
-    return root
+def tree(make, tmp_path_factory):
+    return make.folders(tmp_path_factory.mktemp("tree"), 80)
 
 
 def module(tree, **options) -> UnifiedDataModule:

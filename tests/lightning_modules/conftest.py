@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +13,24 @@ import torch
 import yaml
 from PIL import Image
 
+from lightning_modules.callbacks.epoch_seed import EpochSeed
 from lightning_modules.running.command_line import main
 from results.aggregator.records import StoredRecord, read_record
 
 SIDE = 72  # not the size of the run, so that resizing takes part
 CATEGORIES = ("bolt", "disc")
-VARIABLES = ("DATASET", "DATA_ROOT", "CATEGORIES", "BACKBONE", "WEIGHTS", "PROFILE", "WANDB", "WANDB_SWEEP_ID")
+VARIABLES = (
+    "DATASET",
+    "DATA_ROOT",
+    "CATEGORIES",
+    "BACKBONE",
+    "WEIGHTS",
+    "ALPHA",
+    "RULE",
+    "PROFILE",
+    "WANDB",
+    "WANDB_SWEEP_ID",
+)
 
 
 def _part(category: str, rng: np.random.Generator) -> np.ndarray:
@@ -96,6 +108,16 @@ class Project:
         }
         self.config.write_text(yaml.safe_dump(config))
 
+    def use(self, model: str, data: dict | None = None, trainer: dict | None = None, **init_args) -> Project:
+        """Puts another model, named below lightning_modules, with its arguments into the configuration, and more of the data
+        module and the trainer."""
+        config = yaml.safe_load(self.config.read_text())
+        config["model"] = {"class_path": f"lightning_modules.{model}", "init_args": init_args}
+        config["data"]["init_args"] |= data or {}
+        config["trainer"] |= trainer or {}
+        self.config.write_text(yaml.safe_dump(config))
+        return self
+
     def arguments(self, *more: str, command: str = "fit", name: str = "first", logger: bool = False) -> list[str]:
         """Arguments of one command; without `logger` nothing is logged."""
         quiet = [] if logger else ["--trainer.logger=false"]
@@ -157,6 +179,54 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data_root: Path) -> Projec
     project.run("--run.heatmaps=true")
     torch.set_num_threads(threads)
     return project
+
+
+class Interruption(BaseException):
+    """Stands for a power cut."""
+
+
+@pytest.fixture
+def cut_off(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs a project until a power cut in a callback's hook at an epoch index, by default where its second epoch begins."""
+
+    def run(
+        project: Project,
+        *more: str,
+        at: int = 1,
+        owner: type = EpochSeed,
+        hook: str = "on_train_epoch_start",
+        name="first",
+    ) -> None:
+        original = getattr(owner, hook)
+
+        def cut(self, trainer, *args):
+            if trainer.current_epoch == at:
+                raise Interruption
+            return original(self, trainer, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, hook, cut)
+            with pytest.raises(Interruption):
+                project.run(*more, name=name)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained_once(
+    tmp_path_factory: pytest.TempPathFactory, make_project: type[Project], data_root: Path
+) -> Callable[..., Project]:
+    """By a method's name, its project whose run "first" is finished, trained at the first call of a module; not to be changed
+    by a test. `configure(project, method)` puts the method into the project's configuration."""
+    made: dict[str, Project] = {}
+
+    def of(method: str, configure: Callable[[Project, str], Project]) -> Project:
+        if method not in made:
+            made[method] = configure(make_project(tmp_path_factory.mktemp(method), data_root), method)
+            made[method].run()
+        return made[method]
+
+    return of
 
 
 @pytest.fixture(scope="session")

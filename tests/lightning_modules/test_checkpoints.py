@@ -9,13 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
-from lightning_modules.callbacks.epoch_seed import EpochSeed
 from lightning_modules.callbacks.scoring import Evaluation
 from lightning_modules.running import checkpoints
-
-
-class Interruption(BaseException):
-    """Stands for a power cut."""
 
 
 @pytest.fixture(scope="module")
@@ -27,19 +22,9 @@ def uninterrupted(tmp_path_factory, data_root, make_project):
 
 
 @pytest.fixture
-def interrupted(project, monkeypatch):
+def interrupted(project, cut_off):
     """A project whose run stopped at the start of its fourth epoch."""
-    original = EpochSeed.on_train_epoch_start
-
-    def cut(self, trainer, module):
-        if trainer.current_epoch == 3:
-            raise Interruption
-        original(self, trainer, module)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(EpochSeed, "on_train_epoch_start", cut)
-        with pytest.raises(Interruption):
-            project.run("--trainer.max_epochs=4")
+    cut_off(project, "--trainer.max_epochs=4", at=3)
     return project
 
 

@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-import yaml
 
-from lightning_modules.callbacks.epoch_seed import EpochSeed
 from lightning_modules.destseg import DeSTSeg
 from models.backbones import BackboneConfig
 
@@ -19,23 +17,14 @@ ARGUMENTS = {
 }
 
 
-class Interruption(RuntimeError):
-    """Stands for a power cut."""
-
-
 @pytest.fixture
 def make(tmp_path, data_root, make_project):
     """A project of DeSTSeg with more arguments of its model; 12 training images in batches of 4."""
 
     def made(anomalies="own", **options):
+        data = {"batch_size": 4} | ({"anomalies": {"source": anomalies}} if anomalies else {})
         project = make_project(tmp_path, data_root)
-        config = yaml.safe_load(project.config.read_text())
-        config["model"] = {"class_path": "lightning_modules.destseg.DeSTSeg", "init_args": ARGUMENTS | options}
-        data = config["data"]["init_args"]
-        data |= {"batch_size": 4} | ({"anomalies": {"source": anomalies}} if anomalies else {})
-        config["trainer"]["max_epochs"] = 5
-        project.config.write_text(yaml.safe_dump(config))
-        return project
+        return project.use("destseg.DeSTSeg", data=data, trainer={"max_epochs": 5}, **ARGUMENTS | options)
 
     return made
 
@@ -56,25 +45,11 @@ def test_the_record_names_the_source_of_the_anomalies(make):
     assert segmentation.epoch.max() == 4
 
 
-def test_each_phase_leaves_the_other_network_alone_and_a_resumed_training_is_the_uninterrupted_one(make, monkeypatch):
+def test_each_phase_leaves_the_other_network_alone_and_a_resumed_training_is_the_uninterrupted_one(make, cut_off):
     project = make()
-    original = EpochSeed.on_train_epoch_start
-
-    def cut_at(epoch):
-        def cut(self, trainer, *args):
-            if trainer.current_epoch == epoch:
-                raise Interruption
-            return original(self, trainer, *args)
-
-        return cut
-
     states = {}
     for epoch in (1, 2, 3):  # the second phase begins in the middle of training, at step 6 of 15
-        with monkeypatch.context() as patch:
-            patch.setenv("UNIRECON_DEBUG", "1")
-            patch.setattr(EpochSeed, "on_train_epoch_start", cut_at(epoch))
-            with pytest.raises(Interruption):
-                project.run(name="cut")
+        cut_off(project, at=epoch, name="cut")
         states[epoch] = project.weights("cut")
     project.fit(name="whole")
     project.run(name="cut")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import yaml
 
 from lightning_modules.dinomaly import Dinomaly, Dinomaly2
 from lightning_modules.inp_former import INPFormer
@@ -25,13 +24,7 @@ METHODS = {
 
 def configure(project, method: str) -> None:
     backbone, options = METHODS[method]
-    config = yaml.safe_load(project.config.read_text())
-    config["model"] = {
-        "class_path": f"lightning_modules.{method}",
-        "init_args": {"backbone": backbone, "image_size": 64, **options},
-    }
-    config["data"]["init_args"]["batch_size"] = 4
-    project.config.write_text(yaml.safe_dump(config))
+    project.use(method, data={"batch_size": 4}, backbone=backbone, image_size=64, **options)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -20,12 +20,12 @@ from models.backbones import BackboneConfig
 
 BACKBONE = {"name": "test_efficientnet.r160_in1k", "weights": "random", "padding": "default"}
 METHODS = {
-    "patchcore": ("lightning_modules.patchcore.PatchCore", (3, 4), {"coreset": {"ratio": 0.2}}),
-    "padim": ("lightning_modules.padim.PaDiM", (2, 3, 4), {"kept": 8}),
-    "anomaly_dino": ("lightning_modules.anomaly_dino.AnomalyDINO", (4,), {}),
-    "rad": ("lightning_modules.rad.RAD", (3, 4), {}),
+    "patchcore": ("patchcore.PatchCore", (3, 4), {"coreset": {"ratio": 0.2}}),
+    "padim": ("padim.PaDiM", (2, 3, 4), {"kept": 8}),
+    "anomaly_dino": ("anomaly_dino.AnomalyDINO", (4,), {}),
+    "rad": ("rad.RAD", (3, 4), {}),
     "rd4ad": (
-        "lightning_modules.rd4ad.RD4AD",
+        "rd4ad.RD4AD",
         (2, 3, 4),
         {"block": "basic", "embedding_blocks": 1, "decoder_blocks": [1, 1, 1]},
     ),
@@ -34,32 +34,15 @@ FITTED = [name for name in METHODS if name != "rd4ad"]
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
-def project_of(make_project, folder: Path, data: Path, method: str):
-    """The tests' project with another method."""
-    project = make_project(folder, data)
-    config = yaml.safe_load(project.config.read_text())
+def configured(project, method: str):
     path, levels, options = METHODS[method]
-    config["model"] = {
-        "class_path": path,
-        "init_args": {"backbone": {**BACKBONE, "levels": list(levels)}, "image_size": 64, **options},
-    }
-    config["trainer"]["max_epochs"] = None  # the recipe's
-    project.config.write_text(yaml.safe_dump(config))
-    return project
+    backbone = {**BACKBONE, "levels": list(levels)}
+    return project.use(path, trainer={"max_epochs": None}, backbone=backbone, image_size=64, **options)  # the recipe's
 
 
-@pytest.fixture(scope="module")
-def fitted(tmp_path_factory, make_project, data_root):
-    """Projects whose run "first" is finished, by method; not to be changed by a test."""
-    made = {}
-
-    def of(method: str):
-        if method not in made:
-            made[method] = project_of(make_project, tmp_path_factory.mktemp(method), data_root, method)
-            made[method].run()
-        return made[method]
-
-    return of
+@pytest.fixture
+def fitted(trained_once):
+    return partial(trained_once, configure=configured)
 
 
 def fit_of(project, name: str = "first") -> dict[str, torch.Tensor]:
@@ -165,9 +148,8 @@ def test_rd4ad_trains_with_the_released_optimiser(fitted):
     assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (5e-3, 0)
 
 
-def test_rd4ad_learns_and_leaves_the_teacher_as_it_is(make_project, tmp_path, data_root):
-    project = project_of(make_project, tmp_path, data_root, "rd4ad")
-    project.run("--trainer.max_epochs=6", "--model.init_args.optimizer.lr=1e-3")
+def test_rd4ad_learns_and_leaves_the_teacher_as_it_is(project):
+    configured(project, "rd4ad").run("--trainer.max_epochs=6", "--model.init_args.optimizer.lr=1e-3")
     config = yaml.safe_load((project.results / "runs" / "single" / "first" / "config.yaml").read_text())
     assert config["model"]["init_args"]["optimizer"]["class_path"] == "models.optimizers.ShortMomentumAdam"
     losses = project.losses()

@@ -4,7 +4,6 @@ import pytest
 import torch
 import yaml
 
-from lightning_modules.callbacks.epoch_seed import EpochSeed
 from lightning_modules.running.command_line import main
 from models import hvq_trans as network
 from results.aggregator.build import shouts
@@ -23,20 +22,12 @@ ARGUMENTS = {
 }
 
 
-class Interruption(RuntimeError):
-    """Stands for a power cut."""
-
-
 @pytest.fixture
 def make(tmp_path, data_root, make_project):
     """A project of HVQ-Trans with more arguments of its model."""
 
     def made(**options):
-        project = make_project(tmp_path, data_root)
-        config = yaml.safe_load(project.config.read_text())
-        config["model"] = {"class_path": "lightning_modules.hvq_trans.HVQTrans", "init_args": ARGUMENTS | options}
-        project.config.write_text(yaml.safe_dump(config))
-        return project
+        return make_project(tmp_path, data_root).use("hvq_trans.HVQTrans", **ARGUMENTS | options)
 
     return made
 
@@ -102,22 +93,11 @@ def test_an_image_without_a_class_is_refused_unless_one_is_named(make, data_root
 @pytest.mark.parametrize(
     "options", [{}, {"backbone_mode": "train"}, {"codebook_start": "data", "selector": "classifier"}]
 )
-def test_a_resumed_training_is_the_uninterrupted_one(make, monkeypatch, options):
+def test_a_resumed_training_is_the_uninterrupted_one(make, cut_off, options):
     project = make(**options)
     epochs = "--trainer.max_epochs=3"
     project.fit(epochs, name="whole")
-    original = EpochSeed.on_train_epoch_start
-
-    def cut(self, trainer, *args):
-        if trainer.current_epoch == 2:
-            raise Interruption
-        return original(self, trainer, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setenv("UNIRECON_DEBUG", "1")
-        patch.setattr(EpochSeed, "on_train_epoch_start", cut)
-        with pytest.raises(Interruption):
-            project.run(epochs, name="cut")
+    cut_off(project, epochs, at=2, name="cut")
     project.run(epochs, name="cut")
     whole, resumed = project.weights("whole"), project.weights("cut")
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())

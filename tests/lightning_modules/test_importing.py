@@ -7,7 +7,6 @@ import re
 import pandas as pd
 import pytest
 import torch
-import yaml
 
 from lightning_modules import load_run
 from lightning_modules.destseg import DeSTSeg
@@ -121,12 +120,7 @@ def prepared(tmp_path, data_root, make_project):
     def made(method: str):
         project = make_project(tmp_path, data_root)
         name, options, state = METHODS[method]
-        config = yaml.safe_load(project.config.read_text())
-        config["model"] = {
-            "class_path": f"lightning_modules.{method}.{name}",
-            "init_args": {"backbone": BACKBONE, "image_size": 64, **options},
-        }
-        project.config.write_text(yaml.safe_dump(config))
+        project.use(f"{method}.{name}", backbone=BACKBONE, image_size=64, **options)
         torch.save({"epoch": 3, "state_dict": state()}, tmp_path / "authors.pth")
         return project
 

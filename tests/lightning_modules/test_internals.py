@@ -44,6 +44,25 @@ def test_lightnings_command_line_takes_each_of_the_named_steps(tmp_path, monkeyp
     assert "fast_dev_run: true" in cli.dump(cli.config["fit"])
 
 
+def test_the_parser_of_the_given_subcommand_alone_is_built_and_no_hyperparameters_are_written_out(tmp_path):
+    class Quick(internals.OpenCLI):
+        only = "test"
+
+    quiet = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+    words = [
+        "test",
+        "--trainer.fast_dev_run=true",
+        "--trainer.accelerator=cpu",
+        f"--trainer.default_root_dir={tmp_path}",
+    ]
+    cli = Quick(BoringModel, save_config_callback=None, args=[*words, *quiet])
+    assert list(cli._subcommand_parsers) == ["test"]
+    assert not cli.model.hparams
+    Quick.only = "--help"
+    with pytest.raises(SystemExit):
+        Quick(BoringModel, args=["--help"])
+
+
 def test_the_programs_own_command_line_overrides_steps_that_exist():
     for name in ("run_subcommand", "subcommand_options"):
         assert name in vars(UniReconCLI)

@@ -41,12 +41,8 @@ def predicted(project, images: Path, run: Path) -> tuple[pd.Series, list[np.ndar
 
 def with_method(project, path: str, data: dict | None = None, **options):
     """The tests' project with another method."""
-    config = yaml.safe_load(project.config.read_text())
-    config["model"] = {"class_path": path, "init_args": {"backbone": BACKBONE, "image_size": 64, **options}}
-    config["data"]["init_args"] |= data or {}
-    config["trainer"]["max_epochs"] = None if "patchcore" in path or "padim" in path else 1
-    project.config.write_text(yaml.safe_dump(config))
-    return project
+    trainer = {"max_epochs": None if "patchcore" in path or "padim" in path else 1}
+    return project.use(path, data, trainer, **{"backbone": BACKBONE, "image_size": 64, **options})
 
 
 def assert_scores_are_those_of_predict(project, images: Path, run: Path, **options) -> None:
@@ -119,8 +115,8 @@ def test_more_images_than_are_scored_at_a_time_keep_their_order(model, data_root
 @pytest.mark.parametrize(
     ("path", "options"),
     [
-        ("lightning_modules.patchcore.PatchCore", {"coreset": {"ratio": 0.2}}),
-        ("lightning_modules.padim.PaDiM", {"kept": 8}),
+        ("patchcore.PatchCore", {"coreset": {"ratio": 0.2}}),
+        ("padim.PaDiM", {"kept": 8}),
     ],
 )
 def test_a_fitted_method_scores_as_predict_does(make_project, tmp_path, data_root, path, options):
@@ -132,16 +128,14 @@ def test_a_fitted_method_scores_as_predict_does(make_project, tmp_path, data_roo
 
 def test_maps_are_rescaled_by_the_runs_quantiles(make_project, tmp_path, data_root):
     options = {"pooled_channels": 8, "backbone": {**BACKBONE, "levels": [3, 4]}}
-    project = with_method(
-        make_project(tmp_path, data_root), "lightning_modules.ulsad.ULSAD", {"holdout": 0.34}, **options
-    )
+    project = with_method(make_project(tmp_path, data_root), "ulsad.ULSAD", {"holdout": 0.34}, **options)
     project.run()
     assert load_run(run_of(project)).module.network.quantiles.groups
     assert_scores_are_those_of_predict(project, data_root / "bolt" / "test", run_of(project))
 
 
 def test_a_network_that_the_data_sized_comes_back(make_project, tmp_path, data_root):
-    project = with_method(make_project(tmp_path, data_root), "lightning_modules.dfr.DFR",
+    project = with_method(make_project(tmp_path, data_root), "dfr.DFR",
                           backbone={**BACKBONE, "levels": [1, 2, 3, 4]})  # fmt: skip
     project.run()
     assert_scores_are_those_of_predict(project, data_root / "bolt" / "test", run_of(project))
@@ -166,7 +160,7 @@ def test_a_run_of_several_models_takes_that_of_the_category(project, data_root):
 def test_a_method_that_asks_for_the_category_is_told(make_project, tmp_path, data_root):
     options = {"d_model": 16, "heads": 2, "feedforward": 32, "encoder_layers": 1, "decoder_layers": 1, "codes": 8,
                "grid": [8, 8], "backbone": {**BACKBONE, "levels": [1, 2, 3, 4]}}  # fmt: skip
-    project = with_method(make_project(tmp_path, data_root), "lightning_modules.hvq_trans.HVQTrans", **options)
+    project = with_method(make_project(tmp_path, data_root), "hvq_trans.HVQTrans", **options)
     project.run()
     image = data_root / "bolt" / "test" / "scratch" / "000.png"
     with pytest.raises(DataError, match="it knows bolt, disc"):

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from lightning_modules.mkd import MKD
 from lightning_modules.running.command_line import main
@@ -17,12 +16,8 @@ def make(tmp_path, data_root, make_project):
     """A project of MKD with further arguments of its model."""
 
     def made(**options):
-        project = make_project(tmp_path, data_root)
-        config = yaml.safe_load(project.config.read_text())
         arguments = {"backbone": BACKBONE, "image_size": 64, **options}
-        config["model"] = {"class_path": "lightning_modules.mkd.MKD", "init_args": arguments}
-        project.config.write_text(yaml.safe_dump(config))
-        return project
+        return make_project(tmp_path, data_root).use("mkd.MKD", **arguments)
 
     return made
 

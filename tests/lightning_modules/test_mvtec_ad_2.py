@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from lightning_modules.metrics import AnomalyMetrics
-from lightning_modules.running import submission
+from lightning_modules.prediction.geometry import to_photograph
 from lightning_modules.running.command_line import main
 
 SIZE = (72, 90)
@@ -64,6 +64,19 @@ def test_record_has_au_pro_to_the_data_sets_own_limit_under_a_name_that_states_i
     table = record.metrics
     assert {"pixel_aupro", "pixel_aupro_0.05"} <= set(table.metric)
     assert "FPR limit 0.05" in record.record.metrics["definitions"]["pixel_aupro_0.05"]
+
+
+def test_seg_f1_is_measured_in_both_readings_at_a_threshold_of_normal_images(run):
+    record = run.record()
+    rows = record.metrics[record.metrics.metric.str.startswith("seg_f1")]
+    assert set(rows.metric) == {"seg_f1", "seg_f1_images", "seg_f1_threshold"}
+    assert set(rows.variant) == {"", "light=regular", "light=shifted"}
+    assert rows[rows.metric != "seg_f1_threshold"].value.between(0, 1).all()
+    assert "counted over all pixels" in record.record.metrics["definitions"]["seg_f1"]
+    kept = pd.read_csv(record.path / "normal_pixels.csv", keep_default_na=False).set_index("category")
+    limits = rows[(rows.metric == "seg_f1_threshold") & (rows.variant == "")].set_index("category").value
+    for category in ("can", "vial"):
+        assert limits[category] == pytest.approx(kept["mean"][category] + 3 * kept["sd"][category])
 
 
 def test_each_light_is_measured_on_its_images_alone(run):
@@ -143,8 +156,8 @@ def test_maps_are_those_of_predict_over_the_validation_images_mean_and_three_dev
     record, data = run.results / "runs" / "single" / "first", run.data
     maps = {}
     for part in ("validation/good", "test_private"):
-        main(["predict", f"--config={record / 'config.yaml'}", f"--data.init_args.predict_root={data / 'can' / part}"])
-        folder = run.results / "work" / "single" / "first" / "predictions"
+        folder = run.results / "work" / part.replace("/", "-")
+        main(["predict", f"--run={record}", f"--images={data / 'can' / part}", f"--out={folder}"])
         maps[part] = np.stack([np.load(path) for path in sorted(folder.glob("*.npy"))])
     normal = maps["validation/good"].astype(np.float64)
     threshold = normal.mean() + 3 * normal.std()
@@ -155,7 +168,7 @@ def test_maps_are_those_of_predict_over_the_validation_images_mean_and_three_dev
 
 def test_a_map_of_a_crop_is_put_back_where_it_was_seen():
     values = np.arange(1, 17, dtype=np.float32).reshape(4, 4)
-    native = submission.to_native(values, (12, 18), ((6, 6), (4, 4)))
+    native = to_photograph(values, (12, 18), ((6, 6), (4, 4)))
     np.testing.assert_array_equal(native[2:10, 3:15], cv2.resize(values, (12, 8), interpolation=cv2.INTER_LINEAR))
     outside = np.ones((12, 18), bool)
     outside[2:10, 3:15] = False
@@ -167,7 +180,7 @@ def test_a_submission_needs_a_run_on_this_data_and_a_new_folder(files, run, trai
         main(["submission", "--run", str(run.results / "runs/single/first"), "--out", str(files)])
     with pytest.raises(SystemExit, match="trained on mvtec_ad"):
         main(["submission", "--run", str(trained.results / "runs/single/first"), "--out", str(tmp_path / "new")])
-    with pytest.raises(SystemExit, match=r"no config\.yaml"):
+    with pytest.raises(SystemExit, match="no record"):
         main(["submission", "--run", str(tmp_path), "--out", str(tmp_path / "new")])
 
 

@@ -11,6 +11,7 @@ import pytest
 from datamodules import unified
 from lightning_modules.callbacks import normal_scores
 from lightning_modules.callbacks.normal_scores import p_values
+from lightning_modules.decisions import Decider
 
 
 def test_a_p_value_counts_the_normal_images_that_score_at_least_as_high():
@@ -34,19 +35,52 @@ def stored(project, name: str) -> pd.DataFrame:
     return normal_scores.read(project.results / "runs" / "single" / name)
 
 
-def test_held_out_images_are_what_a_score_is_compared_with(project, data_root):
-    project.fit("--data.init_args.holdout=0.34", "--trainer.max_epochs=1", name="held")
+def test_held_out_images_are_what_a_score_is_compared_with(tmp_path, write_data, make_project, caplog, capsys):
+    data_root = write_data(tmp_path / "data", train=16)
+    project = make_project(tmp_path, data_root)
+    caplog.set_level("INFO")
+    project.fit(
+        "--data.init_args.holdout=0.4", "--run.alpha=0.2", "--run.heatmaps=true", "--trainer.max_epochs=1", name="held"
+    )
     table = stored(project, "held")
     assert set(table.split) == {"val"}
-    assert table.groupby("category").size().to_dict() == {"bolt": 2, "disc": 2}  # a third of six images each
+    assert table.groupby("category").size().to_dict() == {"bolt": 6, "disc": 6}
+    assert (table.map_max > 0).all()
+    check_decisions(project.record("held"), table, capsys.readouterr().out)
     config = project.results / "runs" / "single" / "held" / "config.yaml"
     predict = f"--data.init_args.predict_root={data_root / 'bolt' / 'train' / 'good'}"
     project.run(f"--config={config}", predict, command="predict", name="held")
     predicted = pd.read_csv(project.results / "work" / "single" / "held" / "predictions" / "scores.csv")
-    np.testing.assert_allclose(predicted.p_value, p_values(predicted.image_score, table.image_score.to_numpy()))
+    own = table.image_score[table.category == "bolt"].to_numpy()
+    np.testing.assert_allclose(predicted.p_value, p_values(predicted.image_score, own))
     again = predicted.set_index("image").image_score
     for row in table[table.category == "bolt"].itertuples():
         assert again[row.path] == pytest.approx(row.image_score, rel=1e-5)
+
+
+def check_decisions(record, table, printed):
+    """The record says what each threshold would have done, and what the categories look like."""
+    folder = record.path
+    scores = pd.read_csv(folder / "image_scores.csv")
+    found = pd.read_csv(folder / "decisions.csv", keep_default_na=False, na_values={"rate": [""], "alpha": [""]})
+    chosen = found[(found.rule == "conformal") & (found.level == "image")].set_index("category")
+    for category, mine in scores.groupby("category"):
+        limit = np.sort(table[table.category == category].image_score)[-1]  # floor(0.2 * 7) = 1
+        row = chosen.loc[category]
+        assert row.threshold == pytest.approx(limit)
+        assert row.rate == pytest.approx(1 / 7)
+        assert row.false_alarms == (mine[mine.label == 0].image_score > limit).sum()
+        assert row.misses == (mine[mine.label == 1].image_score <= limit).sum()
+    assert set(found.rule) == {"max", "conformal", "mean_3sd", "p95_factor"}
+    assert set(found.level) == {"image", "pixel"}
+    assert "promised" in printed
+    assert "misses" in printed
+    assert any("category by the nearest normal features: right for" in note for note in record.record.notes)
+    decider = Decider.of(folder)
+    low, high = decider.colour_scale("bolt")
+    assert low < table.map_max.max() < high
+    assert decider.categories.can_compare
+    assert set(record.heatmaps["rank"]) >= {"good", "worst", "best"}
 
 
 def test_without_held_out_images_training_images_serve_and_the_output_says_so(trained, data_root, caplog):
@@ -57,15 +91,39 @@ def test_without_held_out_images_training_images_serve_and_the_output_says_so(tr
     predict = f"--data.init_args.predict_root={data_root / 'bolt' / 'test'}"
     with caplog.at_level("INFO"):
         trained.run(f"--config={config}", predict, command="predict")
-    assert "of the run's 12 training images" in caplog.text
+    assert "of 6 training (optimistic) normal images" in caplog.text
 
 
 def test_a_large_set_is_represented_by_images_picked_evenly(trained, monkeypatch):
-    monkeypatch.setitem(unified.NORMAL, "train", 4)
+    monkeypatch.setitem(unified.NORMAL, "train", 3)
     trained.run(f"--ckpt_path={trained.checkpoint()}", command="test", name="few")
     table = stored(trained, "few")
-    assert len(table) == 4
-    assert set(table.category) == {"bolt", "disc"}
+    assert table.category.tolist() == ["bolt"] * 3 + ["disc"] * 3
+    assert [int(path[-7:-4]) for path in table.path] == [0, 2, 5] * 2
+
+
+def test_a_rate_that_the_held_out_images_cannot_promise_is_refused_before_the_training(project, monkeypatch):
+    monkeypatch.setenv("ALPHA", "0.05")
+    with pytest.raises(
+        SystemExit, match=r"alpha 0.05 needs 19 held-out normal images of each category, and bolt has 0\. "
+    ):
+        project.run()
+    assert not project.checkpoint().exists()
+    monkeypatch.setenv("ALPHA", "5 %")
+    with pytest.raises(SystemExit, match="ALPHA=5 % is no rate of false alarms"):
+        project.run()
+
+
+def test_own_folders_hold_a_fifth_out_and_say_so(tmp_path, write_data, make_project, caplog):
+    project = make_project(tmp_path, write_data(tmp_path / "data", train=25), "folder")
+    with caplog.at_level("INFO"):
+        record = project.fit("--trainer.max_epochs=1")
+    assert stored(project, "first").groupby(["category", "split"]).size().to_dict() == {
+        ("bolt", "val"): 5,
+        ("disc", "val"): 5,
+    }
+    assert "20 % of the normal training images are held out for thresholds (bolt 5, disc 5)" in caplog.text
+    assert any(note.startswith("20 % of the normal") for note in record.record.notes)
 
 
 def test_photographs_of_good_products_alone_are_enough_to_train_and_to_predict(
@@ -86,4 +144,4 @@ def test_photographs_of_good_products_alone_are_enough_to_train_and_to_predict(
     project.run(f"--config={config}", f"--data.init_args.predict_root={photographs}", command="predict")
     predicted = pd.read_csv(project.results / "work" / "single" / "first" / "predictions" / "scores.csv")
     assert len(predicted) == 5
-    assert predicted.p_value.between(1 / 5, 1).all()
+    assert predicted.p_value.between(1 / 13, 1).all()  # of 2 + 4 images each, two held out: too few alone

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-import yaml
 
-from lightning_modules.callbacks.epoch_seed import EpochSeed
 from lightning_modules.cutpaste import CutPaste
 from lightning_modules.fcdd import FCDD
 from lightning_modules.patch_svdd import PatchSVDD
@@ -34,32 +33,14 @@ METHODS = {
 }
 
 
-class Interruption(BaseException):
-    """Stands for a power cut."""
-
-
-def project_of(make_project, folder, data, method: str, **options):
-    project = make_project(folder, data)
-    config = yaml.safe_load(project.config.read_text())
+def configured(project, method: str, **options):
     path, arguments, repeat = METHODS[method]
-    config["model"] = {"class_path": f"lightning_modules.{path}", "init_args": arguments | options}
-    config["data"]["init_args"] |= {"batch_size": 4, "repeat": repeat}
-    project.config.write_text(yaml.safe_dump(config))
-    return project
+    return project.use(path, data={"batch_size": 4, "repeat": repeat}, **arguments | options)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, make_project, data_root):
-    """Projects whose run "first" is finished, by method; not to be changed by a test."""
-    made = {}
-
-    def of(method: str):
-        if method not in made:
-            made[method] = project_of(make_project, tmp_path_factory.mktemp(method), data_root, method)
-            made[method].run()
-        return made[method]
-
-    return of
+@pytest.fixture
+def trained(trained_once):
+    return partial(trained_once, configure=configured)
 
 
 def network_of(project, name: str = "first") -> dict[str, torch.Tensor]:
@@ -119,19 +100,8 @@ def test_the_records_name_what_may_not_be_silently_different(trained):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_resumed_training_is_the_uninterrupted_one(make_project, tmp_path, data_root, trained, monkeypatch, method):
-    project = project_of(make_project, tmp_path, data_root, method)
-    original = EpochSeed.on_train_epoch_start
-
-    def cut(self, trainer, *args):
-        if trainer.current_epoch == 1:
-            raise Interruption
-        return original(self, trainer, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(EpochSeed, "on_train_epoch_start", cut)
-        with pytest.raises(Interruption):
-            project.run()
+def test_a_resumed_training_is_the_uninterrupted_one(project, trained, cut_off, method):
+    cut_off(configured(project, method))
     project.run()
     whole, resumed = network_of(trained(method)), network_of(project)
     assert whole.keys() == resumed.keys()
@@ -156,10 +126,8 @@ def test_patch_svdds_last_weight_rests_and_everything_else_learns(trained):
     assert not torch.equal(moved["network.cls_64.fc3.weight"], start["network.cls_64.fc3.weight"])
 
 
-def test_the_patch_model_has_a_map_and_scores_an_image_by_its_highest_window(make_project, tmp_path, data_root):
-    project = project_of(
-        make_project, tmp_path, data_root, "cutpaste", localisation="patches", patch_side=16, patch_stride=8
-    )
+def test_the_patch_model_has_a_map_and_scores_an_image_by_its_highest_window(project):
+    configured(project, "cutpaste", localisation="patches", patch_side=16, patch_stride=8)
     project.run()
     record = project.record()
     assert record.metrics[record.metrics.metric == "pixel_auroc"].value.notna().all()
@@ -174,8 +142,8 @@ def test_the_patch_model_has_a_map_and_scores_an_image_by_its_highest_window(mak
     assert scored.maps.shape == (2, 32, 32)
 
 
-def test_fcdds_frozen_part_keeps_its_weights_while_its_statistics_move(make_project, tmp_path, data_root):
-    project = project_of(make_project, tmp_path, data_root, "fcdd", net="vgg11_bn", start="scratch", image_size=30)
+def test_fcdds_frozen_part_keeps_its_weights_while_its_statistics_move(project):
+    configured(project, "fcdd", net="vgg11_bn", start="scratch", image_size=30)
     project.run("--trainer.max_epochs=1")
     project.run("--trainer.max_epochs=1", "--model.init_args.frozen_norm=running", name="running")
     project.run("--trainer.max_epochs=0", name="start")
@@ -294,7 +262,7 @@ def test_parameter_counts_are_the_papers():
 def test_two_processes_gather_the_statistics_of_one(programs, make_project, write_data, tmp_path, method):
     """Without a step of training, on five images over two processes."""
     data = write_data(tmp_path / "data", train=5)
-    project = project_of(make_project, tmp_path, data, method)
+    project = configured(make_project(tmp_path, data), method)
     bolts = [{"name": "mvtec_ad", "root": str(data), "categories": ["bolt"]}]
     more = (
         f"--data.init_args.datasets={json.dumps(bolts)}",

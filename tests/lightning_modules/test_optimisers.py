@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import shutil
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader
 from lightning_modules.base import Interval, Recipe, ReconstructionModule
 from lightning_modules.running import internals
 from lightning_modules.running.earlier import translated
+from lightning_modules.running.methods import import_methods
 from lightning_modules.running.parser import PlainParser
 from lightning_modules.uniad import UniAD
 from models.backbones import BackboneConfig
@@ -230,3 +232,12 @@ def test_only_the_earlier_form_of_an_optimiser_is_rewritten():
     assert rewritten["optimizer"] == {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.1, "fused": True}}
     assert (rewritten["lr_scheduler"], rewritten["k"]) == (None, 1)
     assert earlier["model"]["init_args"]["optimizer"]["name"] == "adam"
+
+
+def test_no_method_shares_the_name_of_an_argument_that_is_none_in_the_base():
+    # jsonargparse 4.46 hands the base's None on to the subclass, which then trains without its optimiser or schedule.
+    named = inspect.signature(ReconstructionModule.__init__).parameters
+    may_be_none = {name for name, parameter in named.items() if "None" in str(parameter.annotation)}
+    assert {"make_optimizer", "schedule"} <= may_be_none
+    for method in import_methods().values():
+        assert not may_be_none & set(inspect.signature(method.__init__).parameters), method

@@ -42,7 +42,12 @@ def test_predict_on_several_models_names_the_record_of_one(project, data_root):
         project.run("--data.init_args.setting=per_category", images, command="predict")
     folder = str(refusal.value).partition("RUN=")[2].rstrip(").")
     main(["predict", f"--config={folder}/config.yaml", images, "--trainer.logger=false"])
-    assert (project.results / "work/single/first/work/categories/bolt/predictions/scores.csv").is_file()
+    scores = project.results / "work/single/first/work/categories/bolt/predictions/scores.csv"
+    before = pd.read_csv(scores)
+    scores.unlink()
+    joint = project.results / "runs/single/first"
+    main(["predict", f"--run={joint}", "--category=bolt", f"--images={data_root / 'bolt' / 'test' / 'good'}"])
+    pd.testing.assert_frame_equal(pd.read_csv(scores).drop(columns="category_by"), before.drop(columns="category_by"))
 
 
 def test_categories_whose_names_look_like_numbers_or_nothing_stay_texts(tmp_path):

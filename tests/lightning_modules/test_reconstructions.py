@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from datamodules import DatasetConfig, UnifiedDataModule
-from lightning_modules.pictures import reconstructions
+from lightning_modules.pictures import pipeline, reconstructions
 from lightning_modules.rlr import RLR
 from lightning_modules.running.settings import work_folder
 from models.backbones import BackboneConfig
@@ -189,3 +189,30 @@ def test_a_damaged_decoder_is_trained_anew(run, capsys):
     capsys.readouterr()
     reconstructions.main(arguments)
     assert "mean squared error" in capsys.readouterr().out
+
+
+def test_the_way_from_photograph_to_table_is_drawn_from_a_run(run, capsys):
+    folder, _ = run
+    pipeline.main([str(folder), "--image=3"])
+    file = capsys.readouterr().out.strip().splitlines()[-1]
+    assert Image.open(file).size == (1320, 396)
+    with pytest.raises(SystemExit, match="no test image 99"):
+        pipeline.main([str(folder), "--image=99"])
+
+
+def test_colours_are_the_targets_principal_components_for_both():
+    rng = np.random.default_rng(0)
+    target, other = (
+        torch.from_numpy(rng.normal(size=(5, 4, 6)) * np.arange(5, 0, -1)[:, None, None]) for _ in range(2)
+    )
+    first, second = pipeline.coloured(target, other)
+    flat = target.flatten(1).T.numpy()
+    values, vectors = np.linalg.eigh(np.cov(flat.T))
+    for shown, features in ((first, target), (second, other)):
+        for channel, axis in enumerate(vectors[:, np.argsort(values)[::-1][:3]].T):
+            own = (flat - flat.mean(0)) @ axis
+            expected = np.clip(((features.flatten(1).T.numpy() - flat.mean(0)) @ axis - np.quantile(own, 0.01))
+                               / (np.quantile(own, 0.99) - np.quantile(own, 0.01)), 0, 1) * 255  # fmt: skip
+            found = shown[..., channel].reshape(-1).astype(float)
+            # An axis has no sign: turned round, the scale is too. Values are cut to whole steps.
+            assert min(np.abs(found - expected).max(), np.abs(found - (255 - expected)).max()) <= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 
@@ -47,6 +48,24 @@ def _refusal(project, *more: str, command: str = "fit") -> str:
 )
 def test_an_option_that_would_spoil_the_run_is_refused_in_a_sentence(project, option, expected):
     assert expected in _refusal(project, option)
+
+
+def test_own_photographs_are_not_trained_on_random_features_unasked(project, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("DATASET", "folder")
+    monkeypatch.setenv("DATA_ROOT", str(project.data))
+    with pytest.warns(UserWarning, match="RANDOM WEIGHTS"):
+        refusal = _refusal(project, "--model.init_args.backbone.weights=auto")
+    assert "BACKBONE=tf_efficientnet_lite0.in1k WEIGHTS=packaged" in refusal
+    assert "WEIGHTS=random insists" in refusal
+
+
+def test_weights_that_a_hub_should_deliver_are_missed_at_once(project, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    started = time.monotonic()
+    with pytest.raises(SystemExit, match="the hub does not answer"):
+        project.run("--model.init_args.backbone.weights=imagenet", command="fit")
+    assert time.monotonic() - started < 30  # a hub's client by itself goes on trying for more than a minute
 
 
 @pytest.mark.skipif(refusals.torch.cuda.is_available(), reason="there is a GPU")

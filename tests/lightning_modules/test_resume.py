@@ -19,23 +19,6 @@ from lightning_modules.running import resuming
 from lightning_modules.running.checkpoints import WholeCheckpoints
 from lightning_modules.running.command_line import UniReconCLI, main
 
-
-class Interruption(BaseException):
-    """Stands for a power cut."""
-
-
-def _cut(monkeypatch: pytest.MonkeyPatch, owner: type, hook: str, epoch: int) -> None:
-    """The hook raises at an epoch index."""
-
-    def cut(self, trainer, *args):
-        if trainer.current_epoch == epoch:
-            raise Interruption
-        return original(self, trainer, *args)
-
-    original = getattr(owner, hook)
-    monkeypatch.setattr(owner, hook, cut)
-
-
 EPOCHS = "--trainer.max_epochs=4"
 
 
@@ -58,11 +41,8 @@ def uninterrupted(tmp_path_factory, data_root, make_project):
         ),
     ],
 )
-def test_an_interrupted_run_goes_on_with_its_own_options_and_data_only(project, data_root, monkeypatch, option, named):
-    with monkeypatch.context() as patch:
-        _cut(patch, EpochSeed, "on_train_epoch_start", 1)
-        with pytest.raises(Interruption):
-            project.run()
+def test_an_interrupted_run_goes_on_with_its_own_options_and_data_only(project, data_root, cut_off, option, named):
+    cut_off(project)
     other = option.replace("ROOT", str(data_root))
     with pytest.raises(SystemExit, match=named):
         project.run(other)
@@ -70,12 +50,9 @@ def test_an_interrupted_run_goes_on_with_its_own_options_and_data_only(project, 
     assert project.record().record.provenance["epochs"] == 3
 
 
-def test_overwriting_begins_an_interrupted_run_of_other_options_anew(project, monkeypatch):
+def test_overwriting_begins_an_interrupted_run_of_other_options_anew(project, cut_off):
     project.run("--seed_everything=1", name="fresh")
-    with monkeypatch.context() as patch:
-        _cut(patch, EpochSeed, "on_train_epoch_start", 1)
-        with pytest.raises(Interruption):
-            project.run()
+    cut_off(project)
     project.run("--seed_everything=1", "--run.overwrite=true")
     assert project.losses() == project.losses("fresh")
     record = project.record()
@@ -83,12 +60,9 @@ def test_overwriting_begins_an_interrupted_run_of_other_options_anew(project, mo
         main(["test", f"--config={record.path / 'config.yaml'}", "--trainer.logger=false"])
 
 
-def test_finished_categories_are_not_joined_with_those_of_other_options(project, monkeypatch):
+def test_finished_categories_are_not_joined_with_those_of_other_options(project, cut_off):
     setting = "--data.init_args.setting=per_category"
-    with monkeypatch.context() as patch:
-        _cut(patch, EpochSeed, "on_train_epoch_start", 1)
-        with pytest.raises(Interruption):
-            project.run(setting)
+    cut_off(project, setting)
     with pytest.raises(SystemExit, match=r"optimizer\.init_args\.lr"):
         project.run(setting, "--model.init_args.optimizer.lr=0.01")
 
@@ -98,12 +72,9 @@ def test_finished_categories_are_not_joined_with_those_of_other_options(project,
     [(EpochSeed, "on_train_epoch_start", 2), (Progress, "on_train_epoch_end", 3)],
     ids=["between two epochs", "before the last epoch's checkpoint"],
 )
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(uninterrupted, project, monkeypatch, owner, hook, epoch):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(uninterrupted, project, cut_off, owner, hook, epoch):
     more = (EPOCHS, "--model.init_args.lr_scheduler.first=2", "--run.curve_every=2")
-    with monkeypatch.context() as patch:
-        _cut(patch, owner, hook, epoch)
-        with pytest.raises(Interruption):
-            project.run(*more)
+    cut_off(project, *more, at=epoch, owner=owner, hook=hook)
     assert not (project.results / "runs").exists()  # complete or absent
     project.run(*more)
     pd.testing.assert_frame_equal(project.record().history, uninterrupted.record().history)
@@ -113,12 +84,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(uninterrupted, pr
         assert torch.equal(project.weights()[name], value), name
 
 
-def test_a_training_cut_off_after_its_last_epoch_still_ends_with_the_best_weights(project, monkeypatch):
+def test_a_training_cut_off_after_its_last_epoch_still_ends_with_the_best_weights(project, cut_off):
     more = ("--run.protocol=as_released", "--run.curve_every=1", EPOCHS, "--model.init_args.optimizer.lr=0.05")
-    with monkeypatch.context() as patch:
-        _cut(patch, EpochSeed, "on_train_end", 4)
-        with pytest.raises(Interruption):
-            project.run(*more)
+    cut_off(project, *more, at=4, hook="on_train_end")
     record = project.fit(*more)
     best = record.history[record.history.metric == "curve/pixel_auroc"].value.max()
     means = record.metrics[(record.metrics.scope == "mean") & (record.metrics.dataset == "")].set_index("metric").value
@@ -158,13 +126,10 @@ def test_the_program_writes_its_checkpoints_whole(project, monkeypatch):
     assert project.fit().record.provenance["epochs"] == 2
 
 
-def test_an_interrupted_replacement_goes_on_instead_of_beginning_again(project, monkeypatch):
+def test_an_interrupted_replacement_goes_on_instead_of_beginning_again(project, cut_off, monkeypatch):
     project.run(EPOCHS)
     anew = "--seed_everything=1", "--run.overwrite=true", EPOCHS
-    with monkeypatch.context() as patch:
-        _cut(patch, EpochSeed, "on_train_epoch_start", 3)
-        with pytest.raises(Interruption):
-            project.run(*anew)
+    cut_off(project, *anew, at=3)
     begun = []
     original = EpochSeed.on_train_epoch_start
     with monkeypatch.context() as patch:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 from torch.nn import functional as F
 
@@ -18,12 +17,7 @@ BACKBONE = {"name": "test_efficientnet.r160_in1k", "levels": [1, 2, 3, 4], "weig
 @pytest.fixture
 def study(project, monkeypatch):
     """Two networks of the study, two epochs each, as cells of its sweep."""
-    config = yaml.safe_load(project.config.read_text())
-    config["model"] = {
-        "class_path": "lightning_modules.identical_shortcut.IdenticalShortcut",
-        "init_args": {"image_size": 64, "hidden": 120, "grid": [4, 4], "backbone": BACKBONE},
-    }
-    project.config.write_text(yaml.safe_dump(config))
+    project.use("identical_shortcut.IdenticalShortcut", image_size=64, hidden=120, grid=[4, 4], backbone=BACKBONE)
     for network in ("cnn", "mlp"):
         monkeypatch.setattr(
             "lightning_modules.running.recording.sweep_parameters", lambda n=network: {shortcuts.NETWORK: n}

@@ -5,7 +5,6 @@ import pytest
 import torch
 import yaml
 
-from lightning_modules.callbacks.epoch_seed import EpochSeed
 from lightning_modules.us import US, TeacherConfig
 from models.backbones import BackboneConfig
 
@@ -21,21 +20,12 @@ ARGUMENTS = {
 }
 
 
-class Interruption(BaseException):
-    """Stands for a power cut."""
-
-
 @pytest.fixture
 def make(tmp_path, data_root, make_project):
     """A project of US with further arguments of its model; 10 training images and 2 held out."""
 
     def made(holdout=0.2, **options):
-        project = make_project(tmp_path, data_root)
-        config = yaml.safe_load(project.config.read_text())
-        config["model"] = {"class_path": "lightning_modules.us.US", "init_args": ARGUMENTS | options}
-        config["data"]["init_args"] |= {"holdout": holdout}
-        project.config.write_text(yaml.safe_dump(config))
-        return project
+        return make_project(tmp_path, data_root).use("us.US", data={"holdout": holdout}, **ARGUMENTS | options)
 
     return made
 
@@ -76,19 +66,9 @@ def test_students_learn_teachers_stay_and_the_scale_is_that_of_the_last_weights(
     assert net.network.has_statistics
 
 
-def test_a_resumed_training_is_the_uninterrupted_one(make, monkeypatch):
+def test_a_resumed_training_is_the_uninterrupted_one(make, cut_off):
     project = make()
-    original = EpochSeed.on_train_epoch_start
-
-    def cut(self, trainer, *args):
-        if trainer.current_epoch == 1:
-            raise Interruption
-        return original(self, trainer, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(EpochSeed, "on_train_epoch_start", cut)
-        with pytest.raises(Interruption):
-            project.run(name="cut")
+    cut_off(project, name="cut")
     project.run(name="cut")
     project.run(name="whole")
     whole, resumed = project.weights("whole"), project.weights("cut")

@@ -1,14 +1,6 @@
 """DeSTSeg must compute what the authors' released code computes, from their own names: outputs, and two SGD steps of each
 phase with the running statistics.
-
-File, tag, prefix, shapes and hyperparameters come from cases_destseg.json in PARITY_DIR (or tests/models/parity), so that
-other cases of the same form run through.
 """
-
-import json
-import os
-import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,52 +20,32 @@ from models.destseg import (
 from models.head import AnomalyHead, HeadConfig
 from models.released import load_released
 
-FOLDER = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
-ALL = json.loads((FOLDER / "cases_destseg.json").read_text())
-CASES = [case for case in ALL if "segmentation_width" in case["hparams"]]
+pytestmark = pytest.mark.parity("destseg", having="segmentation_width")
 
 
-def fill(name: str, shape) -> torch.Tensor:
-    values = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(shape))
-    return torch.from_numpy(np.asarray(values, dtype=np.float32))
-
-
-def filled(key: str, shape, prefix: str) -> torch.Tensor:
-    name = key.removeprefix(prefix)
-    if name.endswith("num_batches_tracked"):
-        return torch.zeros((), dtype=torch.int64)
-    values = fill(key, shape)
-    if len(shape) == 4:
-        large = name.startswith(("segmentation_net.res.0.conv1.", "segmentation_net.res.0.downsample."))
-        gain = 100 if large else 4 if name.startswith("segmentation_net.head.4.") else 1.5
-        return gain * values / float(np.sqrt(np.prod(shape[1:])))
-    if name.endswith("running_var"):
-        return 1 + 0.1 * values.abs()
-    return 0.05 * values + float(name.endswith("weight"))
+def parameter(case, name: str, shape) -> torch.Tensor:
+    gain = 1.5
+    if name.startswith(("segmentation_net.res.0.conv1.", "segmentation_net.res.0.downsample.")) and len(shape) == 4:
+        gain = 100
+    elif name.startswith("segmentation_net.head.4."):
+        gain = 4
+    return case.fill_parameter(case.key_prefix + name, shape, gain)
 
 
 class Recording:
-    """A case with its arrays, and teacher and network built and loaded as it says."""
+    """A case, and teacher and network built and loaded as it says."""
 
-    def __init__(self, case: dict) -> None:
-        options, prefix = case["hparams"], case["key_prefix"]
-        self.options, self.tag = options, case["tag"]
-        own = f"{self.tag}."
-        with np.load(FOLDER / case["file"]) as stored:
-            self.arrays = {name.removeprefix(own): stored[name] for name in stored.files if name.startswith(own)}
-        if any(name.startswith("state.") for name in self.arrays):
-            self.state = {
-                prefix + name.removeprefix("state."): torch.from_numpy(np.asarray(values))
-                for name, values in self.arrays.items()
-                if name.startswith("state.")
-            }
-            inputs = {name.removeprefix("input."): torch.from_numpy(values)
-                      for name, values in self.arrays.items() if name.startswith("input.")}  # fmt: skip
+    def __init__(self, case) -> None:
+        options, prefix = case.hparams, case.key_prefix
+        self.case, self.options = case, options
+        if stored := case.tensors("state."):
+            self.state = {prefix + name: value for name, value in stored.items()}
+            inputs = case.tensors("input.")
             self.images, self.clean, self.mask = (inputs[name] for name in ("img_aug", "img_origin", "mask"))
         else:
-            keys = json.loads((FOLDER / "destseg_keys.json").read_text())
-            self.state = {prefix + name: filled(prefix + name, shape, prefix) for name, shape in keys.items()}
-            self.images = self.clean = fill(case["input"]["name"], case["input"]["shape"])
+            shapes = case.key_shapes()
+            self.state = {prefix + name: parameter(case, name, shape) for name, shape in shapes.items()}
+            self.images = self.clean = case.input_tensor()
         self.prefix = prefix
         widths, stem = options["channels"], options.get("stem_width", 64)
         self.teacher = Encoder(widths, stem, outputs=3)
@@ -102,7 +74,7 @@ class Recording:
     def check(self, group: str, found: dict[str, torch.Tensor], tolerances: dict[str, float]) -> None:
         """Compares every recorded array of a group; what no tolerance names is compared to 1e-4 of its maximum."""
         prefix, worst = f"{group}." if group else "", {}
-        expected = {name.removeprefix(prefix): values for name, values in self.arrays.items()
+        expected = {name.removeprefix(prefix): values for name, values in self.case.arrays.items()
                     if name.startswith(prefix) and not (group == "" and "." in name)}  # fmt: skip
         assert expected, group
         for name, values in expected.items():
@@ -113,10 +85,9 @@ class Recording:
             error = np.abs(ours - values).max() / max(np.abs(values).max(), 1e-30)
             worst[kind] = max(worst.get(kind, 0.0), error)
             assert error <= limit, f"{group} {name}: {error:.2e}"
-        print(self.tag, group, {kind: f"{error:.1e}" for kind, error in worst.items()})
+        print(self.case.tag, group, {kind: f"{error:.1e}" for kind, error in worst.items()})
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case["tag"] for case in CASES])
 @torch.no_grad()
 def test_released_weights_give_the_released_maps_and_scores(case):
     recording = Recording(case)
@@ -140,8 +111,8 @@ def test_released_weights_give_the_released_maps_and_scores(case):
     inputs = network.segmentation_inputs(pairs)
     maps = [distance[:, None] for distance in distances(pairs)]
     quarter = tuple(maps[0].shape[-2:])
-    group = "eval" if any(name.startswith("eval.") for name in recording.arrays) else ""
-    recorded = recording.arrays[f"{group}.seg_input" if group else "seg_input"]
+    group = "eval" if any(name.startswith("eval.") for name in recording.case.arrays) else ""
+    recorded = recording.case.arrays[f"{group}.seg_input" if group else "seg_input"]
     found = {
         "seg_input": inputs[:, :: inputs.shape[1] // recorded.shape[1]],
         "output_segmentation": probability,
@@ -155,9 +126,6 @@ def test_released_weights_give_the_released_maps_and_scores(case):
         "de_st_score": compared.image_scores,
     }
     recording.check(group, found, {})
-
-
-STEPPED = [case for case in CASES if "lr_student" in case["hparams"]]
 
 
 def sgd(groups: list[tuple[torch.nn.Module, float]], options: dict) -> torch.optim.SGD:
@@ -200,17 +168,17 @@ def continue_from_recorded(recording: Recording, group: str, optimizer: torch.op
     own = dict(recording.network.named_parameters()) | dict(recording.network.named_buffers())
     rates = {id(p): group_["lr"] for group_ in optimizer.param_groups for p in group_["params"]}
     for name, start in before.items():
-        recorded = recording.arrays.get(f"{group}.after.{name}")
+        recorded = recording.case.arrays.get(f"{group}.after.{name}")
         if recorded is None:
             continue
-        tensor, recorded = own[released_name(name)], torch.from_numpy(np.asarray(recorded))
+        tensor, recorded = own[released_name(name)], torch.tensor(recorded)
         with torch.no_grad():
             tensor.copy_(recorded)
         if id(tensor) in rates:
             optimizer.state[tensor]["momentum_buffer"] = (start - recorded) / rates[id(tensor)]
 
 
-@pytest.mark.parametrize("case", STEPPED, ids=[case["tag"] for case in STEPPED])
+@pytest.mark.parity("destseg", having="lr_student")
 def test_two_steps_of_the_student_are_the_released_ones(case):
     recording = Recording(case)
     network, options = recording.network, recording.options
@@ -234,7 +202,7 @@ def test_two_steps_of_the_student_are_the_released_ones(case):
     assert all(torch.equal(value, untouched[name]) for name, value in released(recording, "segmentation.").items())
 
 
-@pytest.mark.parametrize("case", STEPPED, ids=[case["tag"] for case in STEPPED])
+@pytest.mark.parity("destseg", having="lr_student")
 def test_two_steps_of_the_segmentation_network_are_the_released_ones(case):
     recording = Recording(case)
     network, options = recording.network, recording.options
@@ -269,11 +237,11 @@ def test_two_steps_of_the_segmentation_network_are_the_released_ones(case):
     assert all(torch.equal(value, untouched[name]) for name, value in released(recording, "student.").items())
 
 
-def test_the_released_size_and_every_name_of_the_released_checkpoint_have_their_place():
+def test_the_released_size_and_every_name_of_the_released_checkpoint_have_their_place(parity_keys):
     with torch.device("meta"):
         network = DeSTSeg([64, 128, 256])
     assert sum(p.numel() for p in network.student.parameters()) == 24_665_024
     assert sum(p.numel() for p in network.segmentation.parameters()) == 7_706_369
-    keys = json.loads((FOLDER / "destseg_keys.json").read_text())
+    keys = parity_keys("destseg")
     here = {released_name(name) for name in keys if not name.startswith(RELEASED_BACKBONE)}
     assert here == set(network.state_dict())

@@ -10,7 +10,6 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from models.dinomaly import Dinomaly, released_name
-from models.head import AnomalyHead, HeadConfig
 from models.layers.mining import hard_mining_scale, mined_cosine_loss, position_distance
 from models.optimizers import StableAdamW, WarmCosine
 from models.released import load_released
@@ -42,11 +41,7 @@ def released_shapes(h: dict) -> dict:
 
 def levels(case) -> list[torch.Tensor]:
     """Maps (B, C, side, side), then prefix tokens (B, C, 1, P), as the feature extractor gives them."""
-    name, side = case.input["name"], case.hparams["side"]
-    tokens = [
-        case.fill(name, case.input["shape"]) + 0.5 * case.fill(f"{name}:{layer}", case.input["shape"])
-        for layer in range(case.hparams["layers"])
-    ]
+    side, tokens = case.hparams["side"], case.layer_tokens()
     prefix = 1 + case.hparams["registers"]
     maps = [t[:, prefix:].transpose(1, 2).unflatten(2, (side, side)) for t in tokens]
     return maps + [t[:, :prefix].transpose(1, 2)[:, :, None] for t in tokens]
@@ -72,63 +67,30 @@ def network_of(case) -> Dinomaly:
     return network.eval()
 
 
-def check(case, assert_parity):
+def check(case, check_decoder):
     h = case.hparams
     network = network_of(case)
     pairs = network(network.prepare(levels(case)))
-    head = HeadConfig(
-        distance="cosine",
-        fusion="mean",
-        map_size=h["evaluate"],
-        smoothing_sigma=4.0,
-        smoothing_kernel=5,
-        smoothing_border="zeros",
-        image_score="top_k",
-        top_k_fraction=0.01,
-    )
-    unsmoothed = HeadConfig(distance="cosine", fusion="mean", image_score="max")
-    with torch.no_grad():
-        scored = AnomalyHead(head)(pairs, (h["image"],) * 2)
-        at_image = AnomalyHead(unsmoothed)(pairs, (h["image"],) * 2)
-        first = AnomalyHead(unsmoothed)(pairs[:1], (h["image"],) * 2)
-        resized = torch.nn.functional.interpolate(at_image.maps[:, None], (h["evaluate"],) * 2, mode="bilinear")[:, 0]
     scales = [hard_mining_scale(position_distance(pair), h["p"], h["factor"]) for pair in pairs]
     loss = mined_cosine_loss(pairs, scales)
-    loss.backward()
-
-    found = {
-        "map_image": at_image.maps,
-        "level_map0": first.maps,
-        "map_resized": resized,
-        "map": scored.maps,
-        "score": scored.image_scores,
-        "loss": loss,
-    }
-    for group, pair in enumerate(pairs):
-        found |= {f"en{group}": pair.target, f"de{group}": pair.reconstruction}
-    for name in case.names():
-        if name.startswith("grad:"):
-            found[name] = network.get_parameter(released_name(name.removeprefix("grad:"))).grad
-    assert found.keys() == set(case.names())
-    for name, value in found.items():
-        assert_parity(value, case.array(name))
+    check_decoder(case, network, released_name, pairs, loss)
 
 
 @pytest.mark.parity("dinomaly")
-def test_dinomaly_gives_the_released_outputs_loss_and_gradients(parity_case, assert_parity):
-    check(parity_case, assert_parity)
+def test_dinomaly_gives_the_released_outputs_loss_and_gradients(case, check_decoder):
+    check(case, check_decoder)
 
 
 @pytest.mark.parity("dinomaly2")
-def test_dinomaly2_gives_the_released_outputs_loss_and_gradients(parity_case, assert_parity):
-    check(parity_case, assert_parity)
+def test_dinomaly2_gives_the_released_outputs_loss_and_gradients(case, check_decoder):
+    check(case, check_decoder)
 
 
 @pytest.mark.parity("dinomaly_optimizer")
-def test_optimiser_and_schedule_take_the_released_steps(parity_case, assert_parity):
-    h, name = parity_case.hparams, f"optimizer:{parity_case.tag}:"
-    shapes = dict(zip("pq", parity_case.input["shape"], strict=True))
-    parameters = {key: torch.nn.Parameter(parity_case.fill(name + key, shape)) for key, shape in shapes.items()}
+def test_optimiser_and_schedule_take_the_released_steps(case, assert_parity):
+    h, name = case.hparams, f"optimizer:{case.tag}:"
+    shapes = dict(zip("pq", case.input["shape"], strict=True))
+    parameters = {key: torch.nn.Parameter(case.fill(name + key, shape)) for key, shape in shapes.items()}
     optimizer = StableAdamW(
         list(parameters.values()),
         lr=h["lr"],
@@ -139,12 +101,12 @@ def test_optimiser_and_schedule_take_the_released_steps(parity_case, assert_pari
         clip_threshold=h["clip_threshold"],
     )
     schedule = WarmCosine(optimizer, h["total"], h["warmup"], final_ratio=h["final_lr"] / h["lr"])
-    scales = parity_case.array("scales")
-    recorded = {key: parity_case.array(key) for key in ("p", "q", "lr")}
+    scales = case.arrays["scales"]
+    recorded = {key: case.arrays[key] for key in ("p", "q", "lr")}
     for step, scale in enumerate(scales):
         assert optimizer.param_groups[0]["lr"] == pytest.approx(recorded["lr"][step], rel=1e-9, abs=1e-15)
         for key, parameter in parameters.items():
-            parameter.grad = float(scale) * parity_case.fill(f"{name}g{key}{step}", shapes[key])
+            parameter.grad = float(scale) * case.fill(f"{name}g{key}{step}", shapes[key])
         before = {key: parameter.detach().clone() for key, parameter in parameters.items()}
         optimizer.step()
         schedule.step()
@@ -157,10 +119,10 @@ def test_optimiser_and_schedule_take_the_released_steps(parity_case, assert_pari
 
 
 @pytest.mark.parity("dinomaly")
-def test_the_cases_shapes_are_those_of_the_released_state_dict(parity_case):
-    recorded = parity_case.key_shapes()
-    if parity_case.tag in recorded:
-        assert {k: list(v) for k, v in recorded[parity_case.tag].items()} == released_shapes(parity_case.hparams)
+def test_the_cases_shapes_are_those_of_the_released_state_dict(case):
+    recorded = case.key_shapes()
+    if case.tag in recorded:
+        assert {k: list(v) for k, v in recorded[case.tag].items()} == released_shapes(case.hparams)
 
 
 def test_released_checkpoints_of_all_sizes_load_and_have_the_published_number_of_parameters():
@@ -181,8 +143,8 @@ def test_released_checkpoints_of_all_sizes_load_and_have_the_published_number_of
 
 
 @pytest.mark.parity("dinomaly_encoder")
-def test_the_released_position_codes_and_all_tokens_come_through_timms_encoder(parity_case, assert_parity):
-    h = parity_case.hparams
+def test_the_released_position_codes_and_all_tokens_come_through_timms_encoder(case, assert_parity):
+    h = case.hparams
     vit = VisionTransformer(
         img_size=h["native"],
         patch_size=h["patch"],
@@ -206,20 +168,20 @@ def test_the_released_position_codes_and_all_tokens_come_through_timms_encoder(p
     theirs = {"reg_token": "register_tokens"}
     shapes = {name: list(value.shape) for name, value in vit.state_dict().items()}
     shapes["pos_embed"][1] += 1  # DINOv2's own has one for the class token
-    released = parity_case.state({theirs.get(name, name): shape for name, shape in shapes.items()}, parameter)
-    state = {name: released[parity_case.key_prefix + theirs.get(name, name)] for name in shapes}
+    released = case.state({theirs.get(name, name): shape for name, shape in shapes.items()}, parameter)
+    state = {name: released[case.key_prefix + theirs.get(name, name)] for name in shapes}
     state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
     state["pos_embed"] = state["pos_embed"][:, 1:]
     vit.load_state_dict(state)
 
     use_released_position(vit, "this one")
-    image = parity_case.input_tensor()
+    image = case.input_tensor()
     with torch.no_grad():
         tokens = vit._pos_embed(vit.patch_embed(image))
         getter = PrefixGetterNet(vit, out_indices=tuple(h["record"]))
         levels = getter(image)
-    assert_parity(tokens, parity_case.array("tokens"))
+    assert_parity(tokens, case.arrays["tokens"])
     count = len(h["record"])
     for block, patches, prefix_tokens in zip(h["record"], levels[:count], levels[count:], strict=True):
         found = torch.cat([t.flatten(2).transpose(1, 2) for t in (prefix_tokens, patches)], dim=1)
-        assert_parity(found, parity_case.array(f"block{block}"))
+        assert_parity(found, case.arrays[f"block{block}"])

@@ -1,14 +1,6 @@
-"""FCDD must compute what its released code does: forward, upsampling, losses, SGD steps, confetti, normalisation.
+"""FCDD must compute what its released code does: forward, upsampling, losses, SGD steps, confetti, normalisation."""
 
-File, tag, shapes and hyperparameters come from cases_classics_oneclass.json in PARITY_DIR (or tests/models/parity), so that
-other cases of the same form run through them.
-"""
-
-import json
-import os
 import re
-import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,55 +11,20 @@ from datamodules.anomalies import confetti
 from models import fcdd
 from models.released import load_released
 
-FOLDER = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
-CASES = [case for case in json.loads((FOLDER / "cases_classics_oneclass.json").read_text()) if case["method"] == "fcdd"]
 
-
-def of(name: str):
-    """Parametrises a test with the cases that hold an array of this name."""
-    chosen = [case for case in CASES if name in case["arrays"]]
-    return pytest.mark.parametrize("case", chosen, ids=[case["tag"] for case in chosen])
-
-
-def arrays_of(case: dict) -> dict[str, np.ndarray]:
-    own = f"{case['tag']}."
-    with np.load(FOLDER / case["file"]) as stored:
-        return {name.removeprefix(own): stored[name] for name in stored.files if name.startswith(own)}
-
-
-def fill(name: str, shape) -> torch.Tensor:
-    generator = np.random.RandomState(zlib.crc32(name.encode()))
-    return torch.from_numpy(np.asarray(generator.standard_normal(tuple(shape)), dtype=np.float32))
-
-
-def rule(prefix: str, name: str, value: torch.Tensor) -> torch.Tensor:
-    if name.endswith("num_batches_tracked"):
-        return torch.zeros_like(value)
-    drawn = fill(prefix + name, value.shape)
-    if drawn.ndim > 1:
-        return 1.5 * drawn / float(np.sqrt(np.prod(drawn.shape[1:])))
-    if name.endswith("running_var"):
-        return 1 + 0.1 * drawn.abs()
-    return 1 + 0.05 * drawn if name.endswith("weight") else 0.05 * drawn
-
-
-def error(found, recorded) -> float:
-    found = found.detach().numpy() if isinstance(found, torch.Tensor) else np.asarray(found)
-    assert found.shape == recorded.shape
-    return float(np.abs(found - recorded).max() / max(np.abs(recorded).max(), 1e-30))
-
-
-def network_of(case: dict) -> fcdd.FCDD:
-    net = "vgg11_bn" if re.search(r"FCDD_CNN224_VGG_F\b", case["computed_by"]) else "cnn224"
-    network = fcdd.FCDD(fcdd.build(net, "scratch", "batch")[0], std=case["hparams"]["gauss_std"])
+def network_of(case) -> fcdd.FCDD:
+    net = "vgg11_bn" if re.search(r"FCDD_CNN224_VGG_F\b", case.description["computed_by"]) else "cnn224"
+    network = fcdd.FCDD(fcdd.build(net, "scratch", "batch")[0], std=case.hparams["gauss_std"])
     state = network.net.state_dict()
-    load_released(network, {name: rule(case["key_prefix"], name, value) for name, value in state.items()})
+    load_released(
+        network, {name: case.fill_parameter(case.key_prefix + name, value.shape) for name, value in state.items()}
+    )
     return network
 
 
-@of("train_output")
+@pytest.mark.parity("fcdd", having="train_output")
 def test_maps_scores_losses_and_three_steps_are_the_recorded_ones(case):
-    options, arrays, prefix = case["hparams"], arrays_of(case), case["key_prefix"]
+    options, arrays, prefix = case.hparams, case.arrays, case.key_prefix
     network = network_of(case)
     net, size = network.net, (options["side"],) * 2
     assert sum(p.numel() for p in net.parameters()) == options["parameters"]
@@ -75,8 +32,8 @@ def test_maps_scores_losses_and_three_steps_are_the_recorded_ones(case):
     seen = options["reception"]
     assert net.reception == (seen["j"], seen["r"], seen["s"])
     test, batch = (
-        0.5 + 0.3 * fill(prefix + name, shape)
-        for name, shape in zip(("eval", "train"), case["input"]["shape"], strict=True)
+        0.5 + 0.3 * case.fill(prefix + name, shape)
+        for name, shape in zip(("eval", "train"), case.input["shape"], strict=True)
     )
     errors = {}
     with torch.no_grad():
@@ -92,14 +49,14 @@ def test_maps_scores_losses_and_three_steps_are_the_recorded_ones(case):
         }
         cells = fcdd.pseudo_huber(network_of(case).net.train()(batch)[:, 0])
         maps = network.spread(cells, size)
-    labels = torch.from_numpy(arrays["labels"])
+    labels = case.tensor("labels")
     whole = labels.view(-1, 1, 1).expand(maps.shape)
     found |= {
         "sample_loss": fcdd.losses(maps, whole),
-        "sample_loss_partial": fcdd.losses(maps, torch.from_numpy(arrays["partial_maps"])[:, 0]),
+        "sample_loss_partial": fcdd.losses(maps, case.tensor("partial_maps")[:, 0]),
         "sample_loss_no_maps": fcdd.losses_without_maps(cells, labels),
     }
-    errors |= {name: error(value, arrays[name]) for name, value in found.items()}
+    errors |= {name: case.error(value, arrays[name]) for name, value in found.items()}
     network.train()
     optimizer = SGD(
         [p for p in net.parameters() if p.requires_grad],
@@ -112,48 +69,48 @@ def test_maps_scores_losses_and_three_steps_are_the_recorded_ones(case):
     for step in range(len(arrays["losses"])):
         output = net(batch)
         if step == 0:
-            errors["train_output"] = error(output, arrays["train_output"])
+            errors["train_output"] = case.error(output, arrays["train_output"])
         loss = fcdd.losses(network.spread(fcdd.pseudo_huber(output[:, 0]), size), whole).mean()
         optimizer.zero_grad()
         loss.backward()
         losses.append(loss.item())
         if step == 0:
             errors |= {
-                f"grad.{name}": error(p.grad, arrays[f"grad.{name}"])
+                f"grad.{name}": case.error(p.grad, arrays[f"grad.{name}"])
                 for name, p in net.named_parameters()
                 if f"grad.{name}" in arrays
             }
         optimizer.step()
         if step == 0:
             errors |= {
-                f"after.{name}": error(value, arrays[f"after.{name}"])
+                f"after.{name}": case.error(value, arrays[f"after.{name}"])
                 for name, value in net.state_dict().items()
                 if f"after.{name}" in arrays
             }
-    errors["losses"] = error(losses[:1], arrays["losses"][:1])
-    print(case["tag"], {name: f"{value:.1e}" for name, value in errors.items()})
+    errors["losses"] = case.error(losses[:1], arrays["losses"][:1])
+    print(case.tag, {name: f"{value:.1e}" for name, value in errors.items()})
     # A value near 0 that rounds to the other side of a ReLU on another processor moves gradients below it by thousandths.
     loose = {name: v for name, v in errors.items() if name.startswith("grad.") and "conv_final" not in name}
     assert max(loose.values(), default=0) <= 1e-2, loose
     assert max(value for name, value in errors.items() if name not in loose) <= 1e-4, errors
-    assert error(losses, arrays["losses"]) <= 2e-3
+    assert case.error(losses, arrays["losses"]) <= 2e-3
 
 
-@of("upsampled")
+@pytest.mark.parity("fcdd", having="upsampled")
 def test_patches_are_spread_as_by_the_released_kernel(case):
-    options = case["hparams"]
+    options = case.hparams
     if "k" not in options:
         return  # a network's own upsampling, compared above
-    grid = fill(case["key_prefix"] + "grid", case["input"]["shape"][0]).abs()[:, 0]
+    grid = case.fill(case.key_prefix + "grid", case.input["shape"][0]).abs()[:, 0]
     side, stride = options["k"], options["stride"]
     reception = fcdd.Reception(stride, side, (side - 1) / 2)
     found = fcdd.spread(grid, (options["image"],) * 2, reception, options["std"])
-    assert error(found[:, None], arrays_of(case)["upsampled"]) <= 1e-4
+    assert case.error(found[:, None], case.arrays["upsampled"]) <= 1e-4
 
 
-@of("colour.centres")
+@pytest.mark.parity("fcdd", having="colour.centres")
 def test_recorded_draws_give_the_recorded_confetti(case):
-    arrays = arrays_of(case)
+    arrays = case.arrays
     images = arrays["image"].transpose(0, 2, 3, 1)
     total = np.zeros((*images.shape[:3], 3), np.int16)
     for kind in ("colour", "dark"):
@@ -178,23 +135,23 @@ def test_recorded_draws_give_the_recorded_confetti(case):
         found = confetti.added(image, blurred)
         np.testing.assert_array_equal(found.transpose(2, 0, 1), arrays["anomalous"][number])
         np.testing.assert_array_equal((found != image).any(2), arrays["changed"][number, 0].astype(bool))
-    blur = case["hparams"]["blur"]
+    blur = case.hparams["blur"]
     assert (blur["taps"], blur["sigma"]) == (confetti.BLUR_TAPS, confetti.BLUR_SIGMA)
-    assert case["hparams"]["invert_threshold"] == confetti.SMALLEST_CHANGE
+    assert case.hparams["invert_threshold"] == confetti.SMALLEST_CHANGE
 
 
-@of("contrast")
+@pytest.mark.parity("fcdd", having="contrast")
 def test_contrast_and_range_are_the_recorded_ones(case):
-    arrays, options = arrays_of(case), case["hparams"]
+    arrays, options = case.arrays, case.hparams
     network = fcdd.FCDD(fcdd.Small())
     network.low.copy_(torch.tensor(options["minimum"]))
     network.high.copy_(torch.tensor(options["maximum"]))
-    image = torch.from_numpy(arrays["image"])[None]
-    assert error(fcdd.contrast(image)[0], arrays["contrast"]) <= 1e-5
-    assert error(network.normalise(image)[0], arrays["normalised"]) <= 1e-5
+    image = case.tensor("image")[None]
+    assert case.error(fcdd.contrast(image)[0], arrays["contrast"]) <= 1e-5
+    assert case.error(network.normalise(image)[0], arrays["normalised"]) <= 1e-5
 
 
-def test_the_released_networks_names_and_shapes_are_the_networks():
-    (shapes,) = json.loads((FOLDER / "fcdd_keys.json").read_text()).values()
+def test_the_released_networks_names_and_shapes_are_the_networks(parity_keys):
+    (shapes,) = parity_keys("fcdd").values()
     net = fcdd.build("vgg11_bn", "scratch", "batch")[0]
     assert {name: list(value.shape) for name, value in net.state_dict().items()} == shapes

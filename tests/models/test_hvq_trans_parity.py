@@ -1,14 +1,6 @@
 """HVQ-Trans must compute what the authors' released code computes, from their own names: outputs, gradients, the codebooks
 after a training step, and the step itself.
-
-File, tag, prefix, shapes and hyperparameters come from cases_hvqtrans.json in PARITY_DIR (or tests/models/parity), so that
-other cases of the same form run through.
 """
-
-import json
-import os
-import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,19 +11,14 @@ from models.head import AnomalyHead
 from models.hvq_trans import HVQTrans, released_name
 from models.released import load_released
 
-FOLDER = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
-CASES = json.loads((FOLDER / "cases_hvqtrans.json").read_text())
+pytestmark = pytest.mark.parity("hvqtrans")
+
 COMMITMENT = 0.25
 STEP_TOLERANCE = 2e-3  # differences of float32 weights
 
 
-def fill(name: str, shape) -> torch.Tensor:
-    values = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(shape))
-    return torch.from_numpy(np.asarray(values, dtype=np.float32))
-
-
-def filled(name: str, shape) -> torch.Tensor:
-    values, leaf = fill(name, shape), name.rsplit(".", 1)[-1]
+def parameter(name: str, values: torch.Tensor) -> torch.Tensor:
+    leaf = name.rsplit(".", 1)[-1]
     if leaf in ("embed", "embed_avg"):
         return values
     if leaf == "cluster_size":
@@ -73,29 +60,20 @@ def kept(name: str, options: dict) -> bool:
 
 
 class Recording:
-    """A case with its arrays, and the network built and loaded as it says."""
+    """A case, and the network built and loaded as it says."""
 
-    def __init__(self, case: dict) -> None:
-        self.tag, options = case["tag"], case["hparams"]
-        self.options, prefix = options, case["key_prefix"]
-        with np.load(FOLDER / case["file"]) as stored:
-            own = f"{self.tag}."
-            self.arrays = {name.removeprefix(own): stored[name] for name in stored.files if name.startswith(own)}
-        if any(name.startswith("state.") for name in self.arrays):
-            self.state = {
-                prefix + name.removeprefix("state."): torch.from_numpy(self.arrays[name])
-                for name in self.arrays
-                if name.startswith("state.")
-            }
-            self.features = torch.from_numpy(self.arrays["input"])
-            self.labels = self.arrays["labels"].tolist()
+    def __init__(self, case, prefix: str | None = None) -> None:
+        self.case, options = case, case.hparams
+        self.prefix = case.key_prefix if prefix is None else prefix
+        self.options = options
+        keys = case.tensors("state.")
+        if keys:
+            self.state = {self.prefix + name: value for name, value in keys.items()}
+            self.features, self.labels = case.tensor("input"), case.arrays["labels"].tolist()
         else:
-            keys = json.loads((FOLDER / "hvqtrans_keys.json").read_text())
-            self.state = {
-                prefix + name: filled(prefix + name, shape_of(name, options)) for name in keys if kept(name, options)
-            }
-            self.features = fill(case["input"]["name"], case["input"]["shape"])
-            self.labels = options["labels"]
+            shapes = {name: shape_of(name, options) for name in case.key_shapes() if kept(name, options)}
+            self.state = case.state(shapes, parameter)
+            self.features, self.labels = case.input_tensor(), options["labels"]
         self.training = "optimizer" in options
         self.network = HVQTrans(
             [options["channels"]],
@@ -115,7 +93,7 @@ class Recording:
     def expected(self) -> dict[str, np.ndarray]:
         return {
             name: values
-            for name, values in self.arrays.items()
+            for name, values in self.case.arrays.items()
             if not name.startswith("state.") and name not in ("input", "labels")
         }
 
@@ -151,7 +129,7 @@ def outputs(recording: Recording) -> dict[str, torch.Tensor]:
         "encoder_levels": torch.stack(encoded),
         "decoded": network.decode(start, memories),
         "ot": transport[0],
-        "pred": pred[:, :, ::4, ::4] if recording.arrays["pred"].shape != tuple(pred.shape) else pred,
+        "pred": pred[:, :, ::4, ::4] if recording.case.arrays["pred"].shape != tuple(pred.shape) else pred,
         "pred_without_ot": image_map(found["residual"]),
     }
 
@@ -178,7 +156,6 @@ def steps(recording: Recording, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case["tag"] for case in CASES])
 def test_released_weights_give_the_released_numbers(case):
     recording = Recording(case)
     found = outputs(recording)
@@ -187,7 +164,7 @@ def test_released_weights_give_the_released_numbers(case):
         without = {name.rsplit(".", 1)[0] if name.startswith("output_proj") else name
                    for name in recording.state if released_name(name) in dict(recording.network.named_parameters())
                    and f"grad.{name}" not in found}  # fmt: skip
-        unused = {name for name in case["hparams"]["parameters_without_gradient"] if not name.startswith("input_proj.")}
+        unused = {name for name in case.hparams["parameters_without_gradient"] if not name.startswith("input_proj.")}
         assert without == unused
     worst = {}
     for name, expected in recording.expected().items():
@@ -197,22 +174,20 @@ def test_released_weights_give_the_released_numbers(case):
             np.testing.assert_array_equal(values, expected)
             continue
         # A gradient that is zero but for rounding (the bias of attention's keys) is compared with the largest gradient.
-        floor = 1e-6 * max(np.abs(a).max() for n, a in recording.arrays.items() if n.startswith("grad.")) \
+        floor = 1e-6 * max(np.abs(a).max() for n, a in recording.case.arrays.items() if n.startswith("grad.")) \
             if name.startswith("grad.") else 1e-30  # fmt: skip
         error = np.abs(values - expected).max() / max(np.abs(expected).max(), floor)
         kind = name.split(".")[0]
         worst[kind] = max(worst.get(kind, 0.0), error)
         assert error <= (STEP_TOLERANCE if kind == "step" else 1e-4), f"{name}: {error:.2e}"
-    print(recording.tag, {kind: f"{error:.1e}" for kind, error in worst.items()})
+    print(recording.case.tag, {kind: f"{error:.1e}" for kind, error in worst.items()})
     assert [
-        name
-        for name in recording.imported.unused
-        if not name.removeprefix(case["key_prefix"]).startswith("input_proj.")
+        name for name in recording.imported.unused if not name.removeprefix(recording.prefix).startswith("input_proj.")
     ] == []
 
 
-def test_every_name_of_the_released_checkpoint_has_a_place():
-    keys = json.loads((FOLDER / "hvqtrans_keys.json").read_text())
+def test_every_name_of_the_released_checkpoint_has_a_place(parity_keys):
+    keys = parity_keys("hvqtrans")
     assert {name for name in keys if released_name(name) is None} == {"input_proj.weight", "input_proj.bias"}
 
 
@@ -225,13 +200,9 @@ def test_the_released_size_is_the_papers():
 
 
 @pytest.mark.parametrize("prefix", ["module.", "model.module."])
-def test_a_checkpoint_of_a_wrapped_model_with_its_backbone_is_imported(prefix):
-    case = next(
-        case
-        for case in CASES
-        if any(n.startswith(case["tag"] + ".state.") for n in np.load(FOLDER / case["file"]).files)
-    )
-    recording = Recording({**case, "key_prefix": prefix})
+def test_a_checkpoint_of_a_wrapped_model_with_its_backbone_is_imported(parity_cases, prefix):
+    case = next(case for case in parity_cases("hvqtrans") if case.tensors("state."))
+    recording = Recording(case, prefix)
     assert recording.imported.prefix == prefix
     state = {**recording.state, prefix + "enc._conv_stem.weight": torch.zeros(3)}
     assert prefix + "enc._conv_stem.weight" in load_released(recording.network, state).unused

@@ -1,15 +1,8 @@
 """MKD must compute what the authors' released code computes, from their own names: levels, scores, maps, the first Adam
 step and the released localisation AUC.
-
-File, tag, prefix, shapes and hyperparameters come from cases_classics_mkd_us.json in PARITY_DIR (or tests/models/parity), so
-that other cases of the same form run through.
 """
 
-import json
-import os
-import zlib
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,27 +16,7 @@ from models.backbones import BackboneConfig
 from models.head import AnomalyHead, HeadConfig
 from models.released import load_released
 
-FOLDER = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
-ALL = json.loads((FOLDER / "cases_classics_mkd_us.json").read_text())
-CASES = [case for case in ALL if case["method"] == "mkd"]
-TAGS = [case["tag"] for case in CASES]
-STEPPED = [case for case in CASES if "lr" in case["hparams"]]
-
-
-def fill(name: str, shape) -> torch.Tensor:
-    values = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(shape))
-    return torch.from_numpy(np.asarray(values, dtype=np.float32))
-
-
-def filled(prefix: str, name: str, shape) -> torch.Tensor:
-    if name.endswith("num_batches_tracked"):
-        return torch.zeros((), dtype=torch.int64)
-    values = fill(prefix + name, shape)
-    if len(shape) == 4:
-        return 1.4 * values / float(np.sqrt(np.prod(shape[1:])))
-    if name.endswith("running_var"):
-        return 1 + 0.1 * values.abs()
-    return 0.05 * values + float(name.endswith("weight"))
+pytestmark = pytest.mark.parity("mkd")
 
 
 def stages(widths: list) -> list[list[int]]:
@@ -79,11 +52,8 @@ class Source(nn.Module):
 class Recording:
     """A case with its arrays, and source and cloner built and loaded as it says."""
 
-    def __init__(self, case: dict) -> None:
-        self.case, self.options, self.tag = case, case["hparams"], case["tag"]
-        own = f"{self.tag}."
-        with np.load(FOLDER / case["file"]) as stored:
-            self.arrays = {name.removeprefix(own): stored[name] for name in stored.files if name.startswith(own)}
+    def __init__(self, case) -> None:
+        self.case, self.options, self.weight = case, case.hparams, case.hparams["lamda"]
         self.source = Source(self.options["source_widths"])
         plan = stages(self.options["cloner_widths"])
         ends = [widths[-1] for widths in stages(self.options["source_widths"])][1:]
@@ -91,22 +61,18 @@ class Recording:
         self.network = mkd.MKD(ends, strides, pooled=False, stages=plan)
         self.states = {}
         for part, shapes in (("source", self.source.state_dict()), ("cloner", self.network.state_dict())):
-            stored = {
-                name.removeprefix(f"state.{part}."): torch.from_numpy(np.asarray(values))
-                for name, values in self.arrays.items()
-                if name.startswith(f"state.{part}.")
+            self.states[part] = case.tensors(f"state.{part}.") or {
+                name: case.fill_parameter(f"{case.key_prefix}{part}.{name}", value.shape, gain=1.4)
+                for name, value in shapes.items()
             }
-            prefix = f"{case['key_prefix']}{part}."
-            self.states[part] = stored or {name: filled(prefix, name, t.shape) for name, t in shapes.items()}
         self.source.load_state_dict(self.states["source"])
         imported = load_released(self.network, self.states["cloner"])
         assert not imported.unused
         self.source.eval().requires_grad_(False)
         self.network.eval()
-        self.weight = self.options["lamda"]
 
     def input(self, name: str = "input") -> torch.Tensor:
-        return torch.from_numpy(self.arrays[name])
+        return self.case.tensor(name)
 
     def pairs(self, x: torch.Tensor, relu=F.relu) -> list:
         return self.network(self.network.prepare(self.source(x)), x, relu)
@@ -118,23 +84,10 @@ class Recording:
         config = HeadConfig(smoothing_sigma=self.options["sigma"], smoothing_border="symmetric")
         return AnomalyHead(config).score([maps], tuple(maps.shape[-2:])).maps
 
-    def check(self, found: dict[str, torch.Tensor], tolerance: float = 1e-4) -> None:
-        """Compares what is recorded, to a part of the largest recorded value."""
-        errors = {}
-        for name, ours in found.items():
-            if name not in self.arrays:
-                continue
-            values, ours = self.arrays[name], ours.detach().numpy()
-            assert ours.shape == values.shape, name
-            errors[name] = float(np.abs(ours - values).max() / max(np.abs(values).max(), 1e-30))
-        assert errors
-        print(self.tag, {name: f"{error:.1e}" for name, error in errors.items()})
-        assert max(errors.values()) <= tolerance, errors
 
-
-@pytest.fixture(params=CASES, ids=TAGS)
-def recording(request) -> Recording:
-    return Recording(request.param)
+@pytest.fixture
+def recording(case) -> Recording:
+    return Recording(case)
 
 
 def test_released_weights_give_the_released_levels_losses_and_scores(recording):
@@ -146,7 +99,7 @@ def test_released_weights_give_the_released_levels_losses_and_scores(recording):
         found |= {f"source_mean.{number}": target.mean(1), f"cloner_mean.{number}": level.mean(1)}
     found |= {"loss": mkd.loss(pairs, recording.weight), "loss_direction": mkd.loss(pairs, 0)}
     found |= {"score": mkd.image_scores(pairs, recording.weight), "score_direction": mkd.image_scores(pairs, 0)}
-    recording.check(found)
+    recording.case.check(found)
 
 
 def test_maps_are_the_released_ones(recording):
@@ -156,45 +109,45 @@ def test_maps_are_the_released_ones(recording):
         gray = mkd.stretched(mkd.grey(gradient), 0.99)
         found |= {f"grad.{kind}": gradient, f"gray.{kind}": gray, f"map.{kind}": recording.smoothed(gray)}
     assert all(parameter.grad is None for parameter in recording.network.parameters())
-    recording.check(found)
+    recording.case.check(found)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if "smooth_draws" in c["hparams"]])
+@pytest.mark.parity("mkd", having="smooth_draws")
 def test_the_mean_over_noisy_copies_is_the_released_one(case):
     recording = Recording(case)
-    images, prefix = recording.input(), case["key_prefix"]
+    images, prefix = recording.input(), case.key_prefix
     std = mkd.noise_std(images, "released")
     total = torch.zeros_like(images[:, 0])
     for draw in range(recording.options["smooth_draws"]):
-        noise = torch.cat([fill(f"{prefix}noise.{b}.{draw}", (1, *images.shape[1:])) for b in range(len(images))])
+        noise = torch.cat([case.fill(f"{prefix}noise.{b}.{draw}", (1, *images.shape[1:])) for b in range(len(images))])
         gradient, _ = mkd.pixel_gradient(recording.score, images + std.view(-1, 1, 1, 1) * noise)
         total += mkd.stretched(mkd.grey(gradient), 0.99)
     map_ = recording.smoothed(mkd.stretched(total / recording.options["smooth_draws"]))
-    recording.check({"noise_std": std, "map.smooth_grad": map_})
+    recording.case.check({"noise_std": std, "map.smooth_grad": map_})
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if "opening_thresholds" in c["hparams"]])
+@pytest.mark.parity("mkd", having="opening_thresholds")
 def test_a_threshold_of_the_opened_map_is_the_released_opening_and_gives_its_auc(case):
     recording = Recording(case)
-    map_, mask = torch.from_numpy(recording.arrays["map.gradients"]), recording.arrays["mask"]
+    map_, mask = case.tensor("map.gradients"), recording.case.arrays["mask"]
     opened = mkd.opened(map_)
     for threshold in recording.options["opening_thresholds"]:
-        assert np.array_equal((opened >= threshold).numpy(), recording.arrays[f"opening.{threshold}"].astype(bool))
+        assert np.array_equal((opened >= threshold).numpy(), recording.case.arrays[f"opening.{threshold}"].astype(bool))
     thresholds = np.arange(1000) / 1000
     above = np.stack([(opened.numpy() >= t).astype(np.float64) for t in thresholds])
     rates = [(above * part).sum((1, 2, 3)) / part.sum() for part in (mask.astype(np.float64), 1.0 - mask)]
     area = -np.trapezoid(rates[0], rates[1])
-    assert area == pytest.approx(float(recording.arrays["released_localisation_auc"]), abs=1e-4)
+    assert area == pytest.approx(float(recording.case.arrays["released_localisation_auc"]), abs=1e-4)
 
 
-@pytest.mark.parametrize("case", STEPPED)
+@pytest.mark.parity("mkd", having="lr")
 def test_the_first_steps_of_adam_are_the_released_ones(case):
     recording = Recording(case)
     network, images = recording.network.train(), recording.input("train_input")
     optimizer = torch.optim.Adam(network.parameters(), lr=recording.options["lr"], betas=recording.options["betas"])
     before = {name: value.detach().clone() for name, value in network.named_parameters()}
     losses = []
-    for number in range(len(recording.arrays["train_losses"])):
+    for number in range(len(recording.case.arrays["train_losses"])):
         optimizer.zero_grad()
         pairs = recording.pairs(images)
         loss = mkd.loss(pairs, recording.weight)
@@ -205,16 +158,16 @@ def test_the_first_steps_of_adam_are_the_released_ones(case):
             found = {"train_cosine": cosine.mean(0), "train_mse": square.mean(0)}
             found |= {f"param_grad.{name}": p.grad.clone() for name, p in network.named_parameters()}
             found |= {f"after.{name}": value for name, value in network.named_buffers()}
-            recording.check(found)
+            recording.case.check(found)
         optimizer.step()
         if number == 0:
-            recording.check({f"step.{n}": p - before[n] for n, p in network.named_parameters()}, 2e-3)
-    recorded = recording.arrays["train_losses"]
+            recording.case.check({f"step.{n}": p - before[n] for n, p in network.named_parameters()}, 2e-3)
+    recorded = recording.case.arrays["train_losses"]
     assert losses[0].item() == pytest.approx(float(recorded[0]), rel=1e-4)
-    recording.check({"train_losses": torch.stack(losses)}, 2e-3)
+    recording.case.check({"train_losses": torch.stack(losses)}, 2e-3)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if "fill" in c])
+@pytest.mark.parity("mkd", having="fill")
 def test_the_method_on_a_vgg_from_a_file_gives_the_released_scores_and_maps(case, tmp_path):
     recording = Recording(case)
     torch.save(recording.states["source"], tmp_path / "source.pth")
@@ -229,13 +182,13 @@ def test_the_method_on_a_vgg_from_a_file_gives_the_released_scores_and_maps(case
     module.set_protocol("as_released", "last")
     with torch.inference_mode():
         found = module.evaluate({"image": (images - mean) / std})
-    recording.check({"score": found[""].image_scores}, 1e-4)
-    opened = mkd.opened(torch.from_numpy(recording.arrays["map.gradients"]))
+    recording.case.check({"score": found[""].image_scores}, 1e-4)
+    opened = mkd.opened(case.tensor("map.gradients"))
     assert (found[""].maps - opened).abs().max() <= 1e-4
 
 
-def test_the_default_is_the_released_cloner():
-    keys = json.loads((FOLDER / "mkd_keys.json").read_text())
+def test_the_default_is_the_released_cloner(parity_keys):
+    keys = parity_keys("mkd")
     channels, strides = (128, 256, 512, 512), (4, 8, 16, 32)
     for name, options in (("cloner", {}), ("cloner_with_bias", {"bias": True})):
         with torch.device("meta"):

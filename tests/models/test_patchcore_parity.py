@@ -1,13 +1,5 @@
-"""PatchCore must compute what the authors' released code and anomalib compute, from the same features.
+"""PatchCore must compute what the authors' released code and anomalib compute, from the same features."""
 
-PARITY_DIR points to another folder of the same form (cases_baselines.json and the .npz files that it names).
-"""
-
-import json
-import os
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 
@@ -16,24 +8,20 @@ from models.layers.coreset import greedy_coreset, johnson_lindenstrauss, start_c
 from models.layers.nearest import nearest
 from models.patchcore import PatchCoreNetwork
 
-FOLDER = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
-CASES = [case for case in json.loads((FOLDER / "cases_baselines.json").read_text()) if case["method"] == "patchcore"]
+pytestmark = pytest.mark.parity("patchcore")
 
 
 class Recorded:
     """A case's arrays as tensors, and the networks that its hyperparameters ask for."""
 
-    def __init__(self, case: dict) -> None:
-        self.case, self.hparams = case, case["hparams"]
-        with np.load(FOLDER / case["file"]) as arrays:
-            prefix = f"{case['tag']}."
-            self.arrays = {name.removeprefix(prefix): arrays[name] for name in arrays.files if name.startswith(prefix)}
-        shapes = case["input"]["shape"]
+    def __init__(self, case) -> None:
+        self.case, self.hparams = case, case.hparams
+        shapes = case.input["shape"]
         self.train = [self[f"train.{level}"] for level in range(len(shapes) // 2)]
         self.test = [self[f"test.{level}"] for level in range(len(shapes) // 2)]
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(self.arrays[name]))
+        return self.case.tensor(name)
 
     def network(self, rule: str, **options) -> PatchCoreNetwork:
         hparams = self.hparams
@@ -47,17 +35,13 @@ class Recorded:
             **options,
         )
 
-    def agrees(self, found: torch.Tensor, name: str, tolerance: float = 1e-4) -> None:
-        expected = self.arrays[name]
-        assert tuple(found.shape) == expected.shape, name
-        error = np.abs(found.numpy() - expected).max() / np.abs(expected).max()
-        print(f"{self.case['tag']} {name}: relative error {error:.1e}")
-        assert error <= tolerance, f"{name}: {error:.2e}"
+    def agrees(self, found: torch.Tensor, name: str) -> None:
+        self.case.check({name: found})
 
 
-@pytest.fixture(params=CASES, ids=[case["tag"] for case in CASES])
-def recorded(request) -> Recorded:
-    return Recorded(request.param)
+@pytest.fixture
+def recorded(case) -> Recorded:
+    return Recorded(case)
 
 
 def rows(network: PatchCoreNetwork, levels: list[torch.Tensor]) -> torch.Tensor:
@@ -72,8 +56,8 @@ def head(recorded: Recorded, **options) -> AnomalyHead:
     )
 
 
-def test_the_folder_has_a_case_for_patchcore():
-    assert CASES
+def test_the_folder_has_a_case_for_patchcore(parity_cases):
+    assert parity_cases("patchcore")
 
 
 @pytest.mark.parametrize(("rule", "name"), [("released", "official"), ("anomalib", "anomalib")])

@@ -1,10 +1,5 @@
 """RLR: parity with the released code, counts, masks, and what each option promises."""
 
-import json
-import os
-import zlib
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -25,9 +20,6 @@ from models.rlr import (
     window_side,
 )
 
-PARITY = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
-CASES = [case for case in json.loads((PARITY / "cases.json").read_text()) if case["method"] == "rlr"]
-
 
 def small(**options) -> LevelNetwork:
     torch.manual_seed(0)
@@ -36,10 +28,6 @@ def small(**options) -> LevelNetwork:
 
 
 # Parity
-
-
-def fill(name: str, shape: list[int]) -> np.ndarray:
-    return np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
 
 
 def released_shapes(hparams: dict) -> dict[str, list[int]]:
@@ -67,15 +55,10 @@ def released_shapes(hparams: dict) -> dict[str, list[int]]:
     return shapes
 
 
-def released_state(hparams: dict, prefix: str = "") -> dict[str, torch.Tensor]:
-    state = {}
-    for name, shape in released_shapes(hparams).items():
-        value = fill(prefix + name, shape)
-        if name != "ref_mca":
-            one = name == "encoder.gate" or ("norm" in name and name.endswith("weight"))
-            value = 0.05 * value + (1 if one else 0)
-        state[prefix + name] = torch.from_numpy(np.float32(value))
-    return state
+def parameter(name: str, values: torch.Tensor) -> torch.Tensor:
+    if name.endswith("ref_mca"):
+        return values
+    return 0.05 * values + (name.endswith("encoder.gate") or ("norm" in name and name.endswith("weight")))
 
 
 def network_of(hparams: dict, **options) -> LevelNetwork:
@@ -93,18 +76,14 @@ def network_of(hparams: dict, **options) -> LevelNetwork:
     )
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case["tag"])
+@pytest.mark.parity("rlr")
 def test_an_imported_checkpoint_computes_what_the_released_code_computes(case):
-    hparams, prefix = case["hparams"], case["key_prefix"]
-    network = network_of(hparams)
-    imported = load_released(network, released_state(hparams, prefix))
+    network = network_of(case.hparams)
+    imported = load_released(network, case.state(released_shapes(case.hparams), parameter))
     assert not imported.unused
-    tokens = torch.from_numpy(fill(case["input"]["name"], case["input"]["shape"]))
     with torch.no_grad():
-        found = network.eval()(tokens).numpy()
-    with np.load(PARITY / case["file"]) as arrays:
-        expected = arrays[case["tag"]]
-    assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+        found = network.eval()(case.input_tensor())
+    case.check({"": found})
 
 
 @pytest.mark.parametrize(
@@ -115,9 +94,8 @@ def test_an_imported_checkpoint_computes_what_the_released_code_computes(case):
         ("level3_16x16_theta", {"channels": 200, "side": 16, "d_model": 512, "layers": 4, "fusion": "theta"}),
     ],
 )
-def test_the_importer_knows_every_name_of_the_published_checkpoints(group, hparams):
-    published = json.loads((PARITY / "rlr_keys.json").read_text())[group]
-    assert released_shapes(hparams | {"references": 1}) == published
+def test_the_importer_knows_every_name_of_the_published_checkpoints(parity_keys, group, hparams):
+    assert released_shapes(hparams | {"references": 1}) == parity_keys("rlr")[group]
 
 
 class Spelled(nn.Module):
@@ -176,10 +154,12 @@ class Spelled(nn.Module):
 def test_several_references_are_summed_and_the_last_is_the_key_as_released(references):
     hparams = {"channels": 6, "side": 8, "d_model": 16, "heads": 2, "layers": 2, "fusion": "alpha"}
     hparams["references"] = references
-    state = released_state(hparams, "m.")
+    draws = torch.Generator().manual_seed(0)
+    shapes = released_shapes(hparams)
+    state = {f"m.{name}": parameter(name, torch.randn(shape, generator=draws)) for name, shape in shapes.items()}
     network = network_of(hparams)
     load_released(network, state)
-    tokens = torch.from_numpy(fill("tokens", [2, 64, 6]))
+    tokens = torch.randn(2, 64, 6, generator=draws)
     expected = Spelled({k.removeprefix("m."): v for k, v in state.items()}, hparams)(tokens)
     with torch.no_grad():
         found = network(tokens)

@@ -30,8 +30,8 @@ def parameters(network: nn.Module) -> int:
 
 
 @pytest.mark.parity("uniad")
-def test_numbers_equal_the_released_code(parity_case, assert_parity):
-    options = parity_case.hparams
+def test_numbers_equal_the_released_code(case, assert_parity):
+    options = case.hparams
     height, width = options["feature_size"]
     places = [place for place, on in zip(("encoder", "decoder1", "decoder2"), options["mask"], strict=True) if on]
     neighbor_size = options["neighbor_size"]
@@ -42,7 +42,7 @@ def test_numbers_equal_the_released_code(parity_case, assert_parity):
         mask_places=places,
         position=options["position"],
     ).eval()
-    shapes = parity_case.key_shapes()
+    shapes = case.key_shapes()
     for name, shape in shapes.items():  # what depends on the case's grid and channels
         if name.endswith("learned_embed.weight"):
             shape[0] = height * width
@@ -58,14 +58,14 @@ def test_numbers_equal_the_released_code(parity_case, assert_parity):
     def rule(name: str, normals: torch.Tensor) -> torch.Tensor:
         return 0.05 * normals + float("norm" in name and name.endswith("weight"))
 
-    imported = load_released(network, parity_case.state(shapes, rule))
-    assert imported.prefix == parity_case.key_prefix
+    imported = load_released(network, case.state(shapes, rule))
+    assert imported.prefix == case.key_prefix
     assert all("pos_embed" in name for name in imported.unused)
     with torch.no_grad():
-        pairs = network([parity_case.input_tensor()])
+        pairs = network([case.input_tensor()])
         maps = AnomalyHead()(pairs, (16 * height, 16 * width)).maps
-    assert_parity(pairs[0].reconstruction, parity_case.array("feature_rec"))
-    assert_parity(maps[:, None], parity_case.array("pred"))
+    assert_parity(pairs[0].reconstruction, case.arrays["feature_rec"])
+    assert_parity(maps[:, None], case.arrays["pred"])
 
 
 # An independent reading of the method in NumPy, for what no recording covers.

@@ -1,8 +1,6 @@
 """UniAS: parity with the released code, parameter counts, and what each option promises."""
 
 import json
-import zlib
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,17 +60,11 @@ def features_of(network: UniAS, batch: int = 2) -> list[torch.Tensor]:
 # Parity with the released code
 
 
-def fill(name: str, shape: Sequence[int]) -> torch.Tensor:
-    """The recorded inputs' numbers: standard normals that depend on the name alone."""
-    normals = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
-    return torch.from_numpy(normals.astype(np.float32))
-
-
 @pytest.mark.parity("unias")
-def test_authors_checkpoints_give_the_authors_reconstructions_maps_and_loss(parity_case, assert_parity, monkeypatch):
-    shapes = parity_case.input["shape"]
-    keys = parity_case.key_shapes()
-    options = {name: parity_case.hparams[name] for name in ("neighbor_size", "heads") if name in parity_case.hparams}
+def test_authors_checkpoints_give_the_authors_reconstructions_maps_and_loss(case, assert_parity, monkeypatch):
+    shapes = case.input["shape"]
+    keys = case.key_shapes()
+    options = {name: case.hparams[name] for name in ("neighbor_size", "heads") if name in case.hparams}
     options["attention"] = "dual" if any("Channel" in name for name in keys) else "spatial"
     network = UniAS([shape[1] for shape in shapes.values()], [shape[2:] for shape in shapes.values()], **options).eval()
     state = network.state_dict()
@@ -81,11 +73,11 @@ def test_authors_checkpoints_give_the_authors_reconstructions_maps_and_loss(pari
         return 0.03 * normals + float("norm" in name.lower() and name.endswith("weight") and normals.ndim == 1)
 
     of_this_grid = {name: list(state[released_name(name)].shape) for name in keys}
-    imported = load_released(network, parity_case.state(of_this_grid, rule))
-    assert imported.prefix == parity_case.key_prefix
+    imported = load_released(network, case.state(of_this_grid, rule))
+    assert imported.prefix == case.key_prefix
     assert not imported.unused
-    targets = [fill(f"target:{parity_case.tag}{level}", shape) for level, shape in shapes.items()]
-    residuals = [0.3 * fill(f"residual:{parity_case.tag}{level}", shape) for level, shape in shapes.items()]
+    targets = [case.fill(f"target:{case.tag}{level}", shape) for level, shape in shapes.items()]
+    residuals = [0.3 * case.fill(f"residual:{case.tag}{level}", shape) for level, shape in shapes.items()]
     inputs = [torch.cat(both, dim=1) for both in zip(targets, residuals, strict=True)]
     monkeypatch.setattr(network.filter, "forward", lambda _: (inputs, targets))  # recordings enter after the filter
     with torch.no_grad():
@@ -94,9 +86,9 @@ def test_authors_checkpoints_give_the_authors_reconstructions_maps_and_loss(pari
     found = {"pred": AnomalyHead(HEAD)(pairs, image_size).maps[:, None]}
     found |= {f"recon{level[3:]}": pair.reconstruction for level, pair in zip(shapes, pairs, strict=True)}
     found["loss_as_released"] = reconstruction_loss(pairs, weight=10.0, cosine_term="as_released")
-    for name, description in parity_case.arrays.items():
+    for name, description in case.description["arrays"].items():
         array = found[name][..., ::8, ::8] if "every 8th row and column" in description else found[name]
-        assert_parity(array, parity_case.array(name))
+        assert_parity(array, case.arrays[name])
 
 
 def test_importer_finds_every_parameter_once():

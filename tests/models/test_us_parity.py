@@ -1,37 +1,21 @@
 """US must compute what the usual reimplementation's dense networks and the paper's formulas give: descriptors, statistics,
 maps, the losses of teacher and students, and a student's first Adam steps.
-
-File, tag, shapes and hyperparameters come from cases_classics_mkd_us.json in PARITY_DIR (or tests/models/parity), so that
-other cases of the same form run through.
 """
 
-import json
-import os
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 
 from models import us
 from models.head import AnomalyHead, HeadConfig
 
-FOLDER = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
-CASES = [case for case in json.loads((FOLDER / "cases_classics_mkd_us.json").read_text()) if case["method"] == "us"]
+pytestmark = pytest.mark.parity("us")
 
 
 class Recording:
-    """A case with its arrays, and the networks built and loaded as it says."""
+    """A case, and the networks built and loaded as it says."""
 
-    def __init__(self, case: dict) -> None:
-        self.options, self.tag = case["hparams"], case["tag"]
-        own = f"{self.tag}."
-        with np.load(FOLDER / case["file"]) as stored:
-            self.arrays = {name.removeprefix(own): stored[name] for name in stored.files if name.startswith(own)}
-        self.sizes = self.options["patch_sizes"]
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return torch.from_numpy(self.arrays[name])
+    def __init__(self, case) -> None:
+        self.case, self.options, self.sizes = case, case.hparams, case.hparams["patch_sizes"]
 
     def network(self, target: str = "descriptor", padding: str = "zeros") -> us.US:
         network = us.US(
@@ -46,7 +30,7 @@ class Recording:
             parts = [(network.teachers[str(size)], f"state.teacher.{size}.")]
             parts += [(net, f"state.student.{size}.{n}.") for n, net in enumerate(network.students[str(size)])]
             for part, prefix in parts:
-                part.load_state_dict({name: self.tensor(prefix + name) for name in part.state_dict()})
+                part.load_state_dict({name: self.case.tensor(prefix + name) for name in part.state_dict()})
         return network
 
     @torch.no_grad()
@@ -54,7 +38,7 @@ class Recording:
         """The network with its targets' scale, from the training images, one by one."""
         network = self.network(target)
         for size in self.sizes:
-            outputs = [network.output(network.teachers[str(size)], x) for x in self.tensor("train").split(1)]
+            outputs = [network.output(network.teachers[str(size)], x) for x in self.case.tensor("train").split(1)]
             parts = [us.moments(output[0].flatten(1)) for output in outputs]
             network.scales[str(size)].set(*us.mean_and_std(us.merged(parts)))
         return network
@@ -69,45 +53,32 @@ class Recording:
         network.statistics.copy_(torch.stack([mean, std], dim=1).reshape(-1, 4))
         return network
 
-    def check(self, found: dict[str, torch.Tensor], tolerance: float = 1e-4) -> None:
-        """Compares what is recorded, to a part of the largest recorded value."""
-        errors = {}
-        for name, ours in found.items():
-            if name not in self.arrays:
-                continue
-            values, ours = self.arrays[name], ours.detach().numpy()
-            assert ours.shape == values.shape, name
-            errors[name] = float(np.abs(ours - values).max() / max(np.abs(values).max(), 1e-30))
-        assert errors
-        print(self.tag, {name: f"{error:.1e}" for name, error in errors.items()})
-        assert max(errors.values()) <= tolerance, errors
 
-
-@pytest.fixture(params=CASES, ids=[case["tag"] for case in CASES])
-def recording(request) -> Recording:
-    return Recording(request.param)
+@pytest.fixture
+def recording(case) -> Recording:
+    return Recording(case)
 
 
 @torch.no_grad()
 def test_dense_descriptors_are_the_recorded_ones(recording):
-    images, found = recording.tensor("test"), {}
+    images, found = recording.case.tensor("test"), {}
     for padding in ("zeros", "reflect"):
         teachers = recording.network(padding=padding).teachers
         for size in recording.sizes:
-            if f"descriptor.{size}.{padding}" in recording.arrays:
+            if f"descriptor.{size}.{padding}" in recording.case.arrays:
                 found[f"descriptor.{size}.{padding}"] = teachers[str(size)](images)
-    recording.check(found)
+    recording.case.check(found)
 
 
 @torch.no_grad()
 def test_statistics_errors_variances_maps_and_scores_are_the_recorded_ones(recording):
-    network, images, found = recording.measured(), recording.tensor("test"), {}
-    recording.calibrated(network, recording.tensor("validation"))
+    network, images, found = recording.measured(), recording.case.tensor("test"), {}
+    recording.calibrated(network, recording.case.tensor("validation"))
     readings = network(images)
     errors, variances = network.scaled(readings)
     for number, size in enumerate(recording.sizes):
         scale = network.scales[str(size)]
-        losses = network.student_losses(size, recording.tensor("train"))
+        losses = network.student_losses(size, recording.case.tensor("train"))
         found |= {f"teacher_mean.{size}": scale.mean, f"teacher_std.{size}": scale.std}
         found |= {f"teacher_normalised.{size}": network.normalised(size, images)}
         found |= {f"student_loss.{size}": torch.stack(losses)}
@@ -116,20 +87,20 @@ def test_statistics_errors_variances_maps_and_scores_are_the_recorded_ones(recor
         found |= {f"scale_map.{size}": errors[number] + variances[number]}
     maps = [error + variance for error, variance in zip(errors, variances, strict=True)]
     scored = AnomalyHead(HeadConfig(fusion="mean", image_score="max")).score(maps, tuple(images.shape[-2:]))
-    recording.check(found | {"map": scored.maps, "score": scored.image_scores})
+    recording.case.check(found | {"map": scored.maps, "score": scored.image_scores})
 
 
 @torch.no_grad()
 def test_the_reimplementations_reading_gives_its_maps(recording):
-    network, images, found = recording.measured("decoded"), recording.tensor("test"), {}
-    recording.calibrated(network, recording.tensor("train"))
+    network, images, found = recording.measured("decoded"), recording.case.tensor("test"), {}
+    recording.calibrated(network, recording.case.tensor("train"))
     errors, variances = network.scaled(network(images))
     for number, size in enumerate(recording.sizes):
         output = network.output(network.teachers[str(size)], images)
         found |= {f"reference_output.{size}": output.permute(0, 2, 3, 1)}
         found |= {f"reference_stats.{size}": network.statistics[number]}
         found |= {f"reference_map.{size}": errors[number] + variances[number]}
-    recording.check(found)
+    recording.case.check(found)
 
 
 def test_a_students_first_steps_are_the_recorded_ones(recording):
@@ -139,7 +110,9 @@ def test_a_students_first_steps_are_the_recorded_ones(recording):
     optimizer = torch.optim.Adam(student.parameters(), **options)
     before = {name: value.detach().clone() for name, value in student.named_parameters()}
     losses = []
-    for number, image in enumerate(recording.tensor("train").split(1)[: len(recording.arrays["student_losses"])]):
+    for number, image in enumerate(
+        recording.case.tensor("train").split(1)[: len(recording.case.arrays["student_losses"])]
+    ):
         optimizer.zero_grad()
         loss = network.student_losses(size, image)[0]
         losses.append(loss.detach())
@@ -148,9 +121,9 @@ def test_a_students_first_steps_are_the_recorded_ones(recording):
         if number == 0:
             found = {f"student_grad.{name}": value.grad for name, value in student.named_parameters()}
             found |= {f"student_step.{name}": value - before[name] for name, value in student.named_parameters()}
-            recording.check(found, 2e-3)
-    assert losses[0].item() == pytest.approx(float(recording.arrays["student_losses"][0]), rel=1e-4)
-    recording.check({"student_losses": torch.stack(losses)}, 2e-3)
+            recording.case.check(found, 2e-3)
+    assert losses[0].item() == pytest.approx(float(recording.case.arrays["student_losses"][0]), rel=1e-4)
+    recording.case.check({"student_losses": torch.stack(losses)}, 2e-3)
     assert all(parameter.grad is None for parameter in network.teachers.parameters())
 
 
@@ -159,9 +132,9 @@ def test_the_teachers_losses_and_gradients_are_the_recorded_ones(recording):
     teacher = network.teachers["33"].requires_grad_(True)
     names = dict(teacher.named_parameters())
     anchor, positive, negative = (
-        teacher.patches(recording.tensor(f"patch.{p}")) for p in ("anchor", "positive", "negative")
+        teacher.patches(recording.case.tensor(f"patch.{p}")) for p in ("anchor", "positive", "negative")
     )
-    decoded, target = teacher.decode(anchor), recording.tensor("patch.target")
+    decoded, target = teacher.decode(anchor), recording.case.tensor("patch.target")
     each = torch.stack([us.triplet_loss(*(x[n : n + 1] for x in (anchor, positive, negative)), recording.options["delta"])
                         for n in range(len(anchor))])  # fmt: skip
     distillation = us.distillation_loss(decoded, target)
@@ -188,4 +161,4 @@ def test_the_teachers_losses_and_gradients_are_the_recorded_ones(recording):
     for kind, loss in (("teacher_grad", total), ("teacher_grad_triplet", total + triplet)):
         gradients = torch.autograd.grad(loss, list(names.values()), retain_graph=True)
         found |= {f"{kind}.{name}": gradient for name, gradient in zip(names, gradients, strict=True)}
-    recording.check(found)
+    recording.case.check(found)

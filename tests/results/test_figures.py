@@ -55,7 +55,7 @@ def test_peak_epoch_final_and_drop_are_read_off_the_curves(runs, sweep):
     assert values[6:] == [pytest.approx(96.0), 2, pytest.approx(94.0), pytest.approx(2.0)]
     assert table.cells[0][2].runs.std == pytest.approx(math.sqrt(0.5))
     text = render.markdown(table)
-    assert "1.00e-04" in text
+    assert "0.0001" in text
     assert "**" not in text.split("|---")[1], "curves are not ranked"
 
 

@@ -562,6 +562,7 @@ def test_before_the_first_run_a_papers_table_shows_what_is_printed(tmp_path, cap
     assert f"{published.cells[0][0].published.mean:.2f}" in shown
 
 
+@pytest.mark.program
 def test_tables_need_no_torch_so_that_a_laptop_rebuilds_them_at_once():
     code = "import sys, results.__main__, results.aggregator.report; print({'torch', 'lightning', 'timm'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

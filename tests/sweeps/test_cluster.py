@@ -177,6 +177,8 @@ def test_pull_brings_the_other_runs_when_some_are_broken_and_says_so(
     import wandb
     from rich.console import Console
 
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+
     def lost() -> list[Artifact]:
         raise OSError("gone [/]")
 

@@ -255,3 +255,18 @@ def test_a_method_without_profile_is_answered_with_the_nearest_one(tmp_path):
     (tmp_path / "demo" / "uniad.yaml").write_text("{}")
     with pytest.raises(SweepError, match=r"No configuration .*uniat\.yaml\. Did you mean 'uniad'\?"):
         identity.read_config(tmp_path / "demo" / "uniat.yaml")
+
+
+def test_the_version_of_a_package_counts_where_the_method_takes_its_network_from_it(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = {"anomalib": "2.7.0"}
+    monkeypatch.setattr(identity, "_version", versions.__getitem__)
+    before = name()
+    (repository / "nets" / "uniad.py").write_text("def net():\n    from anomalib.models import x\n    return x")
+    taken = name()
+    versions["anomalib"] = "2.7.1"
+    assert len({before, taken, name()}) == 3
+    (repository / "nets" / "uniad.py").write_text("x = 1")
+    (repository / "nets" / "rlr.py").write_text("from anomalib.models import x")  # another method's
+    assert name() == before

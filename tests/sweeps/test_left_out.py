@@ -13,8 +13,10 @@ import pytest
 import yaml
 
 from lightning_modules.running import requirements
+from lightning_modules.running.methods import import_methods
 from lightning_modules.uniad import UniAD
 from models import pretrained
+from models.backbones import BackboneConfig
 from sweeps.runner import checked_sweep, preflight
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -88,6 +90,23 @@ def test_package_and_file_that_a_method_names_are_asked_for(
     assert "model.init_args.teacher" in requirements.options(UniAD)
 
 
+def test_a_run_without_a_package_ends_in_the_same_sentence_before_weights_are_looked_for(
+    no_hub: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(UniAD, "needs_packages", {"no_such_package": "make baselines"})
+    with pytest.raises(ValueError, match=r"^uniad needs the Python package no_such_package.*: make baselines\.$"):
+        UniAD(BackboneConfig(VIT, (1,), weights="/no/such/file"))
+
+
+@pytest.mark.parametrize("name", ["cflow", "fastflow", "draem", "efficientad"])
+def test_methods_through_anomalib_are_left_out_without_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = import_methods()[name]
+    path = f"{method.__module__}.{method.__name__}"
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
+    reason = requirements.lacking({"model": {"class_path": path, "init_args": {}}})
+    assert reason == f"{name} needs the Python package anomalib, which is not installed: make baselines."
+
+
 def test_each_cell_gets_its_own_answer_and_equal_needs_are_looked_up_once(
     no_hub: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,12 +127,15 @@ def test_each_cell_gets_its_own_answer_and_equal_needs_are_looked_up_once(
     assert sorted(asked) == sorted(set(names))
 
 
-def test_profiles_of_the_demo_that_need_a_vit_say_so_and_the_others_need_nothing(no_hub: None) -> None:
+def test_profiles_of_the_demo_that_need_something_say_so_and_the_others_need_nothing(
+    no_hub: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: None)  # with or without anomalib
     lacking = set()
     for path in Path("sweeps/profiles/demo").glob("*.yaml"):
         if requirements.lacking(yaml.safe_load(path.read_text())):
             lacking.add(path.stem)
-    assert lacking == {"dinomaly", "dinomaly2", "inp_former"}
+    assert lacking == {"dinomaly", "dinomaly2", "inp_former", "cflow", "fastflow", "draem", "efficientad"}
 
 
 @pytest.mark.program

@@ -4,16 +4,39 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from sweeps.runner import checked_sweep, preflight
+from sweeps.runner import checked_sweep, preflight, program
 from sweeps.runner.checked_sweep import CheckedSweep
 
 PROFILES = sorted(path.name for path in Path("sweeps/profiles").iterdir() if path.is_dir())
+
+
+class OneParser(program.Parser):
+    """Built once, and asked once for the same arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._accepted: dict[tuple[str, ...], Mapping[str, Any]] = {}
+
+    def parse(self, arguments: list[str]) -> Mapping[str, Any]:
+        key = tuple(arguments)
+        if key not in self._accepted:
+            self._accepted[key] = super().parse(arguments)
+        return self._accepted[key]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_parser() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        parser = OneParser()
+        patch.setattr(program, "Parser", lambda: parser)
+        yield
 
 
 def problem(sweep: CheckedSweep, profile: str = "demo", cells: slice = slice(None)) -> str | None:
@@ -59,6 +82,17 @@ def test_mistake_is_named_with_file_key_and_nearest_key(
     assert found is not None
     assert found.startswith(str(path))
     assert re.search(message, found, re.DOTALL), found
+
+
+def test_cells_that_have_every_value_together_are_asked_for_first_and_stand_for_all(monkeypatch) -> None:
+    asked = []
+    parse = program.Parser().parse
+    monkeypatch.setattr(program.Parser(), "parse", lambda words: (asked.append(words), parse(words))[1])
+    sweep = checked_sweep.load("uniad_components")
+    assert problem(sweep) is None
+    values = {(key, str(value)) for cell in sweep.cells() for key, value in cell.parameters.items()}
+    assert all(any(f"--{key}={value}" in words for words in asked) for key, value in values)
+    assert len(asked) < len(values)
 
 
 def test_mistake_in_the_profile_is_named_with_the_profile(tmp_path: Path) -> None:

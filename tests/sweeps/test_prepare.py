@@ -55,6 +55,7 @@ def weights(project: Any) -> list[str | None]:
     return [record["environment"]["WEIGHTS"] for record in project.records().values()]
 
 
+@pytest.mark.program
 def test_embedded_benchmark_is_made_once_and_appears_whole(prepared: Any) -> None:
     runners = [prepared.start(*RUN) for _ in range(2)]
     outputs = [runner.communicate(timeout=60)[0] for runner in runners]
@@ -64,6 +65,7 @@ def test_embedded_benchmark_is_made_once_and_appears_whole(prepared: Any) -> Non
     assert len(prepared.records()) == 3
 
 
+@pytest.mark.program
 def test_single_training_finds_the_embedded_benchmark_made(prepared: Any) -> None:
     for made in (1, 0):
         process = prepared.start("data", "sweeps/profiles/demo/toy.yaml")
@@ -72,6 +74,7 @@ def test_single_training_finds_the_embedded_benchmark_made(prepared: Any) -> Non
     assert (prepared.folder / "data" / "synthetic" / "1.png").is_file()
 
 
+@pytest.mark.program
 @pytest.mark.parametrize(
     ("variables", "told"),
     [
@@ -96,6 +99,7 @@ def test_numerical_libraries_share_one_number_of_threads() -> None:
     assert prepare.threads({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "3"}, 2)["MKL_NUM_THREADS"] == "3"
 
 
+@pytest.mark.program
 def test_weights_are_decided_once_per_sweep_and_random_ones_are_shouted(prepared: Any) -> None:
     _, output = prepared.run(*RUN, "--only", "size=1")
     assert "mobilenet has RANDOM weights" in output
@@ -106,6 +110,18 @@ def test_weights_are_decided_once_per_sweep_and_random_ones_are_shouted(prepared
     assert (prepared.folder / "decided.txt").read_text() == "['mobilenet', '--weights', 'auto']\n"
 
 
+def test_own_photographs_are_not_trained_on_random_features_unasked(prepared: Any) -> None:
+    (prepared.folder / "data" / "nuts" / "m8" / "train").mkdir(parents=True)
+    own = {"DATASET": "folder", "DATA_ROOT": "data/nuts"}
+    code, output = prepared.run(*RUN, **own)
+    assert code != 0
+    assert "WEIGHTS=random insists" in " ".join(output.split())
+    assert not prepared.records()
+    assert prepared.run(*RUN, WEIGHTS="random", **own)[0] == 0
+    assert weights(prepared) == ["random"] * 3
+
+
+@pytest.mark.program
 def test_automatic_weights_may_come_from_a_package(prepared: Any) -> None:
     (prepared.folder / "answer.txt").write_text("packaged")
     _, output = prepared.run(*RUN)
@@ -113,6 +129,7 @@ def test_automatic_weights_may_come_from_a_package(prepared: Any) -> None:
     assert weights(prepared) == ["packaged"] * 3
 
 
+@pytest.mark.program
 def test_named_weights_are_passed_on_and_make_other_cells(prepared: Any) -> None:
     prepared.run(*RUN, WEIGHTS="imagenet")
     prepared.run(*RUN, WEIGHTS="random")
@@ -120,6 +137,7 @@ def test_named_weights_are_passed_on_and_make_other_cells(prepared: Any) -> None
     assert not (prepared.folder / "decided.txt").exists()
 
 
+@pytest.mark.program
 def test_program_that_cannot_decide_the_weights_stops_the_sweep_before_any_cell(prepared: Any) -> None:
     (prepared.folder / "answer.txt").unlink()
     code, output = prepared.run(*RUN)
@@ -128,6 +146,7 @@ def test_program_that_cannot_decide_the_weights_stops_the_sweep_before_any_cell(
     assert not prepared.starts()
 
 
+@pytest.mark.program
 def test_list_shows_cells_and_what_they_cost(prepared: Any) -> None:
     _, output = prepared.run("list")
     assert "toy" in output
@@ -156,6 +175,7 @@ def test_gpus_are_chosen_by_number_or_not_at_all(monkeypatch: pytest.MonkeyPatch
     assert prepare.gpus(None) == []
 
 
+@pytest.mark.program
 def test_terminal_shows_bars_and_metric_while_cells_run(project: Any) -> None:
     project.sweep({"model.size": [1, 2], "model.nap": 0.5})
     master, slave = pty.openpty()

@@ -112,6 +112,7 @@ def test_missing_files_and_bad_rows_are_named(saved, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.program
 def test_the_package_loads_without_lightning_timm_or_wandb():
     code = (
         "import sys, lightning_modules.metrics; "
@@ -121,6 +122,7 @@ def test_the_package_loads_without_lightning_timm_or_wandb():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.program
 def test_the_command_explains_itself():
     command = [sys.executable, "-m", "lightning_modules.metrics", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout

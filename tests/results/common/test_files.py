@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from results.common import files
-from results.common.nearest import did_you_mean
+from results.common.did_you_mean import did_you_mean
 
 
 def test_a_name_appears_only_when_its_content_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import yaml
 from lightning_modules.running.backbone import recorded_weights
 from lightning_modules.running.settings import work_folder
 from results.common.files import restore_replaced
-from results.common.foreign import read_mapping
+from results.common.untrusted import read_mapping
 
 OURS = ("datamodules.UnifiedDataModule", "datamodules.unified.UnifiedDataModule")
 SCHEDULES = "lightning_modules.running.schedules"
@@ -30,6 +30,8 @@ RUN = (
     "protocol",
     "selection",
     "curve_every",
+    "alpha",
+    "rule",
     "heatmaps",
     "upload",
     "keep_epochs",
@@ -46,7 +48,7 @@ LARGEST = 2**20
 """Bytes of a configuration; the program's own have a few thousand."""
 
 
-class ForeignError(ValueError):
+class UntrustedError(ValueError):
     """A record's configuration asks for what a record may not."""
 
 
@@ -58,7 +60,7 @@ def as_data(arguments: Sequence[str], methods: Iterable[type]) -> list[str]:
     that its own place gives.
 
     Raises:
-        ForeignError: it names a class that is not the project's own, or is none at all.
+        UntrustedError: it names a class that is not the project's own, or is none at all.
     """
     out, given = [], list(arguments)
     command = "".join(given[:1])
@@ -94,11 +96,11 @@ def _check_text(file: Path) -> None:
     try:
         file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ForeignError(
+        raise UntrustedError(
             f"{file} is no configuration: it is not UTF-8 text ({error.reason}, byte {error.start})."
         ) from None
     except OSError as error:
-        raise ForeignError(f"{file} cannot be read: {error.strerror}.") from None
+        raise UntrustedError(f"{file} cannot be read: {error.strerror}.") from None
 
 
 def clean_up() -> None:
@@ -115,13 +117,13 @@ _left: list[Path] = []
 def read(file: Path, methods: Iterable[type]) -> dict[str, Any]:
     """What a record's configuration may say; see `as_data`."""
     if file.stat().st_size > LARGEST:
-        raise ForeignError(f"{file} has {file.stat().st_size:,} bytes: it is no configuration of a run.")
+        raise UntrustedError(f"{file} has {file.stat().st_size:,} bytes: it is no configuration of a run.")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8", errors="surrogateescape"))
     except (yaml.YAMLError, RecursionError) as error:
-        raise ForeignError(f"{file} is not readable as YAML: {str(error).splitlines()[0]}") from error
+        raise UntrustedError(f"{file} is not readable as YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):
-        raise ForeignError(f"{file} is no configuration: found {type(content).__name__}, not keys and values.")
+        raise UntrustedError(f"{file} is no configuration: found {type(content).__name__}, not keys and values.")
     kept: dict[str, Any] = {key: content[key] for key in ("seed_everything",) if _plain(content.get(key))}
     for key in ("model", "data"):
         if key in content:
@@ -160,14 +162,14 @@ def check(section: Any, file: Path, methods: Iterable[type]) -> None:
     """Refuses a section `model` or `data` that names anything but the project's own classes.
 
     Raises:
-        ForeignError: names the class.
+        UntrustedError: names the class.
     """
     if not isinstance(section, Mapping):
-        raise ForeignError(f"{file}: model and data are a class_path with init_args each, found {section!r}.")
+        raise UntrustedError(f"{file}: model and data are a class_path with init_args each, found {section!r}.")
     known = {*OURS, *(f"{method.__module__}.{method.__qualname__}" for method in methods)}
     for path in _paths(section, set()):
         if path not in known and not _schedules(path):
-            raise ForeignError(
+            raise UntrustedError(
                 f"{file} names the class {path!r}. A record may only name methods of lightning_modules, "
                 f"{OURS[0]}, and optimisers and schedules, torch's or the project's. Put a configuration of your own elsewhere, "
                 "without a record.json beside it, and train with it."

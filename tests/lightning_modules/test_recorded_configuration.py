@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from lightning_modules.pictures.reconstructions import trained as trained_run
-from lightning_modules.running import checkpoints, foreign
+from lightning_modules.running import checkpoints, recorded_configuration
 from lightning_modules.running.command_line import main
 from lightning_modules.running.methods import import_methods
 
@@ -121,7 +121,7 @@ def test_every_configuration_of_the_project_is_one_that_a_record_may_have():
         content = yaml.safe_load(file.read_text())
         for key in ("model", "data"):
             if "class_path" in content.get(key, {}):
-                foreign.check(content[key], file, methods)
+                recorded_configuration.check(content[key], file, methods)
 
 
 class _Trap:

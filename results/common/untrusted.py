@@ -29,12 +29,12 @@ _CHECKSUM = re.compile(r"[0-9a-f]{64}")
 _BLOCK = 1 << 20
 
 
-class ForeignError(ValueError):
+class UntrustedError(ValueError):
     """Data that cannot be taken; the message names the file and what is wrong with it."""
 
 
 def file_inside(folder: Path, name: str) -> Path:
-    """The file `name` of a folder; ForeignError if it is missing, not a plain file, too large or not inside.
+    """The file `name` of a folder; UntrustedError if it is missing, not a plain file, too large or not inside.
 
     Args:
         folder: The folder, which may itself be reached by a link.
@@ -42,7 +42,7 @@ def file_inside(folder: Path, name: str) -> Path:
     """
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
-        raise ForeignError(f"{name!r} is not a path inside the record")
+        raise UntrustedError(f"{name!r} is not a path inside the record")
     path = folder.joinpath(*parts)
     try:
         status = os.lstat(path)
@@ -51,29 +51,29 @@ def file_inside(folder: Path, name: str) -> Path:
             status = os.stat(path)
             inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
     except FileNotFoundError:
-        raise ForeignError(f"no {name}") from None
+        raise UntrustedError(f"no {name}") from None
     except (OSError, ValueError) as error:
-        raise ForeignError(f"{name} cannot be read: {error}") from None
+        raise UntrustedError(f"{name} cannot be read: {error}") from None
     if not inside:
-        raise ForeignError(f"{name} is a link that leads out of the record")
+        raise UntrustedError(f"{name} is a link that leads out of the record")
     if not stat.S_ISREG(status.st_mode):
-        raise ForeignError(f"{name} is not a plain file")
+        raise UntrustedError(f"{name} is not a plain file")
     limit = _LIMITS.get(name, _OTHERS)
     if status.st_size > limit:
-        raise ForeignError(f"{name} has {status.st_size >> 20} MiB; at most {limit >> 20} MiB are read")
+        raise UntrustedError(f"{name} has {status.st_size >> 20} MiB; at most {limit >> 20} MiB are read")
     return path
 
 
 def read_mapping(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON file that holds a mapping; ForeignError if it is anything else, nested too deeply, or has NaN in it."""
+    """A JSON file that holds a mapping; UntrustedError if it is anything else, nested too deeply, or has NaN in it."""
     path = file_inside(folder, name)
     try:
         content = json.loads(path.read_bytes(), parse_constant=_no_constant)
     except (OSError, ValueError, RecursionError) as error:
         what = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise ForeignError(f"{name} is not readable JSON: {what}") from None
+        raise UntrustedError(f"{name} is not readable JSON: {what}") from None
     if not isinstance(content, dict):
-        raise ForeignError(f"{name} holds {type(content).__name__} instead of a mapping")
+        raise UntrustedError(f"{name} holds {type(content).__name__} instead of a mapping")
     _check_depth(content, name)
     return content
 
@@ -93,12 +93,12 @@ def _check_depth(value: Any, name: str) -> None:
         ]
         if not level:
             return
-    raise ForeignError(f"{name} is nested deeper than {DEPTH} levels")
+    raise UntrustedError(f"{name} is nested deeper than {DEPTH} levels")
 
 
 @functools.lru_cache(maxsize=4096)
 def check_yaml(text: str, name: str) -> None:
-    """ForeignError if a YAML text is malformed, not a mapping, nested too deeply, or larger than it looks (alias bombs).
+    """UntrustedError if a YAML text is malformed, not a mapping, nested too deeply, or larger than it looks (alias bombs).
 
     Nothing is built: the text is only read through, at about 3 MB in a second.
     """
@@ -112,7 +112,7 @@ def check_yaml(text: str, name: str) -> None:
                 kind = kind or type(event)
                 open_.append([event.anchor, 1])
                 if len(open_) > DEPTH:
-                    raise ForeignError(f"{name} is nested deeper than {DEPTH} levels")
+                    raise UntrustedError(f"{name} is nested deeper than {DEPTH} levels")
                 continue
             if isinstance(event, yaml.CollectionEndEvent):
                 anchor, size = open_.pop()
@@ -121,22 +121,22 @@ def check_yaml(text: str, name: str) -> None:
                 sizes[event.anchor] = 1
             elif isinstance(event, yaml.AliasEvent):
                 if event.anchor not in sizes:
-                    raise ForeignError(f"{name}: *{event.anchor} stands inside of what it names, or names nothing")
+                    raise UntrustedError(f"{name}: *{event.anchor} stands inside of what it names, or names nothing")
                 size = sizes[event.anchor]
             else:
                 continue
             if size > NODES:
-                raise ForeignError(f"{name} holds more than {NODES:,} values once its aliases are written out")
+                raise UntrustedError(f"{name} holds more than {NODES:,} values once its aliases are written out")
             if open_:
                 open_[-1][1] += size
             else:
                 kind = kind or type(event)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        if isinstance(error, ForeignError):
+        if isinstance(error, UntrustedError):
             raise
-        raise ForeignError(f"{name} is not readable YAML: {' '.join(str(error).split())}") from None
+        raise UntrustedError(f"{name} is not readable YAML: {' '.join(str(error).split())}") from None
     if kind not in (None, yaml.MappingStartEvent):
-        raise ForeignError(f"{name} holds no mapping of options")
+        raise UntrustedError(f"{name} holds no mapping of options")
 
 
 def checksums(description: Mapping[str, Any]) -> dict[str, str]:
@@ -145,16 +145,16 @@ def checksums(description: Mapping[str, Any]) -> dict[str, str]:
     if not isinstance(files, dict) or not all(
         isinstance(checksum, str) and _CHECKSUM.fullmatch(checksum) for checksum in files.values()
     ):
-        raise ForeignError(f"record.json: files is {str(files)[:60]}; it must map names to sha256 checksums")
+        raise UntrustedError(f"record.json: files is {str(files)[:60]}; it must map names to sha256 checksums")
     return files
 
 
 def check_files(folder: Path, files: Mapping[str, str], pictures: bool = True) -> None:
-    """ForeignError unless every listed file has its checksum; without `pictures` those are only looked for."""
+    """UntrustedError unless every listed file has its checksum; without `pictures` those are only looked for."""
     for name, checksum in files.items():
         path = file_inside(folder, name)
         if (pictures or not name.lower().endswith(PICTURES)) and sha256(path) != checksum:
-            raise ForeignError(f"{name} is not what the run wrote (checksum differs): cut off or edited by hand")
+            raise UntrustedError(f"{name} is not what the run wrote (checksum differs): cut off or edited by hand")
 
 
 def sha256(path: Path) -> str:

@@ -1,6 +1,8 @@
 """Records from anybody: one that is bad is named and left out, whatever is in it, and nothing leaves its folder."""
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 
@@ -78,25 +80,41 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_one_bad_record_is_named_and_the_others_make_every_table(runs, tmp_path, capsys, fault):
-    (tmp_path / "mask.yaml").write_text("name: mask\nmethod: grid\nparameters: {model.size: {values: [1, 7]}}\n")
+@pytest.fixture(scope="module")
+def told(runs_at, tmp_path_factory):
+    """Beside good records one of each fault: their folders, and per command its exit code and what it says."""
+    folder = tmp_path_factory.mktemp("records")
+    runs, bad = runs_at(folder / "runs"), {}
+    (folder / "mask.yaml").write_text("name: mask\nmethod: grid\nparameters: {model.size: {values: [1, 7]}}\n")
     for size in (1, 7):
         for seed in (0, 1):
-            path = runs.add("mask", {"model.size": size}, seed)
-    FAULTS[fault](path)
-    where = ["--root", str(runs.root), "--sweeps", str(tmp_path)]
+            runs.add("mask", {"model.size": size}, seed)
+    for seed, (fault, damage) in enumerate(FAULTS.items(), 2):
+        bad[fault] = runs.add("mask", {"model.size": 7}, seed)
+        damage(bad[fault])
+    where, said = ["--root", str(runs.root), "--sweeps", str(folder)], {}
     for command in (
-        ["sweep", "mask", *where, "--out", str(tmp_path / "out")],
-        ["tables", *where, "--out", str(tmp_path / "out")],
+        ["sweep", "mask", *where, "--out", str(folder / "out")],
+        ["tables", *where, "--out", str(folder / "out")],
         ["compare", "mask:size=1", "mask:size=7", *where],
-        ["figures", "mask", *where, "--out", str(tmp_path / "out")],
-        ["report", *where, "--out", str(tmp_path / "report.html")],
+        ["figures", "mask", *where, "--out", str(folder / "out")],
+        ["report", *where, "--out", str(folder / "report.html")],
     ):
-        assert main(command) == 1, command  # everything is written, and the code says that a record was left out
-        assert f"left out: {path}" in capsys.readouterr().err, command
+        with contextlib.redirect_stderr(io.StringIO()) as printed:
+            said[command[0]] = main(command), printed.getvalue()
+    return bad, said
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_one_bad_record_is_named_and_the_others_make_every_table(runs, told, fault):
+    bad, said = told
+    for command, (code, text) in said.items():
+        assert code == 1, command  # everything is written, and the code says that a record was left out
+        assert f"left out: {bad[fault]}" in text, command
+    runs.add("mask", {"model.size": 1})
+    FAULTS[fault](runs.add("mask", {"model.size": 7}))
     found = read_records(runs.root, warn=False)
-    assert (len(found), len(found.damaged)) == (3, 1)
+    assert (len(found), len(found.damaged)) == (1, 1)
 
 
 def test_every_file_of_a_record_has_a_checksum_and_a_picture_is_compared_when_shown(runs):

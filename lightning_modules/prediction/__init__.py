@@ -1,0 +1,1 @@
+"""What people get of new photographs: decisions, regions, pictures and a page."""
