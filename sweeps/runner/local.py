@@ -37,6 +37,8 @@ from sweeps.runner.warm import AVAILABLE, WarmStarts
 _POLL = 0.2  # seconds between two looks at the running cells
 _ELSEWHERE = 2.0  # seconds between two looks at cells that another runner works on
 _LEAST_DISK = 32 << 20  # bytes; with less, a failure is taken for a full disk
+STATE, PARAMETERS, IDENTITY = WRITTEN = ("state.json", "sweep_parameters.yaml", "identity.json")
+"""What the runner writes of a cell into its folder."""
 # Signals that come from outside: the cell did not fail by itself and is taken up again by the next run.
 _OUTSIDE = {signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
 
@@ -115,12 +117,12 @@ class Job:
             "exit_code": self.exit_code,
             "last_lines": self.log_lines,
         }
-        write_json(self.work / "state.json", content)
+        write_json(self.work / STATE, content)
 
 
 def _clear(job: Job) -> None:
-    """Removes what a killed runner left half-written of a job's state, unless another runner is at the job."""
-    if left := list(job.work.glob(".state.json.*")):
+    """Removes what a killed runner left half-written of a job's files, unless another runner is at the job."""
+    if left := [part for name in WRITTEN for part in job.work.glob(f".{name}.*")]:
         lock = Lock(job.work / "lock")
         if lock.acquire():
             for part in left:
@@ -204,7 +206,7 @@ class Runner:
         if job.finished():
             job.state = DONE
             return
-        known = read_json(job.work / "state.json")
+        known = read_json(job.work / STATE)
         if known.get("state") == FAILED and not self._retry_failed:
             job.state = FAILED
             job.exit_code = known.get("exit_code")
@@ -244,9 +246,9 @@ class Runner:
         if self._gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self._gpus[slot]
         parameters = {"wandb_version": 1, **{key: {"value": value} for key, value in job.cell.parameters.items()}}
-        path = job.work / "sweep_parameters.yaml"
+        path = job.work / PARAMETERS
         write_text(path, yaml.safe_dump(parameters, sort_keys=False))
-        write_json(job.work / "identity.json", job.identity)
+        write_json(job.work / IDENTITY, job.identity)
         environment["WANDB_SWEEP_PARAM_PATH"] = str(path.resolve())
         (job.work / "progress.json").unlink(missing_ok=True)
         job.started = time.time()

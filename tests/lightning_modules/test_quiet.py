@@ -11,7 +11,9 @@ def test_predict_prints_where_its_weights_come_from_and_where_its_results_are(pr
     more = (f"--data.init_args.predict_root={data_root / 'bolt'}", "--trainer.accelerator=cpu")
     output = programs.run(trained.arguments(*more, command="predict", logger=True))
     printed = [line for line in output.splitlines() if "RANDOM WEIGHTS" not in line]
-    assert [line.split()[0] for line in printed] == ["UniRecon", "Seed", "GPU", "Weights", "11", "Images"], printed
+    begin = ["UniRecon", "Seed", "GPU", "Weights", "", "bolt: ", "11 images", "The page to send on: "]
+    assert [line.startswith(word) for line, word in zip(printed, begin, strict=True)] == [True] * len(begin), printed
+    assert "defect" in printed[4]
 
 
 def test_a_run_prints_nothing_about_other_products_or_deprecations(programs, project):
