@@ -141,6 +141,8 @@ class Dinomaly2(Dinomaly):
         attention_epsilon: float = 1e-8,
         **further,
     ) -> None:
+        if narrow_lr_ratio < 0:
+            raise ValueError(f"narrow_lr_ratio must not be negative, found {narrow_lr_ratio}.")
         super().__init__(
             optimizer=optimizer,
             lr_scheduler=lr_scheduler,

@@ -51,7 +51,7 @@ class Dinomaly(ReconstructionNetwork):
         attention_epsilon: added to linear attention's divisor: 0, Dinomaly2 1e-8.
 
     Raises ValueError for levels of different widths or sizes, groups or a window that do not fit, an unknown attention,
-    and `recenter` without a class token.
+    `recenter` without a class token, and numbers out of range.
     """
 
     def __init__(
@@ -74,6 +74,8 @@ class Dinomaly(ReconstructionNetwork):
         width, self.grid = one_width(channels, sizes, "Dinomaly")
         if attention not in get_args(Attention):
             raise ValueError(f'attention names "{attention}"; choose from {", ".join(get_args(Attention))}.')
+        if attention_epsilon < 0:
+            raise ValueError(f"attention_epsilon must not be negative, found {attention_epsilon}.")
         if recenter and not prefix_tokens:
             raise ValueError(
                 "recenter subtracts the class token, and prefix_tokens is 0: this backbone gives none. Choose a ViT "

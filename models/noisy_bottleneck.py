@@ -45,7 +45,7 @@ class NoisyBottleneckNetwork(ConcatenatedLevels):
         heads: of the attention, must divide `width`.
 
     The buffers `mean` and `std`, (C,), standardise each channel; they are set by `standardise` before training.
-    Raises ValueError for an unknown attention and widths that do not divide.
+    Raises ValueError for an unknown attention, widths that do not divide, and numbers out of range.
     """
 
     mean: Tensor
@@ -68,8 +68,10 @@ class NoisyBottleneckNetwork(ConcatenatedLevels):
             raise ValueError(f'attention names "{attention}"; choose from {", ".join(get_args(Attention))}.')
         if blocks < 0:
             raise ValueError(f"blocks must not be negative, found {blocks}.")
-        head_count(width, heads)
         rows, columns = grid or sizes[-1]
+        if width < 1 or rows < 1 or columns < 1:
+            raise ValueError(f"width and grid must be positive, found width={width} and grid={(rows, columns)}.")
+        head_count(width, heads)
         self.grid = (rows, columns)
         width_in = sum(channels)
         self.register_buffer("mean", torch.zeros(width_in))

@@ -52,6 +52,7 @@ class MVTecAD2(DatasetReader):
     def read_category(self, root: Path, category: str, problems: list[Problem]) -> list[Sample]:
         folder = self.folder(root, category)
         problems += unexpected_problems(category, folder, ["train", "validation", PUBLIC, *PRIVATE])
+        problems += unexpected_problems(category, folder / PUBLIC, [GOOD, "bad", "ground_truth"])
         normal = {"train": folder / "train" / GOOD, "val": folder / "validation" / GOOD, "test": folder / PUBLIC / GOOD}
         samples = []
         for split, part in normal.items():

@@ -9,6 +9,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import cv2
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -123,7 +124,12 @@ def to_rgb(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.nd
 
 
 def overlay(image: np.ndarray, anomaly_map: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Heat map over a greyed image, uint8 (H, W, 3); `low` and `high` are the ends of the colour scale."""
+    """Heat map over a greyed image, uint8 (H, W, 3); `low` and `high` are the ends of the colour scale.
+
+    A map of another size than the image, as the head's `map_size` makes it, is resized to it.
+    """
+    if anomaly_map.shape != image.shape[:2]:
+        anomaly_map = cv2.resize(anomaly_map, image.shape[1::-1], interpolation=cv2.INTER_LINEAR)
     scaled = np.clip((anomaly_map - low) / max(high - low, 1e-12), 0, 1)
     heat = matplotlib.colormaps["inferno"](scaled)[..., :3] * 255
     grey = image.mean(-1, keepdims=True)

@@ -74,7 +74,7 @@ class Submission(L.Callback):
         maps = outputs.maps.float().cpu().numpy()
         for one, path, error in zip(maps, batch["path"], batch["error"], strict=True):
             if error:
-                raise DataError(error)
+                raise DataError(error.replace(path, os.path.realpath(path)))  # the links are gone when people read it
             part, category, *place = Path(path).relative_to(self.links).parts
             if part == _NORMAL:
                 pixels = one.astype(np.float64)
@@ -87,12 +87,12 @@ class Submission(L.Callback):
         """Mean + 3 standard deviations of the pixels of a category's validation maps.
 
         Raises:
-            DataError: these maps are 0 everywhere.
+            DataError: these maps are 0 everywhere, or hold what is not a number.
         """
         number, total, squares = self._sums[category]
         mean = total / number
         value = float(mean + DEVIATIONS * np.sqrt(max(0.0, squares / number - mean**2)))
-        if value <= 0:
+        if not 0 < value < float("inf"):
             raise DataError(f"{category}: the maps of its validation images are {value:g}: was the run trained?")
         return value
 

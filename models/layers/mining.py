@@ -46,7 +46,8 @@ def soft_mining_scale(distance: Tensor, gamma: float) -> Tensor:
 
     The scales do not average to 1 and are not normalised: a position at five times the mean gets 125 times its gradient.
     """
-    return (distance / distance.mean()) ** gamma
+    distance = distance.clamp_min(0)  # rounding puts equal vectors below 0, and a root of that is undefined
+    return (distance / distance.mean().clamp_min(torch.finfo(distance.dtype).tiny)) ** gamma
 
 
 def mining_share(step: int, final: float = 0.9, steps: int = 1000) -> float:

@@ -34,8 +34,10 @@ class NoisyBottleneck(nn.Module):
 
     def __init__(self, width: int, dropout: float, narrow: int | None = None) -> None:
         super().__init__()
+        if narrow is not None and narrow < 1:
+            raise ValueError(f"narrow is a number of channels, 1 or more, or null for no such layer; found {narrow}.")
         self.narrow = None if narrow is None else nn.Linear(width, narrow)
-        self.expand = nn.Linear(narrow or width, 4 * width)
+        self.expand = nn.Linear(width if narrow is None else narrow, 4 * width)
         self.project = nn.Linear(4 * width, width)
         self.dropout = Dropout(dropout)
 

@@ -161,3 +161,11 @@ def test_check_data_compares_the_sum_with_the_published_totals(make, tmp_path, m
     monkeypatch.setattr(kind, "totals", (1, base.Counts(train=4, test_good=2, structural=3)))
     (found,) = [p for p in check("real_iad", tmp_path).problems if p.kind == "other counts than published"]
     assert found.message == "all 1 categories: structural 2 instead of 3"
+
+
+def test_a_folder_of_mvtec_ad_2_s_public_test_set_that_is_not_read_is_named(make, tmp_path):
+    root = make.mvtec_ad_2(tmp_path)
+    category = list_dataset("mvtec_ad_2", root).available[0]
+    (root / category / "test_public" / "ugly").mkdir()
+    problems = list_dataset("mvtec_ad_2", root).problems
+    assert [problem.kind for problem in problems if "ugly/" in problem.message] == ["not read"]

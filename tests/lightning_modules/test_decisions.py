@@ -221,3 +221,11 @@ def test_kept_tables_are_read_as_they_were_written(tmp_path):
     found = {"": pixels.scaled(collector.statistics(), 20.0), "a": pixels.scaled(collector.statistics(), 30.0)}
     pixels.table(found).to_csv(tmp_path / pixels.FILE, index=False)
     assert pixels.read(tmp_path) == found
+
+
+def test_a_map_of_another_size_is_laid_over_its_image():
+    anomaly_map = np.zeros((10, 8), np.float32)
+    anomaly_map[:5] = 1
+    laid = heatmaps.overlay(np.full((48, 40, 3), 128, np.uint8), anomaly_map, 0.0, 1.0).astype(int).sum(-1)
+    assert laid.shape == (48, 40)
+    assert laid[:20].min() > laid[28:].max()

@@ -107,6 +107,8 @@ def test_recentering_takes_the_class_token_off_the_target_only():
         ({"attention": "relu"}, "linear, softmax"),
         ({"prefix_tokens": 0, "recenter": True}, "class token"),
         ({"neighbor_size": 9}, "hides every token"),
+        ({"narrow": 0}, "found 0"),
+        ({"attention_epsilon": -1.0}, "attention_epsilon must not be negative"),
     ],
 )
 def test_what_cannot_be_is_refused_with_what_can(options, message):
@@ -167,6 +169,12 @@ def test_soft_mining_weighs_a_position_by_the_third_power_of_its_relative_distan
     distance = torch.tensor([[[1.0, 1.0], [1.0, 5.0]]])
     torch.testing.assert_close(soft_mining_scale(distance, 3), (distance / 2) ** 3)
     assert soft_mining_scale(distance, 0).eq(1).all()
+
+
+def test_soft_mining_stays_finite_where_rounding_puts_a_distance_below_zero_or_all_are_zero():
+    distance = torch.tensor([[[-5e-7, 1.0]]])
+    torch.testing.assert_close(soft_mining_scale(distance, 0.5), torch.tensor([[[0.0, math.sqrt(2)]]]))
+    assert soft_mining_scale(torch.zeros(1, 2, 2), 3).eq(0).all()
 
 
 def test_gradient_scaling_keeps_values_that_rounding_would_change():

@@ -58,7 +58,13 @@ def test_noise_acts_in_training_only():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"attention": "relu"}, "linear, softmax, none"), ({"heads": 3}, "found 3"), ({"blocks": -1}, "found -1")],
+    [
+        ({"attention": "relu"}, "linear, softmax, none"),
+        ({"heads": 3}, "found 3"),
+        ({"blocks": -1}, "found -1"),
+        ({"width": 0}, "width=0"),
+        ({"grid": (0, 0)}, "must be positive"),
+    ],
 )
 def test_what_cannot_be_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
