@@ -4,8 +4,6 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-CHOSEN_METHOD := $(value METHOD)
-METHOD ?= uniad
 PROFILE ?= demo
 # Values go through the environment, letter for letter: neither make nor the shell reads a `$`, a quote or a blank in them.
 # The first line is read by the command line itself, so that make, the sweep runner and `wandb agent` steer a run alike.
@@ -52,6 +50,7 @@ lint: setup  ## Check style with ruff and types with mypy.
 readme: setup  ## Run every command of the READMEs in a copy of the repository, with short trainings: a quarter of an hour.
 	$(PY) tests/readme.py
 
+train import: export METHOD := $(or $(value METHOD),uniad)
 train: setup  ## Train and evaluate once: METHOD= PROFILE= DATASET= DATA_ROOT= [CATEGORIES= BACKBONE= WEIGHTS= ALPHA= RULE= RUN= ARGS=].
 	$(PY) -m sweeps data "sweeps/profiles/$$PROFILE/$$METHOD.yaml"
 	$(PY) -m lightning_modules fit --config "sweeps/profiles/$$PROFILE/$$METHOD.yaml" $(if $(RUN),--run.name="$$RUN") $(ARGS)
@@ -86,8 +85,7 @@ data: setup  ## Fetch a public dataset: DATASET=mvtec_ad|mvtec_loco|mvtec_ad_2|v
 synthetic: setup  ## Make the embedded benchmark in data/synthetic.
 	$(PY) -m datamodules synthetic data/synthetic
 
-# METHOD's default is of other targets: only one that was asked for chooses cells. ARGS are added to every cell's command.
-sweep wandb-sweep: override export METHOD := $(value CHOSEN_METHOD)
+# ARGS are added to every cell's command.
 sweep wandb-sweep: export ARGS := $(value ARGS)
 sweep: setup  ## Run an ablation and rebuild its table: ABLATION= [PROFILE= COMPARE= SETTING= METHOD= WORKERS= GPUS= SEEDS= ONLY= ARGS= RETRY_FAILED=1].
 	$(PY) -m sweeps run "$$ABLATION" $(if $(WORKERS),--workers "$$WORKERS") $(if $(GPUS),--gpus "$$GPUS") \

@@ -6,3 +6,19 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:
     for library in ("OMP", "MKL", "OPENBLAS"):
         os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+
+# What `make` or whoever starts the tests has set for runs of their own steers no test.
+for name in (
+    "METHOD",
+    "PROFILE",
+    "DATASET",
+    "DATA_ROOT",
+    "CATEGORIES",
+    "BACKBONE",
+    "WEIGHTS",
+    "ALPHA",
+    "RULE",
+    "COMPARE",
+    "SETTING",
+):
+    os.environ.pop(name, None)
