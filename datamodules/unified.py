@@ -82,6 +82,8 @@ class UnifiedDataModule(L.LightningDataModule):
         holdout: fraction of each category's normal training images that becomes split val, chosen by file name, for
             thresholds and p-values. A dataset with a validation folder of its own (MVTec LOCO) keeps that instead. None:
             nothing of the papers' datasets, and a fifth of one's own folders where that makes at least 5 images.
+        fold: [which, of how many]: leave that fold of each category's normal training images out and keep their scores, for a
+            cross-validation. `run.folds` goes through them all. Nothing of the training sees them, unlike `holdout`.
         epoch_images: draws per epoch; None for as many as there are training images. With it, runs on more or fewer images
             make equally many steps. Methods that are fitted in one pass do not heed it.
         category_count: use so many of the categories that are read, the first in the order in which they are named (in the
@@ -155,6 +157,7 @@ class UnifiedDataModule(L.LightningDataModule):
         predict_root: list[str] | str | None = None,
         predict_dataset: str | None = None,
         crop_from: int | tuple[int, int] | None = None,
+        fold: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         check_sampling(sampling)
@@ -164,6 +167,7 @@ class UnifiedDataModule(L.LightningDataModule):
             if value is not None and value < 1:
                 raise DataError(f"{name} must be at least 1 or null, found {value}.")
         training_set.check_options(shots, contamination, contamination_reserved)
+        training_set.check_fold(fold, holdout)
         if bit_depth is not None and bit_depth not in BIT_DEPTHS:
             raise DataError(f"bit_depth must be one of {BIT_DEPTHS} or None, found {bit_depth}.")
         if eval_batch_size < 1 or (batch_size is not None and batch_size < 1):
@@ -201,7 +205,7 @@ class UnifiedDataModule(L.LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.sampling = sampling
-        self.holdout = holdout
+        self.holdout, self.fold = (0.0 if fold else holdout), fold
         self.epoch_images, self.category_count = epoch_images, category_count
         self.shots, self.contamination, self.contamination_reserved = shots, contamination, contamination_reserved
         self.augmentation = augmentation
@@ -259,6 +263,7 @@ class UnifiedDataModule(L.LightningDataModule):
         found = read_datasets(configs, self.bit_depth, self.max_megapixels)
         self._reading = found
         table = training_set.few_shots(hold_out(found.table, self.holdout, self._holdouts()), self.shots, self.seed)
+        table = training_set.leave_out(table, self.fold)
         table = training_set.contaminate(table, self.contamination, self.contamination_reserved, self.seed)
         self.categories = list(dict.fromkeys(category_keys(table)))
         if self.setting == "per_category" and len(self.categories) > 1:
@@ -442,11 +447,14 @@ class UnifiedDataModule(L.LightningDataModule):
     def normal_images(self) -> DataLoader:
         """Normal images to compare scores with, each once over all processes; of each category at most `NORMAL`.
 
-        They are the held-out ones; where those of a category are fewer than `FEWEST_HELD_OUT`, also its training images.
+        They are the held-out ones; where those of a category are fewer than `FEWEST_HELD_OUT`, also its training images. With
+        `fold` they are those that it leaves out.
         """
         return self._eval_loader(self._normal_rows())
 
     def _normal_rows(self) -> list[Row]:
+        if self.fold is not None:
+            return self._rows(training_set.FOLD)
         found: dict[str, dict[str, list[Row]]] = {}
         for split in ("val", "train"):
             for row in self._rows(split):
@@ -484,7 +492,7 @@ class UnifiedDataModule(L.LightningDataModule):
 
     def image_batch(self, ids: Sequence[int]) -> Batch:
         """One batch of chosen images, by id, read from disk whether or not features are cached."""
-        rows = {row.id: row for row in self._rows(*SPLITS, training_set.UNUSED)}
+        rows = {row.id: row for row in self._rows(*SPLITS, training_set.UNUSED, training_set.FOLD)}
         dataset = self._dataset([rows[i] for i in ids])
         return collate([dataset[position] for position in range(len(dataset))])
 
@@ -525,8 +533,8 @@ class UnifiedDataModule(L.LightningDataModule):
         """
         if self.anomalies is not None:
             return None
-        # Those of held-out and unused images too, as they are on disk: an entry then serves any holdout and any shots.
-        ids = {row.id for row in self._rows("train", "val", training_set.UNUSED)}
+        # Those of held-out and unused images too, as they are on disk: an entry then serves any holdout, shots and fold.
+        ids = {row.id for row in self._rows("train", "val", training_set.UNUSED, training_set.FOLD)}
         rows = [row for row in table_rows(self._reading.table, *SPLITS) if row.id in ids]
         return symmetric_rows(rows, self._augmentation(), self.image_size)
 

@@ -13,6 +13,7 @@ from datamodules.sample_table import FEWEST_HELD_OUT, SampleTable, category_keys
 from lightning_modules.callbacks.normal_scores import NormalScores
 from lightning_modules.decisions import categories, normal, outcomes, pixels
 from lightning_modules.metrics.thresholds import check_rule, images_needed, lowest_rate
+from lightning_modules.running import folds
 from lightning_modules.running.settings import RunConfig
 
 
@@ -31,7 +32,7 @@ class Judged:
     scales: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
-def judge(scored: NormalScores, image_scores: pd.DataFrame, run: RunConfig, tested: bool) -> Judged:
+def judge(scored: NormalScores, image_scores: pd.DataFrame, run: RunConfig, tested: bool, fold: bool = False) -> Judged:
     """Makes the thresholds, says what the run's own rule would have done, and returns what the record keeps.
 
     Args:
@@ -39,9 +40,12 @@ def judge(scored: NormalScores, image_scores: pd.DataFrame, run: RunConfig, test
         image_scores: One row per test image, with `category`, `label`, `image_score` and `map_max`.
         run: Its `rule` and `alpha`.
         tested: Whether these are test images; else nothing is said of what thresholds would have done.
+        fold: Whether the run is one fold of a cross-validation, whose own thresholds nobody needs.
     """
-    table = scored.table
-    found = {name: pixels.scaled(one, _highest(image_scores, name)) for name, one in scored.pixels.items()}
+    table, statistics = (scored.table, scored.pixels) if run.folds is None else folds.kept(run)
+    found = {name: pixels.scaled(one, _highest(image_scores, name)) for name, one in statistics.items()}
+    if fold:
+        return Judged({normal.FILE: table.to_csv(index=False), pixels.FILE: pixels.table(found).to_csv(index=False)})
     rules, refused = outcomes.deciders(table, found, run.alpha)
     files = {
         normal.FILE: table.to_csv(index=False),
@@ -84,7 +88,7 @@ def check(table: SampleTable, run: RunConfig) -> None:
     if run.alpha is None:
         return
     keys = pd.Series(category_keys(table), index=table.index)
-    held = (table["split"] == "val").groupby(keys, sort=False).sum()
+    held = (table["split"] == ("val" if run.folds is None else "train")).groupby(keys, sort=False).sum()
     category, n = held.idxmin(), int(held.min())
     if n < FEWEST_HELD_OUT or lowest_rate(n) > run.alpha:
         raise SystemExit(
