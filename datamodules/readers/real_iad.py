@@ -168,8 +168,8 @@ class RealIAD(DatasetReader):
                 WARNING,
                 "no split file",
                 folder.name,
-                f"{folder} is left out: {next(iter(known.values())).parent / folder.name}.json, which says what is trained on and "
-                "tested, is not there",
+                f"{folder} is left out: {next(iter(known.values())).parent / folder.name}.json, which says what is "
+                "trained on and tested, is not there",
                 (str(folder),),
             )
             for folder in list_folders(root)

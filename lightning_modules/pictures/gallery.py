@@ -4,7 +4,7 @@ As in RLR's supplement (Figure 1) and ULSAD's Figure 9: image, ground truth, a c
 images are those of one reference run, by its heat maps' rule: of every category the anomalous image with the lowest, the median
 and the highest image score. Every column has one colour scale, by the rule of all heat maps
 (`lightning_modules.decisions.pixels`): black up to the 99th percentile of the pixels of the run's held-out normal images (its
-training images where none are held out); the other end is the highest pixel that is shown, or lies twice as far above it as the
+training images where none are held out); the other end is the highest pixel that is shown, but at least twice as far away as the
 highest normal one. So whatever is brighter than half exceeds every pixel of every normal image.
 """
 

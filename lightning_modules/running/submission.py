@@ -151,8 +151,8 @@ def link(root: Path, categories: Iterable[str], links: Path) -> int:
             stems = [image.stem for image in images]
             if same := [image.name for image in images if stems.count(image.stem) > 1]:
                 raise DataError(
-                    f"{source} holds {' and '.join(same[:4])}: their files for the server would have one name. Delete or rename all "
-                    "but one of each."
+                    f"{source} holds {' and '.join(same[:4])}: their files for the server would have one name. Delete or "
+                    "rename all but one of each."
                 )
             place.mkdir(parents=True)
             for image in images:
