@@ -18,6 +18,7 @@ for name in (
     "WEIGHTS",
     "ALPHA",
     "RULE",
+    "FOLDS",
     "COMPARE",
     "SETTING",
 ):
