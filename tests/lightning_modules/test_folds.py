@@ -91,7 +91,7 @@ def test_a_run_with_folds_trains_on_all_images_and_its_thresholds_are_of_models_
     highest = kept[kept.category == "bolt"]["image_score"].max()
     chosen = thresholds[(thresholds.category == "bolt") & (thresholds.level == "image") & (thresholds.rule == "max")]
     assert chosen["threshold"].item() == pytest.approx(highest)
-    assert "cross-validated" in capsys.readouterr().out
+    assert "~ 0.143" in capsys.readouterr().out  # one of seven
     # Cut off after the folds, it goes on with what it has; the number is the one of a run that held nothing out.
     times = {path: path.stat().st_mtime_ns for path in sorted(parts.glob("*/record.json"))}
     shutil.rmtree(stored.path)
