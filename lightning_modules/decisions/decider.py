@@ -184,7 +184,8 @@ class Decider:
                 )
             return threshold(rows[column].to_numpy(), self.rule, self.alpha, statistics)
         except RateError as error:
-            more = "Hold out more (--data.init_args.holdout), or ask for a higher rate (ALPHA=)."
+            how = "Take more images" if self.basis(category) == CROSS else "Hold out more (--data.init_args.holdout)"
+            more = f"{how}, or ask for a higher rate (ALPHA=)."
             raise RateError(f"{category or 'all categories together'}: {error} {more}") from error
         except ValueError as error:
             if column == "map_max" or category == POOLED:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from datamodules.problems import number_of
 from datamodules.sample_table import FEWEST_HELD_OUT, SampleTable, category_keys
+from datamodules.training_set import FOLD
 from lightning_modules.callbacks.normal_scores import NormalScores
 from lightning_modules.decisions import categories, normal, outcomes, pixels
 from lightning_modules.metrics.thresholds import check_rule, images_needed, lowest_rate
@@ -80,7 +81,9 @@ def judge(scored: NormalScores, image_scores: pd.DataFrame, run: RunConfig, test
 
 
 def check(table: SampleTable, run: RunConfig) -> None:
-    """Refuses a rate of false alarms that the held-out images of a category cannot promise, before anything is trained.
+    """Refuses a rate of false alarms that the normal images of a category cannot promise, before anything is trained.
+
+    They are the held-out ones, or, with folds, all that are trained on.
 
     Raises:
         SystemExit: names the category with the fewest images, the lowest rate that they can promise, and how many it takes.
@@ -88,18 +91,21 @@ def check(table: SampleTable, run: RunConfig) -> None:
     if run.alpha is None:
         return
     keys = pd.Series(category_keys(table), index=table.index)
-    held = (table["split"] == ("val" if run.folds is None else "train")).groupby(keys, sort=False).sum()
+    crossed = run.folds is not None or (table["split"] == FOLD).any()
+    held = table["split"].isin(["train", FOLD] if crossed else ["val"]).groupby(keys, sort=False).sum()
     category, n = held.idxmin(), int(held.min())
     if n < FEWEST_HELD_OUT or lowest_rate(n) > run.alpha:
         raise SystemExit(
-            f"error: alpha {run.alpha:g} needs {images_needed(run.alpha)} held-out normal images of each category, and "
+            f"error: alpha {run.alpha:g} needs {images_needed(run.alpha)} {'' if crossed else 'held-out '}normal images of each "
+            "category, and "
             f"{category} has {n}"
             + (
                 f": the lowest rate that they can promise is 1/{n + 1} = {lowest_rate(n):.3g}"
                 if n >= FEWEST_HELD_OUT
                 else ""
             )
-            + ". Hold out more (--data.init_args.holdout), or leave ALPHA out: the default rule needs no rate."
+            + f". {'Take' if crossed else 'Hold out'} more{'' if crossed else ' (--data.init_args.holdout)'}, or leave ALPHA out: "
+            "the default rule needs no rate."
         )
 
 

@@ -66,8 +66,6 @@ class FoldsFirst(Exception):
                         f"--run.sweep={SWEEP}",
                         f"--run.results={run.work}",
                         "--run.folds=null",
-                        "--run.alpha=null",
-                        "--run.rule=null",
                         "--run.heatmaps=false",
                         "--run.overwrite=false",
                         "--trainer.logger=false",

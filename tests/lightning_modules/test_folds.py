@@ -108,6 +108,7 @@ def test_a_run_with_folds_trains_on_all_images_and_its_thresholds_are_of_models_
         (("--run.folds=3", "--data.init_args.holdout=0.2"), "none is held out besides"),
         (("--run.folds=3", "--run.protocol=as_released"), "run.selection=last"),
         (("--run.folds=9",), "fewer than 9 folds"),
+        (("--run.folds=3", "--run.alpha=0.1"), "needs 9 normal images of each category, and bolt has 6"),
     ],
 )
 def test_what_folds_cannot_go_together_with_is_refused(project, options, words):
