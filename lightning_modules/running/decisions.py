@@ -95,17 +95,11 @@ def check(table: SampleTable, run: RunConfig) -> None:
     held = table["split"].isin(["train", FOLD] if crossed else ["val"]).groupby(keys, sort=False).sum()
     category, n = held.idxmin(), int(held.min())
     if n < FEWEST_HELD_OUT or lowest_rate(n) > run.alpha:
+        what, how = ("", "Take more") if crossed else ("held-out ", "Hold out more (--data.init_args.holdout)")
+        lowest = f": the lowest rate that they can promise is 1/{n + 1} = {lowest_rate(n):.3g}" * (n >= FEWEST_HELD_OUT)
         raise SystemExit(
-            f"error: alpha {run.alpha:g} needs {images_needed(run.alpha)} {'' if crossed else 'held-out '}normal images of each "
-            "category, and "
-            f"{category} has {n}"
-            + (
-                f": the lowest rate that they can promise is 1/{n + 1} = {lowest_rate(n):.3g}"
-                if n >= FEWEST_HELD_OUT
-                else ""
-            )
-            + f". {'Take' if crossed else 'Hold out'} more{'' if crossed else ' (--data.init_args.holdout)'}, or leave ALPHA out: "
-            "the default rule needs no rate."
+            f"error: alpha {run.alpha:g} needs {images_needed(run.alpha)} {what}normal images of each category, and {category} has "
+            f"{n}{lowest}. {how}, or leave ALPHA out: the default rule needs no rate."
         )
 
 
