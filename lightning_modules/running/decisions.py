@@ -98,8 +98,8 @@ def check(table: SampleTable, run: RunConfig) -> None:
         what, how = ("", "Take more") if crossed else ("held-out ", "Hold out more (--data.init_args.holdout)")
         lowest = f": the lowest rate that they can promise is 1/{n + 1} = {lowest_rate(n):.3g}" * (n >= FEWEST_HELD_OUT)
         raise SystemExit(
-            f"error: alpha {run.alpha:g} needs {images_needed(run.alpha)} {what}normal images of each category, and {category} has "
-            f"{n}{lowest}. {how}, or leave ALPHA out: the default rule needs no rate."
+            f"error: alpha {run.alpha:g} needs {images_needed(run.alpha)} {what}normal images of each category, and {category} "
+            f"has {n}{lowest}. {how}, or leave ALPHA out: the default rule needs no rate."
         )
 
 
