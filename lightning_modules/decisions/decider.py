@@ -28,7 +28,7 @@ from lightning_modules.metrics.thresholds import (
 GOOD, DEFECT, CANNOT_TELL = "good", "defect", "cannot tell"
 POOLED = ""
 """In place of a category: all of them together."""
-HELD_OUT, CROSS, OPTIMISTIC = "held-out", "cross-validated", "training (optimistic)"
+HELD_OUT, CROSS, OPTIMISTIC = "held-out", "cross validation", "training (optimistic)"
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Decision:
         p_value: Share of normal images that score at least as high, itself counted: at least 1 / (n + 1). NaN without any.
         threshold: Of image scores; None where there is none.
         pixel_threshold: Of the map; None where none is recorded. A pixel above it is anomalous.
-        basis: `held-out`; `cross-validated`: each scored by a model of the other folds, so that rates are about right but
+        basis: `held-out`; `cross validation`: each scored by a model of the other folds, so that rates are about right but
             nothing is promised; or `training (optimistic)`: unseen normal images score higher than those. "" without any.
         reason: Why nothing can be told, in words; else "".
     """
@@ -121,7 +121,7 @@ class Decider:
         return [name for name in self._normal if name != POOLED]
 
     def basis(self, category: str) -> str:
-        """`held-out`, `cross-validated` or `training (optimistic)`; "" for a category without normal images."""
+        """`held-out`, `cross validation` or `training (optimistic)`; "" for a category without normal images."""
         rows = self._normal.get(category)
         if rows is None:
             return ""

@@ -94,7 +94,7 @@ def _scopes(decider: Decider) -> list[str]:
 
 
 def _rate(rate: float, basis: str) -> str:
-    if math.isnan(rate) or basis not in ("held-out", "cross-validated"):
+    if math.isnan(rate) or basis not in ("held-out", "cross validation"):
         return "-"
     return f"{rate:.3g}" if basis == "held-out" else f"~ {rate:.3g}"
 
@@ -130,7 +130,7 @@ def render(decided: pd.DataFrame, rule: str) -> Table:
     chosen = decided[(decided["rule"] == rule) & (decided["level"] == "image")]
     notes = {
         "training (optimistic)": "thresholds of training images are optimistic: unseen good images score higher",
-        "cross-validated": "~ about so many, as far as the folds' models score like this one; it is no promise",
+        "cross validation": "~ about so many, as far as the folds' models score like this one; it is no promise",
     }
     found = [text for basis, text in notes.items() if (chosen["basis"] == basis).any()]
     table = Table(caption="\n".join(found) or None)

@@ -68,7 +68,7 @@ def test_statistics_of_folds_together_are_those_of_all_maps():
 def test_scores_of_folds_may_have_a_rate_but_promise_none():
     normal = pd.DataFrame({"category": "a", "split": "fold", "image_score": np.arange(39.0)})
     decider = Decider(normal, alpha=0.05)
-    assert decider.basis("a") == "cross-validated"
+    assert decider.basis("a") == "cross validation"
     assert decider.threshold("a").value == 37  # the second highest of 39
     (sentence,) = decider.sentences()
     assert "about 0.05" in sentence
@@ -87,7 +87,7 @@ def test_a_run_with_folds_trains_on_all_images_and_its_thresholds_are_of_models_
     mine = kept.set_index("id").loc[first.index]
     assert (mine["image_score"] == first["image_score"]).all()
     thresholds = pd.read_csv(stored.path / "thresholds.csv")
-    assert set(thresholds["basis"]) == {"cross-validated"}
+    assert set(thresholds["basis"]) == {"cross validation"}
     highest = kept[kept.category == "bolt"]["image_score"].max()
     chosen = thresholds[(thresholds.category == "bolt") & (thresholds.level == "image") & (thresholds.rule == "max")]
     assert chosen["threshold"].item() == pytest.approx(highest)
