@@ -232,7 +232,8 @@ class Decider:
                 lines.append(f"{name}: no normal image is kept, so there is no threshold")
                 continue
             kind = self.basis(name)
-            line = f"{name}: defect above {found.value:.4g} ({found.rule} of {found.n} {kind} normal images)"
+            images = f"{kind} normal images" if kind != CROSS else "normal images, by cross validation"
+            line = f"{name}: defect above {found.value:.4g} ({found.rule} of {found.n} {images})"
             if math.isnan(found.rate):
                 line += "; this rule promises no rate of false alarms"
             elif kind == HELD_OUT:
