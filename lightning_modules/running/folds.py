@@ -25,13 +25,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from lightning_modules.decisions import normal, pixels
 from lightning_modules.metrics.thresholds import PixelStatistics
 from lightning_modules.running import resuming
-from lightning_modules.running.methods import class_at
 from lightning_modules.running.settings import RunConfig
+from results.common.deciding import deciding
+from results.common.files import read_json, write_json
 
 SWEEP = "folds"
 
@@ -48,10 +49,8 @@ class FoldsFirst(Exception):
         run = self.run_config
         folders = _folders(run)
         for folder in _outdated(run):
-            for replaced in (folder, run.work / "work" / SWEEP / folder.name):
-                shutil.rmtree(replaced, ignore_errors=True)
-        packages = class_at(self.configuration["model"]["class_path"]).needs_packages
-        resuming.check(run, self.configuration, "", run.work / "runs", packages)
+            _remove(run, folder)
+        rank_zero_only(write_json)(_file(run), _decides(self.configuration))
         rank_zero_info(
             f"{run.folds} folds: {run.folds} models of {run.folds - 1}/{run.folds} of the normal images each, for thresholds, "
             f"then the run's own of all of them: about {run.folds} trainings more than without."
@@ -97,8 +96,25 @@ def split(subcommand: str, config: Any) -> None:
     data.holdout = 0.0
     if data.get("fold") is not None:
         raise SystemExit("error: data.init_args.fold trains one fold, run.folds all of them: give one of them.")
+    configuration = json.loads(json.dumps(config.as_dict(), default=str))
+    _same(run, configuration)
     if not all(folder.exists() for folder in _folders(run)) or _outdated(run):
-        raise FoldsFirst(run, json.loads(json.dumps(config.as_dict(), default=str)))
+        raise FoldsFirst(run, configuration)
+
+
+def _same(run: RunConfig, configuration: Mapping[str, Any]) -> None:
+    """Refuses folds of an interrupted run that was otherwise configured; with `overwrite` they are removed."""
+    there = [folder for folder in _folders(run) if folder.exists()]
+    then, now = read_json(_file(run)), _decides(configuration)
+    keys = sorted(key for key in then | now if then.get(key) != now.get(key)) if then else []
+    if there and keys and not run.overwrite:
+        lines = [f"  {key}: {then.get(key)} then, {now.get(key)} now" for key in keys[:6]]
+        raise SystemExit(
+            "\n".join([f"error: the folds in {_file(run).parent} were trained otherwise:", *lines])
+            + "\nGo on with what they began with, choose another --run.name, or begin anew with --run.overwrite=true."
+        )
+    for folder in there if keys else ():
+        _remove(run, folder)
 
 
 def kept(run: RunConfig) -> tuple[pd.DataFrame, dict[str, PixelStatistics]]:
@@ -137,6 +153,20 @@ def joined(parts: Sequence[Mapping[str, PixelStatistics]]) -> dict[str, PixelSta
 def _folders(run: RunConfig) -> list[Path]:
     """The records of the folds."""
     return [run.work / "runs" / SWEEP / f"fold{number}of{run.folds}" for number in range(1, (run.folds or 0) + 1)]
+
+
+def _file(run: RunConfig) -> Path:
+    return run.work / "runs" / SWEEP / resuming.BEGAN_AS
+
+
+def _decides(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in deciding(configuration).items() if key != "data.init_args.fold"}
+
+
+def _remove(run: RunConfig, folder: Path) -> None:
+    """A fold's record and its checkpoints."""
+    for replaced in (folder, run.work / "work" / SWEEP / folder.name):
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _outdated(run: RunConfig) -> list[Path]:

@@ -97,6 +97,10 @@ def test_a_run_with_folds_trains_on_all_images_and_its_thresholds_are_of_models_
     shutil.rmtree(stored.path)
     project.run(*options)
     assert {path: path.stat().st_mtime_ns for path in times} == times
+    shutil.rmtree(stored.path)
+    with pytest.raises(SystemExit, match=r"were trained otherwise:\n  trainer.max_epochs: 1 then, 2 now"):
+        project.run("--run.folds=3", "--trainer.max_epochs=2")
+    project.run(*options)
     plain = project.fit("--trainer.max_epochs=1", name="plain").metrics
     pd.testing.assert_frame_equal(project.record().metrics, plain)
 
