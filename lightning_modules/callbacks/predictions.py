@@ -33,6 +33,8 @@ LONGEST = 200
 """Bytes of an image's name that its files' names take over; file systems allow 255 in all."""
 KEPT = 2**29
 """Bytes of photographs that wait for their pictures in memory; others are read again."""
+MOST_THREADS = 4
+"""That draw; a photograph of 12 megapixels takes each about 400 MB, so that more cores shall not mean more memory."""
 SMALL = "small"
 """The folder of the page's pictures while they are made."""
 NO_NORMAL = (
@@ -111,7 +113,7 @@ class Predictions(L.Callback):
         self._new = folder.with_name(f"{folder.name}.new")
         self._found: list[Photograph] = []
         self._drawing: deque[Future[Photograph]] = deque()
-        self._threads = os.cpu_count() or 1
+        self._threads = min(MOST_THREADS, os.cpu_count() or 1)
 
     def on_predict_start(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
         if trainer.is_global_zero:  # a broken-off prediction's files would mix with these
