@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.layers.tracing import in_parts, tracing
 from models.reconstruction import FeatureNetwork
 
 Map = Literal["probability", "log"]
@@ -88,7 +89,7 @@ class CFLOW(FeatureNetwork):
         """Levels (B, C_l, H_l, W_l) -> log-likelihoods per channel, float64 (B, H_l, W_l) each."""
         found = []
         for level, values in enumerate(features):
-            parts = zip(*(part.split(ROWS) for part in self.fibres(level, values)), strict=True)
+            parts = zip(*(in_parts(part, ROWS) for part in self.fibres(level, values)), strict=True)
             rows = torch.cat([self.log_likelihood(level, *part) for part in parts])
             found.append(rows.double().view(len(values), *values.shape[2:]))
         return found
@@ -103,7 +104,7 @@ class CFLOW(FeatureNetwork):
         """
         if kind not in get_args(Map):
             raise ValueError(f'map is "{kind}"; choose one of {", ".join(get_args(Map))}.')
-        if self.highest.isnan().any():
+        if not tracing() and self.highest.isnan().any():
             raise RuntimeError(
                 "CFLOW has no scale yet: it is estimated from the training images at the end of fit and stored in the "
                 "checkpoint. Train the run, or give a checkpoint."
