@@ -29,8 +29,8 @@ METHODS = {
     "draem": (
         "draem.DRAEM",
         {"image_size": 64, "reconstructive_width": 4, "discriminative_width": 4},
-        {"batch_size": 4, "anomalies": {"source": "textures"}},
-        {},
+        {"batch_size": 2, "anomalies": {"source": "textures"}},
+        {"max_epochs": 8},  # until batch norm's running averages have left their start
     ),
     "efficientad": ("efficientad.EfficientAD", {"image_size": 256}, {"holdout": 0.4}, {"max_epochs": 2}),
 }
