@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 from functools import partial
 
@@ -32,8 +33,10 @@ METHODS = {
         {"batch_size": 2, "anomalies": {"source": "textures"}},
         {"max_epochs": 8},  # until batch norm's running averages have left their start
     ),
-    "efficientad": ("efficientad.EfficientAD", {"image_size": 256}, {"holdout": 0.4}, {"max_epochs": 2}),
+    "efficientad": ("efficientad.EfficientAD", {"image_size": 256}, {"holdout": 0.5}, {"max_epochs": 2}),
 }
+QUICK = ("cflow", "fastflow", "draem")
+"""EfficientAD takes no image below 256 pixels and has one width: seconds a step."""
 pytestmark = [pytest.mark.program, pytest.mark.filterwarnings("ignore")]
 
 
@@ -48,15 +51,32 @@ def teacher(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(trained_once, teacher):
-    return partial(trained_once, configure=partial(configured, teacher=teacher))
+def few(tmp_path_factory, write_data):
+    """One category: an image to train, one held out, two to test."""
+    root = write_data(tmp_path_factory.mktemp("few"), train=2)
+    shutil.rmtree(root / "disc")
+    for file in (*root.rglob("test/*/001.png"), *root.rglob("*/002*.png"), *root.rglob("scratch/001*.png")):
+        file.unlink(missing_ok=True)
+    return root
 
 
-def configured(project, method: str, teacher, **options):
-    path, arguments, data, trainer = METHODS[method]
-    if method == "efficientad":
-        arguments = arguments | {"teacher": str(teacher)}
-    return project.use(path, data=data, trainer=trainer, **arguments | options)
+@pytest.fixture(scope="module")
+def configured(teacher, few):
+    """Puts a method into a project's configuration."""
+
+    def put(project, method: str):
+        path, arguments, data, trainer = METHODS[method]
+        if method == "efficientad":
+            arguments = arguments | {"teacher": str(teacher)}
+            data = data | {"datasets": [{"name": "mvtec_ad", "root": str(few)}]}
+        return project.use(path, data=data, trainer=trainer, **arguments)
+
+    return put
+
+
+@pytest.fixture(scope="module")
+def trained(trained_once, configured):
+    return partial(trained_once, configure=configured)
 
 
 def run_of(project):
@@ -64,7 +84,7 @@ def run_of(project):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_training_leaves_a_record_and_its_checkpoint_scores_and_predicts_alike(trained, method, data_root):
+def test_training_leaves_a_record_and_its_checkpoint_scores_and_predicts_alike(trained, method, few):
     project = trained(method)
     record = project.record()
     assert record.record.method == method
@@ -73,48 +93,44 @@ def test_training_leaves_a_record_and_its_checkpoint_scores_and_predicts_alike(t
     again = project.record("again")
     pd.testing.assert_frame_equal(again.metrics, record.metrics)
     assert again.record.notes == record.record.notes
-    project.run(f"--data.init_args.predict_root={data_root / 'bolt' / 'test'}", command="predict")
+    project.run(f"--data.init_args.predict_root={few / 'bolt' / 'test'}", command="predict")
     folder = project.results / "work" / "single" / "first" / "predictions"
-    assert len(pd.read_csv(folder / "scores.csv")) == 5
+    assert len(pd.read_csv(folder / "scores.csv")) == 2
     assert all(np.isfinite(np.load(path)).all() for path in folder.glob("*.npy"))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_loaded_run_gives_an_image_its_map_whatever_its_batch(trained, method):
     model = load_run(run_of(trained(method))).module.eval()
-    images = torch.randn(9, 3, *model.image_size, generator=torch.Generator().manual_seed(0))
-    images[8] = 0.5  # a constant image, in a batch of its own
+    batch = 8 if method in QUICK else 2
+    images = torch.randn(batch + 1, 3, *model.image_size, generator=torch.Generator().manual_seed(0))
+    images[-1] = 0.5  # a constant image, in a batch of its own
     with torch.no_grad():
         alone = [model(image[None]) for image in images]
-        batches = [model(part) for part in images.split(8)]
+        batches = [model(part) for part in images.split(batch)]
     maps, scores = torch.cat([found.maps for found in batches]), torch.cat([found.image_scores for found in batches])
     assert maps.isfinite().all()
-    assert maps.flatten(1).amax(1).unique().numel() == 9, "neither clamped nor squashed"
+    assert maps.flatten(1).amax(1).unique().numel() == batch + 1, "neither clamped nor squashed"
     torch.testing.assert_close(torch.cat([one.maps for one in alone]), maps, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.cat([one.image_scores for one in alone]), scores, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_resumed_training_is_the_uninterrupted_one(project, trained, cut_off, method, teacher):
-    cut_off(configured(project, method, teacher))
+def test_a_resumed_training_is_the_uninterrupted_one(project, trained, cut_off, configured, method):
+    cut_off(configured(project, method))
     project.run()
-    whole, resumed = trained(method).weights(), project.weights()
-    assert whole.keys() == resumed.keys()
-    assert [name for name, value in whole.items() if not torch.equal(value, resumed[name])] == []
+    torch.testing.assert_close(project.weights(), trained(method).weights(), rtol=0, atol=0)
     assert project.record().record.notes == trained(method).record().record.notes
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", QUICK)
 def test_a_run_leaves_as_a_file_that_agrees_with_it(trained, method, tmp_path):
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package, reason="make export-requirements")
-    for kind in ("torch", "onnx"):
-        assert "read back" in export(run_of(trained(method)), kind, tmp_path / f"run.{kind}")
+    assert "read back" in export(run_of(trained(method)), "torch", tmp_path / "run.pt2")
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_one_model_per_category(project, method, teacher):
-    configured(project, method, teacher)
+@pytest.mark.parametrize("method", QUICK)
+def test_one_model_per_category(project, configured, method):
+    configured(project, method)
     project.run("--data.init_args.setting=per_category", "--trainer.max_epochs=1")
     assert project.record().metrics.value.notna().any()
 
