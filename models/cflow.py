@@ -73,7 +73,7 @@ class CFLOW(FeatureNetwork):
     def fibres(self, level: int, features: Tensor) -> tuple[Tensor, Tensor]:
         """A level's feature vectors (B H W, C), image by image and row by row, and their position codes (B H W, condition)."""
         codes = self.get_buffer(f"positions_{level}")
-        return features.flatten(2).transpose(1, 2).flatten(0, 1), codes.repeat(len(features), 1)
+        return features.flatten(2).transpose(1, 2).flatten(0, 1), codes.repeat(features.shape[0], 1)
 
     def log_likelihood(self, level: int, vectors: Tensor, codes: Tensor) -> Tensor:
         """Log-likelihood in nats per channel (N,) of vectors (N, C) with position codes (N, condition)."""
@@ -91,7 +91,7 @@ class CFLOW(FeatureNetwork):
         for level, values in enumerate(features):
             parts = zip(*(in_parts(part, ROWS) for part in self.fibres(level, values)), strict=True)
             rows = torch.cat([self.log_likelihood(level, *part) for part in parts])
-            found.append(rows.double().view(len(values), *values.shape[2:]))
+            found.append(rows.double().view(values.shape[0], *values.shape[2:]))
         return found
 
     def level_maps(self, likelihoods: Sequence[Tensor], kind: Map = "probability") -> list[Tensor]:
