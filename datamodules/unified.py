@@ -250,6 +250,7 @@ class UnifiedDataModule(L.LightningDataModule):
         self._served: CachedSplits | None = None
         self._views: TrainingViews | None = None
         self._tile_rows: list[Row] = []
+        self._tile_rows_of: dict[str, list[Row]] = {}
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -464,7 +465,9 @@ class UnifiedDataModule(L.LightningDataModule):
     @property
     def training_samples(self) -> int:
         """Number of training images, or of their tiles."""
-        return len(self._samples("train"))
+        if self.tiles is not None:
+            return len(self._samples("train"))
+        return int((self.table["split"] == "train").sum())
 
     @property
     def normal_split(self) -> str:
@@ -649,11 +652,13 @@ class UnifiedDataModule(L.LightningDataModule):
 
     def _samples(self, split: str) -> list[Row]:
         """What stands for the images of a split that is trained on or held out: they themselves, or their tiles."""
-        rows = self._rows(split)
         if self.tiles is None:
-            return rows
-        photographs = {(row.dataset, row.image_path) for row in rows}
-        return [row for row in self._tile_rows if (row.dataset, row.image_path) in photographs]
+            return self._rows(split)
+        if split not in self._tile_rows_of:
+            photographs = {(row.dataset, row.image_path) for row in self._rows(split)}
+            tiles = [row for row in self._tile_rows if (row.dataset, row.image_path) in photographs]
+            self._tile_rows_of[split] = tiles
+        return self._tile_rows_of[split]
 
     def _describe_tiles(self) -> str:
         photographs = len(self._rows("train"))

@@ -37,9 +37,10 @@ def stitched(evaluate: Evaluate, batch: Mapping[str, Any]) -> dict[str, ScoredMa
     for numbers, images in photograph.chunks():
         found = evaluate(_of_tiles(batch, images.to(device)))
         for variant, scored in found.items():
-            canvas = canvases.setdefault(variant, Canvas(photograph.tiling, device))
+            if variant not in canvases:
+                canvases[variant] = Canvas(photograph.tiling, device)
             for number, tile_map in zip(numbers, scored.maps, strict=True):
-                canvas.add(number, tile_map)
+                canvases[variant].add(number, tile_map)
             top = scored.image_scores.float().amax(0, keepdim=True)
             highest[variant] = torch.maximum(highest[variant], top) if variant in highest else top
     return {variant: ScoredMaps(canvas.map[None], highest[variant], []) for variant, canvas in canvases.items()}

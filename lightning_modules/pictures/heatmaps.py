@@ -109,9 +109,8 @@ def scored_images(
     """
     images, masks, scored, datasets = [], [], [], []
     for batch in data.scored_batches(ids):
-        found = module.score_batch({k: v.to(module.device) if isinstance(v, Tensor) else v for k, v in batch.items()})[
-            ""
-        ]
+        on_device = {k: v.to(module.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        found = module.score_batch(on_device)[""]
         mask = batch["mask"]
         if "tiles" in batch:
             size = tuple(batch["image"].shape[-2:])
