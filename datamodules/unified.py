@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 from collections import Counter
@@ -603,12 +602,6 @@ class UnifiedDataModule(L.LightningDataModule):
         """What a cache keeps: the table's images as they are on disk; of photographs in tiles all that may be trained on."""
         return self._tile_rows or table_rows(self._reading.table, *SPLITS)
 
-    def cut_key(self) -> str:
-        """What decides `cached_rows` besides the files and `resizing`; "" without tiles."""
-        if self.tiles is None:
-            return ""
-        return json.dumps([row.id for row in self._rows("train", "val", training_set.UNUSED)])
-
     def all_images(self, first: int, batch_size: int, symmetric: Sequence[Row] = ()) -> DataLoader:
         """Every image that is cached in the order of ids, then `symmetric`, each with its uint8 `pixels` (3, H, W).
 
@@ -620,8 +613,12 @@ class UnifiedDataModule(L.LightningDataModule):
         return image_loader(dataset, None, batch_size, self._workers())
 
     def content(self) -> str:
-        """Hash of all images and masks in the order of their ids, for the key of a cache; see `content_hash`."""
-        return content_hash(self._reading.table, self._reading.roots, self._rules)
+        """Hash of all images and masks in the order of their ids, for the key of a cache; see `content_hash`.
+
+        With tiles also of which photographs may be trained on: no others are in `cached_rows`.
+        """
+        cut = [row.id for row in self._rows("train", "val", training_set.UNUSED)] if self.tiles is not None else []
+        return content_hash(self._reading.table, self._reading.roots, self._rules | ({"cut": cut} if cut else {}))
 
     def serve_images_from(self, cache: FeatureCache) -> None:
         """From now on images and masks of the table are read, decoded and resized, from an entry that holds them."""

@@ -59,8 +59,7 @@ class CacheSpec:
         std: Likewise.
         dtype: `float32` (bit-exact) or `float16`.
         images: Whether the resized images are kept too, for a network that reads them.
-        symmetries: Hash of the rows that follow those of the table, symmetries of training images, and of which photographs
-            are kept in tiles; empty without any.
+        symmetries: Hash of the rows that follow those of the table: symmetries of training images; empty without any.
     """
 
     content: str

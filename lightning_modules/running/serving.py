@@ -72,7 +72,6 @@ def attach(
     if symmetric is not None and not model.uncached:
         provenance, backbone = model.extractor.provenance, model.extractor.config
         turns = json.dumps([(row.id, row.symmetry) for row in symmetric]) if symmetric else ""
-        turns = data.cut_key() + turns
         features = CacheSpec(
             **source,
             backbone={k: provenance[k] for k in ("name", "sha256", "padding")}
@@ -97,9 +96,7 @@ def attach(
     runs = "The backbone runs in every step; decoded" if model.has_backbone else "Decoded"
     rank_zero_info(f"No feature cache: {why}. {runs} images are cached.")
     try:
-        cut = data.cut_key()
-        spec = CacheSpec(**source, images=True, symmetries=cut and hashlib.sha256(cut.encode()).hexdigest())
-        cache = _open(spec, model, data, config, device, build)
+        cache = _open(CacheSpec(**source, images=True), model, data, config, device, build)
         if cache is not None:
             data.serve_images_from(cache)
     except CacheTooLargeError as error:

@@ -73,8 +73,8 @@ def test_ulsad_without_its_global_branch_takes_tiles():
     from models.backbones import BackboneConfig
 
     backbone = BackboneConfig("test_efficientnet.r160_in1k", (2, 3), "random", "default")
-    assert "global autoencoder" in ULSAD(backbone, image_size=64).untiled
-    assert not ULSAD(backbone, image_size=64, terms=("pl",), global_map="none").untiled
+    assert "global autoencoder" in ULSAD(backbone, image_size=64, pooled_channels=16).untiled
+    assert not ULSAD(backbone, image_size=64, pooled_channels=16, terms=("pl",), global_map="none").untiled
 
 
 def test_runs_without_tiles_keep_their_names():
