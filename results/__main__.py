@@ -22,6 +22,7 @@ from results.aggregator.spec import Spec, SpecError, find_spec, spec_for_sweep, 
 from results.aggregator.sweep_cells import SweepCells, read_sweep
 from results.aggregator.table import Table
 from results.common import trouble
+from results.common.methods import SWEEP
 from results.common.shown import printable
 
 OUT = Path("results/tables")
@@ -87,10 +88,20 @@ def _table(options: argparse.Namespace) -> int:
         options.name = spec.sweep
         options.categories = False
         return _sweep(options)
+    if options.dataset and options.source == "published":
+        raise ValueError("--dataset is of runs; with --source published there are none: leave one of them out")
     records = _records(options) if options.source != "published" else ()
-    table = paper_table(spec, options.source, records, rms_std=options.std == "rms")
-    _show(table, options, f".{options.source}")
+    if options.dataset:
+        records = _on(options.dataset, records)
+    table = paper_table(spec, options.source, records, rms_std=options.std == "rms", dataset=options.dataset)
+    _show(table, options, f".{options.source}" + (f".{options.dataset}" if options.dataset else ""))
     return int(options.strict and bool(table.missing))
+
+
+def _on(dataset: str, records: Sequence[StoredRecord]) -> list[StoredRecord]:
+    """Of the records those that a paper's table takes, of this data set; every record if there are none, for the message."""
+    taken = [stored for stored in records if stored.record.sweep == SWEEP or not stored.cell]
+    return [s for s in taken if any(d["name"] == dataset for d in s.record.datasets)] or list(records)
 
 
 def _tables(options: argparse.Namespace) -> int:
@@ -377,6 +388,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("table", _table, [records, output], "one table of a paper, as printed, from our runs, or side by side")
     sub.add_argument("id", help="see `python -m results list`")
     sub.add_argument("--source", choices=SOURCES, default="both", help="which numbers (default: %(default)s)")
+    sub.add_argument("--dataset", metavar="NAME", help="the same table on this data set instead of the paper's")
     add("tables", _tables, [records, output], "rebuild everything under results/tables/")
     add("audit", _audit, [output], "check the papers' printed tables against themselves")
     sub = add("compare", _compare, [records], "paired tests between two methods, runs or cells")
