@@ -125,6 +125,10 @@ class HVQTrans(ReconstructionModule):
         if backbone_mode == "train":
             set_moving(self.extractor.net, backbone.name)
             self.uncached = "backbone_mode=train lets the backbone's statistics move"
+        if selector == "classifier":
+            self.untiled = "selector=classifier tells the category of a whole image, not of a tile"
+        elif codebook_start == "data":
+            self.untiled = "codebook_start=data reads whole training images"
         self.options: dict[str, Any] = {
             "d_model": d_model,
             "heads": heads,
