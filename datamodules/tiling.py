@@ -57,7 +57,7 @@ class TileConfig:
                 f"tiles.grid is {self.grid} and tiles.size is {self.size}: give one of them, the rows and columns of a "
                 "photograph, or the side of a tile in its pixels."
             )
-        size = (self.size, self.size) if isinstance(self.size, int) else self.size
+        size = None if self.size is None else self.pixels()
         for name, pair in (("grid", self.grid), ("size", size)):
             if pair is not None and (len(pair) != 2 or min(pair) < 1):
                 raise ValueError(f"tiles.{name} is {pair}; give whole numbers of at least 1.")
@@ -66,9 +66,15 @@ class TileConfig:
         object.__setattr__(self, "grid", None if self.grid is None else tuple(self.grid))
         object.__setattr__(self, "size", None if size is None else tuple(size))
 
+    def pixels(self) -> tuple[int, int]:
+        """Height and width of `size`."""
+        assert self.size is not None
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
     def __str__(self) -> str:
         """For people and records: `tiles of 512x512, overlap 0.25`."""
-        cut = f"{self.grid[0]} x {self.grid[1]} tiles" if self.grid else f"tiles of {self.size[0]}x{self.size[1]}"
+        rows, columns = self.grid or self.pixels()
+        cut = f"{rows} x {columns} tiles" if self.grid else f"tiles of {rows}x{columns}"
         return f"{cut}, overlap {self.overlap:g}"
 
 
@@ -145,7 +151,8 @@ class Tiling:
     @cached_property
     def cuts(self) -> tuple[Cut, Cut]:
         """Rows and columns of tiles."""
-        grid, size = self.config.grid or (None, None), self.config.size or (None, None)
+        grid = self.config.grid or (None, None)
+        size = (None, None) if self.config.grid else self.config.pixels()
         down, across = (
             cut(length, self.config.overlap, count, extent)
             for length, count, extent in zip(self.size, grid, size, strict=True)
