@@ -119,10 +119,10 @@ class Predictions(L.Callback):
         if trainer.is_global_zero:  # a broken-off prediction's files would mix with these
             shutil.rmtree(self._new, ignore_errors=True)
             (self._new / SMALL).mkdir(parents=True)
-            height, width = module.image_size
-            images = len(trainer.datamodule.predict_dataloader().dataset)
+            rows = trainer.datamodule.predict_dataloader().dataset.rows
+            pixels = trainer.datamodule.scored_pixels(rows)
             # A pixel of a raw map has four bytes; pictures are about as large as the photographs, which are there already.
-            refusals.room(self._new, 4 * height * width * images, f"maps of {number_of(images, 'image')}")
+            refusals.room(self._new, 4 * pixels, f"maps of {number_of(len(rows), 'image')}")
         trainer.strategy.barrier()
         trainer.datamodule.photographs.room = KEPT
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="drawing")

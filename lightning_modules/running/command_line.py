@@ -116,6 +116,7 @@ class UniReconCLI(internals.OpenCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         self.run_config: RunConfig = self.made("run")
         normalisation.follow_weights(self.model, self.datamodule, self.config[self.subcommand].data.init_args)
+        refusals.tiles(self.model, self.datamodule)
         try:
             self.model.set_protocol(self.run_config.protocol, self.run_config.selects)
         except ValueError as error:
