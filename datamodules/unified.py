@@ -297,7 +297,7 @@ class UnifiedDataModule(L.LightningDataModule):
         self.table = table
         self._rules = {**found.rules, "mask_resize": self.mask_resize}
         if self.tiles is not None:
-            rows = self._rows("train", "val", training_set.UNUSED)
+            rows = self._rows("train", "val", training_set.UNUSED, training_set.FOLD)
             self._tile_rows = tile_rows(rows, [shown_size(row.image_path) for row in rows], self.tiles)
         self._source = self._image_source(0 if self._workers() else self.cache_mb * 2**20)
 
