@@ -284,7 +284,7 @@ class UniReconCLI(internals.OpenCLI):
             self.evaluation, self.normal_scores, self.history, self.curve, self.started,
             getattr(self, "training_seconds", 0.0), self.throughput.images_per_second,
         )  # fmt: skip
-        recording.write(outcome, lambda config: self.dump(config, skip_none=False))
+        recording.write(outcome, self.dump)
 
 
 def main(arguments: list[str] | None = None) -> None:
