@@ -186,7 +186,7 @@ class UniReconCLI(internals.OpenCLI):
         return logger
 
     def _configuration(self) -> dict[str, Any]:
-        return json.loads(self.dump(self.config[self.subcommand], format="json"))
+        return json.loads(self.dump(self.config[self.subcommand], format="json", skip_none=True))
 
     # ---- running -----------------------------------------------------------------------------------------------------
 

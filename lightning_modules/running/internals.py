@@ -30,9 +30,9 @@ class OpenCLI(LightningCLI):
         """What was made of a part of the configuration: an object, or the part itself if it names no class."""
         return self._get(self.config_init, key)
 
-    def dump(self, config: Any) -> str:
-        """A complete configuration of this subcommand as text, what is None included."""
-        return self._parser(self.subcommand).dump(config, **{_SKIP_NONE: False})
+    def dump(self, config: Any, format: str = "parser_mode", skip_none: bool = False) -> str:
+        """A configuration of this subcommand as text."""
+        return self._parser(self.subcommand).dump(config, format=format, **{_SKIP_NONE: skip_none})
 
     def instantiate(self, part: Any) -> Any:
         """The objects that a part of this subcommand's configuration names."""
