@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from results.aggregator import methods, names, reference
+from results.aggregator import chance, methods, names, reference
 from results.aggregator.history import FALLING, fall
 from results.aggregator.published import KEYS, Printed, read_published
 from results.aggregator.records import SHOUTED, RecordError, StoredRecord, data_options
@@ -240,7 +240,7 @@ def category_tables(
         used = _records_of(table, records)
         table.caption = describe_runs(used)
         table.warnings = shouts(used)
-        table.notes += [*version_notes(table, used), *reference.notes(used)]
+        table.notes += [*version_notes(table, used), *chance.notes(table, used), *reference.notes(used)]
     return tables
 
 
@@ -589,7 +589,8 @@ def _finish(table: Table, spec: Spec, pool: Pool) -> None:
         parts.append(describe_runs(used))
         table.warnings += shouts(used)
         table.notes += [
-            *_run_notes(used), *version_notes(table, used), *falling_notes(table, used), *reference.notes(used),
+            *_run_notes(used), *version_notes(table, used), *falling_notes(table, used), *chance.notes(table, used),
+            *reference.notes(used),
         ]  # fmt: skip
     if (
         table.source != "published"
