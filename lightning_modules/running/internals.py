@@ -11,7 +11,6 @@ import torch
 from jsonargparse import __version__, _typehints
 from lightning.pytorch.cli import LightningCLI
 
-
 _SKIP_NONE = "skip_unset" if tuple(map(int, __version__.split(".")[:2])) >= (4, 49) else "skip_none"
 """What jsonargparse calls the option that leaves out what is None."""
 

@@ -120,7 +120,9 @@ def test_the_parser_of_a_class_is_made_once_and_gives_the_same_configuration(mon
     )
     parser = PlainParser()
     parser.add_subclass_arguments(ReconstructionModule, "model", required=True)
-    given = [["--model.class_path=lightning_modules.uniad.UniAD", f"--model.init_args.image_size={n}"] for n in (64, 96, 64)]
+    given = [
+        ["--model.class_path=lightning_modules.uniad.UniAD", f"--model.init_args.image_size={n}"] for n in (64, 96, 64)
+    ]
     first = parser.parse_args(given[0])
     before = len(made)
     assert parser.parse_args(given[1]).model.init_args.image_size == 96

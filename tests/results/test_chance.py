@@ -45,7 +45,9 @@ def test_rows_near_chance_and_below_are_named_and_others_are_not(runs):
 
 
 def test_a_category_alone_is_held_against_its_own_images(runs):
-    values = {("", category, "image_auroc"): value for category, value in zip(CATEGORIES, (0.6, 0.95, 0.97), strict=True)}
+    values = {
+        ("", category, "image_auroc"): value for category, value in zip(CATEGORIES, (0.6, 0.95, 0.97), strict=True)
+    }
     runs.add("s", {"a.b": 1}, values=values, attachments=scored(10, 20))
     (table,) = category_tables(SPEC, runs.read())
     (note,) = (note for note in table.notes if note.startswith("Near chance"))
