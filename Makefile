@@ -109,8 +109,8 @@ agents: setup  ## One W&B agent per GPU: SWEEP=entity/project/sweep [GPUS=0,1 WO
 pull: setup  ## Fetch the run records of a W&B sweep: SWEEP=entity/project/sweep.
 	$(PY) -m sweeps pull "$$SWEEP"
 
-table: setup  ## One table of a paper: TABLE= [SOURCE=published|runs|both FORMAT=terminal|markdown|csv|latex|html ARGS=].
-	$(PY) -m results table "$$TABLE" $(if $(SOURCE),--source "$$SOURCE") --format "$${FORMAT:-terminal}" $(ARGS)
+table: setup  ## One table of a paper: TABLE= [SOURCE=published|runs|both DATASET= FORMAT=terminal|markdown|csv|latex|html ARGS=].
+	$(PY) -m results table "$$TABLE" $(if $(SOURCE),--source "$$SOURCE") $(if $(DATASET),--dataset "$$DATASET") --format "$${FORMAT:-terminal}" $(ARGS)
 
 tables: setup  ## Rebuild every table under results/tables/: [ARGS=--newest].
 	$(PY) -m results tables $(ARGS)

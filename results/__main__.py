@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from results.aggregator import audit as auditing
-from results.aggregator import methods, names, reference, render
+from results.aggregator import methods_table, names, reference, render
 from results.aggregator.build import SOURCES, category_tables, paper_table, sweep_table, varies
 from results.aggregator.curves import curve_table
 from results.aggregator.records import DamagedRecordWarning, RecordError, RecordSet, StoredRecord, read_records
@@ -22,6 +22,7 @@ from results.aggregator.spec import Spec, SpecError, find_spec, spec_for_sweep, 
 from results.aggregator.sweep_cells import SweepCells, read_sweep
 from results.aggregator.table import Table
 from results.common import trouble
+from results.common.methods import SWEEP
 from results.common.shown import printable
 
 OUT = Path("results/tables")
@@ -87,10 +88,20 @@ def _table(options: argparse.Namespace) -> int:
         options.name = spec.sweep
         options.categories = False
         return _sweep(options)
+    if options.dataset and options.source == "published":
+        raise ValueError("--dataset is of runs; with --source published there are none: leave one of them out")
     records = _records(options) if options.source != "published" else ()
-    table = paper_table(spec, options.source, records, rms_std=options.std == "rms")
-    _show(table, options, f".{options.source}")
+    if options.dataset:
+        records = _on(options.dataset, records)
+    table = paper_table(spec, options.source, records, rms_std=options.std == "rms", dataset=options.dataset)
+    _show(table, options, f".{options.source}" + (f".{options.dataset}" if options.dataset else ""))
     return int(options.strict and bool(table.missing))
+
+
+def _on(dataset: str, records: Sequence[StoredRecord]) -> list[StoredRecord]:
+    """Of the records those that a paper's table takes, of this data set; every record if there are none, for the message."""
+    taken = [stored for stored in records if stored.record.sweep == SWEEP or not stored.cell]
+    return [s for s in taken if any(d["name"] == dataset for d in s.record.datasets)] or list(records)
 
 
 def _tables(options: argparse.Namespace) -> int:
@@ -178,8 +189,8 @@ def _figures(options: argparse.Namespace) -> int:
         else:
             table = build_sweep(spec, records, sweep, False)
             drawn[options.name] = figures.sweep_figure(spec, table, records)
-            metric = methods.quality(table)
-            for price in methods.PRICES if spec.kind == "methods" else ("parameters", "seconds_per_epoch"):
+            metric = methods_table.quality(table)
+            for price in methods_table.PRICES if spec.kind == "methods" else ("parameters", "seconds_per_epoch"):
                 drawn[f"{options.name}.{price}"] = figures.cost_against_quality(table, records, metric, price)
     wanted = {name: figure for name, figure in drawn.items() if figure is not None}
     paths = [figures.save(figure, options.out / f"{name}.{options.suffix}") for name, figure in wanted.items()]
@@ -194,18 +205,18 @@ def _methods(spec: Spec, records: Sequence[StoredRecord], table: Table, options:
     """What the table of the sweep `methods` is accompanied by: each method against the control, costs, ranks."""
     from results.aggregator import figures
 
-    beside = methods.control_table(spec, records, load_sweep(spec.sweep, options.sweeps))
+    beside = methods_table.control_table(spec, records, load_sweep(spec.sweep, options.sweeps))
     if beside is not None:
         _show(beside, options)
     else:
-        _complain("note:", f"no control was run ({', '.join(methods.CONTROLS)}), so nothing is compared with one")
-    found = methods.ranks(records)
+        _complain("note:", f"no control was run ({', '.join(methods_table.CONTROLS)}), so nothing is compared with one")
+    found = methods_table.ranks(records)
     if options.format is not None:
         return
-    _say(found.silent or methods.sentence(found))
+    _say(found.silent or methods_table.sentence(found))
     drawn = {} if found.silent else {"ranks": figures.critical_difference(found)}
-    for price in methods.PRICES:
-        drawn[price] = figures.cost_against_quality(table, records, methods.quality(table), price)
+    for price in methods_table.PRICES:
+        drawn[price] = figures.cost_against_quality(table, records, methods_table.quality(table), price)
     for name, figure in drawn.items():
         if figure is not None:
             _say(f"figure: {figures.save(figure, options.out / f'{table.name}.{name}.png')}")
@@ -377,6 +388,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("table", _table, [records, output], "one table of a paper, as printed, from our runs, or side by side")
     sub.add_argument("id", help="see `python -m results list`")
     sub.add_argument("--source", choices=SOURCES, default="both", help="which numbers (default: %(default)s)")
+    sub.add_argument("--dataset", metavar="NAME", help="the same table on this data set instead of the paper's")
     add("tables", _tables, [records, output], "rebuild everything under results/tables/")
     add("audit", _audit, [output], "check the papers' printed tables against themselves")
     sub = add("compare", _compare, [records], "paired tests between two methods, runs or cells")

@@ -7,8 +7,9 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from results.aggregator import chance, methods, names, reference
+from results.aggregator import chance, methods_table, names, reference
 from results.aggregator.history import FALLING, fall
+from results.aggregator.other_data import on_data
 from results.aggregator.published import KEYS, Printed, read_published
 from results.aggregator.records import SHOUTED, RecordError, StoredRecord, data_options
 from results.aggregator.scores import Pool, Query, axis_value, check_table, versions
@@ -16,7 +17,7 @@ from results.aggregator.spec import Entry, Spec, SpecError, spec_for_sweep
 from results.aggregator.sweep_cells import SEED_KEYS, SweepCells, canonical, cell_key, describe_cell, show_value
 from results.aggregator.table import Cell, Column, Row, Table, Value, add_gaps, mark_values
 from results.common.did_you_mean import did_you_mean
-from results.common.methods import COMPARE, METHOD
+from results.common.methods import COMPARE, METHOD, SWEEP
 
 SOURCES = ("published", "runs", "both")
 OWN_PAPERS = "own_papers"
@@ -43,8 +44,11 @@ def paper_table(
     records: Sequence[StoredRecord] = (),
     published: Mapping[tuple[str, ...], Printed] | None = None,
     rms_std: bool = False,
+    dataset: str | None = None,
 ) -> Table:
     """A table with exactly the spec's rows and columns, filled from one side or both.
+
+    With `dataset` its rows are the categories of that data set as the records know them; see `other_data`.
 
     Raises SpecError if the spec asks for nothing on the wanted side, ConflictError if records must not meet.
     """
@@ -56,13 +60,16 @@ def paper_table(
         raise SpecError(f"{spec.name} has no printed counterpart; use --source runs")
     printed = read_published() if published is None else published
     pool = Pool(records, rms_std)
+    if dataset is not None:
+        spec = on_data(spec, dataset, records, printed=source == "both")
+        pool.categories = _found_categories(records)
     keys = _known_keys([stored for stored in records if stored.record.sweep == spec.sweep], None)
     rows = [Row(row.labels, row.group, row.rule, row.default, apart=row.apart) for row in spec.rows]
     columns = [_column(column, spec) for column in spec.columns]
     cells = [[Cell(key=_merge(spec, row, column)) for column in spec.columns] for row in spec.rows]
     for row, line in zip(spec.rows, cells, strict=True):
         for column, cell in zip(spec.columns, line, strict=True):
-            if source != "runs":
+            if source != "runs" and cell.key["dataset"] != dataset:
                 cell.published = _printed_value(cell.key, printed)
             runs = {**row.runs, **column.runs}
             if source != "published" and cell.key.get("method") != "dataset" and "absent" not in runs:
@@ -194,7 +201,7 @@ def sweep_table(
     rows = [Row(row.labels, row.group, row.rule, row.default, apart=row.apart) for row in entries]
     table = Table(spec.name, spec.title, "runs", headers, rows, columns, cells, notes=list(spec.notes))
     if spec.kind == "methods":
-        suffix, what = methods.experiment(records)
+        suffix, what = methods_table.experiment(records)
         table.name, table.title = spec.name + suffix, f"{spec.title}, {what}" if what else spec.title
     check_table(pool.used, varies(spec, sweep), f"the table of sweep {spec.sweep}")
     if spec.sweep not in names.CONTROLS and spec.kind != "methods":  # the methods have their control among them
@@ -403,7 +410,7 @@ def _query(
 
 def _of_methods(query: Query) -> Query:
     """The same number from the sweep `methods`, where each method has its own recipe as in its paper."""
-    return dataclasses.replace(query, sweep="methods", cell=cell_key({COMPARE: "recipe"}))
+    return dataclasses.replace(query, sweep=SWEEP, cell=cell_key({COMPARE: "recipe"}))
 
 
 def _full_key(short: str, known: Sequence[str], where: str) -> str:
@@ -440,7 +447,7 @@ def _sweep_rows(
 ) -> tuple[list[Entry], tuple[str, ...], list[str]]:
     """The rows of a sweep's table, their headers, and the runs that no row stands for."""
     if spec.kind == "methods":
-        return methods.rows(spec, records, sweep), methods.HEADERS, []
+        return methods_table.rows(spec, records, sweep), methods_table.HEADERS, []
     if spec.rows is not None:
         return list(spec.rows), spec.row_headers, []
     chosen = [_full_key(key, known, spec.name) for key in spec.parameters] if known else []
@@ -564,8 +571,9 @@ def _missing_values(table: Table) -> list[str]:
     names_of = [f"{column.group} {column.label}".strip() for column in table.columns]
     whole: dict[str, list[str]] = {}
     for j, name in enumerate(names_of):
-        reasons = {line[j].runs.reason if line[j].runs and line[j].runs.mean is None else "" for line in table.cells}
-        if len(table.rows) > 1 and len(reasons) == 1 and reasons != {""}:
+        ours = [line[j].runs for line in table.cells if line[j].runs is not None]
+        reasons = {value.reason if value.mean is None else "" for value in ours}
+        if len(ours) > 1 and len(reasons) == 1 and reasons != {""}:
             whole.setdefault(reasons.pop(), []).append(name)
     lines = [f"{', '.join(columns)}: {reason}" for reason, columns in whole.items()]
     told = {name for columns in whole.values() for name in columns}
@@ -611,7 +619,7 @@ def _finish(table: Table, spec: Spec, pool: Pool) -> None:
         parts.append(
             f"As printed in {spec.paper or 'the papers'}, percent; best and second best are marked from the printed numbers."
         )
-    if table.source == "both":
+    if any(cell.published and cell.runs for line in table.cells for cell in line):
         parts.append("Each place: printed | our runs (ours minus printed).")
     if table.source != "published":
         parts.append(describe_runs(used))

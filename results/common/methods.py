@@ -18,6 +18,8 @@ from results.common.did_you_mean import did_you_mean
 
 METHOD, COMPARE, SETTING = "method", "compare", "data.init_args.setting"
 """Parameters of the sweep `methods`: which profile, which of the two experiments, one model for all or one each."""
+SWEEP = "methods"
+"""Its name."""
 COMPARES = ("recipe", "matched")
 PROFILES, SHARED = Path("sweeps/profiles"), Path("sweeps/comparisons")
 _KEYS = {"": ("shared", "matched"), "matched": ("shared", "own", "cannot")}

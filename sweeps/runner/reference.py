@@ -47,6 +47,8 @@ class Entry:
         sweep: Name of the sweep.
         seeds: Every cell is trained once with each.
         dataset, root, categories: Data other than the profile's.
+        setting: `unified` or `per_category`, in sweeps that can be either.
+        only: Conditions like `method=uniad,padim` that choose among the sweep's cells.
         minutes: Of one worker per cell, for the estimate before any record tells it.
         pictures: Which cells keep heat maps: of the `default` row, `all` or `none`; always of the first seed only.
     """
@@ -56,14 +58,17 @@ class Entry:
     dataset: str = ""
     root: str = ""
     categories: tuple[str, ...] = ()
+    setting: str = ""
+    only: tuple[str, ...] = ()
     minutes: float | None = None
     pictures: str = "default"
 
     @property
     def title(self) -> str:
-        """The sweep, and the data if it is not the profile's."""
+        """The sweep, and the data if it is not the profile's; the setting if it is chosen."""
         place = self.root or self.dataset
-        return f"{self.sweep} on {place}" if place else self.sweep
+        named = f"{self.sweep} on {place}" if place else self.sweep
+        return f"{named}, {self.setting}" if self.setting else named
 
 
 @dataclass
@@ -106,6 +111,8 @@ def read_plan(path: Path) -> list[Entry]:
             raise SweepError(f"{where}: pictures is {entry.pictures!r}; allowed are {', '.join(_PICTURES)}.")
         if not entry.seeds or not all(isinstance(seed, int) for seed in entry.seeds):
             raise SweepError(f"{where}: seeds is {entry.seeds!r}; it is a list of whole numbers.")
+        if not isinstance(entry.only, tuple) or not all("=" in str(condition) for condition in entry.only):
+            raise SweepError(f"{where}: only is {entry.only!r}; it is a list of conditions like method=uniad.")
         entries.append(entry)
     return entries
 
@@ -122,10 +129,12 @@ def plan(entry: Entry, threads: int, say: Callable[[str], None], results: Path |
         ("DATASET", entry.dataset),
         ("DATA_ROOT", entry.root),
         ("CATEGORIES", ",".join(entry.categories)),
+        ("SETTING", entry.setting),
     ):
         if value:
             variables[key] = value
-    cells = sweep.cells(list(entry.seeds))
+    sweep = prepare.chosen(sweep, variables)
+    cells = expansion.select(sweep.cells(list(entry.seeds)), list(entry.only), sweep.path)
     variables = prepare.with_shared_data(sweep, cells, variables)
     sets = prepare.datasets(prepare.command.configs(sweep.command, variables), variables)
     prepare.data(sets, "demo", say)

@@ -321,6 +321,47 @@ def test_runs_of_sweeps_do_not_slip_into_a_papers_table(runs):
     assert all(cell.runs.mean is None for line in table.cells for cell in line)
 
 
+def methods_run(runs, method, setting, value, **more):
+    cell = {"method": method, "compare": "recipe", "data.init_args.setting": setting}
+    runs.add("methods", cell, method=method, setting=setting, value=value, **more)
+
+
+def test_a_papers_table_on_other_data_has_its_categories_and_never_subtracts(runs):
+    methods_run(runs, "padim", "unified", 0.7)
+    methods_run(runs, "padim", "per_category", 0.8)
+    methods_run(runs, "uniad", "unified", 0.9)
+    runs.add("sizes", {SIZE: 1}, value=0.1)
+    table = paper_table(find_spec("uniad_1"), "both", runs.read(), dataset="synthetic")
+    assert [row.labels[0] for row in table.rows] == ["bolt", "gear", "tile", "Mean", "Mean, printed, MVTec AD"]
+    places = [f"{column.group} {column.label}" for column in table.columns]
+    ours, printed = table.cells[3], table.cells[4]
+    means = {place: cell.runs.mean for place, cell in zip(places, ours, strict=True) if cell.runs.mean is not None}
+    assert means == {name: pytest.approx(number) for name, number in
+                     (("PaDiM unified", 70), ("PaDiM separate", 80), ("UniAD unified", 90))}  # fmt: skip
+    assert printed[places.index("UniAD unified")].published.mean == 96.5
+    assert all(cell.published is None or cell.runs is None for line in table.cells for cell in line)
+    assert "UniAD separate: no run with setting per_category (unified is there)" in table.missing
+    assert "ours minus printed" not in table.caption
+
+
+def test_a_table_of_means_has_a_column_of_other_data_before_the_printed_ones(runs):
+    methods_run(runs, "ulsad", "per_category", 0.6)
+    table = paper_table(find_spec("ulsad_1"), "both", runs.read(), dataset="synthetic")
+    assert [(column.group, column.label) for column in table.columns[:2]] == [("", "synthetic"), ("Printed", "BTAD")]
+    row = [row.labels[0] for row in table.rows].index("ULSAD")
+    assert table.cells[row][0].runs.mean == pytest.approx(60)
+    assert table.cells[row][1].published.mean == 96.17
+    assert table.cells[row][1].runs is None
+
+
+def test_other_data_must_be_there_and_belong_to_no_sweep(runs):
+    methods_run(runs, "uniad", "unified", 0.9)
+    with pytest.raises(SpecError, match="no run is of the data set 'mvtec'; runs are of synthetic"):
+        paper_table(find_spec("uniad_1"), "both", runs.read(), dataset="mvtec")
+    with pytest.raises(SpecError, match="made from the sweep fusion"):
+        paper_table(find_spec("rlr_1"), "both", runs.read(), dataset="synthetic")
+
+
 def test_rows_may_be_variants_of_one_run_beside_the_printed_rows(runs):
     variants = [f"levels={text}" for text in ("4", "3", "2", "1", "4+3", "4+1", "4+3+2", "4+3+2+1")]
     values = {(v, c, "dsc"): 0.5 + 0.01 * i for i, v in enumerate(variants) for c in ("bolt", "gear", "tile")}

@@ -14,7 +14,7 @@ from results.aggregator.records import read_records
 from results.aggregator.spec import spec_names
 from sweeps.runner import checked_sweep
 from sweeps.runner.errors import SweepError
-from sweeps.runner.reference import read_plan
+from sweeps.runner.reference import Entry, plan, read_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 TREE = 15_000_000
@@ -127,6 +127,14 @@ def test_the_shipped_plan_can_be_read_and_names_sweeps_that_there_are() -> None:
     assert spec_names()
 
 
+def test_an_entry_takes_a_part_of_a_sweep_in_the_setting_that_it_names() -> None:
+    entry = Entry("methods", dataset="photos", setting="per_category", only=("method=padim,patchcore",))
+    planned = plan(entry, 1, lambda text: None)
+    cells = [job.cell.parameters for job in planned.jobs]
+    assert {cell["method"] for cell in cells} == {"padim", "patchcore"}
+    assert {cell["data.init_args.setting"] for cell in cells} == {"per_category"}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -135,6 +143,7 @@ def test_the_shipped_plan_can_be_read_and_names_sweeps_that_there_are() -> None:
         ("- {sweep: toy, seed: 0}\n", "unknown key 'seed'.*seeds"),
         ("- {sweep: toy, pictures: some}\n", "allowed are default, all, none"),
         ("- {sweep: toy, seeds: []}\n", "list of whole numbers"),
+        ("- {sweep: toy, only: method=uniad}\n", "list of conditions"),
     ],
 )
 def test_a_mistake_in_the_plan_is_named(tmp_path: Path, text: str, message: str) -> None:

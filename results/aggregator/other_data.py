@@ -1,0 +1,85 @@
+"""A paper's table on other data: its methods and metrics, the categories of the data that one has, and dashes for the rest.
+
+What the paper printed is of its own data, so it stands apart, as a row or as columns of its own, and no difference is taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from results.aggregator import names
+from results.aggregator.records import StoredRecord
+from results.aggregator.spec import Entry, Spec, SpecError
+
+ONLY_PRINTED = {"absent": True}
+"""`runs` of a row or column that no run of ours can fill."""
+_OF_THE_DATA = "dataset"
+"""Pseudo-method of columns that describe the paper's data, such as its anomaly ratio."""
+
+
+def on_data(spec: Spec, dataset: str, records: Sequence[StoredRecord], printed: bool) -> Spec:
+    """The spec of the same table on the data set `dataset`, as far as `records` know its categories.
+
+    Args:
+        spec: Spec of a paper's table that trainings fill: without `sweep`, with rows of its own.
+        dataset: Name of a data set, as in the records.
+        records: Records from which the categories are taken.
+        printed: Whether the paper's numbers stand beside ours.
+
+    Raises:
+        SpecError: If the table belongs to a sweep, or no record is of that data set.
+    """
+    if spec.sweep or spec.rows is None:
+        raise SpecError(
+            f"{spec.name} is made from the sweep {spec.sweep}; its own table shows whatever data it ran on: `sweep {spec.sweep}`"
+        )
+    found: dict[str, None] = {}
+    known: dict[str, None] = {}
+    for stored in records:
+        for each in stored.record.datasets:
+            known[each["name"]] = None
+            if each["name"] == dataset:
+                found.update(dict.fromkeys(each["categories"]))
+    if not found:
+        raise SpecError(f"no run is of the data set {dataset!r}; runs are of {', '.join(sorted(known)) or 'none'}")
+    columns = tuple(column for column in spec.columns if column.where.get("method") != _OF_THE_DATA)
+    notes = list(spec.notes)
+    if len(columns) < len(spec.columns):
+        notes.append("What the paper tells about its data has no column here; check-data tells it of yours.")
+    if printed:
+        notes.append(
+            f"Printed numbers are of the paper's data, ours of {names.dataset_label(dataset)}: not to be subtracted."
+        )
+    by_category = any("category" in row.where for row in spec.rows)
+    if by_category:
+        rows, width = [], len(spec.row_headers)
+        for category in (*found, "mean"):
+            label = (names.category_label(category), *[""] * (width - 1))
+            where = {"category": category, "dataset": dataset}
+            rows.append(Entry(label, rule=category == "mean", where=where))
+        if printed:
+            mean = next((row for row in spec.rows if row.where.get("category") == "mean"), None)
+            place = names.dataset_label(spec.where.get("dataset", ""))
+            if mean is not None:
+                label = (f"{mean.labels[0]}, printed, {place}", *mean.labels[1:])
+                rows.append(dataclasses.replace(mean, labels=label, group="", rule=False, runs=ONLY_PRINTED))
+    else:
+        rows = list(spec.rows)
+        ours: dict[tuple, Entry] = {}
+        for column in columns:
+            where = {key: value for key, value in column.where.items() if key != "dataset"} | {"dataset": dataset}
+            labels = (names.dataset_label(dataset),) if "dataset" in column.where else column.labels
+            group = column.group or (names.dataset_label(dataset) if "dataset" not in column.where else "")
+            new = dataclasses.replace(column, labels=labels, group=group, where=where)
+            ours.setdefault((labels, group, tuple(sorted(where.items()))), new)
+        theirs = [dataclasses.replace(column, group=column.group or "Printed", runs=ONLY_PRINTED) for column in columns]
+        columns = (*ours.values(), *(theirs if printed else ()))
+    return dataclasses.replace(
+        spec,
+        title=f"{spec.title}; here on {names.dataset_label(dataset)}",
+        rows=tuple(rows),
+        columns=columns,
+        notes=tuple(notes),
+        own_papers=None,
+    )
