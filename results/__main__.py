@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from results.aggregator import audit as auditing
-from results.aggregator import methods, names, reference, render
+from results.aggregator import methods_table, names, reference, render
 from results.aggregator.build import SOURCES, category_tables, paper_table, sweep_table, varies
 from results.aggregator.curves import curve_table
 from results.aggregator.records import DamagedRecordWarning, RecordError, RecordSet, StoredRecord, read_records
@@ -189,8 +189,8 @@ def _figures(options: argparse.Namespace) -> int:
         else:
             table = build_sweep(spec, records, sweep, False)
             drawn[options.name] = figures.sweep_figure(spec, table, records)
-            metric = methods.quality(table)
-            for price in methods.PRICES if spec.kind == "methods" else ("parameters", "seconds_per_epoch"):
+            metric = methods_table.quality(table)
+            for price in methods_table.PRICES if spec.kind == "methods" else ("parameters", "seconds_per_epoch"):
                 drawn[f"{options.name}.{price}"] = figures.cost_against_quality(table, records, metric, price)
     wanted = {name: figure for name, figure in drawn.items() if figure is not None}
     paths = [figures.save(figure, options.out / f"{name}.{options.suffix}") for name, figure in wanted.items()]
@@ -205,18 +205,18 @@ def _methods(spec: Spec, records: Sequence[StoredRecord], table: Table, options:
     """What the table of the sweep `methods` is accompanied by: each method against the control, costs, ranks."""
     from results.aggregator import figures
 
-    beside = methods.control_table(spec, records, load_sweep(spec.sweep, options.sweeps))
+    beside = methods_table.control_table(spec, records, load_sweep(spec.sweep, options.sweeps))
     if beside is not None:
         _show(beside, options)
     else:
-        _complain("note:", f"no control was run ({', '.join(methods.CONTROLS)}), so nothing is compared with one")
-    found = methods.ranks(records)
+        _complain("note:", f"no control was run ({', '.join(methods_table.CONTROLS)}), so nothing is compared with one")
+    found = methods_table.ranks(records)
     if options.format is not None:
         return
-    _say(found.silent or methods.sentence(found))
+    _say(found.silent or methods_table.sentence(found))
     drawn = {} if found.silent else {"ranks": figures.critical_difference(found)}
-    for price in methods.PRICES:
-        drawn[price] = figures.cost_against_quality(table, records, methods.quality(table), price)
+    for price in methods_table.PRICES:
+        drawn[price] = figures.cost_against_quality(table, records, methods_table.quality(table), price)
     for name, figure in drawn.items():
         if figure is not None:
             _say(f"figure: {figures.save(figure, options.out / f'{table.name}.{name}.png')}")

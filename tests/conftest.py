@@ -8,7 +8,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 
 # What `make` or whoever starts the tests has set for runs of their own steers no test.
-for name in (
+STEERING = (
     "METHOD",
     "PROFILE",
     "DATASET",
@@ -21,5 +21,8 @@ for name in (
     "FOLDS",
     "COMPARE",
     "SETTING",
-):
+    "WANDB",
+    "WANDB_SWEEP_ID",
+)
+for name in STEERING:
     os.environ.pop(name, None)

@@ -68,6 +68,17 @@ def test_links_lead_to_files(file):
     assert not missing
 
 
+@pytest.mark.parametrize("file", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_anchors_are_headings(file):
+    missing = []
+    for link, anchor in re.findall(r"\]\(((?!\w+:)[^)#\s]*)#([^)\s]+)\)", file.read_text()):
+        target = file.parent / link if link else file
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+        known = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        missing += [f"{link}#{anchor}"] * (anchor not in known)
+    assert not missing
+
+
 def test_what_the_script_leaves_out_is_written_somewhere():
     commands = [
         block.text

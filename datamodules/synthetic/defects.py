@@ -153,7 +153,7 @@ def contamination(canvas: Canvas, rng: np.random.Generator, severity: float) -> 
         canvas.paint(window, cover, colour, gloss=0.15)
         canvas.add_height(window, np.float32(0.6) * np.sqrt(np.maximum(radius**2 - distance**2, 0)))
         return
-    for _ in range(1 + int(rng.integers(1, 3 + 3 * severity))):  # type: ignore[call-overload]
+    for _ in range(1 + int(rng.integers(1, int(3 + 3 * severity)))):
         cx, cy = x + rng.normal(0, 0.07), y + rng.normal(0, 0.07)
         radius = (0.012 + 0.040 * severity) * rng.uniform(0.5, 1)
         window = canvas.window(cx, cy, 2 * radius + 0.02)

@@ -189,7 +189,7 @@ class UniReconCLI(internals.OpenCLI):
         return logger
 
     def _configuration(self) -> dict[str, Any]:
-        return json.loads(self.dump(self.config[self.subcommand], format="json"))
+        return json.loads(self.dump(self.config[self.subcommand], format="json", skip_none=True))
 
     # ---- running -----------------------------------------------------------------------------------------------------
 
@@ -287,7 +287,7 @@ class UniReconCLI(internals.OpenCLI):
             self.evaluation, self.normal_scores, self.history, self.curve, self.started,
             getattr(self, "training_seconds", 0.0), self.throughput.images_per_second,
         )  # fmt: skip
-        recording.write(outcome, lambda config: self.dump(config, skip_none=False))
+        recording.write(outcome, self.dump)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any
 
 import lightning as L
 import torch
+from jsonargparse import __version__, _typehints
 from lightning.pytorch.cli import LightningCLI
+
+_SKIP_NONE = "skip_unset" if tuple(map(int, __version__.split(".")[:2])) >= (4, 49) else "skip_none"
+"""What jsonargparse calls the option that leaves out what is None."""
 
 
 class OpenCLI(LightningCLI):
@@ -25,9 +29,9 @@ class OpenCLI(LightningCLI):
         """What was made of a part of the configuration: an object, or the part itself if it names no class."""
         return self._get(self.config_init, key)
 
-    def dump(self, config: Any, **options: Any) -> str:
+    def dump(self, config: Any, format: str = "parser_mode", skip_none: bool = False) -> str:
         """A configuration of this subcommand as text."""
-        return self._parser(self.subcommand).dump(config, **options)
+        return self._parser(self.subcommand).dump(config, format=format, **{_SKIP_NONE: skip_none})
 
     def instantiate(self, part: Any) -> Any:
         """The objects that a part of this subcommand's configuration names."""
@@ -62,6 +66,39 @@ def parser_options(parser: Any) -> Iterator[str]:
         yield from (option.lstrip("-") for option in action.option_strings if option.startswith("--"))
     for choice in getattr(parser._subcommands_action, "choices", None) or ():
         yield from parser_options(parser._subcommands_action.choices[choice])
+
+
+def keep_class_parsers() -> None:
+    """Lets the parser of a class's arguments be made once per process, as jsonargparse does from some version on.
+
+    Older ones (anomalib needs one) make some ninety of them anew for one command line of ours, which is three quarters of the
+    time that reading it takes.
+    """
+    if hasattr(_typehints, "cached_get_class_parser"):
+        return
+    make = _typehints.ActionTypeHint.get_class_parser
+    kept: dict[tuple[Any, ...], Any] = {}
+
+    def get(of: Any, sub_add_kwargs: Any = None, skip_args: Any = None) -> Any:
+        if _typehints.nested_links.get():  # for one instantiation
+            return make(of, sub_add_kwargs, skip_args)
+        if isinstance(of, str):
+            of = _typehints.import_object(of)
+        around = _typehints.parent_parser.get()
+        key = (of, type(around), around.parser_mode, _frozen(sub_add_kwargs or {}), _frozen(skip_args or ()))
+        if key not in kept:
+            kept[key] = make(of, sub_add_kwargs, skip_args)
+        kept[key].logger = around.logger
+        return kept[key]
+
+    _typehints.ActionTypeHint.get_class_parser = staticmethod(get)
+
+
+def _frozen(options: Any) -> Any:
+    """Nested mappings and collections as something that can be a key."""
+    if isinstance(options, Mapping):
+        return frozenset((name, _frozen(value)) for name, value in options.items())
+    return frozenset(options) if isinstance(options, (set, list, tuple)) else options
 
 
 def stop_with_the_first(trainer: L.Trainer) -> None:

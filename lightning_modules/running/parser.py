@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_modules.running.earlier import translated
-from lightning_modules.running.internals import parser_options
+from lightning_modules.running.internals import keep_class_parsers, parser_options
 from results.common.did_you_mean import did_you_mean
 
 _NOISE = ("Given value", "- Expected a <class 'NoneType'>", "Subtypes:", "Errors:", "Does not validate against any of")
@@ -20,6 +20,7 @@ _NOISE = ("Given value", "- Expected a <class 'NoneType'>", "Subtypes:", "Errors
 
 _load_yaml = get_loader("yaml")
 set_loader("yaml", lambda text: translated(_load_yaml(text)), (yaml.YAMLError,))
+keep_class_parsers()
 
 
 class PlainParser(LightningArgumentParser):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from results.aggregator import methods, names, reference
+from results.aggregator import chance, methods_table, names, reference
 from results.aggregator.history import FALLING, fall
 from results.aggregator.other_data import on_data
 from results.aggregator.published import KEYS, Printed, read_published
@@ -16,7 +17,7 @@ from results.aggregator.spec import Entry, Spec, SpecError, spec_for_sweep
 from results.aggregator.sweep_cells import SEED_KEYS, SweepCells, canonical, cell_key, describe_cell, show_value
 from results.aggregator.table import Cell, Column, Row, Table, Value, add_gaps, mark_values
 from results.common.did_you_mean import did_you_mean
-from results.common.methods import COMPARE, SWEEP
+from results.common.methods import COMPARE, METHOD, SWEEP
 
 SOURCES = ("published", "runs", "both")
 OWN_PAPERS = "own_papers"
@@ -200,7 +201,7 @@ def sweep_table(
     rows = [Row(row.labels, row.group, row.rule, row.default, apart=row.apart) for row in entries]
     table = Table(spec.name, spec.title, "runs", headers, rows, columns, cells, notes=list(spec.notes))
     if spec.kind == "methods":
-        suffix, what = methods.experiment(records)
+        suffix, what = methods_table.experiment(records)
         table.name, table.title = spec.name + suffix, f"{spec.title}, {what}" if what else spec.title
     check_table(pool.used, varies(spec, sweep), f"the table of sweep {spec.sweep}")
     if spec.sweep not in names.CONTROLS and spec.kind != "methods":  # the methods have their control among them
@@ -247,7 +248,7 @@ def category_tables(
         used = _records_of(table, records)
         table.caption = describe_runs(used)
         table.warnings = shouts(used)
-        table.notes += [*version_notes(table, used), *reference.notes(used)]
+        table.notes += [*version_notes(table, used), *chance.notes(table, used), *reference.notes(used)]
     return tables
 
 
@@ -353,6 +354,21 @@ def _run_notes(records: Iterable[StoredRecord]) -> list[str]:
     return [note for note in said if UNUSED not in note]
 
 
+def _notes_by_method(records: Sequence[StoredRecord]) -> list[str]:
+    """The runs' notes, after their method's name where the runs are of several; without those that are shouted."""
+    labels = {
+        stored.name: names.method_label(str(stored.record.cell.get(METHOD) or stored.record.method))
+        for stored in records
+    }
+    quiet = {
+        label: [note for note in _run_notes(s for s in records if labels[s.name] == label) if not SHOUTED.match(note)]
+        for label in dict.fromkeys(labels.values())
+    }
+    if len(quiet) < 2:
+        return list(itertools.chain.from_iterable(quiet.values()))
+    return [f"{label}: {'; '.join(said)}." for label, said in quiet.items() if said]
+
+
 def _merge(spec: Spec, row: Entry, column: Entry) -> dict[str, str]:
     return {"category": "mean", "variant": "", **spec.where, **column.where, **row.where}
 
@@ -431,7 +447,7 @@ def _sweep_rows(
 ) -> tuple[list[Entry], tuple[str, ...], list[str]]:
     """The rows of a sweep's table, their headers, and the runs that no row stands for."""
     if spec.kind == "methods":
-        return methods.rows(spec, records, sweep), methods.HEADERS, []
+        return methods_table.rows(spec, records, sweep), methods_table.HEADERS, []
     if spec.rows is not None:
         return list(spec.rows), spec.row_headers, []
     chosen = [_full_key(key, known, spec.name) for key in spec.parameters] if known else []
@@ -573,8 +589,20 @@ def _missing_values(table: Table) -> list[str]:
             if everything and reason == "no run":
                 never.append(title)
             else:
-                lines.append(f"{title}: {'all columns' if everything else ', '.join(columns)}: {reason}")
+                lines.append(
+                    f"{title}: {'all columns' if everything else ', '.join(_by_group(table, columns))}: {reason}"
+                )
     return [*lines, f"no run of {'; '.join(never)}"] if never else lines
+
+
+def _by_group(table: Table, columns: Sequence[str]) -> list[str]:
+    """Names of columns, with `all of GROUP` in place of a whole group's."""
+    left = list(columns)
+    for group in dict.fromkeys(column.group for column in table.columns if column.group):
+        whole = [f"{group} {column.label}".strip() for column in table.columns if column.group == group]
+        if len(whole) > 1 and set(whole) <= set(left):
+            left = [f"all of {group}" if name == whole[0] else name for name in left if name not in whole[1:]]
+    return left
 
 
 def _row_title(row: Row) -> str:
@@ -597,7 +625,8 @@ def _finish(table: Table, spec: Spec, pool: Pool) -> None:
         parts.append(describe_runs(used))
         table.warnings += shouts(used)
         table.notes += [
-            *_run_notes(used), *version_notes(table, used), *falling_notes(table, used), *reference.notes(used),
+            *_notes_by_method(used), *version_notes(table, used), *falling_notes(table, used), *chance.notes(table, used),
+            *reference.notes(used),
         ]  # fmt: skip
     if (
         table.source != "published"

@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from results.aggregator.curves import cell_curves, mean_curve, with_history
 from results.aggregator.history import DETECTION, HELD_OUT, LOCALISATION, LOSS, Curve, read_curve
-from results.aggregator.methods import Ranks
+from results.aggregator.methods_table import Ranks
 from results.aggregator.names import COSTS, category_label, method_label, metric_label
 from results.aggregator.records import StoredRecord
 from results.aggregator.scores import OF, Pool, Query, cost, seed_means

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import yaml
 
-from results.aggregator import names
+from results.aggregator import chance, names
 from results.aggregator.build import DIRTY, shouts
 from results.aggregator.history import FALLING, fall
 from results.aggregator.records import StoredRecord
@@ -132,6 +132,8 @@ def _remarks(stored: StoredRecord) -> list[str]:
             f"The training loss was still falling at the end (by {100 * share:.0f} % over the last tenth of the epochs): "
             "a longer training may do better."
         )
+    if near := chance.remark(stored):
+        remarks.append(near)
     return remarks
 
 

@@ -25,6 +25,8 @@ from results.common.shown import printable, spelled
 FORMATS = ("terminal", "markdown", "csv", "latex", "html")
 SUFFIXES = {"markdown": "md", "csv": "csv", "latex": "tex", "html": "html"}
 DASH = "–"
+LONG_NOTES = 4000
+"""Characters of notes below a LaTeX table above which they run on in smaller letters."""
 #: Columns of the CSV output: the long schema of the published tables, and beside it what our runs say.
 CSV_COLUMNS = (
     "row", "group", "column", "source", "table", "dataset", "category", "method", "variant", "metric", "published",
@@ -260,11 +262,10 @@ def latex(table: Table, standalone: bool = False) -> str:
         lines.append(" & ".join([*map(tex, labels(row)), *(_tex_signs(text) for text in texts)]) + " \\\\")
     lines.append("\\bottomrule")
     lines.append("\\end{tabular}" + "}" * wide)
-    lines += [
-        line
-        for note in _latex_notes(table)
-        for line in ("", "\\smallskip", f"\\parbox{{\\linewidth}}{{\\footnotesize {note}}}")
-    ]
+    notes, size = _latex_notes(table), "footnotesize"
+    if sum(map(len, notes)) > LONG_NOTES:  # so that table and notes stay on one page
+        notes, size = [" ".join(notes)], "scriptsize"
+    lines += [line for note in notes for line in ("", "\\smallskip", f"\\parbox{{\\linewidth}}{{\\{size} {note}}}")]
     lines.append("\\end{table}")
     text = "\n".join(lines) + "\n"
     return f"{_PREAMBLE}\\begin{{document}}\n{text}\\end{{document}}\n" if standalone else text
@@ -274,7 +275,8 @@ def _latex_notes(table: Table) -> list[str]:
     """What stands below a LaTeX table: warnings in bold, how it was made, notes, what is missing."""
     missing = missing_lines(table)
     notes = [table.caption, *table.notes, *([_shortened(missing)] if missing else [])]
-    return [f"\\textbf{{{tex(warning)}}}" for warning in table.warnings] + [tex(note) for note in notes if note]
+    texts = [f"\\textbf{{{tex(warning)}}}" for warning in table.warnings] + [tex(note) for note in notes if note]
+    return [re.sub(r"\S{40,}", lambda path: re.sub(r"(\\_|/)", r"\1\\allowbreak{}", path[0]), text) for text in texts]
 
 
 def latex_document(names: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
-from results.aggregator import audit, figures, methods, names, render
+from results.aggregator import audit, figures, methods_table, names, render
 from results.aggregator.build import category_tables, paper_table, sweep_table
 from results.aggregator.curves import curve_table
 from results.aggregator.own_runs import Picture, Shown, overview, own, show
@@ -195,22 +195,22 @@ def _ablation(
     else:
         table = sweep_table(spec, records, sweep, controls=controls)
         drawn = [(figures.sweep_figure(spec, table, records), "Mean over categories; each dot is a seed.")]
-        metric = methods.quality(table)
-        for price in methods.PRICES if spec.kind == "methods" else ("parameters", "seconds_per_epoch"):
+        metric = methods_table.quality(table)
+        for price in methods_table.PRICES if spec.kind == "methods" else ("parameters", "seconds_per_epoch"):
             figure = figures.cost_against_quality(table, records, metric, price)
             if figure is not None:
                 drawn.append((figure, "Cost against quality."))
         per_category = [_named(each, kind) for each in category_tables(spec, records, sweep)]
     if spec.kind == "methods":
-        found = methods.ranks(records)
-        said = found.silent or methods.sentence(found)
+        found = methods_table.ranks(records)
+        said = found.silent or methods_table.sentence(found)
         if not found.silent:
             drawn.append((figures.critical_difference(found), "Average ranks; a bar joins methods that do not differ."))
-        beside = methods.control_table(spec, records, sweep)
+        beside = methods_table.control_table(spec, records, sweep)
         if beside is not None:
             _use(beside, records, shown)
         else:
-            said += f" No control was run ({', '.join(methods.CONTROLS)}), so nothing is compared with one."
+            said += f" No control was run ({', '.join(methods_table.CONTROLS)}), so nothing is compared with one."
     _use(table, [*records, *controls], shown)
     pictures = [Picture("", text, _source(figure)) for figure, text in drawn]
     return _Block(_named(table, kind), pictures, per_category, beside=beside and _named(beside, kind), said=said)

@@ -19,18 +19,6 @@ from results.aggregator.records import StoredRecord, read_record
 
 SIDE = 72  # not the size of the run, so that resizing takes part
 CATEGORIES = ("bolt", "disc")
-VARIABLES = (
-    "DATASET",
-    "DATA_ROOT",
-    "CATEGORIES",
-    "BACKBONE",
-    "WEIGHTS",
-    "ALPHA",
-    "RULE",
-    "PROFILE",
-    "WANDB",
-    "WANDB_SWEEP_ID",
-)
 
 
 def _part(category: str, rng: np.random.Generator) -> np.ndarray:
@@ -148,10 +136,8 @@ class Project:
 
 
 @pytest.fixture(autouse=True)
-def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No variable of the caller's steers a test, one thread, and no generator is left seeded for the next test."""
-    for variable in VARIABLES:
-        monkeypatch.delenv(variable, raising=False)
+def _one_thread() -> Iterator[None]:
+    """One thread per test, whatever number a run sets."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -10,6 +10,7 @@ import pytest
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import WandbLogger
 
+from lightning_modules.base import ReconstructionModule
 from lightning_modules.running import internals
 from lightning_modules.running.command_line import UniReconCLI
 from lightning_modules.running.parser import PlainParser
@@ -109,3 +110,21 @@ def test_a_module_without_trainer_says_so_instead_of_raising():
             L.LightningModule.__init__(self)
 
     assert Alone().attached is None
+
+
+def test_the_parser_of_a_class_is_made_once_and_gives_the_same_configuration(monkeypatch):
+    made = []
+    add = PlainParser.add_class_arguments
+    monkeypatch.setattr(
+        PlainParser, "add_class_arguments", lambda self, of, *a, **k: (made.append(of), add(self, of, *a, **k))[1]
+    )
+    parser = PlainParser()
+    parser.add_subclass_arguments(ReconstructionModule, "model", required=True)
+    given = [
+        ["--model.class_path=lightning_modules.uniad.UniAD", f"--model.init_args.image_size={n}"] for n in (64, 96, 64)
+    ]
+    first = parser.parse_args(given[0])
+    before = len(made)
+    assert parser.parse_args(given[1]).model.init_args.image_size == 96
+    assert parser.parse_args(given[2]) == first
+    assert len(made) == before > 0

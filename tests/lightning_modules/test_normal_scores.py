@@ -52,7 +52,10 @@ def test_held_out_images_are_what_a_score_is_compared_with(tmp_path, write_data,
     project.run(f"--config={config}", predict, command="predict", name="held")
     predicted = pd.read_csv(project.results / "work" / "single" / "held" / "predictions" / "scores.csv")
     own = table.image_score[table.category == "bolt"].to_numpy()
-    np.testing.assert_allclose(predicted.p_value, p_values(predicted.image_score, own))
+    # An image that was held out is scored in another batch, so its own score is met to the tolerance below.
+    least, most = (p_values(predicted.image_score * factor, own) for factor in (1 + 1e-5, 1 - 1e-5))
+    assert ((least - 1e-9 <= predicted.p_value) & (predicted.p_value <= most + 1e-9)).all()
+    assert (most - least).max() <= 1 / (len(own) + 1) + 1e-9
     again = predicted.set_index("image").image_score
     for row in table[table.category == "bolt"].itertuples():
         assert again[row.path] == pytest.approx(row.image_score, rel=1e-5)

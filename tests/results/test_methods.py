@@ -10,7 +10,7 @@ from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from results.__main__ import main
-from results.aggregator import figures, methods, names, render
+from results.aggregator import figures, methods_table, names, render
 from results.aggregator.build import paper_table, sweep_table
 from results.aggregator.published import read_published
 from results.aggregator.records import LABELS_AT_TEST, SEVEN
@@ -79,7 +79,7 @@ def test_a_method_that_is_told_classes_stands_apart_without_a_rank(runs):
     add(runs, "patchcore", value=0.95, notes=["an equal share per category (training labels)"])
     table = sweep_table(SPEC, runs.read(), SWEEP)
     apart = {row.labels[0]: row.group for row in table.rows if row.apart}
-    assert apart == {"HVQ-Trans": methods.APART["test"], "PatchCore": methods.APART["training"]}
+    assert apart == {"HVQ-Trans": methods_table.APART["test"], "PatchCore": methods_table.APART["training"]}
     assert [row.apart for row in table.rows] == sorted(row.apart for row in table.rows)
     assert cell(table, "hvq_trans", "image_auroc").mark == cell(table, "patchcore", "image_auroc").mark == ""
     assert cell(table, "uniad", "image_auroc").mark == "best"
@@ -136,7 +136,7 @@ def test_drawn_again_metrics_are_those_of_sklearn_with_repeated_images(metric, o
     values, truth = rng.integers(0, 6, 30).astype(float), np.arange(30) % 3 == 0  # many ties
     weights = rng.integers(0, 4, (5, 30)).astype(float)
     weights[:, :3] = 1
-    found = methods._weighted(values, truth, weights, metric)
+    found = methods_table._weighted(values, truth, weights, metric)
     expected = [oracle(truth, values, sample_weight=line) for line in weights]
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
@@ -145,8 +145,8 @@ def test_the_difference_is_that_of_the_table_and_its_interval_covers_it(runs):
     sides = {"uniad": scored(1, 2.0), "nearest_neighbours": scored(2, 1.0)}
     for method, images in sides.items():
         add(runs, method, images=images, categories=("bolt", "gear"))
-    one, other = (methods.of_method(runs.read(), method) for method in sides)
-    found = methods.bootstrap(one, other, "image_auroc")
+    one, other = (methods_table.of_method(runs.read(), method) for method in sides)
+    found = methods_table.bootstrap(one, other, "image_auroc")
     aurocs = [
         np.mean([roc_auc_score(*zip(*images[category], strict=True)) for category in images])
         for images in sides.values()
@@ -154,7 +154,7 @@ def test_the_difference_is_that_of_the_table_and_its_interval_covers_it(runs):
     assert found.difference == pytest.approx(100 * (aurocs[0] - aurocs[1]))
     assert found.low < found.difference < found.high
     assert (found.images, found.categories, found.seeds) == (80, 2, (0,))
-    assert found == methods.bootstrap(one, other, "image_auroc")
+    assert found == methods_table.bootstrap(one, other, "image_auroc")
 
 
 def test_pairing_images_makes_the_interval_of_like_methods_narrow(runs):
@@ -163,7 +163,9 @@ def test_pairing_images_makes_the_interval_of_like_methods_narrow(runs):
     add(runs, "uniad", images=images, categories=("bolt", "gear"))
     add(runs, "nearest_neighbours", images=images, categories=("bolt", "gear"))
     records = runs.read()
-    found = methods.bootstrap(*(methods.of_method(records, m) for m in ("uniad", "nearest_neighbours")), "image_auroc")
+    found = methods_table.bootstrap(
+        *(methods_table.of_method(records, m) for m in ("uniad", "nearest_neighbours")), "image_auroc"
+    )
     assert (found.difference, found.low, found.high) == (0, 0, 0)
 
 
@@ -172,7 +174,9 @@ def test_the_interval_is_as_wide_as_that_of_an_independent_bootstrap(runs):
     for method, images in zip(("uniad", "nearest_neighbours"), sides, strict=True):
         add(runs, method, images=images, categories=("bolt", "gear"))
     records = runs.read()
-    found = methods.bootstrap(*(methods.of_method(records, m) for m in ("uniad", "nearest_neighbours")), "image_auroc")
+    found = methods_table.bootstrap(
+        *(methods_table.of_method(records, m) for m in ("uniad", "nearest_neighbours")), "image_auroc"
+    )
     rng, draws = np.random.default_rng(5), []
     for _ in range(600):
         difference = []
@@ -195,20 +199,22 @@ def test_other_images_are_no_pair(runs):
     add(runs, "nearest_neighbours", images=scored(1, 1.0, count=38), categories=("bolt", "gear"))
     records = runs.read()
     with pytest.raises(ValueError, match="bolt are not the same"):
-        methods.bootstrap(*(methods.of_method(records, m) for m in ("uniad", "nearest_neighbours")), "image_auroc")
-    table = methods.control_table(SPEC, records, SWEEP)
+        methods_table.bootstrap(
+            *(methods_table.of_method(records, m) for m in ("uniad", "nearest_neighbours")), "image_auroc"
+        )
+    table = methods_table.control_table(SPEC, records, SWEEP)
     assert table.missing
     assert table.cells[0][0].runs.mean is None
 
 
 def test_the_control_is_nearest_neighbours_or_else_uniad(runs):
     add(runs, "padim")
-    assert methods.control(runs.read()) == ""
-    assert methods.control_table(SPEC, runs.read(), SWEEP) is None
+    assert methods_table.control(runs.read()) == ""
+    assert methods_table.control_table(SPEC, runs.read(), SWEEP) is None
     add(runs, "uniad")
-    assert methods.control(runs.read()) == "uniad"
+    assert methods_table.control(runs.read()) == "uniad"
     add(runs, "nearest_neighbours")
-    assert methods.control(runs.read()) == "nearest_neighbours"
+    assert methods_table.control(runs.read()) == "nearest_neighbours"
 
 
 def ranked(runs, count, categories, reverse=0):
@@ -218,13 +224,13 @@ def ranked(runs, count, categories, reverse=0):
     for n, method in enumerate(every):
         values = {("", place, "image_auroc"): 0.5 + 0.01 * n for place in places}
         add(runs, method, values=values, categories=places, scored=("image_auroc",))
-    return methods.ranks(runs.read())
+    return methods_table.ranks(runs.read())
 
 
 def test_critical_difference_is_that_of_demsars_table():
     # Demsar 2006, Table 5a: q of the Nemenyi test at 5 % for 2 to 10 classifiers, printed with three decimals.
     for k, q in zip(range(2, 11), (1.960, 2.343, 2.569, 2.728, 2.850, 2.949, 3.031, 3.102, 3.164), strict=True):
-        assert methods.critical_difference(k, 1) / np.sqrt(k * (k + 1) / 6) == pytest.approx(q, abs=1.1e-3)
+        assert methods_table.critical_difference(k, 1) / np.sqrt(k * (k + 1) / 6) == pytest.approx(q, abs=1.1e-3)
 
 
 def test_too_few_categories_give_a_sentence_and_no_figure(runs):
