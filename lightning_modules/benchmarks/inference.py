@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -45,6 +46,8 @@ WARM_UP = 3
 SECONDS = 2.0
 """A round lasts about so long, and has at least `LEAST` calls."""
 LEAST = 5
+WIDTH = 80
+"""Of the table, in characters."""
 
 
 def obstacle(engine: str) -> str:
@@ -141,19 +144,25 @@ def table(found: dict[str, Any]) -> Table:
     """What was measured, for a person."""
     rows = found["rows"]
     devices = sorted({row["device"] for row in rows if "device" in row})
-    shown = Table(
-        title=f"Scoring with {found['run']}: {'; '.join(devices)}",
-        caption=f"median \\[range] of {found['rounds']} rounds' median calls; resized images to maps and scores, float32",
-    )
-    for name in ("engine", "batch", "ms per batch", "images/s", "peak MiB", "ready after s"):
-        shown.add_column(name, justify="left" if name == "engine" else "right")
+    caption = [
+        f"Median \\[range] of {found['rounds']} rounds' median calls; resized images to maps and scores, float32."
+    ]
+    caption += dict.fromkeys(f"{row['engine']}: {escape(row['reason'])}" for row in rows if not row["latency"])
+    shown = Table(title=f"Scoring with {escape(found['run'])}: {'; '.join(devices)}", caption="\n".join(caption))
+    for name in ("engine", "batch", "ms per batch", "images/s", "peak MiB", "ready s"):
+        shown.add_column(name, justify="left" if name == "engine" else "right", no_wrap=True)
     for row in rows:
         if not row["latency"]:
-            shown.add_row(row["engine"], str(row["batch"]), row["reason"])
+            shown.add_row(row["engine"], str(row["batch"]), *4 * ["-"])
             continue
-        pace = [1000 * row["batch"] / latency for latency in row["latency"]]
-        numbers = (spread(row["latency"]), spread(pace), f"{row['peak'] / 2**20:.0f}", f"{row['ready']:.1f}")
-        shown.add_row(row["engine"], str(row["batch"]), *numbers)
+        latency = statistics.median(row["latency"])
+        cells = (
+            spread(row["latency"], 1 if latency < 100 else 0),
+            f"{1000 * row['batch'] / latency:.1f}",
+            f"{row['peak'] / 2**20:.0f}",
+            f"{row['ready']:.1f}",
+        )
+        shown.add_row(row["engine"], str(row["batch"]), *map(escape, cells))
     return shown
 
 
@@ -185,7 +194,7 @@ def _main(arguments: Sequence[str]) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "inference.json").write_text(json.dumps(found, indent=1))
     with open(options.output / "inference.txt", "w") as file:
-        for console in (Console(), Console(file=file, width=120)):
+        for console in (Console(), Console(file=file, width=WIDTH)):
             console.print(table(found))
     print(f"{options.output / 'inference.json'}, {options.output / 'inference.txt'}")
 

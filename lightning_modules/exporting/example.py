@@ -13,17 +13,18 @@ parser.add_argument("model")
 parser.add_argument("photographs", nargs="+", type=Path)
 parser.add_argument("--category", help="whose threshold decides; not needed where the file knows one only")
 options = parser.parse_args()
-
 session = onnxruntime.InferenceSession(options.model)
 about = json.loads(session.get_modelmeta().custom_metadata_map["unirecon"])
 (height, width), (rows, columns) = about["image_size"], about["resize_to"]
-how = about["resize"]["pillow"]
-known = about["decision"]["thresholds"]
+how, known = about["resize"]["pillow"], about["decision"]["thresholds"]
 chosen = options.category or (next(iter(known)) if len(known) == 1 else "")
 threshold = known.get(chosen, {}).get("image")
 
 for number, path in enumerate(options.photographs):
-    image = ImageOps.exif_transpose(Image.open(path))
+    try:
+        image = ImageOps.exif_transpose(Image.open(path))
+    except Exception as error:  # what a broken file raises depends on its format
+        raise SystemExit(f"{path} cannot be read as an image: {error}") from None
     if image.mode.startswith(("I", "F")):
         raise SystemExit(f"{path}: scale 16-bit values to 8 bits first (bit_depth of the run: {about['bit_depth']})")
     image, filter_ = image.convert("RGB"), Image.Resampling[how["filter"]]
@@ -40,6 +41,5 @@ for number, path in enumerate(options.photographs):
     if maps:
         name = f"{number:04d}_{path.stem}"
         np.save(f"{name}.npy", maps[0][0])
-        low, high = known.get(chosen, {}).get("colour_scale") or (maps[0].min(), maps[0].max())
-        grey = np.clip(255 * (maps[0][0] - low) / max(high - low, 1e-12), 0, 255)
-        Image.fromarray(grey.astype(np.uint8)).save(f"{name}.png")
+        scale = known.get(chosen, {}).get("colour_scale") or (maps[0].min(), maps[0].max())
+        Image.fromarray(np.interp(maps[0][0], scale, (0, 255)).astype(np.uint8)).save(f"{name}.png")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 
-from lightning_modules.benchmarks import start
+from lightning_modules.benchmarks import inference, start
 from lightning_modules.benchmarks import training as benchmark
 from lightning_modules.uniad import UniAD
 from models.backbones import BackboneConfig
@@ -96,3 +98,24 @@ def test_the_benchmark_of_the_start_reads_files_when_cold_and_not_when_warm(tmp_
     found = {state: (start.first_batch(tmp_path / "data", state), len(read)) for state in ("cold", "warm")}
     assert [count for _, count in found.values()] == [20, 20]
     assert all(seconds["cpu"] > 0 for seconds, _ in found.values())
+
+
+def test_the_table_of_scoring_fits_80_columns_and_says_why_an_engine_is_missing():
+    done = {"peak": 1075 * 2**20, "ready": 159.7, "device": "CPU, 2 threads", "batch": 32}
+    rows = [
+        {"engine": "onnxruntime", "latency": [12345.6, 12300.4, 12999.9], **done},
+        {"engine": "torch", "latency": [51.46, 50.0, 60.02], **done, "batch": 1},
+        {"engine": "compiled", "batch": 1, "latency": [], "peak": 0, "reason": "no C++ compiler [c++] is on PATH"},
+    ]
+    written = io.StringIO()
+    found = {"run": "results/runs/single/mine", "rounds": 3, "rows": rows}
+    Console(file=written, width=inference.WIDTH).print(inference.table(found))
+    lines = written.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+    assert cells == [
+        ["onnxruntime", "32", "12346 [12300, 13000]", "2.6", "1075", "159.7"],
+        ["torch", "1", "51.5 [50.0, 60.0]", "19.4", "1075", "159.7"],
+        ["compiled", "1", "-", "-", "-", "-"],
+    ]
+    assert "compiled: no C++ compiler [c++] is on PATH" in written.getvalue()

@@ -179,3 +179,8 @@ def test_the_example_needs_nothing_of_this_project(trained, tmp_path, data_root)
     assert said == pytest.approx(expected.image_scores.item(), rel=1e-5)
     np.testing.assert_allclose(np.load(tmp_path / "0000_000.npy"), expected.maps[0].numpy(), rtol=1e-4, atol=1e-5)
     assert Image.open(tmp_path / "0000_000.png").size == (64, 64)
+
+    (tmp_path / "notes.txt").write_text("no picture")
+    done = subprocess.run([*command[:3], "notes.txt"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "notes.txt cannot be read as an image: cannot identify image file 'notes.txt'\n"
