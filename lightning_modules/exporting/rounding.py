@@ -1,9 +1,9 @@
 """How far two correct float32 computations of one run may lie apart.
 
-Another program adds the products of a convolution or a matrix product in another order. The rounding errors of a sum of K
-terms are about sqrt(K) times 2^-24 of its size (Higham and Mary, "A New Approach to Probabilistic Rounding Error Analysis",
-SIAM J. Sci. Comput. 41, 2019). So every such result gets noise of that size, and what this changes in maps and scores, for the
-run's own weights and images, is the unit of the tolerance.
+Another program adds the products of a convolution or a matrix product, or the values of a mean, in another order. The rounding
+errors of a sum of K terms are about sqrt(K) times 2^-24 of its size (Higham and Mary, "A New Approach to Probabilistic Rounding
+Error Analysis", SIAM J. Sci. Comput. 41, 2019). So every such result gets noise of that size, and what this changes in maps and
+scores, for the run's own weights and images, is the unit of the tolerance.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def tolerances(score: Callable[[], tuple[Tensor, ...]]) -> tuple[float, ...]:
 
 
 class _Noise(TorchDispatchMode):
-    """As long as it lasts, results of convolutions and matrix products carry the rounding noise of their sums."""
+    """As long as it lasts, results of convolutions, matrix products, sums and means carry the rounding noise of their sums."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -55,15 +55,23 @@ class _Noise(TorchDispatchMode):
         terms = _TERMS.get(func)
         if terms is None or result.dtype != torch.float32:
             return result
-        size = UNIT * terms(args) ** 0.5 * result.square().mean().sqrt()
+        size = UNIT * terms(args, result) ** 0.5 * result.square().mean().sqrt()
         return result + size * torch.randn(result.shape, generator=self.generator)
 
 
-_TERMS: dict[Any, Callable[[Sequence[Any]], float]] = {
-    torch.ops.aten.convolution.default: lambda args: args[1].numel() / args[1].shape[1 if args[6] else 0],
-    torch.ops.aten.mm.default: lambda args: args[0].shape[-1],
-    torch.ops.aten.bmm.default: lambda args: args[0].shape[-1],
-    torch.ops.aten.addmm.default: lambda args: args[1].shape[-1],
-    torch.ops.aten.baddbmm.default: lambda args: args[1].shape[-1],
+def _reduced(args: Sequence[Any], result: Tensor) -> float:
+    return args[0].numel() / result.numel()
+
+
+_TERMS: dict[Any, Callable[[Sequence[Any], Tensor], float]] = {
+    torch.ops.aten.convolution.default: lambda args, _: args[1].numel() / args[1].shape[1 if args[6] else 0],
+    torch.ops.aten.mm.default: lambda args, _: args[0].shape[-1],
+    torch.ops.aten.bmm.default: lambda args, _: args[0].shape[-1],
+    torch.ops.aten.addmm.default: lambda args, _: args[1].shape[-1],
+    torch.ops.aten.baddbmm.default: lambda args, _: args[1].shape[-1],
+    torch.ops.aten.mean.default: _reduced,
+    torch.ops.aten.mean.dim: _reduced,
+    torch.ops.aten.sum.default: _reduced,
+    torch.ops.aten.sum.dim_IntList: _reduced,
 }
-"""Operation -> how many products each of its results is the sum of."""
+"""Operation -> how many terms each of its results is the sum of."""

@@ -118,6 +118,16 @@ def test_the_tolerance_of_one_layer_is_that_of_its_sums():
     assert 8 * 3 * deviation < found < 8 * 6 * deviation
 
 
+def test_the_tolerance_of_a_mean_covers_a_program_that_adds_one_value_after_the_other():
+    """onnxruntime did so with FCDD's contrast, the mean over all pixels of an image: hundreds of units."""
+    values = torch.rand(4, 3 * 128 * 128, generator=torch.Generator().manual_seed(0))
+    (found,) = tolerances(lambda: (values.mean(dim=1),))
+    in_order = np.cumsum(values.numpy(), axis=1, dtype=np.float32)[:, -1] / np.float32(values.shape[1])
+    off = float(np.abs(in_order - values.mean(dim=1).numpy()).max())
+    assert 8 * UNIT < off < found
+    assert found < 8 * 4 * UNIT * (3 * 128 * 128) ** 0.5 * 0.51
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
