@@ -90,7 +90,7 @@ def _table(options: argparse.Namespace) -> int:
         return _sweep(options)
     if options.dataset and options.source == "published":
         raise ValueError("--dataset is of runs; with --source published there are none: leave one of them out")
-    records = _records(options) if options.source != "published" else ()
+    records: Sequence[StoredRecord] = _records(options) if options.source != "published" else ()
     if options.dataset:
         records = _on(options.dataset, records)
     table = paper_table(spec, options.source, records, rms_std=options.std == "rms", dataset=options.dataset)
