@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 PROFILE ?= demo
 # Values go through the environment, letter for letter: neither make nor the shell reads a `$`, a quote or a blank in them.
 # The first line is read by the command line itself, so that make, the sweep runner and `wandb agent` steer a run alike.
-VALUES := PROFILE DATASET DATA_ROOT CATEGORIES BACKBONE WEIGHTS ALPHA RULE WANDB \
+VALUES := PROFILE DATASET DATA_ROOT CATEGORIES BACKBONE WEIGHTS ALPHA RULE FOLDS WANDB \
 	METHOD RUN IMAGES OUT ABLATION COMPARE SETTING WORKERS GPUS SEEDS SWEEP TABLE SOURCE FORMAT A B CLEAR \
 	RUNS METHODS REFERENCE CHECKPOINT CATEGORY ADDRESS
 $(foreach v,$(VALUES),$(if $(filter undefined,$(origin $v)),,$(eval override $v := $$(value $v))$(eval export $v)))
@@ -51,9 +51,10 @@ readme: setup  ## Run every command of the READMEs in a copy of the repository, 
 	$(PY) tests/readme.py
 
 train import: export METHOD := $(or $(value METHOD),uniad)
-train: setup  ## Train and evaluate once: METHOD= PROFILE= DATASET= DATA_ROOT= [CATEGORIES= BACKBONE= WEIGHTS= ALPHA= RULE= RUN= ARGS=].
+train: setup  ## Train and evaluate once: METHOD= PROFILE= DATASET= DATA_ROOT= [CATEGORIES= BACKBONE= WEIGHTS= ALPHA= RULE= FOLDS= RUN= ARGS=].
 	$(PY) -m sweeps data "sweeps/profiles/$$PROFILE/$$METHOD.yaml"
-	$(PY) -m lightning_modules fit --config "sweeps/profiles/$$PROFILE/$$METHOD.yaml" $(if $(RUN),--run.name="$$RUN") $(ARGS)
+	$(PY) -m lightning_modules fit --config "sweeps/profiles/$$PROFILE/$$METHOD.yaml" $(if $(RUN),--run.name="$$RUN") \
+		$(if $(FOLDS),--run.folds="$$FOLDS") $(ARGS)
 
 import: export PROFILE := $(if $(filter file,$(origin PROFILE)),paper,$(PROFILE))
 import: setup  ## A run record from an authors' checkpoint: CHECKPOINT= METHOD= DATASET= DATA_ROOT= [CATEGORIES= RUN= ARGS=].

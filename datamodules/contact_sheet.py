@@ -43,7 +43,8 @@ _TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{{ title }}</title>
 <style>
-body { font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; max-width: 1560px; padding: 0 1rem; color: #222; }
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 1560px; margin: 1.5rem auto; padding: 0 1rem; color: #222; }
+body { overflow-wrap: anywhere; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .3rem; }
 img { max-width: 100%; height: auto; } .error { color: #b01e1e; } .files { color: #777; font-size: .85em; }
 nav a { margin-right: .8em; } @media print { section { break-inside: avoid; } }

@@ -17,6 +17,7 @@ from datamodules.errors import DataError
 from datamodules.images import MAX_MEGAPIXELS, centre, read_mask, read_pair, resize_image, resize_mask
 from datamodules.sample_table import SampleTable, category_keys
 from datamodules.sampling import Draw
+from datamodules.tiling import Box
 
 UNKNOWN = -1
 """Label of an image of which nothing is known (prediction on a folder)."""
@@ -42,6 +43,8 @@ class Row(NamedTuple):
     mask_paths: tuple[str, ...]
     symmetry: int = 0
     """Of the resized image and mask, see `datamodules.augmentation`."""
+    tile: Box | None = None
+    """The part of the photograph that stands for an image; `id` then counts tiles."""
 
 
 def table_rows(table: SampleTable, *splits: str) -> list[Row]:
@@ -83,16 +86,16 @@ class ImageSource:
         self.whole = crop_from or size
         self.size, self.resize, self.mask_resize, self.max_megapixels = size, resize, mask_resize, max_megapixels
         self._bit_depths, self._thresholds = bit_depths or {}, thresholds or {}
-        self._cache: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._cache: dict[tuple[str, Box | None], tuple[np.ndarray, np.ndarray]] = {}
         self._room = cache_bytes
+        self._last: tuple[str, tuple[np.ndarray, np.ndarray | None]] | None = None
 
     def load(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
         """Image uint8 (H, W, 3) and mask bool (H, W); both are shared with the cache, so never write into them."""
-        cached = self._cache.get(row.image_path)
+        cached = self._cache.get((row.image_path, row.tile))
         if cached is not None:
             return cached
-        bits, threshold = self._bit_depths.get(row.dataset), self._thresholds.get(row.dataset, 0)
-        image, mask = read_pair(row.image_path, row.mask_paths, bits, threshold, self.max_megapixels)
+        image, mask = self.photograph(row) if row.tile is None else self._tile(row)
         loaded = (
             np.ascontiguousarray(centre(resize_image(image, self.whole, self.resize), self.size)),
             np.zeros(self.size, bool) if mask is None else self._resized(mask),
@@ -100,8 +103,22 @@ class ImageSource:
         needed = loaded[0].nbytes + loaded[1].nbytes
         if needed <= self._room:
             self._room -= needed
-            self._cache[row.image_path] = loaded
+            self._cache[row.image_path, row.tile] = loaded
         return loaded
+
+    def photograph(self, row: Row) -> tuple[np.ndarray, np.ndarray | None]:
+        """Image uint8 (H, W, 3) and mask bool (H, W) at their own size; the mask is None without files."""
+        bits, threshold = self._bit_depths.get(row.dataset), self._thresholds.get(row.dataset, 0)
+        return read_pair(row.image_path, row.mask_paths, bits, threshold, self.max_megapixels)
+
+    def _tile(self, row: Row) -> tuple[np.ndarray, np.ndarray | None]:
+        """As `photograph`, the row's tile of it. The last photograph is kept: its tiles often follow each other."""
+        if self._last is None or self._last[0] != row.image_path:
+            self._last = row.image_path, self.photograph(row)
+        image, mask = self._last[1]
+        return np.ascontiguousarray(row.tile.of(image)), None if mask is None else np.ascontiguousarray(
+            row.tile.of(mask)
+        )
 
     def mask(self, row: Row) -> np.ndarray:
         """Mask bool (H, W) of a row with mask files, without its image."""
@@ -121,12 +138,13 @@ class LastImage:
 
     def __init__(self, source: ImageSource) -> None:
         self.source = source
-        self._last: tuple[str, tuple[np.ndarray, np.ndarray]] | None = None
+        self._last: tuple[tuple[str, Box | None], tuple[np.ndarray, np.ndarray]] | None = None
 
     def load(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
         """As `ImageSource.load`."""
-        if self._last is None or self._last[0] != row.image_path:
-            self._last = row.image_path, self.source.load(row)
+        key = row.image_path, row.tile
+        if self._last is None or self._last[0] != key:
+            self._last = key, self.source.load(row)
         return self._last[1]
 
 
@@ -170,12 +188,12 @@ class TableDataset(Dataset):
         row = self.rows[index.row if isinstance(index, Draw) else index]
         error = ""
         try:
-            loaded = self.source.load(row)
+            *loaded, more = self._load(row)
         except DataError as failure:
             if row.label != UNKNOWN:
                 raise
             error = str(failure)
-            loaded = np.zeros((*self.source.size, 3), np.uint8), np.zeros(self.source.size, bool)
+            *loaded, more = self._black()
         image, mask = (apply_symmetry(array, row.symmetry) for array in loaded)
         if self.augmentation is not None and isinstance(index, Draw):
             image, mask = self.augmentation(image, mask, row.category, index.seed)
@@ -189,6 +207,7 @@ class TableDataset(Dataset):
             "anomaly_type": row.anomaly_type,
             "id": row.id,
             "path": row.image_path,
+            **more,
         }
         if self.anomalies is not None and isinstance(index, Draw):
             corrupted, blobs = self.anomalies(image, row.category, index.seed)
@@ -202,6 +221,14 @@ class TableDataset(Dataset):
         if self.pixels:
             sample["pixels"] = torch.from_numpy(image.transpose(2, 0, 1).copy())
         return sample
+
+    def _load(self, row: Row) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+        """Image and mask of a row, and what its sample carries besides."""
+        return *self.source.load(row), {}
+
+    def _black(self) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+        """What stands for an image that cannot be read."""
+        return np.zeros((*self.source.size, 3), np.uint8), np.zeros(self.source.size, bool), {}
 
     def _normalise(self, image: np.ndarray) -> torch.Tensor:
         """uint8 (H, W, 3), or floats in [0, 1], to float32 (3, H, W)."""
@@ -249,16 +276,16 @@ class Batch(dict):
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> Batch:
-    """Stack samples: tensors to (B, ...), numbers to int64 (B,), truth values to bool (B,), texts to lists."""
+    """Stack samples: tensors to (B, ...), numbers to int64 (B,), truth values to bool (B,), texts and the rest to lists."""
     batch = Batch()
     for name in samples[0]:
         values = [sample[name] for sample in samples]
         if isinstance(values[0], torch.Tensor):
             batch[name] = torch.stack(values)
-        elif isinstance(values[0], str):
-            batch[name] = values
-        else:
+        elif isinstance(values[0], int | float):
             batch[name] = torch.tensor(values)
+        else:
+            batch[name] = values
     return batch
 
 

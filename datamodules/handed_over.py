@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from datamodules.dataset import UNKNOWN, Row, normalise, normalised_levels
 from datamodules.errors import DataError
 from datamodules.images import MAX_MEGAPIXELS, centre, check_resize, pil_pixels, read_image, resize_image
 from datamodules.prediction import depth_of
+from datamodules.tiled import TiledPhotograph
+from datamodules.tiling import TileConfig
 
 OneImage: TypeAlias = Tensor | Image.Image | str | os.PathLike
 Images: TypeAlias = OneImage | Sequence[OneImage]
@@ -33,6 +36,7 @@ class Preparation:
         bit_depth: Significant bits of 16-bit images; None infers them from those of a call, as `predict` does.
         max_megapixels: Larger image files are refused.
         crop_from: (height, width) to resize to before the centre of `size` is kept; None resizes to `size`.
+        tiles: How photographs are cut; None: each is one image.
     """
 
     size: tuple[int, int]
@@ -42,6 +46,7 @@ class Preparation:
     bit_depth: int | None = None
     max_megapixels: float = MAX_MEGAPIXELS
     crop_from: tuple[int, int] | None = None
+    tiles: TileConfig | None = None
 
     def __post_init__(self) -> None:
         check_resize(self.resize)
@@ -56,12 +61,29 @@ class Preparation:
         for part in self.resized(images, batch_size):
             yield torch.stack([normalise(pixels.numpy(), levels) for pixels in part])
 
+    def photographs(self, images: Images, at_once: int) -> Iterator[TiledPhotograph]:
+        """The images one by one, each cut into `tiles`, which are scored `at_once` at a time.
+
+        Raises:
+            DataError: as `batches`.
+        """
+        levels = normalised_levels(self.mean, self.std)
+        for pixels in self._whole(images):
+            yield TiledPhotograph(pixels, self.tiles, self.size, self.resize, levels, at_once)
+
     def resized(self, images: Images, batch_size: int) -> Iterator[Tensor]:
         """The images at the size of the run: uint8 (up to batch_size, *size, 3), RGB.
 
         Raises:
             DataError: as `batches`.
         """
+        whole = self._whole(images)
+        while part := list(itertools.islice(whole, batch_size)):
+            resized = (resize_image(pixels, self.crop_from or self.size, self.resize) for pixels in part)
+            yield torch.from_numpy(np.stack([centre(image, self.size) for image in resized]))
+
+    def _whole(self, images: Images) -> Iterator[np.ndarray]:
+        """Each image at its own size, uint8 (H, W, 3), RGB."""
         if isinstance(images, Tensor) and images.ndim == 4:
             images = list(images)
         images = [images] if isinstance(images, OneImage) else list(images)
@@ -70,11 +92,8 @@ class Preparation:
         paths = [os.fspath(image) for image in images if isinstance(image, str | os.PathLike)]
         rows = [Row(number, "", "", UNKNOWN, "unknown", path, ()) for number, path in enumerate(paths)]
         depth = self.bit_depth or depth_of(rows, None, self.max_megapixels).get("")
-        for first in range(0, len(images), batch_size):
-            numbered = enumerate(images[first : first + batch_size], first)
-            pixels = [self._pixels(image, f"image {number}", depth) for number, image in numbered]
-            whole = (resize_image(p, self.crop_from or self.size, self.resize) for p in pixels)
-            yield torch.from_numpy(np.stack([centre(image, self.size) for image in whole]))
+        for number, image in enumerate(images):
+            yield self._pixels(image, f"image {number}", depth)
 
     def _pixels(self, image: OneImage, name: str, depth: int | None) -> np.ndarray:
         """uint8 (H, W, 3), RGB, in the image's own size."""

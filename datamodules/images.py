@@ -199,6 +199,22 @@ def read_header(path: str | Path) -> Header:
     return header
 
 
+def shown_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) of an image as `read_image` gives it, turned as EXIF says; only its head is decoded where that tells.
+
+    Raises:
+        DataError: it is not an image.
+    """
+    header = read_header(path)
+    if not header.turned:
+        return header.height, header.width
+    data = _bytes(path)
+    with contextlib.suppress(*_BROKEN), _open(data) as image:
+        swapped = image.getexif().get(274, 1) in (5, 6, 7, 8)
+        return (header.width, header.height) if swapped else (header.height, header.width)
+    return decode(path)[0].shape[:2]
+
+
 def odd_mode(path: str) -> str | None:
     """The mode of an image that users are told about, from as little of the file as possible; None for any other."""
     if path.lower().endswith((*_JPEG_SUFFIXES, ".bmp", ".dib")):

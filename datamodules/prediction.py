@@ -93,12 +93,17 @@ class PhotographSource(ImageSource):
 
     def load(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
         """As `ImageSource.load`."""
+        photograph, _ = self.photograph(row)
+        resized = centre(resize_image(photograph, self.whole, self.resize), self.size)
+        return np.ascontiguousarray(resized), np.zeros(self.size, bool)
+
+    def photograph(self, row: Row) -> tuple[np.ndarray, None]:
+        """As `ImageSource.photograph`; there is no mask."""
         photograph = self.read(row.image_path, row.dataset)
         if photograph.nbytes <= self.room and get_worker_info() is None:
             self.room -= photograph.nbytes
             self._kept[row.image_path] = photograph
-        resized = centre(resize_image(photograph, self.whole, self.resize), self.size)
-        return np.ascontiguousarray(resized), np.zeros(self.size, bool)
+        return photograph, None
 
     def take(self, path: str) -> np.ndarray | None:
         """An image as `read` gives it, if it was kept; it is kept no longer."""

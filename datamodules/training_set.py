@@ -1,6 +1,6 @@
-"""Fewer training images, or dirty ones, as options of the data: `shots` and `contamination`.
+"""Fewer training images, or dirty ones, as options of the data: `shots`, `fold` and `contamination`.
 
-Both only move rows of the table between splits, so ids, files and cached features stay those of the whole dataset. What is
+They only move rows of the table between splits, so ids, files and cached features stay those of the whole dataset. What is
 used for nothing gets the split `UNUSED`. Every choice is by the smallest hashes of (seed, category, file name): with one seed
 the images of 2 shots are among those of 4, the defects of 2 % among those of 5 %, and neither the machine, nor the root, nor the
 other categories matter.
@@ -21,6 +21,8 @@ from datamodules.sample_table import GOOD, SampleTable
 
 UNUSED = "unused"
 """Split of images that are neither trained on nor tested on."""
+FOLD = "fold"
+"""Split of the normal images that one fold of a cross-validation leaves out: their scores are kept, nothing else sees them."""
 
 
 def check_options(shots: int | None, contamination: float, reserved: float | None) -> None:
@@ -55,6 +57,45 @@ def few_shots(table: SampleTable, shots: int | None, seed: int) -> SampleTable:
             found = number_of(len(train), "training image")
             raise DataError(f"{category} has {found} (after holdout), fewer than shots={shots}: lower shots.")
         table.loc[_in_order(train, "shots", seed)[shots:], "split"] = UNUSED
+    return table
+
+
+def check_fold(fold: Sequence[int] | None, holdout: float | None) -> None:
+    """DataError unless `fold` is a possible option beside `holdout`."""
+    if fold is None:
+        return
+    if len(fold) != 2 or fold[1] < 2 or not 1 <= fold[0] <= fold[1]:
+        raise DataError(f"fold is [which, of how many], for example [1, 5]: a fold of at least 2; found {list(fold)}.")
+    if holdout:
+        raise DataError(f"fold leaves normal images out itself: leave holdout ({holdout:g}) out, or fold.")
+
+
+def leave_out(table: SampleTable, fold: Sequence[int] | None) -> SampleTable:
+    """Move the training images of a fold to the split `FOLD`; None moves none.
+
+    Folds are as equal as they can be in every category, and the choice depends on file names only.
+
+    Args:
+        table: after `few_shots`.
+        fold: which (from 1) of how many.
+
+    Raises:
+        DataError: a category has fewer training images than there are folds, or validation images of its own.
+    """
+    if fold is None:
+        return table
+    which, folds = fold
+    table = table.copy()
+    for (_, category), rows in table.groupby(["dataset", "category"], sort=False):
+        train = rows[rows["split"] == "train"]
+        if (rows["split"] == "val").any():
+            raise DataError(
+                f"{category} has validation images of its own, from which its thresholds come: folds would add nothing."
+            )
+        if len(train) < folds:
+            found = number_of(len(train), "training image")
+            raise DataError(f"{category} has {found}, fewer than {folds} folds: take fewer folds.")
+        table.loc[_in_order(train, "fold", 0)[which - 1 :: folds], "split"] = FOLD
     return table
 
 

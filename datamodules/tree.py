@@ -249,6 +249,12 @@ def read_tree(
             for image in images
         )
     for part in list_folders(folder / "ground_truth"):
+        if not strict and is_normal(part) and (masks := list_images(part)):
+            what = (
+                f"{number_of(len(masks), 'mask')} of normal images, not looked at: put images with a defect into a folder of "
+                "test/ that is called after it"
+            )
+            problems.append(Problem(WARNING, "mask of a normal image", category, what, tuple(map(str, masks))))
         if part.name not in {defect.name for defect in defects} and not is_normal(part):
             what = f"ground_truth/{part.name} has no test/{part.name}"
             problems.append(Problem(WARNING, "orphan mask", category, what, (str(part),)))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning as L
@@ -32,7 +34,7 @@ from datamodules.dataset import (
     usual_workers,
 )
 from datamodules.errors import DataError
-from datamodules.images import BIT_DEPTHS, MASK_RESIZES, MAX_MEGAPIXELS, check_crop, check_resize
+from datamodules.images import BIT_DEPTHS, MASK_RESIZES, MAX_MEGAPIXELS, check_crop, check_resize, shown_size
 from datamodules.prediction import PhotographSource, depth_of, unknown_rows
 from datamodules.problems import number_of
 from datamodules.reading import DatasetConfig, Reading, first_categories, read_datasets
@@ -48,6 +50,8 @@ from datamodules.sample_table import (
 )
 from datamodules.sampling import EvalSampler, TrainSampler, check_sampling
 from datamodules.subset import FULL, TEST_SUBSETS, left_out
+from datamodules.tiled import PhotographDataset, tile_rows
+from datamodules.tiling import TileConfig
 from results.common.did_you_mean import did_you_mean
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -82,6 +86,8 @@ class UnifiedDataModule(L.LightningDataModule):
         holdout: fraction of each category's normal training images that becomes split val, chosen by file name, for
             thresholds and p-values. A dataset with a validation folder of its own (MVTec LOCO) keeps that instead. None:
             nothing of the papers' datasets, and a fifth of one's own folders where that makes at least 5 images.
+        fold: [which, of how many]: leave that fold of each category's normal training images out and keep their scores, for a
+            cross-validation. `run.folds` goes through them all. Nothing of the training sees them, unlike `holdout`.
         epoch_images: draws per epoch; None for as many as there are training images. With it, runs on more or fewer images
             make equally many steps. Methods that are fitted in one pass do not heed it.
         category_count: use so many of the categories that are read, the first in the order in which they are named (in the
@@ -113,6 +119,11 @@ class UnifiedDataModule(L.LightningDataModule):
         cache_mb: without workers, keep up to this much of the resized images in memory.
         predict_root: folder (searched recursively, without the masks in ground_truth) or file for `predict_dataloader`, or
             a list of these.
+        tiles: cut photographs into overlapping tiles, for photographs that are larger than a network's input. Each tile is
+            resized to `image_size`. One trains on tiles, of which an epoch has as many draws, and splits, `shots` and
+            `contamination` count photographs. Tested, predicted and compared with are whole photographs, one a batch: the
+            tiles are scored `eval_batch_size` at a time, their maps stitched at the photograph's own size (see
+            `datamodules.tiling`), and an image's score is the highest of its tiles'. None: each photograph is one image.
         predict_dataset: which of several `datasets` the images of `predict_root` are like, for models that keep
             statistics per dataset. None takes the one in whose folder they lie, if there is one.
 
@@ -155,6 +166,8 @@ class UnifiedDataModule(L.LightningDataModule):
         predict_root: list[str] | str | None = None,
         predict_dataset: str | None = None,
         crop_from: int | tuple[int, int] | None = None,
+        fold: tuple[int, int] | None = None,
+        tiles: TileConfig | None = None,
     ) -> None:
         super().__init__()
         check_sampling(sampling)
@@ -164,6 +177,7 @@ class UnifiedDataModule(L.LightningDataModule):
             if value is not None and value < 1:
                 raise DataError(f"{name} must be at least 1 or null, found {value}.")
         training_set.check_options(shots, contamination, contamination_reserved)
+        training_set.check_fold(fold, holdout)
         if bit_depth is not None and bit_depth not in BIT_DEPTHS:
             raise DataError(f"bit_depth must be one of {BIT_DEPTHS} or None, found {bit_depth}.")
         if eval_batch_size < 1 or (batch_size is not None and batch_size < 1):
@@ -193,15 +207,23 @@ class UnifiedDataModule(L.LightningDataModule):
             raise DataError(f"Two datasets are called {twice[0]!r}: give one of them a `label` of its own.")
         if predict_dataset is not None and predict_dataset not in labels:
             raise DataError(f"Unknown predict_dataset {predict_dataset!r}. {did_you_mean(predict_dataset, labels)}")
+        if tiles is not None and crop_from is not None:
+            raise DataError(
+                "tiles and crop_from do not go together: tiles cover all of a photograph, a crop cuts its margin off. Leave "
+                "one of them out."
+            )
+        if tiles is not None and mask_resize != "nearest":
+            raise DataError(f"mask_resize={mask_resize}: with tiles masks keep their own size. Leave it out.")
         self.datasets = list(datasets)
         self.image_size: Any = image_size  # a pair from setup on
         self.resize = resize
         self.crop_from: Any = crop_from
+        self.tiles = tiles
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.sampling = sampling
-        self.holdout = holdout
+        self.holdout, self.fold = (0.0 if fold else holdout), fold
         self.epoch_images, self.category_count = epoch_images, category_count
         self.shots, self.contamination, self.contamination_reserved = shots, contamination, contamination_reserved
         self.augmentation = augmentation
@@ -230,6 +252,8 @@ class UnifiedDataModule(L.LightningDataModule):
         self._source: Any = None
         self._served: CachedSplits | None = None
         self._views: TrainingViews | None = None
+        self._tile_rows: list[Row] = []
+        self._tile_rows_of: dict[str, list[Row]] = {}
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -259,6 +283,7 @@ class UnifiedDataModule(L.LightningDataModule):
         found = read_datasets(configs, self.bit_depth, self.max_megapixels)
         self._reading = found
         table = training_set.few_shots(hold_out(found.table, self.holdout, self._holdouts()), self.shots, self.seed)
+        table = training_set.leave_out(table, self.fold)
         table = training_set.contaminate(table, self.contamination, self.contamination_reserved, self.seed)
         self.categories = list(dict.fromkeys(category_keys(table)))
         if self.setting == "per_category" and len(self.categories) > 1:
@@ -271,6 +296,9 @@ class UnifiedDataModule(L.LightningDataModule):
         self.bit_depths = found.bit_depths
         self.table = table
         self._rules = {**found.rules, "mask_resize": self.mask_resize}
+        if self.tiles is not None:
+            rows = self._rows("train", "val", training_set.UNUSED, training_set.FOLD)
+            self._tile_rows = tile_rows(rows, [shown_size(row.image_path) for row in rows], self.tiles)
         self._source = self._image_source(0 if self._workers() else self.cache_mb * 2**20)
 
     def _check_filled_in(self) -> None:
@@ -295,7 +323,9 @@ class UnifiedDataModule(L.LightningDataModule):
 
     @property
     def resizing(self) -> str:
-        """How an image gets its size, in words: the resize rule, and the crop if there is one."""
+        """How an image gets its size, in words: the resize rule, and the tiles or the crop if there are any."""
+        if self.tiles is not None:
+            return f"{self.resize}, {self.tiles}"
         if self.crop_from is None:
             return self.resize
         height, width = self.crop_from
@@ -320,7 +350,9 @@ class UnifiedDataModule(L.LightningDataModule):
             self._remarks += held_out(self.table, self.holdout, self._holdouts())
             self._remarks += tested_and_trained(self._rows("train", "val"), self._rows("test"), self._reading.hashes)
             read = self._source.mask if self._served is None else lambda row: self._served.cache.mask(row.id)
-            if self.crop_from is None:
+            if self.tiles is not None:
+                self._remarks.append(self._describe_tiles())
+            elif self.crop_from is None:
                 self._remarks += vanishing_masks(self._rows("test"), read, self._rules["thresholds"], self.image_size)
             else:
                 whole = self._image_source().whole_mask
@@ -328,7 +360,7 @@ class UnifiedDataModule(L.LightningDataModule):
             if self.mask_resize != "nearest":
                 self._remarks.append(f"masks are resized by {self.mask_resize}")
             if self._short_batch():
-                count = number_of(self.epoch_images or len(self._rows("train")), "training image")
+                count = number_of(self.epoch_images or self.training_samples, "training image")
                 self._remarks.append(
                     f"{count} make no full batch of {self.batch_size} per process: the short one is kept"
                 )
@@ -360,7 +392,7 @@ class UnifiedDataModule(L.LightningDataModule):
 
     def _short_batch(self) -> bool:
         """Whether dropping the last batch would leave a process without any."""
-        draws = self.repeat * (self.epoch_images or len(self._rows("train")))
+        draws = self.repeat * (self.epoch_images or self.training_samples)
         return self.drop_last and draws <= (self.batch_size - 1) * self._place()[0]
 
     def normalise(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -415,8 +447,8 @@ class UnifiedDataModule(L.LightningDataModule):
     # -- loaders ---------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader:
-        """Training images in the order of the own seeded sampler."""
-        rows = self._rows("train")
+        """Training images, or tiles, in the order of the own seeded sampler."""
+        rows = self._samples("train")
         dataset = self._dataset(rows, self._augmentation(), self._anomalies(), self._views)
         sampler = TrainSampler(
             dataset,
@@ -431,8 +463,15 @@ class UnifiedDataModule(L.LightningDataModule):
         return self._loader(dataset, sampler, self.batch_size, self.drop_last and not self._short_batch())
 
     def train_images(self) -> DataLoader:
-        """Every training image exactly once over all processes, in table order and without augmentation."""
-        return self._eval_loader(self._rows("train"))
+        """Every training image, or tile, exactly once over all processes, in table order and without augmentation."""
+        return self._eval_loader(self._samples("train"))
+
+    @property
+    def training_samples(self) -> int:
+        """Number of training images, or of their tiles."""
+        if self.tiles is not None:
+            return len(self._samples("train"))
+        return int((self.table["split"] == "train").sum())
 
     @property
     def normal_split(self) -> str:
@@ -442,11 +481,14 @@ class UnifiedDataModule(L.LightningDataModule):
     def normal_images(self) -> DataLoader:
         """Normal images to compare scores with, each once over all processes; of each category at most `NORMAL`.
 
-        They are the held-out ones; where those of a category are fewer than `FEWEST_HELD_OUT`, also its training images.
+        They are the held-out ones; where those of a category are fewer than `FEWEST_HELD_OUT`, also its training images. With
+        `fold` they are those that it leaves out.
         """
-        return self._eval_loader(self._normal_rows())
+        return self._whole_loader(self._normal_rows())
 
     def _normal_rows(self) -> list[Row]:
+        if self.fold is not None:
+            return self._rows(training_set.FOLD)
         found: dict[str, dict[str, list[Row]]] = {}
         for split in ("val", "train"):
             for row in self._rows(split):
@@ -459,8 +501,8 @@ class UnifiedDataModule(L.LightningDataModule):
         return sorted(chosen, key=lambda row: row.id)
 
     def val_dataloader(self) -> DataLoader | list:
-        """Held-out normal images; an empty list if nothing is held out."""
-        rows = self._rows("val")
+        """Held-out normal images, or their tiles; an empty list if nothing is held out."""
+        rows = self._samples("val")
         return self._eval_loader(rows, repeat=True) if rows else []
 
     def test_dataloader(self) -> DataLoader:
@@ -468,7 +510,7 @@ class UnifiedDataModule(L.LightningDataModule):
 
         The latter measure nothing, but give a run that only predicts its scale.
         """
-        return self._eval_loader(self._test_rows() or self._normal_rows(), repeat=True)
+        return self._whole_loader(self._test_rows() or self._normal_rows(), repeat=True)
 
     @property
     def has_test_images(self) -> bool:
@@ -479,20 +521,54 @@ class UnifiedDataModule(L.LightningDataModule):
         """Category key -> how many images `test_dataloader` gives, over all processes."""
         return dict(Counter(row.category for row in self._test_rows() or self._normal_rows()))
 
+    def scored_pixels(self, rows: Sequence[Row] | None = None) -> int:
+        """Pixels of images at the size at which they are scored, without a head's `map_size`; None for those of the test.
+
+        A file that cannot be read has none.
+        """
+        rows = self._test_rows() if rows is None else rows
+        height, width = self.image_size
+        if self.tiles is None:
+            return height * width * len(rows)
+        pixels = 0
+        for row in rows:
+            with contextlib.suppress(DataError):
+                pixels += math.prod(shown_size(row.image_path))
+        return pixels
+
     def _test_rows(self) -> list[Row]:
         return [row for row in self._rows("test") if row.id not in self.left_out]
 
     def image_batch(self, ids: Sequence[int]) -> Batch:
-        """One batch of chosen images, by id, read from disk whether or not features are cached."""
-        rows = {row.id: row for row in self._rows(*SPLITS, training_set.UNUSED)}
+        """One batch of chosen images, by id, read from disk whether or not features are cached.
+
+        Raises:
+            DataError: photographs are cut into tiles, and none is an image by itself.
+        """
+        if self.tiles is not None:
+            raise DataError(
+                f"Photographs are cut into {self.tiles}: there is no image of one at the network's size, which is needed here. "
+                "Use a run without tiles."
+            )
+        rows = {row.id: row for row in self._rows(*SPLITS, training_set.UNUSED, training_set.FOLD)}
         dataset = self._dataset([rows[i] for i in ids])
         return collate([dataset[position] for position in range(len(dataset))])
+
+    def scored_batches(self, ids: Sequence[int]) -> Iterator[Batch]:
+        """Chosen images, by id, as the test scores them, from disk: one batch of all, or of each photograph with tiles."""
+        if self.tiles is None:
+            yield self.image_batch(ids)
+            return
+        rows = {row.id: row for row in self._rows(*SPLITS, training_set.UNUSED)}
+        dataset = self._whole([rows[i] for i in ids])
+        for position in range(len(dataset)):
+            yield collate([dataset[position]])
 
     def predict_dataloader(self) -> DataLoader:
         """Images under `predict_root`: label -1, anomaly_type "unknown", category "", no masks."""
         if self.predict_root is None:
             raise DataError("Nothing to predict on: give the data option predict_root, a folder of images or a file.")
-        return self._eval_loader(self._unknown or unknown_rows(self.predict_root, self.predicted_dataset), repeat=True)
+        return self._whole_loader(self._unknown or unknown_rows(self.predict_root, self.predicted_dataset), repeat=True)
 
     @property
     def photographs(self) -> PhotographSource:
@@ -525,24 +601,32 @@ class UnifiedDataModule(L.LightningDataModule):
         """
         if self.anomalies is not None:
             return None
-        # Those of held-out and unused images too, as they are on disk: an entry then serves any holdout and any shots.
-        ids = {row.id for row in self._rows("train", "val", training_set.UNUSED)}
-        rows = [row for row in table_rows(self._reading.table, *SPLITS) if row.id in ids]
+        # Those of held-out and unused images too, as they are on disk: an entry then serves any holdout, shots and fold.
+        ids = {row.id for row in self._rows("train", "val", training_set.UNUSED, training_set.FOLD)}
+        rows = self._tile_rows or [row for row in table_rows(self._reading.table, *SPLITS) if row.id in ids]
         return symmetric_rows(rows, self._augmentation(), self.image_size)
 
+    def cached_rows(self) -> list[Row]:
+        """What a cache keeps: the table's images as they are on disk; of photographs in tiles all that may be trained on."""
+        return self._tile_rows or table_rows(self._reading.table, *SPLITS)
+
     def all_images(self, first: int, batch_size: int, symmetric: Sequence[Row] = ()) -> DataLoader:
-        """Every image of the table in the order of ids, then `symmetric`, each with its uint8 `pixels` (3, H, W).
+        """Every image that is cached in the order of ids, then `symmetric`, each with its uint8 `pixels` (3, H, W).
 
         `first` of them are left out.
         """
-        rows = [*table_rows(self._reading.table, *SPLITS), *symmetric][first:]
+        rows = [*self.cached_rows(), *symmetric][first:]
         # Every image is read once, but for symmetries: those of one image follow each other.
         dataset = TableDataset(rows, LastImage(self._image_source()), self.mean, self.std, pixels=True)
         return image_loader(dataset, None, batch_size, self._workers())
 
     def content(self) -> str:
-        """Hash of all images and masks in the order of their ids, for the key of a cache; see `content_hash`."""
-        return content_hash(self._reading.table, self._reading.roots, self._rules)
+        """Hash of all images and masks in the order of their ids, for the key of a cache; see `content_hash`.
+
+        With tiles also of which photographs may be trained on: no others are in `cached_rows`.
+        """
+        cut = [row.id for row in self._rows("train", "val", training_set.UNUSED)] if self.tiles is not None else []
+        return content_hash(self._reading.table, self._reading.roots, self._rules | ({"cut": cut} if cut else {}))
 
     def serve_images_from(self, cache: FeatureCache) -> None:
         """From now on images and masks of the table are read, decoded and resized, from an entry that holds them."""
@@ -559,8 +643,8 @@ class UnifiedDataModule(L.LightningDataModule):
             resident_bytes: How much may be copied; what does not fit is read from disk batch by batch.
             symmetric: The rows of the entry that follow those of the table.
         """
-        trained = {row.id for row in self._rows("train")}
-        places = enumerate(symmetric, len(self.table))
+        trained = {row.id for row in self._samples("train")}
+        places = enumerate(symmetric, len(self.cached_rows()))
         turned = {(row.id, row.symmetry): place for place, row in places if row.id in trained}
         self._served = CachedSplits(cache, device, resident_bytes, turned, self._augmentation())
 
@@ -570,6 +654,24 @@ class UnifiedDataModule(L.LightningDataModule):
         if self.table is None:
             raise DataError("Call setup() before asking for batches.")
         return table_rows(self.table, *splits)
+
+    def _samples(self, split: str) -> list[Row]:
+        """What stands for the images of a split that is trained on or held out: they themselves, or their tiles."""
+        if self.tiles is None:
+            return self._rows(split)
+        if split not in self._tile_rows_of:
+            photographs = {(row.dataset, row.image_path) for row in self._rows(split)}
+            tiles = [row for row in self._tile_rows if (row.dataset, row.image_path) in photographs]
+            self._tile_rows_of[split] = tiles
+        return self._tile_rows_of[split]
+
+    def _describe_tiles(self) -> str:
+        photographs = len(self._rows("train"))
+        return (
+            f"{self.tiles} at {self.image_size[1]} x {self.image_size[0]} pixels: {number_of(photographs, 'training image')} "
+            f"make {number_of(self.training_samples, 'tile')}; maps are stitched and measured at each photograph's own size, an "
+            "image's score is the highest of its tiles'"
+        )
 
     def _augmentation(self) -> Augmentation | None:
         if self.augmentation == "none":
@@ -581,7 +683,7 @@ class UnifiedDataModule(L.LightningDataModule):
     def _anomalies(self) -> Anomalies | None:
         if self.anomalies is None:
             return None
-        return Anomalies(self.anomalies, self._rows("train"), self._source.load)
+        return Anomalies(self.anomalies, self._samples("train"), self._source.load)
 
     def describe_anomalies(self) -> str:
         """What anomalies training images get, in words for the run's record."""
@@ -600,6 +702,18 @@ class UnifiedDataModule(L.LightningDataModule):
         dataset = self._dataset(rows)
         return self._loader(dataset, EvalSampler(dataset, *self._place(), repeat), self.eval_batch_size)
 
+    def _whole(self, rows: Sequence[Row]) -> PhotographDataset:
+        """Whole photographs with what cuts them."""
+        source = getattr(self._source, "source", self._source)  # a cache keeps tiles alone
+        return PhotographDataset(rows, source, self.mean, self.std, self.tiles, self.eval_batch_size)
+
+    def _whole_loader(self, rows: Sequence[Row], repeat: bool = False) -> DataLoader:
+        """Loader over images that are scored: as `_eval_loader`, or one photograph a batch with what cuts it into tiles."""
+        if self.tiles is None:
+            return self._eval_loader(rows, repeat)
+        dataset = self._whole(rows)
+        return image_loader(dataset, EvalSampler(dataset, *self._place(), repeat), 1, self._workers())
+
     def _loader(
         self, dataset: TableDataset, sampler: DistributedSampler, batch_size: int, drop_last: bool = False
     ) -> DataLoader:
@@ -612,7 +726,7 @@ class UnifiedDataModule(L.LightningDataModule):
     def _workers(self) -> int:
         if self.num_workers is not None:
             return self.num_workers
-        return 0 if self.table is None else usual_workers(int((self.table["split"] == "train").sum()))
+        return 0 if self.table is None else usual_workers(self.training_samples)
 
     def _place(self) -> tuple[int, int]:
         """(number of processes, rank of this one)."""

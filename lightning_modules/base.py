@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from datamodules.dataset import TrainingViews
 from lightning_modules.metrics.sync import Group
 from lightning_modules.running import internals
+from lightning_modules.stitching import stitched
 from models.backbones import BackboneConfig, FeatureExtractor
 from models.head import AnomalyHead, HeadConfig, ScoredMaps
 from models.layers.statistics import Standardisation
@@ -108,6 +109,8 @@ class ReconstructionModule(L.LightningModule):
     """Why features cannot be cached, as half a sentence; empty where they can."""
     unexported: str = ""
     """Why no graph of tensors can compute the scores, as half a sentence; empty where one can."""
+    untiled: str = ""
+    """Why photographs cannot be cut into tiles, as half a sentence; empty where they can."""
     map_names: tuple[str, ...] = ()
     """Names of the level maps in pictures, in the order of `ScoredMaps.level_maps`; empty: they are numbered."""
     network: FeatureNetwork
@@ -203,6 +206,10 @@ class ReconstructionModule(L.LightningModule):
         """Called in eval mode before the test set is scored during training, for what must be estimated first."""
 
     # ---- what no method changes --------------------------------------------------------------------------------------
+
+    def score_batch(self, batch: Mapping[str, Any]) -> dict[str, ScoredMaps]:
+        """As `evaluate`; of a photograph in tiles the stitched maps (see `lightning_modules.stitching`)."""
+        return stitched(self.evaluate, batch) if "tiles" in batch else self.evaluate(batch)
 
     @property
     def attached(self) -> L.Trainer | None:
@@ -303,10 +310,10 @@ class ReconstructionModule(L.LightningModule):
         self.log("val/loss", self.batch_loss(batch), batch_size=len(batch["label"]), sync_dist=True)
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, ScoredMaps]:
-        return self.evaluate(batch)
+        return self.score_batch(batch)
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> ScoredMaps:
-        return self.evaluate(batch)[""]
+        return self.score_batch(batch)[""]
 
     def optimizer_of(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """The method's optimiser over some parameters."""

@@ -103,6 +103,7 @@ class CutPaste(OwnTrunkModule):
         self.network = networks.CutPasteNet(net, net.num_features, cutpaste.classes, head=head_layers, density=density)
         self.shrinkage = math.nan
         self.localisation, self.has_map = localisation, localisation == "patches"
+        self.untiled = "localisation=patches scores windows of whole images already" if self.has_map else ""
         self.reception, self.upsampling_std = Reception(patch_stride, patch_side, (patch_side - 1) / 2), upsampling_std
         if self.has_map and min(self.image_size) < patch_side:
             raise ValueError(f"patch_side is {patch_side}, but images are {self.image_size}: give smaller patches.")

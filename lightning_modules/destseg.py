@@ -11,15 +11,15 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from datamodules.errors import DataError
-from lightning_modules.base import ImageSize, Interval, Recipe, ReconstructionModule
+from lightning_modules.base import ImageSize, Interval, Recipe
+from lightning_modules.synthetic_anomalies import SyntheticAnomaliesModule
 from models import destseg
 from models.backbones import BackboneConfig
 from models.head import HeadConfig, ScoredMaps
 from models.reconstruction import Pair
 
 
-class DeSTSeg(ReconstructionModule):
+class DeSTSeg(SyntheticAnomaliesModule):
     """DeSTSeg with the released setting as defaults: 1000 steps for the student, then 4000 for the segmentation network.
 
     The paper trains one model per category (`data.init_args.setting=per_category`). For one model of all categories,
@@ -118,18 +118,8 @@ class DeSTSeg(ReconstructionModule):
         self.segmentation_loss, self.score_distances = segmentation_loss, score_distances
         self.blocks_lr, self.head_lr = blocks_lr, head_lr
         self.student_steps = 0
-        self.anomalies = ""
 
     # ---- training ----------------------------------------------------------------------------------------------------
-
-    def on_fit_start(self) -> None:
-        data = self.trainer.datamodule
-        if data.anomalies is None:
-            raise DataError(
-                "DeSTSeg learns from synthetic anomalies: set data.init_args.anomalies, for example "
-                "--data.init_args.anomalies.source=textures (drawn) or dtd with anomalies.folder (the paper's)."
-            )
-        self.anomalies = data.describe_anomalies()
 
     def on_train_start(self) -> None:
         self.student_steps = max(1, round(self.student_share * self.trainer.estimated_stepping_batches))
@@ -205,16 +195,3 @@ class DeSTSeg(ReconstructionModule):
         if self.score_distances:
             found["segmentation=off"] = self.head.score(distances, self.image_size)
         return found
-
-    def record_notes(self) -> list[str]:
-        return [self.anomalies] if self.anomalies else []
-
-    # ---- checkpoints -------------------------------------------------------------------------------------------------
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["anomalies"] = self.anomalies
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        self.anomalies = checkpoint["anomalies"]

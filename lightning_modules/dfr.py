@@ -59,6 +59,8 @@ class DFR(ReconstructionModule):
             backbone = replace(backbone, padding=padding, maps="relu")
         super().__init__(backbone, head, optimizer, image_size, lr_scheduler, lr_interval)
         self.latent, self.explained, self.pca_images = latent, explained, pca_images
+        if latent is None:
+            self.untiled = "its latent size is found on whole training images; give it with model.init_args.latent"
         regional = RegionalFeatures(self.extractor.channels, self.extractor.strides, self.image_size)
         self.network = DFRNetwork(regional, latent)
 

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adam
 
-from datamodules.errors import DataError
 from lightning_modules.base import ImageSize, Interval, Recipe
 from lightning_modules.own_trunk import OwnTrunkModule
+from lightning_modules.synthetic_anomalies import SyntheticAnomaliesModule
 from models import draem
 from models.head import HeadConfig, ScoredMaps
 from models.optimizers import Drops
 from models.trunk import NoBackbone
 
 
-class DRAEM(OwnTrunkModule):
+class DRAEM(SyntheticAnomaliesModule, OwnTrunkModule):
     """DRAEM with the released setting as defaults: 700 epochs, batch 8, Adam 1e-4, a fifth of it at 80 % and again at 90 %.
 
     The paper trains one model per category (`data.init_args.setting=per_category`). Training images get synthetic anomalies
@@ -61,19 +61,8 @@ class DRAEM(OwnTrunkModule):
             raise ValueError(f"anomalous is {anomalous}; give the share of images with an anomaly, in (0, 1].")
         self.network, self.similarity = draem.DRAEM(**network), draem.StructuralSimilarity()
         self.anomalous = anomalous
-        self.anomalies = ""
 
     # ---- training ----------------------------------------------------------------------------------------------------
-
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        data = self.trainer.datamodule
-        if data.anomalies is None:
-            raise DataError(
-                "DRAEM learns from synthetic anomalies: set data.init_args.anomalies, for example "
-                "--data.init_args.anomalies.source=textures (drawn) or dtd with anomalies.folder (the paper's)."
-            )
-        self.anomalies = data.describe_anomalies()
 
     def batch_loss(self, batch: Mapping[str, Any]) -> Tensor:
         """Mean squared error and 1 - SSIM of the repaired image, and the focal loss of the segmentation."""
@@ -98,16 +87,3 @@ class DRAEM(OwnTrunkModule):
     def evaluate(self, batch: Mapping[str, Any]) -> dict[str, ScoredMaps]:
         maps, scores = draem.anomaly(self.network(self.pixels(batch["image"])).logits)
         return {"": self.head.score([maps], self.image_size)._replace(image_scores=scores)}
-
-    def record_notes(self) -> list[str]:
-        return [self.anomalies] if self.anomalies else []
-
-    # ---- checkpoints -------------------------------------------------------------------------------------------------
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["anomalies"] = self.anomalies
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        self.anomalies = checkpoint["anomalies"]

@@ -70,14 +70,14 @@ class EfficientAD(OwnTrunkModule):
         image_size: ImageSize = 256,
         size: efficientad.Size = "small",
     ) -> None:
+        super().__init__(
+            NoBackbone("none (patch description network)"), head, optimizer, image_size, lr_scheduler, lr_interval
+        )
         if teacher is None:
             raise ValueError(
                 "EfficientAD needs a trained teacher, and no file of its weights is named: give --model.init_args.teacher=<path> "
                 "(teacher_small.pth or teacher_medium.pth of nelson1425/EfficientAD, or anomalib's)."
             )
-        super().__init__(
-            NoBackbone("none (patch description network)"), head, optimizer, image_size, lr_scheduler, lr_interval
-        )
         if min(self.image_size) < efficientad.SMALLEST:
             raise ValueError(
                 f"image_size is {self.image_size}; EfficientAD's autoencoder needs images of at least 256 pixels a side."

@@ -79,6 +79,8 @@ class FCDD(OwnTrunkModule):
         height, width = self.image_size
         self.network_size = (round(height * NETWORK_SHARE), round(width * NETWORK_SHARE))
         self.network = fcdd.FCDD(trunk, std=upsampling_std, normalised=normalised_upsampling)
+        if supervision == "real_defects":
+            self.untiled = "supervision=real_defects trains on whole test images"
         self.supervision, self.confetti, self.map_loss = supervision, confetti, map_loss
 
     def set_protocol(self, protocol: str, selection: str) -> None:

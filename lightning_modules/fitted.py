@@ -87,8 +87,8 @@ class FittedModule(ReconstructionModule):
 
     @property
     def training_images(self) -> int:
-        """Number of training images, over all processes."""
-        return int((self.trainer.datamodule.table["split"] == "train").sum())
+        """Number of training images, or tiles, over all processes."""
+        return self.trainer.datamodule.training_samples
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         # Several processes get equally many images, the last of them a second time: those are left out.

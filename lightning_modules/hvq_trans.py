@@ -53,7 +53,20 @@ class HVQTrans(ReconstructionModule):
         predicted_class: The category of images without one (`predict`), where the selector needs it.
         score_transport: More weights of the transport score; each is scored at the lowest level and over all levels,
             as variants `transport=lowest,weight=W` and `transport=all,weight=W`, next to `transport=off`.
-        network: Arguments of `models.hvq_trans.HVQTrans`.
+        d_model: See `models.hvq_trans.HVQTrans`.
+        heads: See `d_model`.
+        feedforward: See `d_model`.
+        encoder_layers: See `d_model`.
+        decoder_layers: See `d_model`.
+        dropout: See `d_model`.
+        codes: See `d_model`.
+        decay: See `d_model`.
+        hierarchy: See `d_model`.
+        selector: See `d_model`.
+        switched: See `d_model`.
+        transport: See `d_model`.
+        transport_weight: See `d_model`.
+        transport_divisor: See `d_model`.
     """
 
     method = "hvq_trans"
@@ -112,6 +125,10 @@ class HVQTrans(ReconstructionModule):
         if backbone_mode == "train":
             set_moving(self.extractor.net, backbone.name)
             self.uncached = "backbone_mode=train lets the backbone's statistics move"
+        if selector == "classifier":
+            self.untiled = "selector=classifier tells the category of a whole image, not of a tile"
+        elif codebook_start == "data":
+            self.untiled = "codebook_start=data reads whole training images"
         self.options: dict[str, Any] = {
             "d_model": d_model,
             "heads": heads,

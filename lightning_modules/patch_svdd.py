@@ -132,7 +132,7 @@ class PatchSVDD(OwnTrunkModule):
             self.network.to(self.device)
             self._measure_mean()
         group, folder = Group(), Path(self.trainer.default_root_dir)
-        images = int((self.trainer.datamodule.table["split"] == "train").sum())
+        images = self.trainer.datamodule.training_samples
         stores: dict[int, PatchStore] = {}
         for batch in self.training_images():
             for side, vectors in self.network.embed(self.pixels(batch["image"])).items():

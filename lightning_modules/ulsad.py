@@ -147,6 +147,8 @@ class ULSAD(ReconstructionModule):
         self.map_names = tuple(f"{branch} map" for branch in self.network.branches)
         if score_branches and len(self.map_names) == 1:
             raise ValueError("score_branches: this model has one branch only, which is scored anyway.")
+        if self.network.global_network is not None:
+            self.untiled = "its global autoencoder judges how the whole image is arranged, which no tile shows"
         self._estimates = "held_out"
         self._selection = "last"
 

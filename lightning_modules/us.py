@@ -159,6 +159,10 @@ class US(ReconstructionModule):
                 )
         self.map_names = tuple(f"patch size {size}" for size in patch_sizes) if len(patch_sizes) > 1 else ()
         self.teacher, self.calibration, self.score_parts = teacher, calibration, score_parts
+        if teacher.file is None and teacher.images is None:
+            self.untiled = (
+                "its teachers learn from patches of whole training images; give teacher.file or teacher.images"
+            )
         self.notes = {"teacher": "", "calibration": ""}
         self.calibrated_epochs = -1
 

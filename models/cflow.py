@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.layers.tracing import in_parts, tracing
 from models.reconstruction import FeatureNetwork
 
 Map = Literal["probability", "log"]
@@ -72,7 +73,7 @@ class CFLOW(FeatureNetwork):
     def fibres(self, level: int, features: Tensor) -> tuple[Tensor, Tensor]:
         """A level's feature vectors (B H W, C), image by image and row by row, and their position codes (B H W, condition)."""
         codes = self.get_buffer(f"positions_{level}")
-        return features.flatten(2).transpose(1, 2).flatten(0, 1), codes.repeat(len(features), 1)
+        return features.flatten(2).transpose(1, 2).flatten(0, 1), codes.repeat(features.shape[0], 1)
 
     def log_likelihood(self, level: int, vectors: Tensor, codes: Tensor) -> Tensor:
         """Log-likelihood in nats per channel (N,) of vectors (N, C) with position codes (N, condition)."""
@@ -88,9 +89,9 @@ class CFLOW(FeatureNetwork):
         """Levels (B, C_l, H_l, W_l) -> log-likelihoods per channel, float64 (B, H_l, W_l) each."""
         found = []
         for level, values in enumerate(features):
-            parts = zip(*(part.split(ROWS) for part in self.fibres(level, values)), strict=True)
+            parts = zip(*(in_parts(part, ROWS) for part in self.fibres(level, values)), strict=True)
             rows = torch.cat([self.log_likelihood(level, *part) for part in parts])
-            found.append(rows.double().view(len(values), *values.shape[2:]))
+            found.append(rows.double().view(values.shape[0], *values.shape[2:]))
         return found
 
     def level_maps(self, likelihoods: Sequence[Tensor], kind: Map = "probability") -> list[Tensor]:
@@ -103,7 +104,7 @@ class CFLOW(FeatureNetwork):
         """
         if kind not in get_args(Map):
             raise ValueError(f'map is "{kind}"; choose one of {", ".join(get_args(Map))}.')
-        if self.highest.isnan().any():
+        if not tracing() and self.highest.isnan().any():
             raise RuntimeError(
                 "CFLOW has no scale yet: it is estimated from the training images at the end of fit and stored in the "
                 "checkpoint. Train the run, or give a checkpoint."

@@ -272,6 +272,7 @@ class ULSADNetwork(ReconstructionNetwork):
             untrained; paper and code leave this open). "auto": bridge with lg, else attention with pg, direct with pg_d,
             none without a global term. "none": local map only.
         double_head: None = doubled exactly when `lg` needs it.
+        details: where the released code and the paper differ; None = the released code.
     """
 
     def __init__(

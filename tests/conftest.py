@@ -18,6 +18,7 @@ STEERING = (
     "WEIGHTS",
     "ALPHA",
     "RULE",
+    "FOLDS",
     "COMPARE",
     "SETTING",
     "WANDB",

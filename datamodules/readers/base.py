@@ -62,6 +62,10 @@ class DatasetReader(abc.ABC):
         """Under what a test image was taken, as `name=value`: metrics are also told apart by it. "" for nothing known."""
         return ""
 
+    def unread(self, root: Path) -> list[Problem]:
+        """What looks like a category under the root, but cannot be read as one."""
+        return []
+
     @abc.abstractmethod
     def read_category(self, root: Path, category: str, problems: list[Problem]) -> list[Sample]:
         """Samples of one category; findings are appended to `problems`."""
@@ -149,7 +153,7 @@ def list_dataset(
         DataError: unknown dataset or category, or a root without the dataset's layout.
     """
     reader, base, available, chosen = find_dataset(name, root, categories)
-    problems: list[Problem] = []
+    problems: list[Problem] = [] if categories else reader.unread(base)
     samples: list[Sample] = []
     for category in chosen:
         found = reader.read_category(base, category, problems)

@@ -75,7 +75,7 @@ def read_views(
         folder: what the file's paths are relative to.
         unmasked_is_normal: whether a test view of a defective object that has no mask shows no defect.
     """
-    samples, missing, unmasked, defective = [], [], [], []
+    samples, missing, unmasked, defective, marked = [], [], [], [], []
     for entry in read_entries(split_file):
         image, defect = folder / entry.image, entry.defect
         mask = folder / entry.mask if entry.mask else None
@@ -83,6 +83,8 @@ def read_views(
         if absent:
             missing += absent
             continue
+        if defect == GOOD and mask is not None:
+            marked.append(str(mask))
         if defect != GOOD and mask is None:
             unmasked.append(str(image))
             defect = GOOD if unmasked_is_normal else defect
@@ -97,6 +99,12 @@ def read_views(
     ):
         if files:
             problems.append(Problem(severity, kind, category, what, tuple(files)))
+    if marked:
+        what = (
+            f"{number_of(len(marked), 'view')} that {split_file.name} calls normal, with a mask: the mask is not looked at; name "
+            "the defect in anomaly_class if there is one"
+        )
+        problems.append(Problem(WARNING, "mask of a normal image", category, what, tuple(marked)))
     if unmasked and not unmasked_is_normal:
         what = f"{number_of(len(unmasked), 'anomalous view')} without a mask; pixel metrics leave them out"
         problems.append(Problem(WARNING, "missing mask", category, what, tuple(unmasked)))
@@ -152,6 +160,21 @@ class RealIAD(DatasetReader):
 
     def categories(self, root: Path) -> list[str]:
         return [name for name in split_files(root, *self.splits) if category_folder(root, name).is_dir()]
+
+    def unread(self, root: Path) -> list[Problem]:
+        known = split_files(root, *self.splits)
+        return [
+            Problem(
+                WARNING,
+                "no split file",
+                folder.name,
+                f"{folder} is left out: {next(iter(known.values())).parent / folder.name}.json, which says what is "
+                "trained on and tested, is not there",
+                (str(folder),),
+            )
+            for folder in list_folders(root)
+            if folder.name not in known
+        ]
 
     def read_category(self, root: Path, category: str, problems: list[Problem]) -> list[Sample]:
         file, folder = split_files(root, *self.splits)[category], category_folder(root, category)

@@ -47,7 +47,7 @@ class EvaluationCurve(L.Callback):
             module.before_scoring(last_epoch=epoch + 1 == trainer.max_epochs)
             for batch in data.test_dataloader():
                 batch = trainer.strategy.batch_to_device(batch)
-                update_metrics(metrics, batch, module.evaluate(batch)[""], has_map=module.has_map)
+                update_metrics(metrics, batch, module.score_batch(batch)[""], has_map=module.has_map)
         module.train()
         table = metrics.compute().table
         means = table[(table.scope == "mean") & (table.dataset == "")].set_index("metric").value

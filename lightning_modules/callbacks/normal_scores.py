@@ -73,7 +73,7 @@ class NormalScores(L.Callback):
                 if self._several:
                     batch = categories.with_features(module, batch)
                     seen += zip(batch["id"].tolist(), categories.describe(module, batch), strict=True)
-                scored = module.evaluate(batch)[""]
+                scored = module.score_batch(batch)[""]
                 maps = scored.maps.float().cpu().numpy()
                 highest = maps.reshape(len(maps), -1).max(1) if module.has_map else np.full(len(maps), np.nan)
                 columns = batch["id"].tolist(), batch["category"], scored.image_scores.tolist(), highest.tolist()

@@ -33,6 +33,8 @@ LONGEST = 200
 """Bytes of an image's name that its files' names take over; file systems allow 255 in all."""
 KEPT = 2**29
 """Bytes of photographs that wait for their pictures in memory; others are read again."""
+MOST_THREADS = 4
+"""That draw; a photograph of 12 megapixels takes each about 400 MB, so that more cores shall not mean more memory."""
 SMALL = "small"
 """The folder of the page's pictures while they are made."""
 NO_NORMAL = (
@@ -111,16 +113,16 @@ class Predictions(L.Callback):
         self._new = folder.with_name(f"{folder.name}.new")
         self._found: list[Photograph] = []
         self._drawing: deque[Future[Photograph]] = deque()
-        self._threads = os.cpu_count() or 1
+        self._threads = min(MOST_THREADS, os.cpu_count() or 1)
 
     def on_predict_start(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
         if trainer.is_global_zero:  # a broken-off prediction's files would mix with these
             shutil.rmtree(self._new, ignore_errors=True)
             (self._new / SMALL).mkdir(parents=True)
-            height, width = module.image_size
-            images = len(trainer.datamodule.predict_dataloader().dataset)
+            rows = trainer.datamodule.predict_dataloader().dataset.rows
+            pixels = trainer.datamodule.scored_pixels(rows)
             # A pixel of a raw map has four bytes; pictures are about as large as the photographs, which are there already.
-            refusals.room(self._new, 4 * height * width * images, f"maps of {number_of(images, 'image')}")
+            refusals.room(self._new, 4 * pixels, f"maps of {number_of(len(rows), 'image')}")
         trainer.strategy.barrier()
         trainer.datamodule.photographs.room = KEPT
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="drawing")

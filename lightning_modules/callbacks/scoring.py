@@ -97,8 +97,7 @@ class Evaluation(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, module: ReconstructionModule) -> None:
         """Refuses a disk that is too small for the maps of the test that follows the training."""
-        height, width = module.image_size
-        needed = 4 * height * width * int((trainer.datamodule.table["split"] == "test").sum())
+        needed = 4 * trainer.datamodule.scored_pixels()
         if needed > MAPS_IN_MEMORY:
             directory = Path(trainer.default_root_dir)
             directory.mkdir(parents=True, exist_ok=True)

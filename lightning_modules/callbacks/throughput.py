@@ -16,7 +16,7 @@ class Throughput(L.Callback):
     """Scores the first test batch again after the test, twice, from images; the second time counts.
 
     Features of the test images may come from the cache, so that the time of the test itself says little. The pixels are
-    noise: no method's time depends on them. `images_per_second` is None before a test.
+    noise: no method's time depends on them; a photograph in tiles is scored as it is. `images_per_second` is None before a test.
     """
 
     def __init__(self) -> None:
@@ -42,10 +42,10 @@ class Throughput(L.Callback):
         noise = torch.randn(count, 3, *module.image_size, generator=torch.Generator().manual_seed(0)).to(device)
         batch, self._batch = {**self._batch, "image": noise}, None
         with trainer.precision_plugin.test_step_context():
-            module.evaluate(batch)
+            module.score_batch(batch)
             _wait(device)
             started = time.perf_counter()
-            module.evaluate(batch)
+            module.score_batch(batch)
             _wait(device)
         self.images_per_second = count / (time.perf_counter() - started)
 

@@ -17,12 +17,13 @@ rule needs no training. Records of earlier versions have no pixel threshold, and
 """
 
 from lightning_modules.decisions.categories import Choice, describe, with_features
-from lightning_modules.decisions.decider import CANNOT_TELL, DEFECT, GOOD, POOLED, Decider, Decision
+from lightning_modules.decisions.decider import CANNOT_TELL, DEFECT, GOOD, HELD_OUT, POOLED, Decider, Decision
 
 __all__ = [
     "CANNOT_TELL",
     "DEFECT",
     "GOOD",
+    "HELD_OUT",
     "POOLED",
     "Choice",
     "Decider",

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from datamodules.sample_table import FEWEST_HELD_OUT as FEWEST
+from datamodules.training_set import FOLD
 from lightning_modules.decisions import normal as normal_scores
 from lightning_modules.decisions import pixels
 from lightning_modules.decisions.categories import Categories, Choice
@@ -27,7 +28,7 @@ from lightning_modules.metrics.thresholds import (
 GOOD, DEFECT, CANNOT_TELL = "good", "defect", "cannot tell"
 POOLED = ""
 """In place of a category: all of them together."""
-HELD_OUT, OPTIMISTIC = "held-out", "training (optimistic)"
+HELD_OUT, CROSS, OPTIMISTIC = "held-out", "cross validation", "training (optimistic)"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Decision:
         p_value: Share of normal images that score at least as high, itself counted: at least 1 / (n + 1). NaN without any.
         threshold: Of image scores; None where there is none.
         pixel_threshold: Of the map; None where none is recorded. A pixel above it is anomalous.
-        basis: `held-out`, or `training (optimistic)`: unseen normal images score higher than those. "" without any.
+        basis: `held-out`; `cross validation`: each scored by a model of the other folds, so that rates are about right but
+            nothing is promised; or `training (optimistic)`: unseen normal images score higher than those. "" without any.
         reason: Why nothing can be told, in words; else "".
     """
 
@@ -61,7 +63,8 @@ class Decider:
     """Decides by a rule, per category.
 
     Args:
-        normal: One row per normal image: `category`, `split` (val or train), `image_score`, and `map_max` where it is known.
+        normal: One row per normal image: `category`, `split` (val, fold or train), `image_score`, and `map_max` where
+            it is known.
         rule: One of `lightning_modules.metrics.thresholds.RULES`; None is `conformal` with an alpha, else `max`.
         alpha: Wanted rate of false alarms per normal image.
         given: The category that all images have; "" to find it out.
@@ -118,16 +121,19 @@ class Decider:
         return [name for name in self._normal if name != POOLED]
 
     def basis(self, category: str) -> str:
-        """`held-out`, or `training (optimistic)`; "" for a category without normal images."""
+        """`held-out`, `cross validation` or `training (optimistic)`; "" for a category without normal images."""
         rows = self._normal.get(category)
-        return "" if rows is None else HELD_OUT if (rows["split"] == "val").all() else OPTIMISTIC
+        if rows is None:
+            return ""
+        splits = set(rows["split"])
+        return HELD_OUT if splits == {"val"} else CROSS if splits == {FOLD} else OPTIMISTIC
 
     def remembered(self, category: str) -> bool:
         """Whether the threshold would rest on training images that all score alike, as in a memory that holds them."""
         rows = self._normal.get(category)
         return (
             rows is not None
-            and self.basis(category) != HELD_OUT
+            and self.basis(category) == OPTIMISTIC
             and len(rows) > 1
             and rows["image_score"].nunique() == 1
         )
@@ -170,7 +176,7 @@ class Decider:
                 return None
             statistics = self._pixels[category].statistics
         try:
-            if self.alpha is not None and self.basis(category) != HELD_OUT:
+            if self.alpha is not None and self.basis(category) == OPTIMISTIC:
                 held = int((rows["split"] == "val").sum())
                 raise RateError(
                     f"a rate of false alarms of {self.alpha:g} needs {images_needed(self.alpha)} held-out normal images; here "
@@ -178,7 +184,8 @@ class Decider:
                 )
             return threshold(rows[column].to_numpy(), self.rule, self.alpha, statistics)
         except RateError as error:
-            more = "Hold out more (--data.init_args.holdout), or ask for a higher rate (ALPHA=)."
+            how = "Take more images" if self.basis(category) == CROSS else "Hold out more (--data.init_args.holdout)"
+            more = f"{how}, or ask for a higher rate (ALPHA=)."
             raise RateError(f"{category or 'all categories together'}: {error} {more}") from error
         except ValueError as error:
             if column == "map_max" or category == POOLED:
@@ -225,7 +232,8 @@ class Decider:
                 lines.append(f"{name}: no normal image is kept, so there is no threshold")
                 continue
             kind = self.basis(name)
-            line = f"{name}: defect above {found.value:.4g} ({found.rule} of {found.n} {kind} normal images)"
+            images = f"{kind} normal images" if kind != CROSS else "normal images, by cross validation"
+            line = f"{name}: defect above {found.value:.4g} ({found.rule} of {found.n} {images})"
             if math.isnan(found.rate):
                 line += "; this rule promises no rate of false alarms"
             elif kind == HELD_OUT:
@@ -233,6 +241,8 @@ class Decider:
                 line += (
                     f" (the lowest that they can promise: {lowest_rate(found.n):.3g})" if found.rule != "max" else ""
                 )
+            elif kind == CROSS:
+                line += f"; false alarms about {found.rate:.3g} (no promise: of models of the other folds)"
             else:
                 line += "; unseen good images score higher than these, so false alarms will be more than "
                 line += f"{found.rate:.3g}"

@@ -7,7 +7,8 @@ from pathlib import Path
 import pandas as pd
 
 FILE = "normal_scores.csv"
-"""In a record: id, category, split (val or train), image_score, map_max (highest pixel of the map, empty without one), path."""
+"""In a record: id, category, split (val, fold or train), image_score, map_max (highest pixel of the map, empty without one) and
+path."""
 
 
 def read(record: Path) -> pd.DataFrame | None:

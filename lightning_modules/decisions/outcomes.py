@@ -93,6 +93,12 @@ def _scopes(decider: Decider) -> list[str]:
     return [*decider.names, POOLED] if len(decider.names) > 1 else decider.names
 
 
+def _rate(rate: float, basis: str) -> str:
+    if math.isnan(rate) or basis not in ("held-out", "cross validation"):
+        return "-"
+    return f"{rate:.3g}" if basis == "held-out" else f"~ {rate:.3g}"
+
+
 def _start(category: str, level: str, rule: str, decider: Decider, found: Threshold) -> tuple:
     alpha = math.nan if decider.alpha is None else decider.alpha
     return category, level, rule, alpha, found.value, found.rate, decider.basis(category), found.n
@@ -122,10 +128,12 @@ def unlike(decided: pd.DataFrame, rule: str) -> list[str]:
 def render(decided: pd.DataFrame, rule: str) -> Table:
     """Rich table of `outcomes` for one rule: what its image thresholds would have done, per category."""
     chosen = decided[(decided["rule"] == rule) & (decided["level"] == "image")]
-    optimistic = bool((chosen["basis"] != "held-out").any())
-    table = Table(
-        caption="thresholds of training images are optimistic: unseen good images score higher" if optimistic else None
-    )
+    notes = {
+        "training (optimistic)": "thresholds of training images are optimistic: unseen good images score higher",
+        "cross validation": "~ about so many, as far as the folds' models score like this one; it is no promise",
+    }
+    found = [text for basis, text in notes.items() if (chosen["basis"] == basis).any()]
+    table = Table(caption="\n".join(found) or None)
     for name in ("category", "normal\nimages", "basis", "threshold", "promised\nrate", "false\nalarms", "misses"):
         table.add_column(name, justify="left" if name in ("category", "basis") else "right")
     for row in chosen.to_dict("records"):
@@ -137,7 +145,7 @@ def render(decided: pd.DataFrame, rule: str) -> Table:
             str(row["normal_images"]),
             row["basis"],
             f"{row['threshold']:.4g}",
-            "-" if math.isnan(row["rate"]) or row["basis"] != "held-out" else f"{row['rate']:.3g}",
+            _rate(row["rate"], row["basis"]),
             f"{row['false_alarms']} of {row['good']}",
             f"{row['misses']} of {row['defects']}",
         )

@@ -6,8 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lightning_modules.decisions import Decider
-from lightning_modules.metrics.thresholds import Threshold
+from lightning_modules.decisions import HELD_OUT, Decider, Decision
 
 
 def thresholds(
@@ -46,7 +45,7 @@ def _of_category(decider: Decider, name: str) -> dict[str, Any]:
     return {
         "image": decision.threshold.value if known else None,
         "pixel": decision.pixel_threshold.value if decision.pixel_threshold else None,
-        "false_alarms_at_most": _rate(decision.threshold) if known else None,
+        "false_alarms_at_most": _rate(decision) if known else None,
         "normal_images": decider.count(name),
         "basis": decision.basis,
         "reason": decision.reason,
@@ -54,6 +53,7 @@ def _of_category(decider: Decider, name: str) -> dict[str, Any]:
     }
 
 
-def _rate(found: Threshold) -> float | None:
-    """What the rule promises per good image; None for a rule without a promise."""
-    return None if math.isnan(found.rate) else found.rate
+def _rate(decision: Decision) -> float | None:
+    """What the rule promises per good image; None for a rule without a promise, and of images that were not held out."""
+    rate = decision.threshold.rate
+    return None if math.isnan(rate) or decision.basis != HELD_OUT else rate

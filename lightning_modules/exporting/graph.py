@@ -28,6 +28,11 @@ class Scorer(nn.Module):
         self.module = model.module
         if self.module.unexported:
             raise ValueError(f"{self.module.method} cannot be exported: {self.module.unexported}.")
+        if (tiles := model.preparation.tiles) is not None:
+            raise ValueError(
+                f"this run cannot be exported: it scores {tiles} of a photograph and stitches their maps, and a graph scores one "
+                "image. Use load_run, or train without data.init_args.tiles."
+            )
         self.outputs = ("maps", "image_scores") if self.module.has_map else ("image_scores",)
         self.category, self.dataset = model.category, model.dataset
         for name in ("mean", "std"):

@@ -10,10 +10,9 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from lightning_modules.base import ReconstructionModule
-from lightning_modules.pictures.heatmaps import map_names, picture, to_rgb
+from lightning_modules.pictures.heatmaps import map_names, picture, scored_images
 
 FILE = "failures.csv"
 """In a record: the rows of `find`."""
@@ -60,26 +59,22 @@ def draw(
 
     Args:
         module: The trained method, in eval mode.
-        data: The data module; images are read through `UnifiedDataModule.image_batch`.
+        data: The data module; images are read through `UnifiedDataModule.scored_batches`.
         found: From `find`.
         scales: Category -> ends of its colour scale, see `lightning_modules.pictures.heatmaps`.
     """
     files, index = {}, []
     for category, rows in found.groupby("category", sort=False):
-        batch = data.image_batch(rows.id.tolist())
-        scored = module.evaluate({k: v.to(module.device) if isinstance(v, Tensor) else v for k, v in batch.items()})[""]
+        shown, datasets = scored_images(module, data, rows.id.tolist())
         ranks = [f"{row.kind}, rank {row.rank} of {row.images}" for row in rows.itertuples()]
         titles = [
             f"{row.kind}: {row.defect}\nrank {row.rank} of {row.images} ({row.defects} defects)"
             for row in rows.itertuples()
         ]
         name = f"{category.replace('/', '-')}-failures.jpg"
-        images = to_rgb(batch["image"], data.mean, data.std)
-        files[f"heatmaps/{name}"] = picture(
-            images, batch["mask"], scored, titles, map_names(module), (scales or {}).get(category)
-        )
+        files[f"heatmaps/{name}"] = picture(*shown, titles, map_names(module), (scales or {}).get(category))
         for number, (row, rank) in enumerate(zip(rows.itertuples(), ranks, strict=True)):
-            place = (batch["dataset"][number], data.table["category"][row.id])
+            place = (datasets[number], data.table["category"][row.id])
             caption = f"{category}: {rank}, {row.defects} defects"
             index.append((*place, rank, row.defect, row.image_score, name, caption))
     return files, index

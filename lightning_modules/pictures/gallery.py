@@ -2,9 +2,10 @@
 
 As in RLR's supplement (Figure 1) and ULSAD's Figure 9: image, ground truth, a column per run. Nothing is picked by hand. The
 images are those of one reference run, by its heat maps' rule: of every category the anomalous image with the lowest, the median
-and the highest image score. Every column has one colour scale, from its own run's held-out normal images (its training images
-where none are held out): black is their median pixel, and the middle of the scale is their highest one, so that whatever is
-brighter than half exceeds every pixel of every such image.
+and the highest image score. Every column has one colour scale, by the rule of all heat maps
+(`lightning_modules.decisions.pixels`): black up to the 99th percentile of the pixels of the run's held-out normal images (its
+training images where none are held out); the other end is the highest pixel that is shown, but at least twice as far away as the
+highest normal one. So whatever is brighter than half exceeds every pixel of every normal image.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from torch import Tensor
 from datamodules import UnifiedDataModule
 from datamodules.sample_table import category_keys
 from lightning_modules.base import ReconstructionModule
+from lightning_modules.decisions.pixels import scaled
+from lightning_modules.metrics.thresholds import PixelCollector
 from lightning_modules.pictures.heatmaps import RANKS, choose, overlay, to_rgb
 from lightning_modules.pictures.reconstructions import image_scores, trained
 from lightning_modules.running.quiet import quiet
@@ -85,15 +88,14 @@ def _shown(table: Any, number: int, rank: str) -> Shown:
 
 
 @torch.no_grad()
-def normal_scale(module: ReconstructionModule, data: UnifiedDataModule) -> tuple[float, float]:
-    """Ends of a run's colour scale: the median pixel of its normal images, and as far above their highest one again."""
-    middles, highest = [], -np.inf
+def colour_scale(module: ReconstructionModule, data: UnifiedDataModule, highest: float) -> tuple[float, float]:
+    """Ends of a run's colour scale, from its normal images; `highest` is the highest pixel of the maps that are shown."""
+    collected = PixelCollector()
     for batch in data.normal_images():
-        maps = module.evaluate(_on(batch, module))[""].maps.float().cpu().flatten(1)
-        middles += maps.median(1).values.tolist()
-        highest = max(highest, float(maps.max()))
-    low = float(np.median(middles))
-    return low, low + 2 * (highest - low)
+        for one in module.evaluate(_on(batch, module))[""].maps.float().cpu().numpy():
+            collected.add(one)
+    found = scaled(collected.statistics(), highest)
+    return found.low, found.high
 
 
 @torch.no_grad()
@@ -111,12 +113,13 @@ def column(label: str, module: ReconstructionModule, data: UnifiedDataModule, im
             f"{label}: {image.category}/{image.defect}/{image.file} is not one of its test images: all runs of a gallery "
             "need the same test set, so leave the run out or train it on the same data."
         )
-    scale = normal_scale(module, data)
-    pictures = []
-    for image in images:
-        batch = data.image_batch([places[_key(image)]])
-        scored = module.evaluate(_on(batch, module))[""].maps.float().cpu().numpy()
-        pictures.append(overlay(to_rgb(batch["image"], data.mean, data.std)[0], scored[0], *scale))
+    batches = [data.image_batch([places[_key(image)]]) for image in images]
+    maps = [module.evaluate(_on(batch, module))[""].maps[0].float().cpu().numpy() for batch in batches]
+    scale = colour_scale(module, data, max(float(one.max()) for one in maps))
+    pictures = [
+        overlay(to_rgb(batch["image"], data.mean, data.std)[0], one, *scale)
+        for batch, one in zip(batches, maps, strict=True)
+    ]
     return Column(label, pictures, scale)
 
 
@@ -165,8 +168,8 @@ def caption(reference: str, columns: Sequence[Column]) -> str:
     return (
         f"Methods side by side ({', '.join(column.label for column in columns)}). Images: of every category the anomalous test "
         f"image with the lowest (worst), median and highest (best) score of {reference}. One colour scale per column, from the "
-        "method's own held-out normal images (training images where none are held out): black is their median pixel, the "
-        "middle of the scale their highest."
+        "method's own held-out normal images (training images where none are held out): black up to the 99th percentile of "
+        "their pixels, none of which is brighter than the middle of the scale."
     )
 
 

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_modules.base import ReconstructionModule
 from models.head import ScoredMaps
@@ -68,7 +69,7 @@ def draw(
 
     Args:
         module: The trained method, in eval mode.
-        data: The data module; images are read through `UnifiedDataModule.image_batch`.
+        data: The data module; images are read through `UnifiedDataModule.scored_batches`.
         ranks: Image id -> rank, from `choose`.
         image_scores: The scores of all test images.
         scales: Category -> ends of its colour scale; None takes the lowest and the highest pixel of each picture.
@@ -83,26 +84,45 @@ def draw(
         kinds = dict(zip(rows.id, rows.anomaly_type, strict=True))
         order = (GOOD_RANK, *RANKS)
         ids = sorted(rows.id, key=lambda i: (ranks[i] != GOOD_RANK, kinds[i], order.index(ranks[i])))
-        batch = data.image_batch(ids)
-        scored = module.evaluate({k: v.to(module.device) if isinstance(v, Tensor) else v for k, v in batch.items()})[""]
+        shown, datasets = scored_images(module, data, ids)
         defects = [data.table["defect"][i] for i in ids]
         titles = [
             "good, the median one" if ranks[i] == GOOD_RANK else f"{ranks[i]}: {defect}"
             for i, defect in zip(ids, defects, strict=True)
         ]
         name = f"{category.replace('/', '-')}.jpg"
-        images = to_rgb(batch["image"], data.mean, data.std)
-        files[f"heatmaps/{name}"] = picture(
-            images, batch["mask"], scored, titles, map_names(module), (scales or {}).get(category)
-        )
+        files[f"heatmaps/{name}"] = picture(*shown, titles, map_names(module), (scales or {}).get(category))
         score = rows.set_index("id").image_score
         for n, i in enumerate(ids):
             what = "median good image" if ranks[i] == GOOD_RANK else f"{ranks[i]} by image score, {defects[n]}"
             caption = f"{category}: {what}"
-            index.append(
-                (batch["dataset"][n], data.table["category"][i], ranks[i], defects[n], score[i], name, caption)
-            )
+            index.append((datasets[n], data.table["category"][i], ranks[i], defects[n], score[i], name, caption))
     return files, index
+
+
+def scored_images(
+    module: ReconstructionModule, data: Any, ids: Sequence[int]
+) -> tuple[tuple[np.ndarray, Tensor, ScoredMaps], list[str]]:
+    """Chosen images, uint8 (B, H, W, 3), masks, bool (B, 1, H, W), and scores, for `picture`; and the images' datasets.
+
+    Photographs in tiles are shown at the size of the network's input, their masks and maps reduced to it; no mask vanishes.
+    """
+    images, masks, scored, datasets = [], [], [], []
+    for batch in data.scored_batches(ids):
+        on_device = {k: v.to(module.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        found = module.score_batch(on_device)[""]
+        mask = batch["mask"]
+        if "tiles" in batch:
+            size = tuple(batch["image"].shape[-2:])
+            found = found._replace(maps=F.interpolate(found.maps[:, None], size, mode="area")[:, 0])
+            mask = F.adaptive_max_pool2d(mask.float(), size).bool()
+        images.append(to_rgb(batch["image"], data.mean, data.std))
+        masks.append(mask)
+        scored.append(found)
+        datasets += batch["dataset"]
+    maps, scores, levels = zip(*scored, strict=True)
+    joined = ScoredMaps(torch.cat(maps), torch.cat(scores), [torch.cat(level) for level in zip(*levels, strict=True)])
+    return (np.concatenate(images), torch.cat(masks), joined), datasets
 
 
 def map_names(module: ReconstructionModule) -> tuple[str, ...]:

@@ -43,10 +43,11 @@ def panels(
     heat = cv2.addWeighted(grey, 0.35, colours(values, *scale), 0.65, 0)
     thickness = max(1, round(min(photo.shape[:2]) / 200))
     outlined = photo.copy()
-    around = cv2.dilate(above.view(np.uint8), np.ones((2 * thickness + 1,) * 2, np.uint8))
-    lines, _ = cv2.findContours(around, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    cv2.drawContours(outlined, lines, -1, (0, 0, 0), 2 * thickness + 1)
-    cv2.drawContours(outlined, lines, -1, LINE, thickness)
+    if above.any():
+        around = cv2.dilate(above.view(np.uint8), np.ones((2 * thickness + 1,) * 2, np.uint8))
+        lines, _ = cv2.findContours(around, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+        cv2.drawContours(outlined, lines, -1, (0, 0, 0), 2 * thickness + 1)
+        cv2.drawContours(outlined, lines, -1, LINE, thickness)
     if seen is not None:
         top, left, height, width = seen
         for picture in (heat, outlined):
@@ -73,7 +74,9 @@ def small_panels(
 def colours(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """A map (H, W) in the colours of `inferno`, uint8 (H, W, 3), RGB; `low` and `high` are its two ends."""
     factor = 255 / max(high - low, 1e-12)
-    levels = np.clip((values - np.float32(low)) * np.float32(factor), 0, 255).astype(np.uint8)
+    levels = values - np.float32(low)  # in place from here on: photographs are large
+    levels *= np.float32(factor)
+    levels = np.clip(levels, 0, 255, out=levels).astype(np.uint8)
     return cv2.applyColorMap(levels, _inferno())
 
 
@@ -98,23 +101,32 @@ def sheet(pictures: Sequence[np.ndarray], decision: str, words: str, ends: Seque
     size = (width, len(pictures) * height) if stacked else (len(pictures) * width, height)
     part = min(1.0, LONGEST / max(size))
     letters = round(min(max(0.022 * max(size) * part, 13), 90))
-    out = Image.new("RGB", (max(NARROWEST, round(size[0] * part)), round(size[1] * part) + 5 * letters), "white")
+    below = _words(max(NARROWEST, round(size[0] * part)), letters, decision, words, ends)
+    whole = np.full((round(size[1] * part) + below.height, below.width, 3), 255, np.uint8)
+    whole[-below.height :] = below
     for number, picture in enumerate(pictures):
-        image = Image.fromarray(picture)
         if part < 1:
-            image = image.resize((int(width * part), int(height * part)), Image.Resampling.BOX)
-        out.paste(image, (0, number * image.height) if stacked else (number * image.width, 0))
-    draw, top = ImageDraw.Draw(out), out.height - 5 * letters
-    over = draw.textlength(words, _font(letters)) / (out.width - 2 * letters)
-    draw.text((letters, top + 0.6 * letters), words, COLOURS[decision], _font(max(8, int(letters / max(1, over)))))
-    right = min(out.width - letters, letters + 40 * letters)
+            picture = cv2.resize(picture, (int(width * part), int(height * part)), interpolation=cv2.INTER_AREA)
+        high, wide = picture.shape[:2]
+        top, left = (number * high, 0) if stacked else (0, number * wide)
+        whole[top : top + high, left : left + wide] = picture
+    return Image.fromarray(whole)
+
+
+def _words(width: int, letters: int, decision: str, words: str, ends: Sequence[tuple[float, str]]) -> Image.Image:
+    """The strip below the panels: words, and what the colours mean; `letters` is the height of a line in pixels."""
+    out = Image.new("RGB", (width, 5 * letters), "white")
+    draw = ImageDraw.Draw(out)
+    over = draw.textlength(words, _font(letters)) / (width - 2 * letters)
+    draw.text((letters, 0.6 * letters), words, COLOURS[decision], _font(max(8, int(letters / max(1, over)))))
+    right = min(width - letters, letters + 40 * letters)
     bar = np.broadcast_to(np.linspace(0, 1, right - letters, dtype=np.float32), (letters, right - letters))
-    out.paste(Image.fromarray(colours(bar, 0, 1)), (letters, top + 2 * letters))
+    out.paste(Image.fromarray(colours(bar, 0, 1)), (letters, 2 * letters))
     for place, text in ends:
         x = letters + round(place * (right - letters - 1))
-        draw.line([(x, top + 2 * letters), (x, top + 3.4 * letters)], (0, 0, 0), max(1, letters // 12))
+        draw.line([(x, 2 * letters), (x, 3.4 * letters)], (0, 0, 0), max(1, letters // 12))
         anchor = "la" if place < 0.25 else "ra" if place > 0.75 else "ma"
-        draw.text((x, top + 3.5 * letters), text, (0, 0, 0), _font(round(0.8 * letters)), anchor=anchor)
+        draw.text((x, 3.5 * letters), text, (0, 0, 0), _font(round(0.8 * letters)), anchor=anchor)
     return out
 
 

@@ -37,6 +37,7 @@ from lightning_modules.callbacks.throughput import Throughput
 from lightning_modules.running import (
     checkpoints,
     decisions,
+    folds,
     internals,
     normalisation,
     per_category,
@@ -96,6 +97,7 @@ class UniReconCLI(internals.OpenCLI):
             per_category.split(self.subcommand, self.config[self.subcommand])
         try:
             self._leave_finished()  # before anything is built, which takes seconds
+            folds.split(self.subcommand, self.config[self.subcommand])
             super().instantiate_classes()
         except ValueError as error:
             # Some constructors are called by the parser, which wraps their words in its own.
@@ -114,6 +116,7 @@ class UniReconCLI(internals.OpenCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         self.run_config: RunConfig = self.made("run")
         normalisation.follow_weights(self.model, self.datamodule, self.config[self.subcommand].data.init_args)
+        refusals.tiles(self.model, self.datamodule)
         try:
             self.model.set_protocol(self.run_config.protocol, self.run_config.selects)
         except ValueError as error:
@@ -324,7 +327,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(arguments: list[str]) -> None:
     try:
         UniReconCLI(arguments)
-    except per_category.OneModelEach as split:
-        split.run(lambda more: UniReconCLI([*arguments, *more]))
+    except (per_category.OneModelEach, folds.FoldsFirst) as split:
+        split.run(lambda more: _run([*arguments, *more]))
     except SIGTERMException:
         raise preemption.Preempted from None

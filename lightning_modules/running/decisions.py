@@ -10,9 +10,11 @@ from rich.console import Console
 
 from datamodules.problems import number_of
 from datamodules.sample_table import FEWEST_HELD_OUT, SampleTable, category_keys
+from datamodules.training_set import FOLD
 from lightning_modules.callbacks.normal_scores import NormalScores
 from lightning_modules.decisions import categories, normal, outcomes, pixels
 from lightning_modules.metrics.thresholds import check_rule, images_needed, lowest_rate
+from lightning_modules.running import folds
 from lightning_modules.running.settings import RunConfig
 
 
@@ -31,7 +33,7 @@ class Judged:
     scales: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
-def judge(scored: NormalScores, image_scores: pd.DataFrame, run: RunConfig, tested: bool) -> Judged:
+def judge(scored: NormalScores, image_scores: pd.DataFrame, run: RunConfig, tested: bool, fold: bool = False) -> Judged:
     """Makes the thresholds, says what the run's own rule would have done, and returns what the record keeps.
 
     Args:
@@ -39,9 +41,12 @@ def judge(scored: NormalScores, image_scores: pd.DataFrame, run: RunConfig, test
         image_scores: One row per test image, with `category`, `label`, `image_score` and `map_max`.
         run: Its `rule` and `alpha`.
         tested: Whether these are test images; else nothing is said of what thresholds would have done.
+        fold: Whether the run is one fold of a cross-validation, whose own thresholds nobody needs.
     """
-    table = scored.table
-    found = {name: pixels.scaled(one, _highest(image_scores, name)) for name, one in scored.pixels.items()}
+    table, statistics = (scored.table, scored.pixels) if run.folds is None else folds.kept(run)
+    found = {name: pixels.scaled(one, _highest(image_scores, name)) for name, one in statistics.items()}
+    if fold:
+        return Judged({normal.FILE: table.to_csv(index=False), pixels.FILE: pixels.table(found).to_csv(index=False)})
     rules, refused = outcomes.deciders(table, found, run.alpha)
     files = {
         normal.FILE: table.to_csv(index=False),
@@ -76,7 +81,9 @@ def judge(scored: NormalScores, image_scores: pd.DataFrame, run: RunConfig, test
 
 
 def check(table: SampleTable, run: RunConfig) -> None:
-    """Refuses a rate of false alarms that the held-out images of a category cannot promise, before anything is trained.
+    """Refuses a rate of false alarms that the normal images of a category cannot promise, before anything is trained.
+
+    They are the held-out ones, or, with folds, all that are trained on.
 
     Raises:
         SystemExit: names the category with the fewest images, the lowest rate that they can promise, and how many it takes.
@@ -84,18 +91,15 @@ def check(table: SampleTable, run: RunConfig) -> None:
     if run.alpha is None:
         return
     keys = pd.Series(category_keys(table), index=table.index)
-    held = (table["split"] == "val").groupby(keys, sort=False).sum()
+    crossed = run.folds is not None or (table["split"] == FOLD).any()
+    held = table["split"].isin(["train", FOLD] if crossed else ["val"]).groupby(keys, sort=False).sum()
     category, n = held.idxmin(), int(held.min())
     if n < FEWEST_HELD_OUT or lowest_rate(n) > run.alpha:
+        what, how = ("", "Take more") if crossed else ("held-out ", "Hold out more (--data.init_args.holdout)")
+        lowest = f": the lowest rate that they can promise is 1/{n + 1} = {lowest_rate(n):.3g}" * (n >= FEWEST_HELD_OUT)
         raise SystemExit(
-            f"error: alpha {run.alpha:g} needs {images_needed(run.alpha)} held-out normal images of each category, and "
-            f"{category} has {n}"
-            + (
-                f": the lowest rate that they can promise is 1/{n + 1} = {lowest_rate(n):.3g}"
-                if n >= FEWEST_HELD_OUT
-                else ""
-            )
-            + ". Hold out more (--data.init_args.holdout), or leave ALPHA out: the default rule needs no rate."
+            f"error: alpha {run.alpha:g} needs {images_needed(run.alpha)} {what}normal images of each category, and {category} "
+            f"has {n}{lowest}. {how}, or leave ALPHA out: the default rule needs no rate."
         )
 
 

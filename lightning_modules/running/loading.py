@@ -14,13 +14,16 @@ from typing import Any
 import torch
 import yaml
 
+from datamodules.errors import DataError
 from datamodules.handed_over import Images, Preparation
+from datamodules.tiling import TileConfig
 from lightning_modules.base import ReconstructionModule
 from lightning_modules.running import checkpoints, recorded_configuration
 from lightning_modules.running.backbone import recorded_weights
 from lightning_modules.running.earlier import translated
 from lightning_modules.running.methods import build, import_methods
 from lightning_modules.running.settings import RunConfig, work_folder
+from lightning_modules.stitching import of_photograph
 from models.head import ScoredMaps
 from results.aggregator.records import StoredRecord, read_record
 from results.common.pair import label
@@ -75,12 +78,29 @@ class TrainedModel:
             (B,), and `level_maps`, a list of (B, h, w). Higher is more anomalous.
 
         Raises:
-            datamodules.errors.DataError: no image, a file that cannot be read, or a tensor of another shape, type or range.
+            datamodules.errors.DataError: no image, a file that cannot be read, or a tensor of another shape, type or range; or
+                photographs of different sizes to a run with tiles, whose maps have the photographs' size.
         """
         with _as_trained(self.module.device, self.precision):
+            if self.preparation.tiles is not None:
+                return self._stitched(images)
             parts = [self.score(batch) for batch in self.preparation.batches(images, self.batch_size)]
         maps, scores, levels = zip(*parts, strict=True)
         return ScoredMaps(torch.cat(maps), torch.cat(scores), [torch.cat(level) for level in zip(*levels, strict=True)])
+
+    def _stitched(self, images: Images) -> ScoredMaps:
+        """Photographs in tiles."""
+        told = {"category": [self.category], "dataset": [self.dataset]} if self.category else {}
+        parts: list[ScoredMaps] = []
+        for photograph in self.preparation.photographs(images, self.batch_size):
+            parts.append(of_photograph(self.module.evaluate, photograph, self.module.device, **told))
+            first, last = (tuple(part.maps.shape[1:]) for part in (parts[0], parts[-1]))
+            if first != last:
+                raise DataError(
+                    f"Photographs of {first[1]} x {first[0]} and of {last[1]} x {last[0]} pixels: this run cuts them into tiles, "
+                    "and its maps are as large as they. Give those of one size at a time."
+                )
+        return ScoredMaps(torch.cat([p.maps for p in parts]), torch.cat([p.image_scores for p in parts]), [])
 
     def score(self, images: torch.Tensor) -> ScoredMaps:
         """Scores normalised images, float32 (B, 3, H, W), all at once and in the precision of the surrounding context."""
@@ -187,6 +207,8 @@ def _preparation(module: ReconstructionModule, stored: StoredRecord, configurati
     mean, std = options.get("mean") or module.extractor.mean, options.get("std") or module.extractor.std
     if (whole := options.get("crop_from")) is not None:
         further["crop_from"] = (whole, whole) if isinstance(whole, int) else tuple(whole)
+    if (tiles := options.get("tiles")) is not None:
+        further["tiles"] = TileConfig(**tiles)
     return Preparation(
         module.image_size, options.get("resize") or stored.record.resize, tuple(mean), tuple(std), **further
     )

@@ -13,6 +13,8 @@ EXPECTED_WARNINGS = (
     ".*configure_optimizers` returned `None`",  # methods that are fitted in one pass
     ".*does not have many workers",  # cached features need none
     ".*The dirpath has changed from",  # a checkpoint is read by a command that writes none
+    "Importing from timm.models.layers is deprecated",  # inside anomalib, as the next
+    "The anomalib.models.components.dinov2 package is deprecated",
     "Checkpoint directory .* exists and is not empty",  # that is where an interrupted training goes on
 )
 EXPECTED_NOTES = (

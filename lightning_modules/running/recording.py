@@ -76,7 +76,13 @@ def write(outcome: Outcome, dump: Callable[[Any], str]) -> Path:
         dump: Turns a configuration into YAML.
     """
     run, table = outcome.run, outcome.evaluation.result.table
-    decided = decisions.judge(outcome.normal_scores, outcome.evaluation.image_scores, run, outcome.data.has_test_images)
+    decided = decisions.judge(
+        outcome.normal_scores,
+        outcome.evaluation.image_scores,
+        run,
+        outcome.data.has_test_images,
+        outcome.data.fold is not None,
+    )
     attachments = _attachments(outcome, decided)
     config_text = dump(_configuration(outcome))
     before = _scored_before(outcome)

@@ -121,6 +121,15 @@ def random_features(model: ReconstructionModule, data: UnifiedDataModule) -> Non
         raise SystemExit(f"error: {no_weights(config.name)}")
 
 
+def tiles(model: ReconstructionModule, data: UnifiedDataModule) -> None:
+    """Raises SystemExit if photographs are cut into tiles for a method that needs whole ones."""
+    if data.tiles is not None and model.untiled:
+        raise SystemExit(
+            f"error: data.init_args.tiles does not go with {model.method}: {model.untiled}. Leave the tiles out, or take "
+            "another method."
+        )
+
+
 def place(run: RunConfig, needed: int) -> None:
     """Checks at the start that the record and the checkpoints can be written at the end.
 

@@ -136,7 +136,7 @@ def _open(
     root = Path(config.root)
     if not build and not (root / spec.key / "meta.json").exists():
         return None
-    rows = len(data.table) + len(symmetric)
+    rows = len(data.cached_rows()) + len(symmetric)
     return open_or_build(root, spec, rows, compute, int(config.budget_gb * 2**30), rank_zero_info, _words(data))
 
 

@@ -51,6 +51,10 @@ class RunConfig:
             images of each category. It and `rule` decide nothing about the training; `predict` may be given others.
         rule: How the threshold is made of normal images: `max` (their highest score), `conformal` (needs alpha), `mean_3sd`,
             `p95_factor`; see `lightning_modules.metrics.thresholds`. None is conformal with an alpha, else max.
+        folds: Make thresholds by cross-validation, where images are few: so many models are trained first, each without a part
+            of the normal images, which it then scores; the run itself trains on all. The training takes that many times
+            longer. See `lightning_modules.running.folds` for what is promised. None holds images out instead
+            (`data.holdout`).
         compile: Compile the reconstruction network (`torch.compile`) for training and scoring. The first steps then
             take a minute; numbers agree with those of an uncompiled run up to rounding, but dropout draws differ.
         cuda_graphs: Launch the compiled network as one CUDA graph per batch shape instead of kernel by kernel
@@ -71,6 +75,7 @@ class RunConfig:
     fpr_limits: list[float] | None = None
     alpha: float | None = None
     rule: str | None = None
+    folds: int | None = None
     compile: bool = False
     cuda_graphs: bool = False
 
@@ -92,6 +97,12 @@ class RunConfig:
             check_rule(self.rule, self.alpha)
         except ValueError as error:
             raise ValueError(f"run.{error}") from error
+        if self.folds is not None and self.folds < 2:
+            raise ValueError(f"run.folds is {self.folds}; give at least 2, for example 5, or null for none.")
+        if self.folds is not None and self.selects == "best_on_test":
+            raise ValueError(
+                "run.folds needs run.selection=last: the folds' epochs would be chosen on the test set, and their scores with it."
+            )
         if self.cuda_graphs and not self.compile:
             raise ValueError(
                 "run.cuda_graphs=true needs run.compile=true: the graphs are made of the compiled network."

@@ -137,7 +137,7 @@ def link(root: Path, categories: Iterable[str], links: Path) -> int:
     """Makes links to the validation and private images of some categories; returns how many are private.
 
     Raises:
-        DataError: a category has no such images.
+        DataError: a category has no such images, or two of one name but for the suffix.
     """
     private = 0
     for category in categories:
@@ -148,6 +148,12 @@ def link(root: Path, categories: Iterable[str], links: Path) -> int:
             images = list_images(source)
             if not images:
                 raise DataError(f"{source} holds no image, and a submission needs them: unpack the whole data set.")
+            stems = [image.stem for image in images]
+            if same := [image.name for image in images if stems.count(image.stem) > 1]:
+                raise DataError(
+                    f"{source} holds {' and '.join(same[:4])}: their files for the server would have one name. Delete or "
+                    "rename all but one of each."
+                )
             place.mkdir(parents=True)
             for image in images:
                 (place / image.name).symlink_to(image.resolve())

@@ -30,16 +30,17 @@ SLACK = 1.0001
 class CoresetConfig:
     """Which vectors of all make up the memory bank.
 
-    ratio: share of the vectors that are kept, int(N * ratio) of N and at least one; 1 keeps all of them in order.
-    projection: in which space they are chosen. `linear`: a bias-free linear layer at its random initialisation (released
-        PatchCore); `sparse`: a sparse random projection (anomalib); `none`: as they are.
-    projection_dim: its dimension; None: 128 for `linear`, and for `sparse` the Johnson-Lindenstrauss bound with epsilon
-        0.9, as in anomalib. A projection that would not make vectors shorter is left out.
-    start: `approximate`: the first pick has the largest mean distance to ten random vectors, and that mean caps every
-        vector's distance from then on (what all released commands use). `exact`: likewise with the norm of all its
-        distances, N x N of them: for small N. `random`: a random vector comes first (anomalib).
-    share: `joint`: one choice among all vectors. `per_category`: each category's vectors by themselves, so that every
-        category has its share of the bank; this uses the category labels of the training images.
+    Args:
+        ratio: share of the vectors that are kept, int(N * ratio) of N and at least one; 1 keeps all of them in order.
+        projection: in which space they are chosen. `linear`: a bias-free linear layer at its random initialisation (released
+            PatchCore); `sparse`: a sparse random projection (anomalib); `none`: as they are.
+        projection_dim: its dimension; None: 128 for `linear`, and for `sparse` the Johnson-Lindenstrauss bound with epsilon
+            0.9, as in anomalib. A projection that would not make vectors shorter is left out.
+        start: `approximate`: the first pick has the largest mean distance to ten random vectors, and that mean caps every
+            vector's distance from then on (what all released commands use). `exact`: likewise with the norm of all its
+            distances, N x N of them: for small N. `random`: a random vector comes first (anomalib).
+        share: `joint`: one choice among all vectors. `per_category`: each category's vectors by themselves, so that every
+            category has its share of the bank; this uses the category labels of the training images.
     """
 
     ratio: float = 0.01

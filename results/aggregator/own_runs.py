@@ -224,7 +224,9 @@ def _decided(stored: StoredRecord, title: str, name: str, lines: Sequence[dict[s
         "A false alarm is a good test image above the threshold, a miss a defect that is not. The promised rate is of false "
         "alarms on images like the held-out ones."
     )
-    if any(line["basis"] != "held-out" for line in lines):
+    if any(line["basis"] == "cross validation" for line in lines):
+        caption += " Thresholds of a cross-validation promise no rate: models of the other folds scored the images."
+    if any(line["basis"].startswith("training") for line in lines):
         caption += " Thresholds of training images are optimistic: unseen good images score higher."
     return Table(f"{name}-{stored.name}", title, "runs", ("Category", "Thresholds from"), rows, columns, cells, caption)
 

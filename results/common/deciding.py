@@ -15,7 +15,7 @@ from typing import Any
 
 FREE = re.compile(
     r"(config|ckpt_path"
-    r"|run\.(name|sweep|results|alpha|rule|heatmaps|overwrite|upload|keep_epochs|cuda_graphs)"
+    r"|run\.(name|sweep|results|alpha|rule|folds|heatmaps|overwrite|upload|keep_epochs|cuda_graphs)"
     r"|cache\.(root|budget_gb|resident_gb)"
     r"|trainer\.(logger|default_root_dir|enable_\w+|log_every_n_steps|accelerator|profiler|num_sanity_val_steps)"
     r"|data\.init_args\.(num_workers|pin_memory|eval_batch_size|cache_mb|predict_root|predict_dataset|root"
@@ -32,7 +32,8 @@ EXTENDS = re.compile(r"trainer\.(max_\w+|min_\w+|devices|num_nodes|strategy)(\.|
 
 LATER = {
     "data.init_args.shots": None, "data.init_args.contamination": 0.0, "data.init_args.contamination_reserved": None,
-    "data.init_args.epoch_images": None, "data.init_args.category_count": None,
+    "data.init_args.epoch_images": None, "data.init_args.category_count": None, "data.init_args.tiles": None,
+    "data.init_args.fold": None,
 }  # fmt: skip
 """Options that earlier versions did not have, with the value that means what those did: older runs stay comparable."""
 
@@ -46,7 +47,7 @@ SHOWING = (
     "lightning_modules/pictures", "lightning_modules/prediction", "lightning_modules/callbacks/kept_epochs.py",
     "lightning_modules/callbacks/predictions.py", "lightning_modules/callbacks/progress.py",
     "lightning_modules/running/checkpoints.py", "lightning_modules/running/decisions.py",
-    "lightning_modules/running/finding.py", "lightning_modules/running/loading.py",
+    "lightning_modules/running/finding.py", "lightning_modules/running/folds.py", "lightning_modules/running/loading.py",
     "lightning_modules/running/parser.py", "lightning_modules/running/preemption.py",
     "lightning_modules/running/printing.py",
     "lightning_modules/running/quiet.py", "lightning_modules/running/resuming.py",

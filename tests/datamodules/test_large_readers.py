@@ -82,6 +82,28 @@ def test_real_iad_follows_the_authors_split_from_either_root(make, tmp_path, roo
     assert (problem.severity, problem.kind) == ("warning", "missing mask")
 
 
+def test_real_iad_names_a_category_without_its_split_file_and_masks_of_normal_views(make, tmp_path):
+    make.real_iad(tmp_path)
+    make.image(tmp_path / "realiad_256/vase/OK/S0001/vase_0001_OK_C1_20230101.jpg")
+    file = tmp_path / "realiad_jsons/realiad_jsons/toy.json"
+    content = json.loads(file.read_text())
+    normal = next(entry for entry in content["test"] if entry["anomaly_class"] == "OK")
+    normal["mask_path"] = next(entry["mask_path"] for entry in content["test"] if entry["mask_path"])
+    file.write_text(json.dumps(content))
+    problems = {problem.kind: problem for problem in list_dataset("real_iad", tmp_path).problems}
+    assert problems["no split file"].category == "vase"
+    assert "vase.json" in problems["no split file"].message
+    assert "1 view" in problems["mask of a normal image"].message
+    assert "no split file" not in {p.kind for p in list_dataset("real_iad", tmp_path, ["toy"]).problems}
+
+
+def test_masks_of_good_images_of_a_folder_are_told(make, tmp_path):
+    make.mvtec(tmp_path, "bolt", train=2, normal=2, defects=1)
+    make.mask(tmp_path / "bolt/ground_truth/good/000_mask.png")
+    kinds = [problem.kind for problem in list_dataset("folder", tmp_path).problems]
+    assert kinds.count("mask of a normal image") == 1
+
+
 def test_real_iad_names_the_resolutions_when_there_are_several(make, tmp_path):
     make.real_iad(tmp_path)
     make.real_iad(tmp_path, images="realiad_512")

@@ -45,15 +45,14 @@ def test_runs_stand_side_by_side_on_the_images_of_the_first(two):
     assert 'alt="Methods side by side"' in page(read_records(two.results / "runs"), out, out)
 
 
-def test_the_middle_of_a_columns_scale_is_the_highest_pixel_of_its_normal_images(two):
+def test_a_columns_scale_begins_at_the_99th_percentile_of_its_normal_pixels(two):
     module, data = load(two.results / "runs" / "single" / "first")
     data.normalise(module.extractor.mean, module.extractor.std)
     maps = np.concatenate([module.evaluate(batch)[""].maps.detach().numpy() for batch in data.normal_images()])
-    low, high = gallery.normal_scale(module, data)
-    assert (low + high) / 2 == pytest.approx(maps.max())
-    # torch's median of an even number of pixels is the lower one of the two in the middle
-    middles = np.sort(maps.reshape(len(maps), -1), axis=1)[:, (maps[0].size - 1) // 2]
-    assert low == pytest.approx(np.median(middles))
+    low, high = gallery.colour_scale(module, data, 0.0)
+    assert low == pytest.approx(np.percentile(maps, 99), rel=1e-5)
+    assert (low + high) / 2 == pytest.approx(maps.max())  # a good image is never brighter than half
+    assert gallery.colour_scale(module, data, 10 * high) == pytest.approx((low, 10 * high))
 
 
 def test_a_method_stands_for_its_newest_run_with_a_checkpoint(two):

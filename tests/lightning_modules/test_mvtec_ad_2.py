@@ -11,9 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from datamodules import DataError
 from lightning_modules.metrics import AnomalyMetrics
 from lightning_modules.prediction.geometry import to_photograph
 from lightning_modules.running.command_line import main
+from lightning_modules.running.submission import link
 
 SIZE = (72, 90)
 LIGHTS = ("regular", "overexposed")
@@ -195,3 +197,14 @@ def test_limits_share_the_exact_curve():
         metrics.update(maps, masks, np.arange(4.0), [0, 0, 1, 1], ["a"] * 4, np.arange(4))
         values[limits] = metrics.compute().value("pixel_aupro_0.05", "a")
     assert values[0.05, 0.3] == values[0.05,]
+
+
+def test_two_private_images_of_one_name_but_for_the_suffix_are_refused(tmp_path):
+    for folder, names in (("validation/good", ["000.png"]), ("test_private", ["000.png", "000.jpg"]),
+                          ("test_private_mixed", ["000.png"])):  # fmt: skip
+        place = tmp_path / "root/can" / folder
+        place.mkdir(parents=True)
+        for name in names:
+            Image.new("RGB", (8, 8)).save(place / name)
+    with pytest.raises(DataError, match=r"000.jpg and 000.png: their files for the server would have one name"):
+        link(tmp_path / "root", ["can"], tmp_path / "links")

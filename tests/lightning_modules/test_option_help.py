@@ -10,6 +10,8 @@ from lightning_modules.running.settings import RunConfig
 
 OWN = {"run": RunConfig, "cache": CacheConfig, "data": UnifiedDataModule}
 METHODS = import_methods()
+EMPTY = ("", "_EMPTY_HELP_")
+"""What stands where an option has no text; the second in jsonargparse before 4.47."""
 
 
 def silent_options(kind):
@@ -19,7 +21,7 @@ def silent_options(kind):
     return [
         action.dest.removeprefix("it.")
         for action in parser._actions
-        if action.dest.startswith("it.") and not action.dest.endswith(".help") and not str(action.help or "").strip()
+        if action.dest.startswith("it.") and not action.dest.endswith(".help") and (action.help or "").strip() in EMPTY
     ]
 
 
