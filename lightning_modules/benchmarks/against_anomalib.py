@@ -35,7 +35,7 @@ def levels(backbone: str, numbers: list[int], size: int) -> list[Tensor]:
     from datamodules import DatasetConfig, UnifiedDataModule
     from models.backbones import BackboneConfig, FeatureExtractor
 
-    extractor = FeatureExtractor(BackboneConfig(backbone, numbers, weights="packaged"))
+    extractor = FeatureExtractor(BackboneConfig(backbone, tuple(numbers), weights="packaged"))
     photos = [DatasetConfig("photos", "datamodules/photos")]
     data = UnifiedDataModule(photos, image_size=size, resize="pil_bilinear", batch_size=16, num_workers=0)
     data.setup("fit")
@@ -201,7 +201,7 @@ def main() -> int:
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(*options.one, options)))
+        print(json.dumps(measure(options.one[0], options.one[1], options)))
         return 0
     if importlib.util.find_spec("anomalib") is None:
         print("anomalib is not installed: make baselines", file=sys.stderr)

@@ -96,3 +96,20 @@ def test_the_benchmark_of_the_start_reads_files_when_cold_and_not_when_warm(tmp_
     found = {state: (start.first_batch(tmp_path / "data", state), len(read)) for state in ("cold", "warm")}
     assert [count for _, count in found.values()] == [20, 20]
     assert all(seconds["cpu"] > 0 for seconds, _ in found.values())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_parts_of_the_memory_bank_methods_agree_with_anomalibs():
+    pytest.importorskip("anomalib", reason="make baselines installs anomalib")
+    from argparse import Namespace
+
+    from lightning_modules.benchmarks import against_anomalib as bench
+
+    options = Namespace(backbone="tf_efficientnet_lite0.in1k", size=64, ratio=0.05, threads=1)
+    part = "PatchCore, coreset"
+    ours, theirs = (bench.measure(part, system, options) for system in bench.SYSTEMS)
+    assert ours["bank"] == theirs["bank"]
+    ours, theirs = (bench.measure("PaDiM, fit and distances", system, options) for system in bench.SYSTEMS)
+    # Theirs multiplies by an explicit inverse in float32; the covariances' condition is below 1e4.
+    assert ours["mean distance"] == pytest.approx(theirs["mean distance"], rel=1e-3)
+    assert bench.measure("PatchCore, search", "ours", options)["largest error"] < 1e-4
