@@ -239,4 +239,5 @@ def _commit(stored: StoredRecord) -> str:
 
 
 def listed(items: Sequence[Any]) -> str:
+    """Items with commas."""
     return ", ".join(str(item) for item in items)

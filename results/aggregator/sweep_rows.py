@@ -39,6 +39,7 @@ def full_key(short: str, known: Sequence[str], where: str) -> str:
 
 
 def known_keys(records: Sequence[StoredRecord], sweep: SweepCells | None) -> list[str]:
+    """Dotted keys of the sweep's and the records' cells, without the seed's."""
     keys = dict.fromkeys(key for key in (sweep.values if sweep else ()) if key not in SEED_KEYS)
     for stored in records:
         keys.update(dict.fromkeys(key for key in stored.record.cell if key not in SEED_KEYS))
@@ -82,6 +83,7 @@ def rows_of(
 
 
 def value_label(labels: Mapping[Any, str], value: Any, key: str = "") -> str:
+    """What the spec calls a parameter's value, else a method's name or the value itself."""
     for key, text in labels.items():
         if canonical(key) == canonical(value) or str(key) == show_value(value):
             return str(text)
