@@ -160,9 +160,12 @@ bench-inference: setup  ## Latency, images per second and memory of a run: RUN= 
 	@test -n "$$RUN" || { echo 'error: bench-inference needs RUN=<name or record folder>'; exit 2; }
 	$(PY) -m lightning_modules.benchmarks.inference --run "$$RUN" $(if $(CATEGORY),--category "$$CATEGORY") $(ARGS)
 
+bench-anomalib: setup  ## Time and memory of PatchCore, PaDiM and RD4AD against anomalib's (make baselines): [ARGS=].
+	$(PY) -m lightning_modules.benchmarks.against_anomalib $(ARGS)
+
 bench-start: setup  ## Time the start of a run on 60,000 small files: [ARGS=].
 	$(PY) -m lightning_modules.benchmarks.start $(ARGS)
 
 .PHONY: help setup baselines test test-all lint readme train import predict submission export export-requirements check-data data synthetic \
 	sweep sweeps reference verify wandb-sweep agents pull table tables audit figures compare report reconstructions pipeline gallery \
-	shortcuts self-similarity bench bench-metrics bench-inference bench-start cache
+	shortcuts self-similarity bench bench-metrics bench-inference bench-anomalib bench-start cache

@@ -275,7 +275,7 @@ class ReconstructionModule(L.LightningModule):
         self._losses.clear()
 
     def on_train_batch_end(self, outputs: Any, batch: Mapping[str, Any], batch_idx: int) -> None:
-        if not self.trainer.is_last_batch:
+        if not self.trainer.is_last_batch and not 0 < self.trainer.max_steps <= self.trainer.global_step:
             return
         self._check_loss()  # before anything looks at the epoch's weights
         # Once per epoch: a log in every step takes as long as the launch of a small network. Over all processes: one's

@@ -14,12 +14,13 @@ from rich.markup import escape
 
 from results.aggregator import audit as auditing
 from results.aggregator import methods_table, names, reference, render
-from results.aggregator.build import SOURCES, category_tables, paper_table, sweep_table, varies
+from results.aggregator.build import SOURCES, category_tables, paper_table, sweep_table
 from results.aggregator.curves import curve_table
 from results.aggregator.records import DamagedRecordWarning, RecordError, RecordSet, StoredRecord, read_records
 from results.aggregator.scores import ConflictError, data_of, distinct, kinds, newest, select
 from results.aggregator.spec import Spec, SpecError, find_spec, spec_for_sweep, spec_names
 from results.aggregator.sweep_cells import SweepCells, read_sweep
+from results.aggregator.sweep_rows import varies
 from results.aggregator.table import Table
 from results.common import trouble
 from results.common.methods import SWEEP

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -101,7 +102,7 @@ class UniReconCLI(internals.OpenCLI):
             super().instantiate_classes()
         except ValueError as error:
             # Some constructors are called by the parser, which wraps their words in its own.
-            reasons = [line[4:] for line in str(error).splitlines() if line.startswith("  - ")]
+            reasons = re.findall(r"^  - (.*(?:\n {6}.*)*)", str(error), re.MULTILINE)
             reasons = [reason for reason in reasons if not reason.startswith("Expected a <class 'NoneType'>")]
             raise SystemExit("\n".join(reasons) or str(error)) from error
 

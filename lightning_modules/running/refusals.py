@@ -179,7 +179,7 @@ def notes(options: Mapping[str, Any], batches: int | None, epochs: int) -> list[
     Args:
         options: Of the trainer.
         batches: Training batches in all; None if that is not known.
-        epochs: Epochs that were trained.
+        epochs: Epochs that were trained, the last one perhaps in part.
     """
     out = []
     if batches == 0 or (batches is None and epochs == 0):
@@ -188,5 +188,5 @@ def notes(options: Mapping[str, Any], batches: int | None, epochs: int) -> list[
         )
     cuts = [f"{name}={options[name]}" for name in CUTS if options.get(name) not in (None, -1)]
     if cuts:
-        out.append(f"the length of the training was set by {', '.join(cuts)}: {epochs} whole epochs")
+        out.append(f"the length of the training was set by {', '.join(cuts)}: it ended in epoch {epochs}")
     return out

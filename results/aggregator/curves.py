@@ -6,13 +6,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from results.aggregator import reference
-from results.aggregator.build import _known_keys as known_keys
-from results.aggregator.build import _sweep_rows, describe_runs, shouts, version_notes
+from results.aggregator.captions import describe_runs, shouts, version_notes
 from results.aggregator.history import DETECTION, LOCALISATION, LOSS, Curve, read_curve
 from results.aggregator.records import RecordError, StoredRecord
 from results.aggregator.scores import Query, check_cell, check_table
 from results.aggregator.spec import Spec
 from results.aggregator.sweep_cells import SweepCells, cell_key
+from results.aggregator.sweep_rows import known_keys, rows_of
 from results.aggregator.table import Cell, Column, Row, Table, Value
 
 
@@ -32,7 +32,7 @@ def cell_curves(
     spec: Spec, records: Sequence[StoredRecord], sweep: SweepCells | None
 ) -> list[tuple[str, list[StoredRecord]]]:
     """The sweep's cells in the table's order: label and records (one per seed, may be empty)."""
-    entries, _, _ = _sweep_rows(spec, records, sweep, known_keys(records, sweep))
+    entries, _, _ = rows_of(spec, records, sweep, known_keys(records, sweep))
     found = []
     for entry in entries:
         wanted = cell_key(entry.runs.get("cell") or {})
@@ -47,7 +47,7 @@ def curve_table(spec: Spec, records: Sequence[StoredRecord], sweep: SweepCells |
     different length are said so above the table, because a longer run has more time to fall.
     """
     records, problems = with_history(records)
-    entries, headers, _ = _sweep_rows(spec, records, sweep, known_keys(records, sweep))
+    entries, headers, _ = rows_of(spec, records, sweep, known_keys(records, sweep))
     columns = [Column("first", "Loss", "loss", scientific=True), Column("final", "Loss", "loss", scientific=True)]
     for group in ("Image AUROC", "Pixel AUROC"):
         columns += [

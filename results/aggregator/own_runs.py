@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import yaml
 
 from results.aggregator import chance, names
-from results.aggregator.build import DIRTY, shouts
+from results.aggregator.captions import DIRTY, shouts
 from results.aggregator.history import FALLING, fall
 from results.aggregator.records import StoredRecord
 from results.aggregator.scores import axis_value, cost

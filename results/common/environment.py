@@ -41,7 +41,7 @@ class Named:
     rule: str = ""
 
 
-VARIABLES = ("PROFILE", "DATASET", "DATA_ROOT", "CATEGORIES", "BACKBONE", "WEIGHTS")
+VARIABLES = ("PROFILE", "DATASET", "DATA_ROOT", "CATEGORIES", "BACKBONE", "WEIGHTS", "ALPHA", "RULE")
 """Variables that steer a run; PROFILE is that of the methods in a sweep over methods."""
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import socket
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -33,10 +35,30 @@ METHODS = {
         {"batch_size": 2, "anomalies": {"source": "textures"}},
         {"max_epochs": 8},  # until batch norm's running averages have left their start
     ),
-    "efficientad": ("efficientad.EfficientAD", {"image_size": 256}, {"holdout": 0.5}, {"max_epochs": 2}),
+    "efficientad": ("efficientad.EfficientAD", {"image_size": 256}, {"holdout": 0.5}, {"max_epochs": 1}),
 }
 QUICK = ("cflow", "fastflow", "draem")
-"""EfficientAD takes no image below 256 pixels and has one width: seconds a step."""
+"""EfficientAD takes no image below 256 pixels and has one width: seconds a step. It is trained for one step."""
+ROOT = Path(__file__).resolve().parents[2]
+CONSTRUCTED = """
+import sys
+asked = []
+def hook(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
+        asked.append((event, *arguments[1:]))
+        raise OSError("there is no network")
+sys.addaudithook(hook)
+from lightning_modules import cflow, draem, efficientad, fastflow
+from models.backbones import BackboneConfig
+levels = BackboneConfig("test_efficientnet.r160_in1k", (3, 4), weights="random", padding="default")
+made = [
+    cflow.CFLOW(levels, image_size=64, coupling_blocks=2),
+    fastflow.FastFlow(levels, image_size=64, flow_steps=2),
+    draem.DRAEM(reconstructive_width=4, discriminative_width=4),
+    efficientad.EfficientAD(teacher="read in training"),
+]
+print("ASKED", asked, *(model.method for model in made))
+"""
 pytestmark = [pytest.mark.program, pytest.mark.filterwarnings("ignore")]
 
 
@@ -99,10 +121,10 @@ def test_training_leaves_a_record_and_its_checkpoint_scores_and_predicts_alike(t
     assert all(np.isfinite(np.load(path)).all() for path in folder.glob("*.npy"))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", QUICK)
 def test_a_loaded_run_gives_an_image_its_map_whatever_its_batch(trained, method):
     model = load_run(run_of(trained(method))).module.eval()
-    batch = 8 if method in QUICK else 2
+    batch = 8
     images = torch.randn(batch + 1, 3, *model.image_size, generator=torch.Generator().manual_seed(0))
     images[-1] = 0.5  # a constant image, in a batch of its own
     with torch.no_grad():
@@ -115,7 +137,7 @@ def test_a_loaded_run_gives_an_image_its_map_whatever_its_batch(trained, method)
     torch.testing.assert_close(torch.cat([one.image_scores for one in alone]), scores, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["cflow", "fastflow"])
 def test_a_resumed_training_is_the_uninterrupted_one(project, trained, cut_off, configured, method):
     cut_off(configured(project, method))
     project.run()
@@ -135,15 +157,10 @@ def test_one_model_per_category(project, configured, method):
     assert project.record().metrics.value.notna().any()
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_constructor_asks_no_network(trained, method, monkeypatch):
-    def refused(*_, **__):
-        raise AssertionError("asked the network")
-
-    record = run_of(trained(method))
-    for name in ("socket", "create_connection", "getaddrinfo"):
-        monkeypatch.setattr(socket, name, refused)
-    load_run(record)
+def test_constructors_ask_no_network():
+    done = subprocess.run([sys.executable, "-c", CONSTRUCTED], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "ASKED [] cflow fastflow draem efficientad"
 
 
 def test_the_records_name_what_may_not_be_silently_different(trained):

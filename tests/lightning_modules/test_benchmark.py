@@ -119,3 +119,20 @@ def test_the_table_of_scoring_fits_80_columns_and_says_why_an_engine_is_missing(
         ["compiled", "1", "-", "-", "-", "-"],
     ]
     assert "compiled: no C++ compiler [c++] is on PATH" in written.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_parts_of_the_memory_bank_methods_agree_with_anomalibs():
+    pytest.importorskip("anomalib", reason="make baselines installs anomalib")
+    from argparse import Namespace
+
+    from lightning_modules.benchmarks import against_anomalib as bench
+
+    options = Namespace(backbone="tf_efficientnet_lite0.in1k", size=64, ratio=0.05, threads=1)
+    part = "PatchCore, coreset"
+    ours, theirs = (bench.measure(part, system, options) for system in bench.SYSTEMS)
+    assert ours["bank"] == theirs["bank"]
+    ours, theirs = (bench.measure("PaDiM, fit and distances", system, options) for system in bench.SYSTEMS)
+    # Theirs multiplies by an explicit inverse in float32; the covariances' condition is below 1e4.
+    assert ours["mean distance"] == pytest.approx(theirs["mean distance"], rel=1e-3)
+    assert bench.measure("PatchCore, search", "ours", options)["largest error"] < 1e-4

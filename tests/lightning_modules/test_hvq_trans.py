@@ -6,7 +6,7 @@ import yaml
 
 from lightning_modules.running.command_line import main
 from models import hvq_trans as network
-from results.aggregator.build import shouts
+from results.aggregator.captions import shouts
 from results.aggregator.records import LABELS_AT_TEST
 
 ARGUMENTS = {

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 from lightning_modules.running.command_line import main
+from lightning_modules.uniad import UniAD
 
 
 def _refusal(project, *more: str, command: str = "fit") -> str:
@@ -54,6 +57,14 @@ def test_an_unknown_option_is_answered_with_the_nearest_one(project, option, nea
 def test_a_wrong_value_is_answered_with_what_is_allowed(project, option, expected):
     text = _refusal(project, option)
     assert any(part in text for part in expected.split("|")), text
+
+
+def test_an_import_that_fails_in_a_constructor_is_told_with_its_reason(project, monkeypatch):
+    def broken(self, *args, **kwargs):
+        raise ImportError("libbroken.so: no such file")
+
+    monkeypatch.setattr(UniAD, "__init__", functools.wraps(UniAD.__init__)(broken))
+    assert "libbroken.so: no such file" in _refusal(project)
 
 
 def test_an_unknown_category_is_answered_with_the_nearest_one(project, monkeypatch, data_root):

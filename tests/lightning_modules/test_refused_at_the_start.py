@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 
 import pytest
+import torch
 
 from lightning_modules.callbacks import scoring
 from lightning_modules.running import refusals
 from lightning_modules.running.settings import RunConfig
+from lightning_modules.uniad import UniAD
 
 
 def _refusal(project, *more: str, command: str = "fit") -> str:
@@ -109,10 +112,26 @@ def test_a_run_without_any_training_says_so(project):
 
 
 def test_a_training_cut_by_its_steps_says_so_and_a_whole_one_does_not(project):
-    notes = project.fit("--trainer.max_steps=1").record.notes
-    assert any("max_steps=1" in note for note in notes)
+    cut = ("--trainer.max_steps=1", "--data.init_args.batch_size=4")
+    notes = project.fit(*cut).record.notes
+    assert any("set by max_steps=1: it ended in epoch 1" in note for note in notes)
     assert not any("TRAINED" in note for note in notes)
     assert not any("max_" in note or "CHANGED" in note for note in project.fit(name="whole").record.notes)
+
+
+def test_the_loss_of_an_epoch_cut_by_its_steps_is_recorded_and_looked_at(project, monkeypatch):
+    seen = []
+
+    def kept(self, loss, batch, watch=UniAD.watch):
+        seen.append(loss.item())
+        watch(self, loss, batch)
+
+    monkeypatch.setattr(UniAD, "watch", kept)
+    project.run("--trainer.max_steps=4", "--data.init_args.batch_size=4")  # an epoch has three steps
+    assert project.losses() == pytest.approx([sum(seen[:3]) / 3, seen[3]], rel=1e-6)
+    monkeypatch.setattr(UniAD, "batch_loss", lambda *_: torch.tensor(math.nan, requires_grad=True))
+    with pytest.raises(SystemExit, match="loss is nan at step 0"):
+        project.run("--trainer.max_steps=1", "--data.init_args.batch_size=4", name="not_finite")
 
 
 @pytest.mark.parametrize("way", ["--debug", "variable"])

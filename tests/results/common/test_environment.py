@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from results.common import environment
 from results.common.environment import NamedDataset, parse, parts
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -113,3 +114,17 @@ def test_an_environment_that_was_cut_off_half_made_is_made_anew(tmp_path):
     words = ["make", "-s", "setup", f"VENV={venv}", f"PYTHON={python}"]
     subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True)
     assert f"-m venv --clear {venv}" in (tmp_path / "calls").read_text()
+
+
+def test_a_recorded_command_names_every_variable_that_is_read():
+    read = set()
+
+    class Watched(dict):
+        def get(self, name, default=None):
+            read.add(name)
+            return super().get(name, default)
+
+    environment.parse(Watched(), lambda name: False)
+    assert read <= set(environment.VARIABLES)
+    line = environment.shell_line(["python"], {"ALPHA": "0.1", "RULE": "max", "DATA_ROOT": "/a b"})
+    assert line == "DATA_ROOT='/a b' ALPHA=0.1 RULE=max python"
