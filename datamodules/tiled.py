@@ -12,7 +12,7 @@ from torch import Tensor
 
 from datamodules.dataset import Row, TableDataset, normalise
 from datamodules.errors import DataError
-from datamodules.images import resize_image
+from datamodules.images import resize_image, shown_size
 from datamodules.tiling import TileConfig, Tiling
 
 
@@ -98,6 +98,25 @@ def tile_rows(rows: Sequence[Row], sizes: Sequence[tuple[int, int]], config: Til
         with _named(row):
             found += [row._replace(id=len(found) + k, tile=box) for k, box in enumerate(Tiling(size, config).boxes)]
     return found
+
+
+def check_photographs(rows: Sequence[Row], config: TileConfig) -> None:
+    """Checks by file headers that photographs can be cut and that masks have their size, before anything is trained.
+
+    Raises:
+        DataError: fewer pixels than tiles, a mask of another size, or a file that is no image.
+    """
+    for row in rows:
+        size = shown_size(row.image_path)
+        with _named(row):
+            _ = Tiling(size, config).cuts
+        for path in row.mask_paths:
+            height, width = shown_size(path)
+            if (height, width) != size:
+                raise DataError(
+                    f"{path}: mask is {width} x {height} (width x height), its image {row.image_path} is "
+                    f"{size[1]} x {size[0]}. They must have equal size: export the mask again from the image as it is shown."
+                )
 
 
 @contextlib.contextmanager

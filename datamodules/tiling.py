@@ -2,7 +2,8 @@
 
 Tiles overlap and are spread evenly, so that all of a photograph is covered and none reaches beyond it. Where tiles overlap,
 the weight of each falls linearly towards its edge, and the weights of a pixel add up to one: the stitched map has no seam, a
-constant map stays constant, and what one tile alone covers is that tile's own value. Without an overlap nothing is blended.
+constant map stays constant, and what one tile alone covers is that tile's own value. With an overlap of 0, tiles that fill a
+side exactly blend nothing; others overlap by what is left over.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ from datamodules.sample_table import (
 )
 from datamodules.sampling import EvalSampler, TrainSampler, check_sampling
 from datamodules.subset import FULL, TEST_SUBSETS, left_out
-from datamodules.tiled import PhotographDataset, tile_rows
+from datamodules.tiled import PhotographDataset, check_photographs, tile_rows
 from datamodules.tiling import TileConfig
 from results.common.did_you_mean import did_you_mean
 
@@ -342,7 +342,11 @@ class UnifiedDataModule(L.LightningDataModule):
         )
 
     def remarks(self) -> list[str]:
-        """What the numbers of a run on this data must be read with, in sentences for output and record."""
+        """What the numbers of a run on this data must be read with, in sentences for output and record.
+
+        Raises:
+            DataError: test photographs that cannot be scored in tiles, which nothing reads before the test.
+        """
         if self._remarks is None:
             self._remarks = training_set.describe(
                 self.table, self.shots, self.contamination, self.contamination_reserved
@@ -351,6 +355,7 @@ class UnifiedDataModule(L.LightningDataModule):
             self._remarks += tested_and_trained(self._rows("train", "val"), self._rows("test"), self._reading.hashes)
             read = self._source.mask if self._served is None else lambda row: self._served.cache.mask(row.id)
             if self.tiles is not None:
+                check_photographs(self._rows("test"), self.tiles)
                 self._remarks.append(self._describe_tiles())
             elif self.crop_from is None:
                 self._remarks += vanishing_masks(self._rows("test"), read, self._rules["thresholds"], self.image_size)
@@ -559,7 +564,7 @@ class UnifiedDataModule(L.LightningDataModule):
         if self.tiles is None:
             yield self.image_batch(ids)
             return
-        rows = {row.id: row for row in self._rows(*SPLITS, training_set.UNUSED)}
+        rows = {row.id: row for row in self._rows(*SPLITS, training_set.UNUSED, training_set.FOLD)}
         dataset = self._whole([rows[i] for i in ids])
         for position in range(len(dataset)):
             yield collate([dataset[position]])
@@ -625,7 +630,8 @@ class UnifiedDataModule(L.LightningDataModule):
 
         With tiles also of which photographs may be trained on: no others are in `cached_rows`.
         """
-        cut = [row.id for row in self._rows("train", "val", training_set.UNUSED)] if self.tiles is not None else []
+        kept = ("train", "val", training_set.UNUSED, training_set.FOLD)
+        cut = [row.id for row in self._rows(*kept)] if self.tiles is not None else []
         return content_hash(self._reading.table, self._reading.roots, self._rules | ({"cut": cut} if cut else {}))
 
     def serve_images_from(self, cache: FeatureCache) -> None:

@@ -102,8 +102,9 @@ class UniReconCLI(internals.OpenCLI):
             super().instantiate_classes()
         except ValueError as error:
             # Some constructors are called by the parser, which wraps their words in its own.
-            reasons = re.findall(r"^  - (.*(?:\n {6}.*)*)", str(error), re.MULTILINE)
-            reasons = [reason for reason in reasons if not reason.startswith("Expected a <class 'NoneType'>")]
+            found = re.findall(r"^( *)- (.*(?:\n\1 {4}.*)*)", str(error), re.MULTILINE)
+            noise = ("Expected a <class 'NoneType'>", "Does not validate against any of")
+            reasons = [reason for _, reason in found if not reason.startswith(noise)]
             raise SystemExit("\n".join(reasons) or str(error)) from error
 
     def _leave_finished(self) -> None:

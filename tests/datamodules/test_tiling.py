@@ -224,6 +224,29 @@ def test_a_photograph_too_small_for_its_tiles_is_named(root):
         module(root, tiles=TileConfig(grid=(100, 1)))
 
 
+@pytest.mark.parametrize("size", [(40, 32), (64, 80)])
+def test_a_mask_of_another_size_than_its_photograph_is_refused_before_the_training(root, size):
+    assert cv2.imwrite(str(root / "bottle/ground_truth/broken/000_mask.png"), np.full(size, 255, np.uint8))
+    data = module(root, tiles=TileConfig(size=32))
+    with pytest.raises(DataError, match=rf"000_mask.png: mask is {size[1]} x {size[0]} .* is 64 x 80"):
+        data.remarks()
+
+
+def test_a_test_photograph_too_small_for_its_tiles_is_refused_before_the_training(root):
+    assert cv2.imwrite(str(root / "bottle/test/good/001.png"), np.zeros((5, 9, 3), np.uint8))
+    with pytest.raises(DataError, match=r"test/good/001.png: 6 tiles do not fit into 5 pixels"):
+        module(root, tiles=TileConfig(grid=(6, 1))).remarks()
+
+
+def test_all_folds_share_the_cached_features_of_their_tiles(root):
+    whole, *folds = (module(root, tiles=TileConfig(size=32), fold=fold) for fold in (None, (1, 3), (2, 3)))
+    for fold in folds:
+        assert fold.content() == whole.content()
+        assert fold.cached_rows() == whole.cached_rows()
+        (batch,) = fold.scored_batches([int(fold._normal_rows()[0].id)])
+        assert "tiles" in batch
+
+
 def test_batches_of_chosen_images_are_refused_where_none_is_an_image(root):
     with pytest.raises(DataError, match="2 x 2 tiles"):
         module(root, tiles=TileConfig(grid=(2, 2))).image_batch([0])

@@ -44,6 +44,8 @@ def test_an_unknown_option_is_answered_with_the_nearest_one(project, option, nea
         ("--cache.mode=float8", "float32, float16"),
         ("--model.init_args.neighbor_size=99", "hides everything|window"),
         ("--data.init_args.sampling=natura", "natural"),
+        ("--data.init_args.tiles.size=0", "tiles.size is (0, 0); give whole numbers of at least 1."),
+        ("--data.init_args.anomalies.opacity=x", "anomalies.opacity is 'x'; allowed are released, paper."),
         ("--model.init_args.optimizer.name=sgd", "Option 'name' is not accepted"),
         ("--model.init_args.optimizer=AdamV", "AdamV"),
         ("--model.init_args.optimizer.lr=-1", "learning rate"),
