@@ -234,6 +234,7 @@ class UniReconCLI(internals.OpenCLI):
         rank_zero_info(f"{self.model.method}: {size} on {backbone['name']} ({backbone['weights']} weights)")
         self.datamodule.setup("fit")
         decisions.check(self.datamodule.table, self.run_config)
+        folds.check_data(self.run_config, self.datamodule.fingerprints)
         rank_zero_info(normalisation.described(self.model, self.datamodule))
         if not self.datamodule.has_test_images:
             if self.run_config.selects == "best_on_test":

@@ -117,6 +117,27 @@ def _same(run: RunConfig, configuration: Mapping[str, Any]) -> None:
         _remove(run, folder)
 
 
+def check_data(run: RunConfig, fingerprints: Mapping[str, str]) -> None:
+    """Refuses folds that were trained on other data, before the next of them or the run itself is trained.
+
+    Args:
+        run: One with folds, or one of the folds.
+        fingerprints: Of its data, by dataset.
+
+    Raises:
+        SystemExit: names the folds' folder.
+    """
+    place = run.record.parent if run.sweep == SWEEP else _file(run).parent
+    folders = sorted(place.glob("fold*of*")) if run.sweep == SWEEP else _folders(run)
+    for folder in folders:
+        then = {one["name"]: one["fingerprint"] for one in read_json(folder / "record.json").get("datasets", [])}
+        if then and then != dict(fingerprints):
+            raise SystemExit(
+                f"error: {folder} was trained before the data changed. Put the images back, choose another --run.name, or remove "
+                f"{place} to train the folds anew."
+            )
+
+
 def kept(run: RunConfig) -> tuple[pd.DataFrame, dict[str, PixelStatistics]]:
     """What the folds found: normal scores as in `normal_scores.csv`, in the order of their ids, and statistics of pixels.
 

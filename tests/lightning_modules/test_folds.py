@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import numpy as np
@@ -12,6 +13,7 @@ from datamodules import DataError, DatasetConfig, UnifiedDataModule
 from lightning_modules.decisions import Decider
 from lightning_modules.metrics.thresholds import PixelCollector
 from lightning_modules.running import folds
+from lightning_modules.running.settings import RunConfig
 
 
 def module(root, **options):
@@ -101,6 +103,23 @@ def test_a_run_with_folds_trains_on_all_images_and_its_thresholds_are_of_models_
     assert {path: path.stat().st_mtime_ns for path in times} == times
     plain = project.fit("--trainer.max_epochs=1", name="plain").metrics
     pd.testing.assert_frame_equal(project.record().metrics, plain)
+
+
+def test_folds_of_other_data_are_not_gone_on_with(tmp_path):
+    run = RunConfig(name="mine", results=str(tmp_path), folds=2)
+    place = run.work / "runs/folds"
+    for number, hashed in enumerate(("a", "b"), 1):
+        (place / f"fold{number}of2").mkdir(parents=True)
+        content = {"datasets": [{"name": "folder", "fingerprint": hashed}]}
+        (place / f"fold{number}of2/record.json").write_text(json.dumps(content))
+    second = RunConfig(name="fold2of2", sweep="folds", results=str(run.work))
+    for of in (run, second):
+        with pytest.raises(SystemExit, match=r"fold1of2 was trained before the data changed"):
+            folds.check_data(of, {"folder": "b"})
+    shutil.rmtree(place / "fold1of2")
+    for of in (run, second):
+        folds.check_data(of, {"folder": "b"})
+    folds.check_data(RunConfig(name="other", results=str(tmp_path)), {"folder": "c"})
 
 
 @pytest.mark.parametrize(
