@@ -134,7 +134,7 @@ def check_data(run: RunConfig, fingerprints: Mapping[str, str]) -> None:
         if then and then != dict(fingerprints):
             raise SystemExit(
                 f"error: {folder} was trained before the data changed. Put the images back, choose another --run.name, or remove "
-                f"{place} to train the folds anew."
+                f"{place.parent.parent} to train all folds anew."
             )
 
 
