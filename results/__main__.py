@@ -86,6 +86,8 @@ def _table(options: argparse.Namespace) -> int:
     """One of the papers' tables."""
     spec = find_spec(options.id)
     if spec.rows is None or spec.kind == "curves":
+        if options.dataset:
+            raise ValueError(f"{spec.name} shows every data set that its sweep ran on: leave --dataset (DATASET=) out")
         options.name = spec.sweep
         options.categories = False
         return _sweep(options)

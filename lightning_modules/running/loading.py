@@ -156,9 +156,12 @@ def load_run(
     except (KeyError, RuntimeError) as error:
         raise ValueError(f"{weights} does not hold the weights of {folder}: {str(error).splitlines()[0]}") from error
     several = len(stored.record.datasets) > 1
+    preparation = _preparation(module, stored, configuration)
+    # A method that recovers pixels has no data module to ask.
+    module.extractor.mean, module.extractor.std = preparation.mean, preparation.std
     return TrainedModel(
         module,
-        _preparation(module, stored, configuration),
+        preparation,
         str(stored.record.provenance.get("precision", "32-true")),
         category=label(dataset if several else "", name),
         dataset=dataset,

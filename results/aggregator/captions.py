@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -134,7 +135,8 @@ def _notes_by_method(records: Sequence[StoredRecord]) -> list[str]:
     }
     if len(quiet) < 2:
         return list(itertools.chain.from_iterable(quiet.values()))
-    return [f"{label}: {'; '.join(said)}." for label, said in quiet.items() if said]
+    ends = {label: [re.sub(r"(?<!\.)\.$", "", note) for note in said] for label, said in quiet.items() if said}
+    return [f"{label}: {'; '.join(said)}." for label, said in ends.items()]
 
 
 def missing_values(table: Table) -> list[str]:

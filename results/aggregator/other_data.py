@@ -28,12 +28,14 @@ def on_data(spec: Spec, dataset: str, records: Sequence[StoredRecord], printed: 
         printed: Whether the paper's numbers stand beside ours.
 
     Raises:
-        SpecError: If the table belongs to a sweep, or no record is of that data set.
+        SpecError: If the table belongs to a sweep or is of that data set already, or no record is of it.
     """
     if spec.sweep or spec.rows is None:
         raise SpecError(
             f"{spec.name} is made from the sweep {spec.sweep}; its own table shows whatever data it ran on: `sweep {spec.sweep}`"
         )
+    if any(dataset == each.where.get("dataset") for each in (spec, *spec.rows, *spec.columns)):
+        raise SpecError(f"{spec.name} is of {names.dataset_label(dataset)} already: leave --dataset (DATASET=) out")
     found: dict[str, None] = {}
     known: dict[str, None] = {}
     for stored in records:
@@ -65,15 +67,25 @@ def on_data(spec: Spec, dataset: str, records: Sequence[StoredRecord], printed: 
                 label = (f"{mean.labels[0]}, printed, {place}", *mean.labels[1:])
                 rows.append(dataclasses.replace(mean, labels=label, group="", rule=False, runs=ONLY_PRINTED))
     else:
-        rows = list(spec.rows)
+        rows, label = list(spec.rows), names.dataset_label(dataset)
         ours: dict[tuple, Entry] = {}
         for column in columns:
             where = {key: value for key, value in column.where.items() if key != "dataset"} | {"dataset": dataset}
-            labels = (names.dataset_label(dataset),) if "dataset" in column.where else column.labels
-            group = column.group or (names.dataset_label(dataset) if "dataset" not in column.where else "")
+            labels, group = column.labels, column.group
+            if "dataset" not in column.where:
+                group = group or label
+            elif group == names.dataset_label(column.where["dataset"]):
+                group = label
+            else:
+                labels = (label,)
             new = dataclasses.replace(column, labels=labels, group=group, where=where)
             ours.setdefault((labels, group, tuple(sorted(where.items()))), new)
-        theirs = [dataclasses.replace(column, group=column.group or "Printed", runs=ONLY_PRINTED) for column in columns]
+        theirs = [
+            dataclasses.replace(
+                column, group=f"{column.group}, printed" if column.group else "Printed", runs=ONLY_PRINTED
+            )
+            for column in columns
+        ]
         columns = (*ours.values(), *(theirs if printed else ()))
     return dataclasses.replace(
         spec,

@@ -1,11 +1,13 @@
 """MKD's module: maps that need gradients in every command, its two readings of a map, and pixels in [0, 1]."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from lightning_modules.mkd import MKD
 from lightning_modules.running.command_line import main
+from lightning_modules.running.loading import load_run
 from models.backbones import BackboneConfig
 
 BACKBONE = {"name": "test_efficientnet.r160_in1k", "levels": [2, 3, 4], "weights": "random", "padding": "default"}
@@ -73,6 +75,14 @@ def test_both_networks_see_the_pixels_whatever_the_data_are_normalised_with(make
         project.run(*given, f"--ckpt_path={project.checkpoint()}", command="test", name="given")
     first, second = (project.record(name).metrics.value.to_numpy() for name in ("first", "given"))
     np.testing.assert_allclose(first, second, atol=1e-3)
+
+
+def test_a_loaded_run_recovers_pixels_with_its_own_mean_and_std(make):
+    with pytest.warns(UserWarning, match="normalised with mean"):
+        record = make().fit("--data.init_args.mean=[0.1,0.2,0.3]", "--data.init_args.std=[0.5,0.4,0.3]")
+    tested = pd.read_csv(record.path / "image_scores.csv")
+    loaded = load_run(record.path)(tested.path.tolist())
+    np.testing.assert_allclose(loaded.image_scores.numpy(), tested.image_score, rtol=1e-4)
 
 
 def test_features_are_cached_where_the_source_sees_the_normalised_pixels(make, capsys):

@@ -354,6 +354,23 @@ def test_a_table_of_means_has_a_column_of_other_data_before_the_printed_ones(run
     assert table.cells[row][1].runs is None
 
 
+def test_two_metrics_of_other_data_keep_their_names_under_one_heading(runs):
+    methods_run(runs, "ulsad", "per_category", 0.6, scored=("pixel_auroc", "pixel_aupro"))
+    table = paper_table(find_spec("ulsad_2"), "both", runs.read(), dataset="synthetic")
+    places = [(column.group, column.label) for column in table.columns]
+    assert places[:3] == [("synthetic", "P-AUROC"), ("synthetic", "AUPRO"), ("BTAD, printed", "P-AUROC")]
+    assert len(places) == 12
+    assert [cell.runs.mean for cell in table.cells[-1][:2]] == pytest.approx([60, 60])
+    assert table.cells[-1][2].published.mean == 96.73
+
+
+def test_the_papers_own_data_are_no_other_data(runs):
+    methods_run(runs, "ulsad", "per_category", 0.6, dataset="mvtec_loco")
+    for name in ("ulsad_1", "ulsad_9"):
+        with pytest.raises(SpecError, match=f"{name} is of MVTec LOCO already"):
+            paper_table(find_spec(name), "both", runs.read(), dataset="mvtec_loco")
+
+
 def test_other_data_must_be_there_and_belong_to_no_sweep(runs):
     methods_run(runs, "uniad", "unified", 0.9)
     with pytest.raises(SpecError, match="no run is of the data set 'mvtec'; runs are of synthetic"):
@@ -636,3 +653,8 @@ def test_all_tables_are_written_without_a_damaged_record_and_the_exit_code_says_
     assert main(arguments) == 1
     assert {path.name for path in (tmp_path / "out").iterdir()} == whole
     assert damaged.parent.name in capsys.readouterr().err.replace("\n", "")
+
+
+def test_a_sweeps_own_table_takes_no_data_set(runs, capsys):
+    assert main(["table", "methods", "--dataset", "photos", "--root", str(runs.root)]) == 2
+    assert "leave --dataset (DATASET=) out" in capsys.readouterr().err
