@@ -45,7 +45,7 @@ def on_data(spec: Spec, dataset: str, records: Sequence[StoredRecord], printed: 
                 found.update(dict.fromkeys(each["categories"]))
     if not found:
         raise SpecError(f"no run is of the data set {dataset!r}; runs are of {', '.join(sorted(known)) or 'none'}")
-    columns = tuple(column for column in spec.columns if column.where.get("method") != _OF_THE_DATA)
+    columns: tuple[Entry, ...] = tuple(column for column in spec.columns if column.where.get("method") != _OF_THE_DATA)
     notes = list(spec.notes)
     if len(columns) < len(spec.columns):
         notes.append("What the paper tells about its data has no column here; check-data tells it of yours.")
@@ -53,45 +53,55 @@ def on_data(spec: Spec, dataset: str, records: Sequence[StoredRecord], printed: 
         notes.append(
             f"Printed numbers are of the paper's data, ours of {names.dataset_label(dataset)}: not to be subtracted."
         )
-    by_category = any("category" in row.where for row in spec.rows)
-    if by_category:
-        rows, width = [], len(spec.row_headers)
-        for category in (*found, "mean"):
-            label = (names.category_label(category), *[""] * (width - 1))
-            where = {"category": category, "dataset": dataset}
-            rows.append(Entry(label, rule=category == "mean", where=where))
-        if printed:
-            mean = next((row for row in spec.rows if row.where.get("category") == "mean"), None)
-            place = names.dataset_label(spec.where.get("dataset", ""))
-            if mean is not None:
-                label = (f"{mean.labels[0]}, printed, {place}", *mean.labels[1:])
-                rows.append(dataclasses.replace(mean, labels=label, group="", rule=False, runs=ONLY_PRINTED))
+    if any("category" in row.where for row in spec.rows):
+        rows = _by_category(spec, dataset, tuple(found), printed)
     else:
-        rows, label = list(spec.rows), names.dataset_label(dataset)
-        ours: dict[tuple, Entry] = {}
-        for column in columns:
-            where = {key: value for key, value in column.where.items() if key != "dataset"} | {"dataset": dataset}
-            labels, group = column.labels, column.group
-            if "dataset" not in column.where:
-                group = group or label
-            elif group == names.dataset_label(column.where["dataset"]):
-                group = label
-            else:
-                labels = (label,)
-            new = dataclasses.replace(column, labels=labels, group=group, where=where)
-            ours.setdefault((labels, group, tuple(sorted(where.items()))), new)
+        rows = spec.rows
+        ours = _of_means(columns, dataset)
         theirs = [
             dataclasses.replace(
                 column, group=f"{column.group}, printed" if column.group else "Printed", runs=ONLY_PRINTED
             )
             for column in columns
         ]
-        columns = (*ours.values(), *(theirs if printed else ()))
+        columns = (*ours, *theirs) if printed else tuple(ours)
     return dataclasses.replace(
         spec,
         title=f"{spec.title}; here on {names.dataset_label(dataset)}",
-        rows=tuple(rows),
+        rows=rows,
         columns=columns,
         notes=tuple(notes),
         own_papers=None,
     )
+
+
+def _by_category(spec: Spec, dataset: str, categories: tuple[str, ...], printed: bool) -> tuple[Entry, ...]:
+    """A row for each category, the mean, and if wanted the paper's mean."""
+    rows, more = [], [""] * (len(spec.row_headers) - 1)
+    for category in (*categories, "mean"):
+        where = {"category": category, "dataset": dataset}
+        rows.append(Entry((names.category_label(category), *more), rule=category == "mean", where=where))
+    mean = next((row for row in spec.rows or () if row.where.get("category") == "mean"), None)
+    if printed and mean is not None:
+        place = names.dataset_label(spec.where.get("dataset", ""))
+        title = (f"{mean.labels[0]}, printed, {place}", *mean.labels[1:])
+        rows.append(dataclasses.replace(mean, labels=title, group="", rule=False, runs=ONLY_PRINTED))
+    return tuple(rows)
+
+
+def _of_means(columns: Sequence[Entry], dataset: str) -> list[Entry]:
+    """The columns of this data set in the place of the paper's ones."""
+    label = names.dataset_label(dataset)
+    ours: dict[tuple, Entry] = {}
+    for column in columns:
+        where = {key: value for key, value in column.where.items() if key != "dataset"} | {"dataset": dataset}
+        labels, group = column.labels, column.group
+        if "dataset" not in column.where:
+            group = group or label
+        elif group == names.dataset_label(column.where["dataset"]):
+            group = label
+        else:
+            labels = (label,)
+        new = dataclasses.replace(column, labels=labels, group=group, where=where)
+        ours.setdefault((labels, group, tuple(sorted(where.items()))), new)
+    return list(ours.values())
