@@ -34,7 +34,8 @@ def on_data(spec: Spec, dataset: str, records: Sequence[StoredRecord], printed: 
         raise SpecError(
             f"{spec.name} is made from the sweep {spec.sweep}; its own table shows whatever data it ran on: `sweep {spec.sweep}`"
         )
-    if any(dataset == each.where.get("dataset") for each in (spec, *spec.rows, *spec.columns)):
+    conditions = [spec.where, *(entry.where for entry in (*spec.rows, *spec.columns))]
+    if any(dataset == where.get("dataset") for where in conditions):
         raise SpecError(f"{spec.name} is of {names.dataset_label(dataset)} already: leave --dataset (DATASET=) out")
     found: dict[str, None] = {}
     known: dict[str, None] = {}
