@@ -139,3 +139,29 @@ def mean(metrics: pd.DataFrame, name: str) -> float:
     """A metric's mean over all categories."""
     rows = metrics[(metrics.scope == "mean") & (metrics.dataset == "") & (metrics.metric == name)]
     return rows.value.item()
+
+
+def test_agents_run_the_sweep_over_methods(online: Any, server: Any, communicate: Callable[..., str]) -> None:
+    """A cell of the sweep `methods` is a profile: an agent trains each with its own recipe on the data that all share."""
+    for name in ("profiles", "grids", "comparisons"):
+        shutil.copytree(REPOSITORY / "sweeps" / name, online.folder / "sweeps" / name, dirs_exist_ok=True)
+    content = yaml.safe_load((REPOSITORY / "sweeps" / "methods.yaml").read_text())
+    content["parameters"]["method"] = {"values": ["nearest_neighbours", "padim"]}
+    (online.folder / "sweeps" / "methods.yaml").write_text(yaml.safe_dump(content))
+    words = ["--train", "6", "--test", "2", "--defects", "1", "--size", "64", "--categories", "bottle_cap,cable"]
+    subprocess.run(
+        [sys.executable, "-m", "datamodules", "synthetic", "data/synthetic", *words],
+        cwd=online.folder,
+        env=online.environment,
+        check=True,
+    )
+    online.environment |= {name: value for name, value in DATA.items() if name != "WEIGHTS"}
+    code, output = online.run("register", "methods", limit=120)
+    print(output)
+    assert code == 0
+    print(communicate(online.start("agents", SWEEP, "--gpus", "none", "--workers", "1")))
+    assert {run.state for run in server.runs.values()} == {"finished"}
+    stored = [record.record for record in read_records(online.folder / "results" / "runs", "methods")]
+    assert {record.method for record in stored} == {"nearest_neighbours", "padim"}
+    assert all(record.cell["compare"] == "recipe" for record in stored)
+    assert len({str(record.datasets[0]["fingerprint"]) for record in stored}) == 1
