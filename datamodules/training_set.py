@@ -23,6 +23,8 @@ UNUSED = "unused"
 """Split of images that are neither trained on nor tested on."""
 FOLD = "fold"
 """Split of the normal images that one fold of a cross-validation leaves out: their scores are kept, nothing else sees them."""
+TRAINABLE = ("train", "val", UNUSED, FOLD)
+"""Splits of the images that some `holdout`, `shots` and `fold` train on."""
 
 
 def check_options(shots: int | None, contamination: float, reserved: float | None) -> None:

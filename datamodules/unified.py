@@ -297,7 +297,7 @@ class UnifiedDataModule(L.LightningDataModule):
         self.table = table
         self._rules = {**found.rules, "mask_resize": self.mask_resize}
         if self.tiles is not None:
-            rows = self._rows("train", "val", training_set.UNUSED, training_set.FOLD)
+            rows = self._rows(*training_set.TRAINABLE)
             self._tile_rows = tile_rows(rows, [shown_size(row.image_path) for row in rows], self.tiles)
         self._source = self._image_source(0 if self._workers() else self.cache_mb * 2**20)
 
@@ -383,7 +383,8 @@ class UnifiedDataModule(L.LightningDataModule):
             return [f"DATA CHANGED DURING THE RUN: {error.filename} can no longer be read ({error.strerror})"]
         if now == self.fingerprint:
             return []
-        files = dict.fromkeys(path for row in self._rows(*SPLITS) for path in (row.image_path, *row.mask_paths))
+        rows = self._rows(*training_set.TRAINABLE, "test")
+        files = dict.fromkeys(path for row in rows for path in (row.image_path, *row.mask_paths))
         touched = [path for path in files if os.stat(path).st_ctime > moment]
         named = f": {', '.join(touched[:3])}{' ...' if len(touched) > 3 else ''}" if touched else ""
         return [
@@ -555,8 +556,7 @@ class UnifiedDataModule(L.LightningDataModule):
                 f"Photographs are cut into {self.tiles}: there is no image of one at the network's size, which is needed here. "
                 "Use a run without tiles."
             )
-        rows = {row.id: row for row in self._rows(*SPLITS, training_set.UNUSED, training_set.FOLD)}
-        dataset = self._dataset([rows[i] for i in ids])
+        dataset = self._dataset(self._chosen(ids))
         return collate([dataset[position] for position in range(len(dataset))])
 
     def scored_batches(self, ids: Sequence[int]) -> Iterator[Batch]:
@@ -564,8 +564,7 @@ class UnifiedDataModule(L.LightningDataModule):
         if self.tiles is None:
             yield self.image_batch(ids)
             return
-        rows = {row.id: row for row in self._rows(*SPLITS, training_set.UNUSED, training_set.FOLD)}
-        dataset = self._whole([rows[i] for i in ids])
+        dataset = self._whole(self._chosen(ids))
         for position in range(len(dataset)):
             yield collate([dataset[position]])
 
@@ -607,7 +606,7 @@ class UnifiedDataModule(L.LightningDataModule):
         if self.anomalies is not None:
             return None
         # Those of held-out and unused images too, as they are on disk: an entry then serves any holdout, shots and fold.
-        ids = {row.id for row in self._rows("train", "val", training_set.UNUSED, training_set.FOLD)}
+        ids = {row.id for row in self._rows(*training_set.TRAINABLE)}
         rows = self._tile_rows or [row for row in table_rows(self._reading.table, *SPLITS) if row.id in ids]
         return symmetric_rows(rows, self._augmentation(), self.image_size)
 
@@ -630,8 +629,7 @@ class UnifiedDataModule(L.LightningDataModule):
 
         With tiles also of which photographs may be trained on: no others are in `cached_rows`.
         """
-        kept = ("train", "val", training_set.UNUSED, training_set.FOLD)
-        cut = [row.id for row in self._rows(*kept)] if self.tiles is not None else []
+        cut = [row.id for row in self._rows(*training_set.TRAINABLE)] if self.tiles is not None else []
         return content_hash(self._reading.table, self._reading.roots, self._rules | ({"cut": cut} if cut else {}))
 
     def serve_images_from(self, cache: FeatureCache) -> None:
@@ -660,6 +658,11 @@ class UnifiedDataModule(L.LightningDataModule):
         if self.table is None:
             raise DataError("Call setup() before asking for batches.")
         return table_rows(self.table, *splits)
+
+    def _chosen(self, ids: Sequence[int]) -> list[Row]:
+        """Rows of images that are trained on, left out or tested, by id."""
+        rows = {row.id: row for row in self._rows(*training_set.TRAINABLE, "test")}
+        return [rows[i] for i in ids]
 
     def _samples(self, split: str) -> list[Row]:
         """What stands for the images of a split that is trained on or held out: they themselves, or their tiles."""

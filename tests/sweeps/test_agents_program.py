@@ -42,6 +42,17 @@ class Preempt(L.Callback):
 """
 
 
+def draw_benchmark(project: Any, train: int) -> None:
+    """Two categories of the embedded benchmark, with `train` images each to train on."""
+    words = ["--train", str(train), "--test", "2", "--defects", "1", "--size", "64", "--categories", "bottle_cap,cable"]
+    subprocess.run(
+        [sys.executable, "-m", "datamodules", "synthetic", "data/synthetic", *words],
+        cwd=project.folder,
+        env=project.environment,
+        check=True,
+    )
+
+
 def prepare(project: Any, *more: str, heatmaps: Sequence[bool] = (True, False)) -> None:
     """Runs of UniAD that differ in nothing that decides the result, on a benchmark of two categories."""
     for name in ("profiles", "grids"):
@@ -62,13 +73,7 @@ def prepare(project: Any, *more: str, heatmaps: Sequence[bool] = (True, False)) 
     ]
     (project.folder / "sweeps" / "neighbor_mask.yaml").write_text(yaml.safe_dump(content))
     (project.folder / "preempt.py").write_text(CALLBACK)
-    words = ["--train", "4", "--test", "2", "--defects", "1", "--size", "64", "--categories", "bottle_cap,cable"]
-    subprocess.run(
-        [sys.executable, "-m", "datamodules", "synthetic", "data/synthetic", *words],
-        cwd=project.folder,
-        env=project.environment,
-        check=True,
-    )
+    draw_benchmark(project, train=4)
 
 
 def test_agents_share_a_grid_and_a_preempted_run_ends_like_the_other(
@@ -148,13 +153,7 @@ def test_agents_run_the_sweep_over_methods(online: Any, server: Any, communicate
     content = yaml.safe_load((REPOSITORY / "sweeps" / "methods.yaml").read_text())
     content["parameters"]["method"] = {"values": ["nearest_neighbours", "padim"]}
     (online.folder / "sweeps" / "methods.yaml").write_text(yaml.safe_dump(content))
-    words = ["--train", "6", "--test", "2", "--defects", "1", "--size", "64", "--categories", "bottle_cap,cable"]
-    subprocess.run(
-        [sys.executable, "-m", "datamodules", "synthetic", "data/synthetic", *words],
-        cwd=online.folder,
-        env=online.environment,
-        check=True,
-    )
+    draw_benchmark(online, train=6)
     online.environment |= {name: value for name, value in DATA.items() if name != "WEIGHTS"}
     code, output = online.run("register", "methods", limit=120)
     print(output)
