@@ -113,7 +113,7 @@ def test_values_that_would_leave_something_of_each_other_have_a_command_each(
     content = yaml.safe_load(Path("sweeps/uniad_components.yaml").read_text())
     content["parameters"] = {"model.init_args": {"values": values}}
     path = tmp_path / "uniad_components.yaml"
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
     asked = []
     monkeypatch.setattr(program.Parser(), "parse", asked.append)
     assert problem(checked_sweep.load(str(path))) is None
