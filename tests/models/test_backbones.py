@@ -208,7 +208,7 @@ def test_dinov2s_own_file_loads(tmp_path):
         ),
         ("swin_tiny_patch4_window7_224", (64, 64), r"swin_tiny.* does not take images of 64x64 .*made for 224x224"),
         ("hiera_tiny_224", (64, 64), r"hiera_tiny_224 does not take images of 64x64"),
-        ("maxvit_rmlp_pico_rw_256", (96, 96), r"maxvit_rmlp_pico_rw_256 does not take images of 96x96"),
+        ("maxvit_rmlp_pico_rw_256", (72, 72), r"maxvit_rmlp_pico_rw_256 does not take images of 72x72"),
     ],
 )
 def test_a_size_that_a_transformer_does_not_take_is_refused_in_one_sentence(name, size, message):
