@@ -189,7 +189,10 @@ def _accepted(parser: Any, group: dict[str, Any]) -> bool:
 
 
 def _together(group: dict[str, Any]) -> set[tuple[str, str]]:
-    """The values that one command may have one after another, each in the place of the one before."""
+    """The values that one command may have one after another, each in the place of the one before.
+
+    Of mappings with other keys, and of nested ones, a later one would leave parts of an earlier one.
+    """
     found: dict[str, list[Any]] = {}
     for _, given, _ in group["cells"]:
         for key, value in given.items():
@@ -198,8 +201,7 @@ def _together(group: dict[str, Any]) -> set[tuple[str, str]]:
         (key, value)
         for key, value, _ in group["values"]
         if _OWN.match(key)
-        and len({tuple(parts) for parts in found[key]})
-        == 1  # of mappings, a later one would leave parts of an earlier one
+        and len({tuple(parts) for parts in found[key]}) == 1
         and not any(
             "image_size" in parts or any(isinstance(p, Mapping) for p in parts.values()) for parts in found[key]
         )
