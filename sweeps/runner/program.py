@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 import os
-import sys
 import warnings
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
-from jsonargparse import Namespace, _core
+from jsonargparse import Namespace
 
 from lightning_modules.running import requirements
 from lightning_modules.running.command_line import UniReconCLI
 from lightning_modules.running.filling import with_environment
 from lightning_modules.running.parser import essence
-
-# jsonargparse asks three times per command line which module calls it, and lists the whole stack with its source lines for that:
-# a tenth of the time of a command line, and a third below a deep stack, as in tests. One frame answers it.
-_core.inspect = SimpleNamespace(**{**vars(inspect), "stack": lambda: [(frame,) for frame in (None, sys._getframe(2))]})
 
 
 class Refusal(Exception):
