@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
@@ -12,9 +13,12 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch import nn
 
 from lightning_modules.callbacks.epoch_seed import EpochSeed
 from lightning_modules.running.command_line import main
+from models import backbones
+from models.weight_files import state_sha256
 from results.aggregator.records import StoredRecord, read_record
 
 SIDE = 72  # not the size of the run, so that resizing takes part
@@ -142,6 +146,26 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _equal_backbones_are_calibrated_once() -> Iterator[None]:
+    """The statistics of a random backbone follow from its layers, weights and seed, and a run takes a tenth of its time for
+    them; what they are is tested with the models."""
+    calibrate, found = backbones._calibrate, {}
+
+    def calibrated(net: nn.Module, seed: int) -> None:
+        key = seed, str(net), state_sha256(net.state_dict())
+        if key in found:
+            net.load_state_dict(found[key])
+            net.eval()
+        else:
+            calibrate(net, seed)
+            found[key] = copy.deepcopy(net.state_dict())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbones, "_calibrate", calibrated)
+        yield
 
 
 @pytest.fixture(scope="session")
