@@ -115,12 +115,11 @@ def test_a_curve_changes_nothing(trained, method):
     assert all(torch.equal(value, network_of(project)[name]) for name, value in network_of(project, "curve").items())
 
 
-def test_patch_svdds_last_weight_rests_and_everything_else_learns(trained):
+def test_patch_svdds_last_weight_rests_and_everything_else_learns(trained, begun):
     project = trained("patch_svdd")
     project.run("--model.init_args.last_weight=trained", name="trained")
     fixed, moved = network_of(project), network_of(project, "trained")
-    project.run("--trainer.max_epochs=0", name="start")
-    start = network_of(project, "start")
+    start = {name: value for name, value in begun[0].items() if name in fixed}
     same = {name for name, value in start.items() if torch.equal(value, fixed[name])}
     assert {"network.cls_64.fc3.weight", "network.cls_32.fc3.weight"} == {n for n in same if "mean_image" not in n}
     assert not torch.equal(moved["network.cls_64.fc3.weight"], start["network.cls_64.fc3.weight"])
@@ -142,12 +141,11 @@ def test_the_patch_model_has_a_map_and_scores_an_image_by_its_highest_window(pro
     assert scored.maps.shape == (2, 32, 32)
 
 
-def test_fcdds_frozen_part_keeps_its_weights_while_its_statistics_move(project):
+def test_fcdds_frozen_part_keeps_its_weights_while_its_statistics_move(project, begun):
     configured(project, "fcdd", net="vgg11_bn", start="scratch", image_size=30)
     project.run("--trainer.max_epochs=1")
     project.run("--trainer.max_epochs=1", "--model.init_args.frozen_norm=running", name="running")
-    project.run("--trainer.max_epochs=0", name="start")
-    start, batch, running = (network_of(project, name) for name in ("start", "first", "running"))
+    start, batch, running = begun[0], network_of(project), network_of(project, "running")
     for name in ("features.0.weight", "features.1.weight", "features.11.bias"):
         assert torch.equal(start[f"network.net.{name}"], batch[f"network.net.{name}"])
     assert not torch.equal(start["network.net.features.15.weight"], batch["network.net.features.15.weight"])
@@ -178,11 +176,11 @@ def test_other_synthetic_anomalies_are_refused(trained):
         trained("cutpaste").run("--data.init_args.anomalies.source=textures", name="other")
 
 
-def test_a_frozen_trunk_keeps_its_weights_and_only_those(trained):
+def test_a_frozen_trunk_keeps_its_weights_and_only_those(trained, begun):
     project = trained("cutpaste")
     project.run("--model.init_args.frozen_steps=1000", name="frozen")
-    project.run("--trainer.max_epochs=0", name="start")
-    start, frozen = network_of(project, "start"), network_of(project, "frozen")
+    frozen = network_of(project, "frozen")
+    start = {name: value for name, value in begun[0].items() if name in frozen}
     for name, value in start.items():
         if "trunk" in name and "running" not in name and "num_batches" not in name:
             assert torch.equal(value, frozen[name]), name
