@@ -1,6 +1,5 @@
 """Before any test imports a numerical library, and what makes every test's command line cheaper."""
 
-import functools
 import gc
 import inspect
 import os
@@ -32,7 +31,7 @@ for name in STEERING:
 
 # jsonargparse asks at every command line for its caller, which reads a line of source for each of the many frames below
 # pytest; none of those lines is looked at.
-inspect.stack = functools.partial(inspect.stack, 0)
+inspect.stack.__defaults__ = (0,)  # `context`, in lines
 
 
 def pytest_collection_finish() -> None:
