@@ -22,8 +22,6 @@ ARGUMENTS = {
     "codes": 12,
     "optimizer": {"lr": 0.001},
 }
-
-
 OPTIONS = {
     "plain": {},
     "moving": {"backbone_mode": "train"},

@@ -76,9 +76,10 @@ def test_a_finished_run_is_loaded_without_data_or_the_weights_that_it_started_fr
 
 
 def test_a_backbone_from_the_environment_is_refused_where_there_is_none(trained, monkeypatch):
+    project = trained("patch_svdd")
     monkeypatch.setenv("WEIGHTS", "random")
     with pytest.raises(SystemExit, match="backbone"):
-        trained("patch_svdd").run(name="other")
+        project.run(name="other")
 
 
 def test_an_image_level_method_has_no_pixel_number_and_no_picture(trained):
