@@ -119,9 +119,10 @@ def test_a_moving_backbone_has_no_feature_cache_and_its_statistics_are_kept(trai
     assert any("backbone mode: train" in note for note in record.record.notes)
     entries = [yaml.safe_load(path.read_text()) for path in (project.folder / "cache").glob("*/meta.json")]
     assert all(not entry["spec"]["backbone"] for entry in entries if "spec" in entry)
-    before = scores(record)
+    file = record.path / "image_scores.csv"  # a few images' AUROCs can stay when every score moves
+    before = file.read_text()
     main(["test", f"--config={record.path / 'config.yaml'}", "--trainer.logger=false", "--run.overwrite=true"])
-    assert scores(project.record()) == before
+    assert file.read_text() == before
 
 
 def test_one_training_scores_every_transport_weight(make):
