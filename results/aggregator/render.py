@@ -75,7 +75,8 @@ def cell_text(cell: Cell, table: Table, column: Column, decorate: Callable[[str,
 
 def shown_numbers(cell: Cell, table: Table, column: Column) -> list[tuple[str, str, str]]:
     """What stands in a cell: a number, its mark, and after it the difference to the paper's; two where both stand."""
-    show_n = bool(cell.runs) and cell.runs.n is not None and cell.runs.n < max(table.seeds, default=0)
+    seeds = None if cell.runs is None else cell.runs.n
+    show_n = seeds is not None and seeds < max(table.seeds, default=0)
     ours = number_text(cell.main, column, show_n), cell.main.mark
     if table.source != "both" or cell.published is None or cell.runs is None:
         return [(*ours, "")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from results.aggregator.records import StoredRecord, read_record
 
 SIDE = 72  # not the size of the run, so that resizing takes part
 CATEGORIES = ("bolt", "disc")
+# Where a conftest imports Lightning, its logger does not propagate, and caplog would not see it before pytest 9.2.
+logging.getLogger("lightning.pytorch").propagate = True
 
 
 def _part(category: str, rng: np.random.Generator) -> np.ndarray:
