@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -25,6 +26,9 @@ from results.aggregator.table import Table
 from results.common import trouble
 from results.common.methods import SWEEP
 from results.common.shown import printable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 OUT = Path("results/tables")
 console = Console()
@@ -178,7 +182,7 @@ def _figures(options: argparse.Namespace) -> int:
     """Figures of a sweep, or of a paper's table with our runs beside the printed numbers."""
     from results.aggregator import figures
 
-    drawn = {}
+    drawn: dict[str, Figure | None] = {}
     paper = find_spec(options.name) if options.name in spec_names() else None
     if paper is not None and paper.rows is not None and "source" in paper.where and paper.sweep is None:
         table = paper_table(paper, "both", _records(options))
@@ -186,7 +190,7 @@ def _figures(options: argparse.Namespace) -> int:
             drawn[f"{options.name}.{metric}"] = figures.against_published(table, metric)
     else:
         spec = paper or spec_for_sweep(options.name)
-        sweep, records = load_sweep(spec.sweep, options.sweeps), _records(options, spec.sweep)
+        sweep, records = load_sweep(spec.sweep or spec.name, options.sweeps), _records(options, spec.sweep)
         if spec.kind == "curves":
             drawn[options.name] = figures.curves_figure(spec, records, sweep)
         else:
@@ -208,7 +212,7 @@ def _methods(spec: Spec, records: Sequence[StoredRecord], table: Table, options:
     """What the table of the sweep `methods` is accompanied by: each method against the control, costs, ranks."""
     from results.aggregator import figures
 
-    beside = methods_table.control_table(spec, records, load_sweep(spec.sweep, options.sweeps))
+    beside = methods_table.control_table(spec, records, load_sweep(spec.sweep or spec.name, options.sweeps))
     if beside is not None:
         _show(beside, options)
     else:
@@ -217,7 +221,7 @@ def _methods(spec: Spec, records: Sequence[StoredRecord], table: Table, options:
     if options.format is not None:
         return
     _say(found.silent or methods_table.sentence(found))
-    drawn = {} if found.silent else {"ranks": figures.critical_difference(found)}
+    drawn: dict[str, Figure | None] = {} if found.silent else {"ranks": figures.critical_difference(found)}
     for price in methods_table.PRICES:
         drawn[price] = figures.cost_against_quality(table, records, methods_table.quality(table), price)
     for name, figure in drawn.items():
