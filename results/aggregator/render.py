@@ -45,7 +45,7 @@ def number_text(value: Value | None, column: Column, show_n: bool = False) -> st
     if value is None or value.mean is None:
         return DASH
     if column.scientific:
-        text = f"{value.mean:.3g}" + (f" ± {value.std:.2g}" if value.std is not None else "")
+        text = _significant(value.mean, 3) + (f" ± {_significant(value.std, 2)}" if value.std is not None else "")
     else:
         text = f"{value.mean:.{column.digits}f}"
         if value.std is not None:
@@ -58,6 +58,11 @@ def number_text(value: Value | None, column: Column, show_n: bool = False) -> st
     if value.reference:
         text += MARK
     return text.replace("-", "−") if not column.scientific else text
+
+
+def _significant(value: float, digits: int) -> str:
+    """Rounded to so many digits, and with the zeros of a large number: 1230, not 1.23e+03."""
+    return f"{float(f'{value:.{digits}g}'):g}"
 
 
 def signed(value: float, digits: int) -> str:
