@@ -87,9 +87,11 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _table(options: argparse.Namespace) -> int:
-    """One of the papers' tables."""
+    """One of the papers' tables, or a sweep's own."""
     spec = find_spec(options.id)
-    if spec.rows is None or spec.kind == "curves":
+    if spec.rows is None or spec.kind == "curves" or (spec.sweep and "source" not in spec.where):
+        if options.source == "published":
+            raise ValueError(f"no paper prints the table {spec.name}: leave --source (SOURCE=) out")
         if options.dataset:
             raise ValueError(f"{spec.name} shows every data set that its sweep ran on: leave --dataset (DATASET=) out")
         options.name = spec.sweep

@@ -137,13 +137,18 @@ def run_figure(stored: StoredRecord) -> Figure | None:
 def loss_axis(axis: Any) -> None:
     """A log axis for a loss, its ticks as plain numbers: 0.2, 0.5, 1, also where it spans less than a decade."""
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
+    _plain_ticks(axis.yaxis)
     low, high = axis.get_ylim()
     if 0 < high < 2.5 * low:  # between two of those ticks: ticks at equal steps
         axis.yaxis.set_major_locator(MaxNLocator(4))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Ticks of a log axis at 1, 2, 5, 10, ... as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _draw_curve(axis: Any, curves: Sequence[Curve], colour: str, scale: float, log: bool) -> None:
@@ -164,7 +169,7 @@ def ablation_bars(table: Table, records: Sequence[StoredRecord]) -> Figure:
         if column.ranked and any(row[j].ours is not None for row in table.cells)
     ][:4]
     by_name = {stored.name: stored for stored in records}
-    labels = [" · ".join(text for text in row.labels if text) + (" ★" if row.default else "") for row in table.rows]
+    labels = [name + (" ★" if row.default else "") for name, row in zip(_names(table), table.rows, strict=True)]
     with rc_context(STYLE):
         height = 0.9 + 0.3 * len(table.rows)
         figure = Figure(figsize=(2.2 + 2.6 * max(1, len(shown)), height), layout="constrained")
@@ -191,6 +196,14 @@ def ablation_bars(table: Table, records: Sequence[StoredRecord]) -> Figure:
         axes[0].invert_yaxis()
         figure.supxlabel("axis does not start at zero; dots: seeds", size=7, color=GREY)
     return figure
+
+
+def _names(table: Table) -> list[str]:
+    """The rows' names, with their groups where two rows would have the same one."""
+    names = [" · ".join(filter(None, row.labels)) for row in table.rows]
+    if len(set(names)) < len(names):
+        names = [": ".join(filter(None, (row.group, name))) for row, name in zip(table.rows, names, strict=True)]
+    return names
 
 
 def sweep_figure(spec: Spec, table: Table, records: Sequence[StoredRecord]) -> Figure:
@@ -298,15 +311,14 @@ def cost_against_quality(table: Table, records: Sequence[StoredRecord], metric: 
     by_name = {stored.name: stored for stored in records}
     index = next((j for j, c in enumerate(table.columns) if c.metric == metric), None)
     points: list[tuple[float, float, float | None, str, bool]] = []
-    for row, line in zip(table.rows, table.cells, strict=True):
+    for name, row, line in zip(_names(table), table.rows, table.cells, strict=True):
         value = line[index].runs if index is not None else None
         if value is None or value.mean is None:
             continue
-        stated = [cost(by_name[name], price) for name in value.records if name in by_name]
+        stated = [cost(by_name[run], price) for run in value.records if run in by_name]
         prices = [each for each in stated if each is not None]
         if prices and len(prices) == len(stated):
-            text = " · ".join(text for text in row.labels if text)
-            points.append((sum(prices) / len(prices), value.mean, value.std, text, row.default))
+            points.append((sum(prices) / len(prices), value.mean, value.std, name, row.default))
     if len(points) < 2:
         return None
     prices = [point[0] for point in points]
@@ -321,13 +333,17 @@ def cost_against_quality(table: Table, records: Sequence[StoredRecord], metric: 
             axis.errorbar(x, y, yerr=std, color=BLUE, capsize=2, elinewidth=0.8, **style)
         if 0 < 4 * min(prices) < max(prices):  # methods without training have no parameters
             axis.set_xscale("log")
+            _plain_ticks(axis.xaxis)
         axis.margins(0.15)
         lowest, highest = axis.get_ylim()
         taken: list[tuple[float, float]] = []
-        for x, y, _, text, _ in sorted(points, key=lambda point: point[1]):
+        for x, point, _, text, _ in sorted(points, key=lambda each: each[1]):
+            y = point
             while any(abs(y - other) < 0.05 * (highest - lowest) and 0.6 * at < x < 1.7 * at for at, other in taken):
                 y += 0.01 * (highest - lowest)  # labels of neighbours are moved up until they can be read
             taken.append((x, y))
+            if y > point:
+                axis.plot([x, x], [point, y], color=GREY, lw=0.5, zorder=1)
             axis.text(x, y, f"   {text}", size=7, va="center")
         axis.set_xlabel(f"{label} [{unit}]")
         axis.set_ylabel(f"{metric_label(metric)} [%]")
