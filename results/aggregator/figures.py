@@ -291,9 +291,9 @@ def against_published(table: Table, metric: str) -> Figure | None:
     with rc_context(STYLE):
         figure = Figure(figsize=(5.2, 0.8 + 0.24 * len(pairs)), layout="constrained")
         axis = figure.subplots()
-        for i, (_, printed, ours, std) in enumerate(pairs):
-            axis.plot([printed, ours], [i, i], color="#c9ced6", lw=2, zorder=1)
-            axis.errorbar(ours, i, xerr=std, fmt="o", color=BLUE, ms=5, capsize=2, zorder=3)
+        for i, (_, printed, mean, std) in enumerate(pairs):
+            axis.plot([printed, mean], [i, i], color="#c9ced6", lw=2, zorder=1)
+            axis.errorbar(mean, i, xerr=std, fmt="o", color=BLUE, ms=5, capsize=2, zorder=3)
             axis.plot(printed, i, "o", mfc="white", mec=RED, mew=1.4, ms=6, zorder=2)
         axis.set_yticks(range(len(pairs)), [label for label, *_ in pairs])
         axis.invert_yaxis()
