@@ -127,7 +127,7 @@ def main() -> int:
 
     from tests.sweeps.loopback import Server
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     failed = []
     with tempfile.TemporaryDirectory() as folder:
         server = Server()
