@@ -18,7 +18,7 @@ from results.aggregator import methods_table, names, reference, render
 from results.aggregator.build import SOURCES, category_tables, paper_table, sweep_table
 from results.aggregator.curves import curve_table
 from results.aggregator.records import DamagedRecordWarning, RecordError, RecordSet, StoredRecord, read_records
-from results.aggregator.scores import ConflictError, data_of, distinct, kinds, newest, select
+from results.aggregator.scores import ConflictError, data_of, distinct, experiment_of, kinds, newest, select
 from results.aggregator.spec import Spec, SpecError, find_spec, spec_for_sweep, spec_names
 from results.aggregator.sweep_cells import SweepCells, read_sweep
 from results.aggregator.sweep_rows import varies
@@ -292,9 +292,9 @@ def _records(options: argparse.Namespace, sweep: str | None = None) -> RecordSet
     beside = select(coming, *kind, (), *experiment)
     if sweep is None:
         beside = [stored for stored in beside if stored.record.sweep != reference.SMALL]
-    if sweep is not None and chosen:  # a table of this sweep's data
-        data = {data_of(stored) for stored in chosen}
-        beside = [stored for stored in beside if data_of(stored) in data]
+    if sweep is not None and chosen:  # a table of the data and the experiment that were run
+        ran = {(data_of(stored), experiment_of(stored)) for stored in chosen}
+        beside = [stored for stored in beside if (data_of(stored), experiment_of(stored)) in ran]
     together = reference.complete(
         chosen, beside, lambda name: varies(spec_for_sweep(name), load_sweep(name, options.sweeps))
     )

@@ -154,7 +154,7 @@ def main() -> int:
                     failed.append(block.place)
                     console.print((done.stdout + done.stderr)[-3000:], markup=False)
                 elif "wandb-sweep" in text:
-                    places[SWEEP] = re.findall(r"[\w-]+/[\w-]+/[\w-]{6,}", done.stdout)[0]
+                    places[SWEEP] = re.findall(r"SWEEP=(\S+)", done.stdout)[0]
     console.print(f"{len(failed)} failed: {', '.join(failed)}" if failed else "every command ran")
     return bool(failed)
 

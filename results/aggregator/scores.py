@@ -313,8 +313,8 @@ def kinds(records: Sequence[StoredRecord], compared: bool = False) -> list[tuple
     for stored in records:
         record = stored.record
         key: tuple[str, ...] = (record.profile, record.protocol)
-        if compared and record.cell.get(COMPARE):
-            key += (str(record.cell[COMPARE]), record.setting)
+        if compared:
+            key += experiment_of(stored)
         found.setdefault(key, []).append(stored)
     several = len(found) > 1
     return [
@@ -343,6 +343,12 @@ def data_of(stored: StoredRecord) -> tuple[tuple[str, tuple[str, ...], str], ...
         for d in stored.record.datasets
     )
     return tuple(sorted(sets))
+
+
+def experiment_of(stored: StoredRecord) -> tuple[str, ...]:
+    """Experiment and setting of a cell of the sweep `methods`, which no table mixes; () of any other record."""
+    compare = stored.record.cell.get(COMPARE)
+    return (str(compare), stored.record.setting) if compare else ()
 
 
 def axis_value(stored: StoredRecord, axis: str, dataset: str = "") -> str:

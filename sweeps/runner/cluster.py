@@ -92,6 +92,7 @@ def register(options: argparse.Namespace, console: Console) -> int:
         f"On each machine, in a clone of this repository: make agents SWEEP={found[1]}\n"
         f"On SLURM: SWEEP={found[1]} sbatch sweeps/slurm.sh",
         highlight=False,
+        soft_wrap=True,  # a command in one piece can be copied
     )
     return 0
 
