@@ -91,10 +91,10 @@ def test_own_runs_under_other_conditions_are_never_refused_for_the_sake_of_a_ref
 
 
 def test_one_experiment_over_methods_is_not_refused_for_the_references_of_another(project, capsys):
-    for runs, compare in ((project.reference, "recipe"), (project.own, "matched")):
+    for runs, experiment in ((project.reference, "recipe"), (project.own, "matched")):
         for method in ("padim", "uniad"):
-            cell = {"method": method, "compare": compare, "data.init_args.setting": "per_category"}
-            runs.add("methods", cell, run=f"{method}-{compare}", method=method, setting="per_category")
+            cell = {"method": method, "compare": experiment, "data.init_args.setting": "per_category"}
+            runs.add("methods", cell, run=f"{method}-{experiment}", method=method, setting="per_category")
     text = project.table(capsys, "methods", "markdown", "--sweeps", "sweeps")
     assert "90.0" in text
     assert "†" not in text
