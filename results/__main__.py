@@ -169,7 +169,12 @@ def _compare(options: argparse.Namespace) -> int:
     """Paired tests between two methods, runs or cells."""
     from results.aggregator import compare as comparing
 
-    records = _records(options)
+    records: Sequence[StoredRecord] = _records(options)
+    if options.dataset:
+        known = sorted({d["name"] for stored in records for d in stored.record.datasets})
+        records = [s for s in records if any(d["name"] == options.dataset for d in s.record.datasets)]
+        if not records:
+            raise ValueError(f"no run is of the data set {options.dataset!r}; runs are of {', '.join(known) or 'none'}")
     a, b = comparing.choose(records, options.a), comparing.choose(records, options.b)
     for metric in options.metric or ["image_auroc", "pixel_auroc"]:
         result = comparing.compare(a, b, options.a, options.b, metric, options.dataset, options.variant)

@@ -46,7 +46,7 @@ GIVEN = {
 import numpy as np
 draw = np.random.default_rng(0)
 maps, masks = draw.random((4, 32, 32), dtype=np.float32), np.zeros((4, 32, 32), np.uint8)
-labels, categories, ids = [0, 0, 1, 1], ["bottle"] * 4, ["1", "2", "3", "4"]
+labels, categories, ids = [0, 0, 1, 1], ["bottle"] * 4, [1, 2, 3, 4]
 masks[2:, 8:16, 8:16], image_scores = 1, maps.max((1, 2))
 """,
     "engine.predict(": """
