@@ -25,6 +25,9 @@ from sweeps.runner.expansion import Cell, unique
 PROGRAM = "lightning_modules"
 # Parameters that decide which other keys exist.
 _CHOOSES_KEYS = re.compile(rf"config|model|data|{METHOD}|{COMPARE}|.*\.class_path")
+# Options that nothing but the parser looks at before the model is made: it checks every value that one of them is given in a
+# command, not only the last.
+_OWN = re.compile(r"model\.init_args(?!\.image_size$)")
 _STANDS_FOR_FILES = ("config", METHOD, COMPARE)
 
 
@@ -166,19 +169,45 @@ def _among(name: str, options: tuple[str, ...]) -> bool:
 
 
 def _accepted(parser: Any, group: dict[str, Any]) -> bool:
-    """Whether the program takes cells that together have every value; then no value has to be asked for by itself."""
+    """Whether the program takes cells that together have every value; then no value has to be asked for by itself.
+
+    The method's own options are all in the first cell's command; its own values come last there, so they count.
+    """
     from sweeps.runner.program import Refusal
 
+    together = _together(group)
     left = {(key, value) for key, value, _ in group["values"]}
     cells = [({(key, str(value)) for key, value in given.items()}, words) for _, given, words in group["cells"]]
     while left:
         own, words = max(cells, key=lambda cell: len(cell[0] & left))
+        more = sorted(together & left - own)
+        last = sorted(together & own) if more else []
         try:
-            parser.parse(words)
+            parser.parse([*words, *(f"--{key}={value}" for key, value in more + last)])
         except Refusal:
             return False
-        left -= own
+        left -= own | together
     return bool(group["values"])
+
+
+def _together(group: dict[str, Any]) -> set[tuple[str, str]]:
+    """The values that one command may have one after another, each in the place of the one before.
+
+    Of mappings with other keys, and of nested ones, a later one would leave parts of an earlier one.
+    """
+    found: dict[str, list[Any]] = {}
+    for _, given, _ in group["cells"]:
+        for key, value in given.items():
+            found.setdefault(key, []).append(value if isinstance(value, Mapping) else {key: value})
+    return {
+        (key, value)
+        for key, value, _ in group["values"]
+        if _OWN.match(key)
+        and len({tuple(parts) for parts in found[key]}) == 1
+        and not any(
+            "image_size" in parts or any(isinstance(p, Mapping) for p in parts.values()) for parts in found[key]
+        )
+    }
 
 
 def _first_problem(parser: Any, group: dict[str, Any]) -> dict[str, Any] | None:

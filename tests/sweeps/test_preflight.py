@@ -67,6 +67,9 @@ def test_every_sweep_runs_with_every_profile(name: str, profile: str) -> None:
         ({"run.protcol": "clean"}, "'run.protcol' is not an option .*Did you mean 'run.protocol'"),
         ({"model.init_args.query": "nonne"}, "value nonne of parameter 'model.init_args.query' .*'none', 'first'"),
         ({"model.init_args.decoder_layers": [4, "four"]}, "value four of parameter 'model.init_args.decoder_layers'"),
+        ({"model.init_args.query": ["none", "nonne", "first"]}, "value nonne of parameter 'model.init_args.query' "),
+        ({"model.init_args": [{"query": 4}, {"query": "none"}]}, "value {'query': 4} of parameter 'model.init_args' "),
+        ({"data.init_args.test_subset": ["full", "some"]}, "value some of parameter 'data.init_args.test_subset' "),
     ],
 )  # fmt: skip
 def test_mistake_is_named_with_file_key_and_nearest_key(
@@ -93,6 +96,29 @@ def test_cells_that_have_every_value_together_are_asked_for_first_and_stand_for_
     values = {(key, str(value)) for cell in sweep.cells() for key, value in cell.parameters.items()}
     assert all(any(f"--{key}={value}" in words for words in asked) for key, value in values)
     assert len(asked) < len(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "commands"),
+    [
+        ([{"query": "none", "decoder_layers": 2}, {"query": "first", "decoder_layers": 4}], 1),
+        ([{"query": "none", "decoder_layers": 2}, {"query": "first"}], 2),  # the first one's layers would stay
+        ([{"image_size": 64}, {"image_size": 96}], 2),  # which must go with the data's
+        ([{"backbone": {"levels": [1]}}, {"backbone": {"weights": "random"}}], 2),
+    ],
+)
+def test_values_that_would_leave_something_of_each_other_have_a_command_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: list[Any], commands: int
+) -> None:
+    content = yaml.safe_load(Path("sweeps/uniad_components.yaml").read_text())
+    content["parameters"] = {"model.init_args": {"values": values}}
+    path = tmp_path / "uniad_components.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    asked = []
+    monkeypatch.setattr(program.Parser(), "parse", asked.append)
+    assert problem(checked_sweep.load(str(path))) is None
+    assert len(asked) == commands
+    assert all(words[-1] == f"--model.init_args={value}" for words, value in zip(asked, values, strict=False))
 
 
 def test_mistake_in_the_profile_is_named_with_the_profile(tmp_path: Path) -> None:
