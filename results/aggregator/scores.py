@@ -119,7 +119,8 @@ class Pool:
             if not others:
                 of_others = self.find(replace(query, dataset=None, setting=None))
                 data = sorted({dataset_label(d["name"]) for stored in of_others for d in stored.record.datasets})
-                told = f" on {dataset_label(query.dataset)}, only on {' and '.join(data)}" if data else ""
+                if data and query.dataset is not None:
+                    told = f" on {dataset_label(query.dataset)}, only on {' and '.join(data)}"
             return Value(reason=f"no run{told}")
         key = (query.dataset, tuple(stored.name for stored in found))
         if key not in self._checked:
@@ -161,16 +162,17 @@ class Pool:
         """The categories whose mean answers a query."""
         if query.category.startswith(OF):
             return self._of_so_many(query)
-        if query.category not in ("mean",) and (query.dataset, query.category) not in PARTIAL_MEANS:
+        dataset = query.dataset or ""
+        partial = PARTIAL_MEANS.get((dataset, query.category))
+        if query.category != "mean" and partial is None:
             return (query.category,)
-        partial = PARTIAL_MEANS.get((query.dataset, query.category))
-        return partial or self.categories.get(query.dataset) or DATASET_CATEGORIES.get(query.dataset) or ()
+        return partial or self.categories.get(dataset) or DATASET_CATEGORIES.get(dataset) or ()
 
     def _of_so_many(self, query: Query) -> tuple[str, ...]:
         """The categories of the records that have exactly so many of the data set; () if they are not all the same."""
         count = int(query.category.removeprefix(OF))
         found = {
-            tuple(sorted(plain(query.dataset, name) for name in dataset["categories"]))
+            tuple(sorted(plain(dataset["name"], name) for name in dataset["categories"]))
             for stored in self.records
             for dataset in stored.record.datasets
             if dataset["name"] == query.dataset and len(dataset["categories"]) == count
@@ -217,10 +219,10 @@ def _seed_values(records: list[StoredRecord], query: Query, needed: Sequence[str
 
 def _cost(records: Sequence[StoredRecord], metric: str) -> Value:
     """Mean over seeds of a cost that the records state."""
-    values = [cost(stored, metric) for stored in records]
-    names = tuple(sorted(stored.name for stored in records))
-    silent = [stored.name for stored, value in zip(records, values, strict=True) if value is None]
-    if silent:
+    stated = [(stored.name, cost(stored, metric)) for stored in records]
+    names = tuple(sorted(name for name, _ in stated))
+    values = [value for _, value in stated if value is not None]
+    if silent := [name for name, value in stated if value is None]:
         return Value(reason=f"{metric} is not recorded in {', '.join(silent[:3])}", records=names)
     std = statistics.stdev(values) if len(values) > 1 and metric != "parameters" else None
     marked = any(stored.reference for stored in records)
@@ -311,8 +313,8 @@ def kinds(records: Sequence[StoredRecord], compared: bool = False) -> list[tuple
     for stored in records:
         record = stored.record
         key: tuple[str, ...] = (record.profile, record.protocol)
-        if compared and record.cell.get(COMPARE):
-            key += (str(record.cell[COMPARE]), record.setting)
+        if compared:
+            key += experiment_of(stored)
         found.setdefault(key, []).append(stored)
     several = len(found) > 1
     return [
@@ -341,6 +343,12 @@ def data_of(stored: StoredRecord) -> tuple[tuple[str, tuple[str, ...], str], ...
         for d in stored.record.datasets
     )
     return tuple(sorted(sets))
+
+
+def experiment_of(stored: StoredRecord) -> tuple[str, ...]:
+    """Experiment and setting of a cell of the sweep `methods`, which no table mixes; () of any other record."""
+    compare = stored.record.cell.get(COMPARE)
+    return (str(compare), stored.record.setting) if compare else ()
 
 
 def axis_value(stored: StoredRecord, axis: str, dataset: str = "") -> str:
@@ -405,7 +413,7 @@ def check_table(used: Sequence[tuple[Query, StoredRecord]], varies: Iterable[str
                 group = (record.method, query.setting if axis == "setting" else None)
             if axis == "data":
                 group = (query.dataset, tuple(record.category_keys) if record.setting == "per_category" else ())
-            groups[group][axis_value(stored, axis, query.dataset)][stored.name] = None
+            groups[group][axis_value(stored, axis, query.dataset or "")][stored.name] = None
     conflicts = [
         (axis, {value: list(names) for value, names in values.items()})
         for axis, groups in seen.items()

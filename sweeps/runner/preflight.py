@@ -10,6 +10,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -41,15 +42,16 @@ class Check:
         # Another program than ours, as in tests, has no parser to ask.
         if PROGRAM not in command.resolve(sweep.command, variables):
             return
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "sweeps.runner.preflight"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=dict(variables),
-        )
-        self._process.stdin.write(json.dumps(self._question()))
-        self._process.stdin.close()
+        with tempfile.TemporaryFile("w+") as question:  # a pipe would hold this process up until the other one reads
+            json.dump(self._question(), question)
+            question.seek(0)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "sweeps.runner.preflight"],
+                stdin=question,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=dict(variables),
+            )
 
     def finish(self) -> list[str | None]:
         """Wait for the answer; SweepError if the program would refuse a key or a value of a cell.
@@ -58,8 +60,8 @@ class Check:
         """
         if self._process is None:
             return [None] * len(self._cells)
-        answer = self._process.stdout.read()
-        if self._process.wait():
+        answer, _ = self._process.communicate()
+        if self._process.returncode:
             raise SweepError(f"{self._sweep.path} could not be checked: {PROGRAM} does not start; see above.")
         problem, lacking = json.loads(answer.splitlines()[-1])
         if problem is not None:

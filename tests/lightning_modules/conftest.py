@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ from results.aggregator.records import StoredRecord, read_record
 
 SIDE = 72  # not the size of the run, so that resizing takes part
 CATEGORIES = ("bolt", "disc")
+# Where a conftest imports Lightning, its logger does not propagate, and caplog would not see it before pytest 9.2.
+logging.getLogger("lightning.pytorch").propagate = True
 
 
 def _part(category: str, rng: np.random.Generator) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Curves and figures: the right epochs and numbers, drawn from the right runs."""
 
+import dataclasses
 import math
 
 import pytest
@@ -125,6 +126,15 @@ def test_cost_against_quality_needs_two_rows_that_state_both(runs, tmp_path):
     figure = figures.cost_against_quality(table, records, "image_auroc", "parameters")
     assert figure.axes[0].get_xlabel() == "Parameters [M]"
     assert figures.cost_against_quality(table, records, "pixel_auroc", "parameters") is None
+
+
+def test_rows_of_the_same_name_are_told_apart_by_their_groups(runs, tmp_path):
+    table, records = bars(runs, tmp_path)
+    alone = figures.ablation_bars(table, records).axes[0].get_yticklabels()
+    assert not any(":" in label.get_text() for label in alone)
+    table.rows = [dataclasses.replace(row, labels=("same",), group=f"group {n}") for n, row in enumerate(table.rows)]
+    labels = [label.get_text() for label in figures.ablation_bars(table, records).axes[0].get_yticklabels()]
+    assert [label.removesuffix(" ★") for label in labels] == [f"group {n}: same" for n in range(len(table.rows))]
 
 
 def test_dots_against_published_pair_the_right_categories(runs):

@@ -90,6 +90,16 @@ def test_own_runs_under_other_conditions_are_never_refused_for_the_sake_of_a_ref
     assert "†" not in "".join(shown.values())
 
 
+def test_one_experiment_over_methods_is_not_refused_for_the_references_of_another(project, capsys):
+    for runs, experiment in ((project.reference, "recipe"), (project.own, "matched")):
+        for method in ("padim", "uniad"):
+            cell = {"method": method, "compare": experiment, "data.init_args.setting": "per_category"}
+            runs.add("methods", cell, run=f"{method}-{experiment}", method=method, setting="per_category")
+    text = project.table(capsys, "methods", "markdown", "--sweeps", "sweeps")
+    assert "90.0" in text
+    assert "†" not in text
+
+
 def test_what_a_sweep_compares_on_purpose_may_differ_between_own_and_reference(runs_at, tmp_path):
     own, coming = runs_at(tmp_path / "a"), runs_at(tmp_path / "b")
     own.add("toy", {KEY: 1}, backbone={"name": "one", "weights": "imagenet"})

@@ -655,6 +655,18 @@ def test_all_tables_are_written_without_a_damaged_record_and_the_exit_code_says_
     assert damaged.parent.name in capsys.readouterr().err.replace("\n", "")
 
 
-def test_a_sweeps_own_table_takes_no_data_set(runs, capsys):
-    assert main(["table", "methods", "--dataset", "photos", "--root", str(runs.root)]) == 2
+@pytest.mark.parametrize("name", ["methods", "hvq_components"], ids=["rows of the sweep", "rows of its own"])
+def test_a_sweeps_own_table_takes_no_data_set_and_is_in_no_paper(runs, capsys, name):
+    assert main(["table", name, "--dataset", "photos", "--root", str(runs.root)]) == 2
     assert "leave --dataset (DATASET=) out" in capsys.readouterr().err
+    assert main(["table", name, "--source", "published", "--root", str(runs.root)]) == 2
+    assert "leave --source (SOURCE=) out" in capsys.readouterr().err
+
+
+def test_a_sweeps_own_table_with_rows_of_its_own_is_the_sweeps(runs, tmp_path):
+    for hierarchy in (0, 1):
+        runs.add("hvq_components", {"model.init_args": {"hierarchy": hierarchy, "selector": "label"}})
+    assert main(["table", "hvq_components", "--root", str(runs.root), "--out", str(tmp_path)]) == 0
+    rows = [line.split(" | ") for line in (tmp_path / "hvq_components.md").read_text().splitlines()]
+    ours = {row[0]: row[5].strip("*") for row in rows if len(row) > 5}
+    assert (ours["| none"], ours["| 4"], ours["| all"]) == ("90.0", "90.0", "–")
