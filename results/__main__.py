@@ -55,12 +55,23 @@ def _main(arguments: Sequence[str]) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    """A sweep's table on the terminal and as files, and its per-category tables."""
+    """A sweep's table on the terminal and as files, and its per-category tables; of a sweep over methods one per experiment."""
     sweep = load_sweep(options.name, options.sweeps)
     spec = spec_for_sweep(options.name)
     records = _records(options, options.name)
     if not records:
         raise ValueError(f"no record of sweep {options.name} is left to show{_filters(options)}")
+    experiments: dict[tuple[str, ...], list[StoredRecord]] = {}
+    for stored in records:
+        experiments.setdefault(experiment_of(stored), []).append(stored)
+    missing = [_sweep_table(spec, mine, sweep, options) for _, mine in sorted(experiments.items(), reverse=True)]
+    return int(options.strict and any(missing))
+
+
+def _sweep_table(
+    spec: Spec, records: Sequence[StoredRecord], sweep: SweepCells | None, options: argparse.Namespace
+) -> bool:
+    """Shows and writes one table of a sweep; whether anything is missing in it."""
     table = build_sweep(spec, records, sweep, options.std == "rms", _controls(options))
     _show(table, options)
     if spec.kind == "curves":
@@ -69,21 +80,21 @@ def _sweep(options: argparse.Namespace) -> int:
         if options.format is None:
             path = figures.save(figures.curves_figure(spec, records, sweep), options.out / f"{table.name}.png")
             _say(f"figure: {path}")
-    else:
-        if spec.kind == "methods":
-            _methods(spec, records, table, options)
-        details = category_tables(spec, records, sweep, options.std == "rms")
-        if options.categories:
-            for detail in details:
-                _print(detail, options.format)
-        if options.format is None:
-            path = options.out / f"{table.name}.categories.md"
-            path.write_text("\n".join(render.markdown(detail) for detail in details), encoding="utf-8")
-            for form in ("csv", "latex"):
-                text = "\n".join(render.render(detail, form) for detail in details)
-                path.with_suffix("." + render.SUFFIXES[form]).write_text(text, encoding="utf-8")
-            _say(f"per category: {path}")
-    return int(options.strict and bool(table.missing))
+        return bool(table.missing)
+    if spec.kind == "methods":
+        _methods(spec, records, table, options)
+    details = category_tables(spec, records, sweep, options.std == "rms")
+    if options.categories:
+        for detail in details:
+            _print(detail, options.format)
+    if options.format is None:
+        path = options.out / f"{table.name}.categories.md"
+        path.write_text("\n".join(render.markdown(detail) for detail in details), encoding="utf-8")
+        for form in ("csv", "latex"):
+            text = "\n".join(render.render(detail, form) for detail in details)
+            path.with_suffix("." + render.SUFFIXES[form]).write_text(text, encoding="utf-8")
+        _say(f"per category: {path}")
+    return bool(table.missing)
 
 
 def _table(options: argparse.Namespace) -> int:
