@@ -24,6 +24,7 @@ from results.aggregator.sweep_cells import SweepCells, read_sweep
 from results.aggregator.sweep_rows import varies
 from results.aggregator.table import Table
 from results.common import trouble
+from results.common.did_you_mean import did_you_mean
 from results.common.methods import SWEEP
 from results.common.shown import printable
 
@@ -57,7 +58,7 @@ def _main(arguments: Sequence[str]) -> int:
 def _sweep(options: argparse.Namespace) -> int:
     """A sweep's table on the terminal and as files, and its per-category tables; of a sweep over methods one per experiment."""
     sweep = load_sweep(options.name, options.sweeps)
-    spec = spec_for_sweep(options.name)
+    spec = spec_for_sweep(_there(options))
     records = _records(options, options.name)
     if not records:
         raise ValueError(f"no record of sweep {options.name} is left to show{_filters(options)}")
@@ -207,7 +208,7 @@ def _figures(options: argparse.Namespace) -> int:
         for metric in dict.fromkeys(column.metric for column in table.columns if column.ranked):
             drawn[f"{options.name}.{metric}"] = figures.against_published(table, metric)
     else:
-        spec = paper or spec_for_sweep(options.name)
+        spec = paper or spec_for_sweep(_there(options))
         sweep, records = load_sweep(spec.sweep or spec.name, options.sweeps), _records(options, spec.sweep)
         if spec.kind == "curves":
             drawn[options.name] = figures.curves_figure(spec, records, sweep)
@@ -283,6 +284,16 @@ def load_sweep(name: str, folder: Path) -> SweepCells | None:
     """The sweep file of that name, None if there is none (then the rows are the cells that were run)."""
     path = folder / f"{name}.yaml"
     return read_sweep(path) if path.is_file() else None
+
+
+def _there(options: argparse.Namespace) -> str:
+    """The name that was asked for; ValueError if no table, sweep file or folder of records has it."""
+    places = (options.root, options.reference or options.root.parent / reference.FOLDER.name)
+    known = {*spec_names(), *(path.stem for path in options.sweeps.glob("*.yaml"))}
+    known |= {path.name for place in places for path in place.glob("*") if path.is_dir()}
+    if options.name not in known:
+        raise ValueError(f"there is no sweep or table {options.name!r}. {did_you_mean(options.name, sorted(known))}")
+    return options.name
 
 
 def _records(options: argparse.Namespace, sweep: str | None = None) -> RecordSet:

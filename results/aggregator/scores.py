@@ -50,10 +50,13 @@ class ConflictError(ValueError):
             for value, names in sorted(groups.items()):
                 shown = ", ".join(sorted(names)[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
                 lines.append(f"    {value}: {shown}")
+        choices = (
+            f"--{axis}={max(groups)}" for axis, groups in conflicts if axis in ("profile", "protocol", "setting")
+        )
         lines.append(
             "choose with --profile, --protocol, --compare, --setting, "
             "--newest (of several runs of one cell) or --runs 'sweep/run*' (make: "
-            "ARGS=--newest), or move the runs of one kind away"
+            f"ARGS={next(choices, '--newest')}), or move the runs of one kind away"
         )
         super().__init__("\n".join(lines))
 

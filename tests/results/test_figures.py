@@ -159,6 +159,15 @@ def test_the_command_line_writes_the_curves_table_and_figure(runs, tmp_path, swe
     assert (tmp_path / "out" / "identical_shortcut.svg").read_text().startswith("<?xml")
 
 
+@pytest.mark.parametrize(("name", "said"), [("shot", "Did you mean 'shots'?"), ("", "there is no sweep or table ''")])
+def test_figures_of_nothing_are_refused_by_name_with_and_without_runs(runs, tmp_path, capsys, name, said):
+    shortcut(runs)
+    for root in (runs.root, tmp_path / "empty"):
+        assert main(["figures", name, "--root", str(root), "--out", str(tmp_path / "out")]) == 2
+        assert said in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_dots_of_a_variants_row_are_the_variants_own(runs):
     for seed in (0, 1):
         keys = {("at test", c, "image_auroc"): 0.8 + seed / 100 for c in ("bolt", "gear", "tile")}

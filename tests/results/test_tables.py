@@ -236,6 +236,8 @@ def test_records_that_are_not_comparable_never_meet_and_are_named(runs, sweep, c
     assert f"{axis} differs:" in message
     assert value in message
     assert "mask/neighbor_size=1-mask_places=__encoder__-seed0" in message
+    choice = f"--{axis}={value}" if axis == "profile" else "--protocol=clean" if axis == "protocol" else "--newest"
+    assert f"ARGS={choice})" in message, "what make is given is a choice that helps"
 
 
 def test_a_sweep_over_backbones_may_mix_backbones_and_nothing_else(runs, tmp_path):
