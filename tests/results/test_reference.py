@@ -134,6 +134,15 @@ def test_references_on_two_layouts_of_one_data_set_stand_in_two_tables(runs_at, 
     assert kinds([replace(stored, reference=False) for stored in records])[0][0] == ""
 
 
+def test_references_whose_data_the_sweep_varies_stand_in_one_table(runs_at, tmp_path):
+    coming = runs_at(tmp_path / "reference")
+    for count in (1, 2):
+        data = [{"name": "synthetic", "fingerprint": f"{count}" * 64, "categories": ["bolt", "gear"][:count]}]
+        coming.add("toy", {"data.init_args.category_count": count}, datasets=data)
+    records = list(reference.read_reference(tmp_path / "reference"))
+    assert [(name, len(mine)) for name, mine in kinds(records)] == [("", 2)]
+
+
 def test_make_tables_on_a_fresh_clone_writes_latex_from_references_beside_the_published_ones(project, tmp_path, capsys):
     add(project.reference, "none")
     folders = ["--root", str(tmp_path / "results" / "runs"), "--sweeps", str(tmp_path), "--out", str(tmp_path / "out")]
