@@ -18,7 +18,7 @@ from results.aggregator import methods_table, names, reference, render
 from results.aggregator.build import SOURCES, category_tables, paper_table, sweep_table
 from results.aggregator.curves import curve_table
 from results.aggregator.records import DamagedRecordWarning, RecordError, RecordSet, StoredRecord, read_records
-from results.aggregator.scores import ConflictError, data_of, distinct, experiment_of, kinds, newest, select
+from results.aggregator.scores import ConflictError, by_data, data_of, distinct, experiment_of, kinds, newest, select
 from results.aggregator.spec import Spec, SpecError, find_spec, spec_for_sweep, spec_names
 from results.aggregator.sweep_cells import SweepCells, read_sweep
 from results.aggregator.sweep_rows import varies
@@ -56,35 +56,47 @@ def _main(arguments: Sequence[str]) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    """A sweep's table on the terminal and as files, and its per-category tables."""
+    """A sweep's table on the terminal and as files, and its per-category tables; one for each experiment and data set."""
     sweep = load_sweep(options.name, options.sweeps)
     spec = spec_for_sweep(_there(options))
     records = _records(options, options.name)
     if not records:
         raise ValueError(f"no record of sweep {options.name} is left to show{_filters(options)}")
+    missing = [
+        _sweep_table(spec, part, sweep, options, f".{data}" if data else "")
+        for experiment in sorted({experiment_of(stored) for stored in records}, reverse=True)
+        for data, part in by_data([stored for stored in records if experiment_of(stored) == experiment])
+    ]
+    return int(options.strict and any(missing))
+
+
+def _sweep_table(
+    spec: Spec, records: Sequence[StoredRecord], sweep: SweepCells | None, options: argparse.Namespace, suffix: str
+) -> bool:
+    """Shows and writes one table of a sweep; whether anything is missing in it."""
     table = build_sweep(spec, records, sweep, options.std == "rms", _controls(options))
-    _show(table, options)
+    _show(table, options, suffix)
     if spec.kind == "curves":
         from results.aggregator import figures
 
         if options.format is None:
-            path = figures.save(figures.curves_figure(spec, records, sweep), options.out / f"{table.name}.png")
+            path = figures.save(figures.curves_figure(spec, records, sweep), options.out / f"{table.name}{suffix}.png")
             _say(f"figure: {path}")
-    else:
-        if spec.kind == "methods":
-            _methods(spec, records, table, options)
-        details = category_tables(spec, records, sweep, options.std == "rms")
-        if options.categories:
-            for detail in details:
-                _print(detail, options.format)
-        if options.format is None:
-            path = options.out / f"{table.name}.categories.md"
-            path.write_text("\n".join(render.markdown(detail) for detail in details), encoding="utf-8")
-            for form in ("csv", "latex"):
-                text = "\n".join(render.render(detail, form) for detail in details)
-                path.with_suffix("." + render.SUFFIXES[form]).write_text(text, encoding="utf-8")
-            _say(f"per category: {path}")
-    return int(options.strict and bool(table.missing))
+        return bool(table.missing)
+    if spec.kind == "methods":
+        _methods(spec, records, table, options)
+    details = category_tables(spec, records, sweep, options.std == "rms")
+    if options.categories:
+        for detail in details:
+            _print(detail, options.format)
+    if options.format is None:
+        path = options.out / f"{table.name}{suffix}.categories.md"
+        path.write_text("\n".join(render.markdown(detail) for detail in details), encoding="utf-8")
+        for form in ("csv", "latex"):
+            text = "\n".join(render.render(detail, form) for detail in details)
+            path.with_suffix("." + render.SUFFIXES[form]).write_text(text, encoding="utf-8")
+        _say(f"per category: {path}")
+    return bool(table.missing)
 
 
 def _table(options: argparse.Namespace) -> int:

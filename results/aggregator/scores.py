@@ -305,7 +305,7 @@ def distinct(records: Iterable[StoredRecord]) -> list[StoredRecord]:
     return sorted(kept, key=lambda stored: stored.name)
 
 
-def kinds(records: Sequence[StoredRecord], compared: bool = False) -> list[tuple[str, list[StoredRecord]]]:
+def kinds(records: Sequence[StoredRecord], compared: bool = False) -> list[tuple[str, Sequence[StoredRecord]]]:
     """The records by profile and protocol, which no table mixes; the name is empty if there is only one kind.
 
     Where reference records or controls are among them, also by data, if one name of a data set stands for several.
@@ -323,17 +323,28 @@ def kinds(records: Sequence[StoredRecord], compared: bool = False) -> list[tuple
     return [
         (".".join(filter(None, (".".join(key) * several, name))), part)
         for key, mine in sorted(found.items())
-        for name, part in _by_data(mine)
+        for name, part in by_data(mine)
     ]
 
 
-def _by_data(records: list[StoredRecord]) -> list[tuple[str, list[StoredRecord]]]:
+def by_data(records: Sequence[StoredRecord]) -> list[tuple[str, Sequence[StoredRecord]]]:
+    """The records by data, each with a name for it, if reference records or controls have several data sets of one name.
+
+    Otherwise they are one group without a name. Data that a sweep varies (shots, categories) differ on purpose.
+    """
+    given: dict[str, set[str]] = {}
+    for stored in records:
+        for key, value in stored.record.cell.items():
+            if key.startswith("data.init_args."):
+                given.setdefault(key, set()).add(canonical(value))
+    apart = any(stored.reference or stored.record.sweep in CONTROLS for stored in records)
+    if not apart or any(len(values) > 1 for values in given.values()):
+        return [("", records)]
     groups: dict[tuple, list[StoredRecord]] = {}
     for stored in records:
         groups.setdefault(data_of(stored), []).append(stored)
     names = [name for data in groups for name in {name for name, _, _ in data}]
-    apart = any(stored.reference or stored.record.sweep in CONTROLS for stored in records)
-    if len(names) == len(set(names)) or not apart:
+    if len(names) == len(set(names)):
         return [("", records)]
     titles = ["-".join(f"{name}-{print_[:6]}" for name, _, print_ in data) for data in groups]
     return list(zip(titles, groups.values(), strict=True))
