@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -240,6 +241,7 @@ def _known(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, b
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is answered by the asker
     asked = json.load(sys.stdin)
     refused = _answer(asked)
     print(json.dumps([refused, [] if refused else _lacking(asked)]))

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from sweeps.runner import checked_sweep, preflight, program
+from sweeps.__main__ import main
+from sweeps.runner import checked_sweep, preflight, prepare, program
 from sweeps.runner.checked_sweep import CheckedSweep
 
 PROFILES = sorted(path.name for path in Path("sweeps/profiles").iterdir() if path.is_dir())
@@ -134,3 +135,12 @@ def test_mistake_in_the_profile_is_named_with_the_profile(tmp_path: Path) -> Non
     assert found is not None
     assert str(profile) in found
     assert "backbones" in found
+
+
+def test_ctrl_c_before_the_first_cell_is_a_sentence(monkeypatch, capsys) -> None:
+    def interrupted(profile: str | None) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "environment", interrupted)
+    assert main(["run", "shots"]) == 130
+    assert capsys.readouterr().err == "Interrupted. The same command goes on from here.\n"
