@@ -214,7 +214,8 @@ def sweep_figure(spec: Spec, table: Table, records: Sequence[StoredRecord]) -> F
 def lines_figure(spec: Spec, table: Table, records: Sequence[StoredRecord]) -> Figure:
     """A panel per ranked column: the score over the spec's `x`, a line per combination of the other parameters.
 
-    Dots are the seeds, the line is their mean. Values of `x` stand at equal distances, in the table's order.
+    Dots are the seeds, the line is their mean. Values of `x` stand at equal distances, in the table's order. Lines that are equal
+    everywhere, as of a method that does not heed a parameter, are one.
     """
     label = str(spec.parameters[spec.x].get("label", spec.x))
     place = table.row_headers.index(label)
@@ -229,6 +230,7 @@ def lines_figure(spec: Spec, table: Table, records: Sequence[StoredRecord]) -> F
         for j, column in enumerate(table.columns)
         if column.ranked and any(table.cells[i][j].ours is not None for i, _ in rows)
     ]
+    lines = _equal_joined(lines, table, [j for j, _ in shown])
     by_name, pool = {stored.name: stored for stored in records}, Pool(records)
     colours = (BLUE, RED, GREEN, ORANGE, GREY)
     with rc_context(STYLE):
@@ -255,6 +257,20 @@ def lines_figure(spec: Spec, table: Table, records: Sequence[StoredRecord]) -> F
         handles, texts = axes.flat[0].get_legend_handles_labels()
         figure.legend(handles, texts, loc="outside lower center", ncols=min(3, max(1, len(texts))))
     return figure
+
+
+def _equal_joined(
+    lines: dict[str, list[tuple[int, int]]], table: Table, columns: Sequence[int]
+) -> dict[str, list[tuple[int, int]]]:
+    """The lines by name, those with the same values everywhere once, named by what their names have in common."""
+    found: dict[tuple, list[str]] = {}
+    for name, points in lines.items():
+        found.setdefault(tuple((x, table.cells[i][j].ours) for x, i in points for j in columns), []).append(name)
+    joined = {}
+    for same in found.values():
+        common = [part for part in same[0].split(", ") if all(part in name.split(", ") for name in same)]
+        joined[", ".join(common) or " = ".join(same)] = lines[same[0]]
+    return joined
 
 
 def _restricted(pool: Pool, cell: Cell) -> tuple[str, ...]:
