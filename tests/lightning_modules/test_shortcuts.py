@@ -27,6 +27,7 @@ def study(project, monkeypatch):
     return project
 
 
+@pytest.mark.program  # trains the networks of a sweep, and a decoder
 def test_all_networks_are_shown_early_and_late_by_one_decoder(study, capsys):
     arguments = [f"--results={study.results}", "--epochs=1", "--width=16"]
     shortcuts.main(arguments)

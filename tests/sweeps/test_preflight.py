@@ -48,11 +48,13 @@ def problem(sweep: CheckedSweep, profile: str = "demo", cells: slice = slice(Non
     return None if found is None else check._explain(found)
 
 
+@pytest.mark.program  # of the shipped files, which `make sweep` asks again before it runs one
 @pytest.mark.parametrize("name", checked_sweep.names())
 def test_every_value_of_every_sweep_is_accepted_by_the_program(name: str) -> None:
     assert problem(checked_sweep.load(name)) is None
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("name", checked_sweep.names())
 def test_every_sweep_runs_with_every_profile(name: str, profile: str) -> None:
