@@ -87,7 +87,8 @@ def _cache(options: argparse.Namespace, console: Console) -> int:
             console.print(f"{entry.key}: {done} ({entry.nbytes / 2**20:.0f} MiB)")
         return 0
     shown = Table(title=f"{options.root}: {sum(entry.nbytes for entry in found) / 2**30:.2f} GiB")
-    for column in ("key", "data", "holds", "MiB", "last used"):
+    shown.add_column("key", no_wrap=True)  # in one piece it can be copied to CLEAR=
+    for column in ("data", "holds", "MiB", "last used"):
         shown.add_column(column, justify="right" if column == "MiB" else "left", overflow="fold")
     for entry in reversed(found):
         shown.add_row(

@@ -239,6 +239,8 @@ class HVQTrans(ReconstructionModule):
     @torch.no_grad()
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        if self.backbone_mode == "train":
+            self.train()  # the extractor is made in eval mode, and Lightning leaves the modes of a network's parts alone
         if self.codebook_start == "data" and self.network.codebooks and not self.network.codebooks_started:
             self._start_codebooks()
         if self.network.classifier is not None and not self.network.classifier.fitted:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,14 +18,18 @@ from results.aggregator import methods_table, names, reference, render
 from results.aggregator.build import SOURCES, category_tables, paper_table, sweep_table
 from results.aggregator.curves import curve_table
 from results.aggregator.records import DamagedRecordWarning, RecordError, RecordSet, StoredRecord, read_records
-from results.aggregator.scores import ConflictError, data_of, distinct, kinds, newest, select
+from results.aggregator.scores import ConflictError, by_data, data_of, distinct, experiment_of, kinds, newest, select
 from results.aggregator.spec import Spec, SpecError, find_spec, spec_for_sweep, spec_names
 from results.aggregator.sweep_cells import SweepCells, read_sweep
 from results.aggregator.sweep_rows import varies
 from results.aggregator.table import Table
 from results.common import trouble
+from results.common.did_you_mean import did_you_mean
 from results.common.methods import SWEEP
 from results.common.shown import printable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 OUT = Path("results/tables")
 console = Console()
@@ -51,41 +56,55 @@ def _main(arguments: Sequence[str]) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    """A sweep's table on the terminal and as files, and its per-category tables."""
+    """A sweep's table on the terminal and as files, and its per-category tables; one for each experiment and data set."""
     sweep = load_sweep(options.name, options.sweeps)
-    spec = spec_for_sweep(options.name)
+    spec = spec_for_sweep(_there(options))
     records = _records(options, options.name)
     if not records:
         raise ValueError(f"no record of sweep {options.name} is left to show{_filters(options)}")
+    missing = [
+        _sweep_table(spec, part, sweep, options, f".{data}" if data else "")
+        for experiment in sorted({experiment_of(stored) for stored in records}, reverse=True)
+        for data, part in by_data([stored for stored in records if experiment_of(stored) == experiment])
+    ]
+    return int(options.strict and any(missing))
+
+
+def _sweep_table(
+    spec: Spec, records: Sequence[StoredRecord], sweep: SweepCells | None, options: argparse.Namespace, suffix: str
+) -> bool:
+    """Shows and writes one table of a sweep; whether anything is missing in it."""
     table = build_sweep(spec, records, sweep, options.std == "rms", _controls(options))
-    _show(table, options)
+    _show(table, options, suffix)
     if spec.kind == "curves":
         from results.aggregator import figures
 
         if options.format is None:
-            path = figures.save(figures.curves_figure(spec, records, sweep), options.out / f"{table.name}.png")
+            path = figures.save(figures.curves_figure(spec, records, sweep), options.out / f"{table.name}{suffix}.png")
             _say(f"figure: {path}")
-    else:
-        if spec.kind == "methods":
-            _methods(spec, records, table, options)
-        details = category_tables(spec, records, sweep, options.std == "rms")
-        if options.categories:
-            for detail in details:
-                _print(detail, options.format)
-        if options.format is None:
-            path = options.out / f"{table.name}.categories.md"
-            path.write_text("\n".join(render.markdown(detail) for detail in details), encoding="utf-8")
-            for form in ("csv", "latex"):
-                text = "\n".join(render.render(detail, form) for detail in details)
-                path.with_suffix("." + render.SUFFIXES[form]).write_text(text, encoding="utf-8")
-            _say(f"per category: {path}")
-    return int(options.strict and bool(table.missing))
+        return bool(table.missing)
+    if spec.kind == "methods":
+        _methods(spec, records, table, options)
+    details = category_tables(spec, records, sweep, options.std == "rms")
+    if options.categories:
+        for detail in details:
+            _print(detail, options.format)
+    if options.format is None:
+        path = options.out / f"{table.name}{suffix}.categories.md"
+        path.write_text("\n".join(render.markdown(detail) for detail in details), encoding="utf-8")
+        for form in ("csv", "latex"):
+            text = "\n".join(render.render(detail, form) for detail in details)
+            path.with_suffix("." + render.SUFFIXES[form]).write_text(text, encoding="utf-8")
+        _say(f"per category: {path}")
+    return bool(table.missing)
 
 
 def _table(options: argparse.Namespace) -> int:
-    """One of the papers' tables."""
+    """One of the papers' tables, or a sweep's own."""
     spec = find_spec(options.id)
-    if spec.rows is None or spec.kind == "curves":
+    if spec.rows is None or spec.kind == "curves" or (spec.sweep and "source" not in spec.where):
+        if options.source == "published":
+            raise ValueError(f"no paper prints the table {spec.name}: leave --source (SOURCE=) out")
         if options.dataset:
             raise ValueError(f"{spec.name} shows every data set that its sweep ran on: leave --dataset (DATASET=) out")
         options.name = spec.sweep
@@ -163,7 +182,12 @@ def _compare(options: argparse.Namespace) -> int:
     """Paired tests between two methods, runs or cells."""
     from results.aggregator import compare as comparing
 
-    records = _records(options)
+    records: Sequence[StoredRecord] = _records(options)
+    if options.dataset:
+        known = sorted({d["name"] for stored in records for d in stored.record.datasets})
+        records = [s for s in records if any(d["name"] == options.dataset for d in s.record.datasets)]
+        if not records:
+            raise ValueError(f"no run is of the data set {options.dataset!r}; runs are of {', '.join(known) or 'none'}")
     a, b = comparing.choose(records, options.a), comparing.choose(records, options.b)
     for metric in options.metric or ["image_auroc", "pixel_auroc"]:
         result = comparing.compare(a, b, options.a, options.b, metric, options.dataset, options.variant)
@@ -178,15 +202,15 @@ def _figures(options: argparse.Namespace) -> int:
     """Figures of a sweep, or of a paper's table with our runs beside the printed numbers."""
     from results.aggregator import figures
 
-    drawn = {}
+    drawn: dict[str, Figure | None] = {}
     paper = find_spec(options.name) if options.name in spec_names() else None
     if paper is not None and paper.rows is not None and "source" in paper.where and paper.sweep is None:
         table = paper_table(paper, "both", _records(options))
         for metric in dict.fromkeys(column.metric for column in table.columns if column.ranked):
             drawn[f"{options.name}.{metric}"] = figures.against_published(table, metric)
     else:
-        spec = paper or spec_for_sweep(options.name)
-        sweep, records = load_sweep(spec.sweep, options.sweeps), _records(options, spec.sweep)
+        spec = paper or spec_for_sweep(_there(options))
+        sweep, records = load_sweep(spec.sweep or spec.name, options.sweeps), _records(options, spec.sweep)
         if spec.kind == "curves":
             drawn[options.name] = figures.curves_figure(spec, records, sweep)
         else:
@@ -208,7 +232,7 @@ def _methods(spec: Spec, records: Sequence[StoredRecord], table: Table, options:
     """What the table of the sweep `methods` is accompanied by: each method against the control, costs, ranks."""
     from results.aggregator import figures
 
-    beside = methods_table.control_table(spec, records, load_sweep(spec.sweep, options.sweeps))
+    beside = methods_table.control_table(spec, records, load_sweep(spec.sweep or spec.name, options.sweeps))
     if beside is not None:
         _show(beside, options)
     else:
@@ -217,7 +241,7 @@ def _methods(spec: Spec, records: Sequence[StoredRecord], table: Table, options:
     if options.format is not None:
         return
     _say(found.silent or methods_table.sentence(found))
-    drawn = {} if found.silent else {"ranks": figures.critical_difference(found)}
+    drawn: dict[str, Figure | None] = {} if found.silent else {"ranks": figures.critical_difference(found)}
     for price in methods_table.PRICES:
         drawn[price] = figures.cost_against_quality(table, records, methods_table.quality(table), price)
     for name, figure in drawn.items():
@@ -263,6 +287,16 @@ def load_sweep(name: str, folder: Path) -> SweepCells | None:
     return read_sweep(path) if path.is_file() else None
 
 
+def _there(options: argparse.Namespace) -> str:
+    """The name that was asked for; ValueError if no table, sweep file or folder of records has it."""
+    places = (options.root, options.reference or options.root.parent / reference.FOLDER.name)
+    known = {*spec_names(), *(path.stem for path in options.sweeps.glob("*.yaml"))}
+    known |= {path.name for place in places for path in place.glob("*") if path.is_dir()}
+    if options.name not in known:
+        raise ValueError(f"there is no sweep or table {options.name!r}. {did_you_mean(options.name, sorted(known))}")
+    return options.name
+
+
 def _records(options: argparse.Namespace, sweep: str | None = None) -> RecordSet:
     """One's own records and, for cells without any, the reference records, as the options choose them."""
     folder = options.reference or options.root.parent / reference.FOLDER.name
@@ -286,9 +320,9 @@ def _records(options: argparse.Namespace, sweep: str | None = None) -> RecordSet
     beside = select(coming, *kind, (), *experiment)
     if sweep is None:
         beside = [stored for stored in beside if stored.record.sweep != reference.SMALL]
-    if sweep is not None and chosen:  # a table of this sweep's data
-        data = {data_of(stored) for stored in chosen}
-        beside = [stored for stored in beside if data_of(stored) in data]
+    if sweep is not None and chosen:  # a table of the data and the experiment that were run
+        ran = {(data_of(stored), experiment_of(stored)) for stored in chosen}
+        beside = [stored for stored in beside if (data_of(stored), experiment_of(stored)) in ran]
     together = reference.complete(
         chosen, beside, lambda name: varies(spec_for_sweep(name), load_sweep(name, options.sweeps))
     )

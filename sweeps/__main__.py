@@ -35,6 +35,9 @@ def _main(arguments: Sequence[str]) -> int:
     except SweepError as error:
         Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         return 2
+    except KeyboardInterrupt:  # before or after the cells: the runner of the cells minds signals itself
+        Console(stderr=True).print("Interrupted. The same command goes on from here.")
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

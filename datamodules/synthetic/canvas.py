@@ -139,7 +139,9 @@ class Canvas:
         self.backdrop = self.albedo.copy()
 
     def cut(self, window: Window, cover: np.ndarray) -> None:
-        """Take the product away where `cover` is 1, down to the backdrop."""
+        """Take the product away where `cover` is 1, down to the backdrop; ValueError without one."""
+        if self.backdrop is None:
+            raise ValueError("nothing lies below this product: paint what does and call keep_backdrop before cut")
         part = self.albedo[window.at]
         part += cover[..., None] * (self.backdrop[window.at] - part)
         self.gloss[window.at] *= 1 - cover

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -111,13 +112,14 @@ METHODS: dict[str, tuple[str, Callable[[np.ndarray, np.ndarray], Numbers]]] = {
 }
 
 
-def memory(field: str) -> float | None:
-    """MB of a field of /proc/self/status, None where there is no such file."""
-    try:
-        with open("/proc/self/status") as lines:
-            return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
-    except OSError:
-        return None
+COUNTED = Path("/proc/self/clear_refs").exists()
+"""Whether this system tells a process how much memory it uses and has used at most."""
+
+
+def memory(field: str) -> float:
+    """MB of a field of /proc/self/status; only where memory is `COUNTED`."""
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
 def forget_peak() -> None:
@@ -131,7 +133,7 @@ def measure_memory(method: str, images: int, size: int) -> str:
     function = METHODS[method][1]
     function(*make_category(1, 4, size))  # imports and warm-up
     maps, masks = make_category(0, images, size)
-    if memory("VmRSS") is None:
+    if not COUNTED:
         return "-"
     before = memory("VmRSS")
     forget_peak()
@@ -181,7 +183,8 @@ def whole_set(categories: int, images: int, size: int, rounds: int) -> str:
     ours(*make_category(1, 4, size))
     metrics = AnomalyMetrics(dict.fromkeys(names, "set"))
     pixels, updates, computes, cpu = 0, [], [], []
-    before = memory("VmRSS")
+    before = memory("VmRSS") if COUNTED else 0.0
+    used = ""
     for turn in range(rounds):
         metrics.reset()  # the labelled regions stay
         updates.append(0.0)
@@ -192,17 +195,16 @@ def whole_set(categories: int, images: int, size: int, rounds: int) -> str:
             feed(metrics, maps, masks, name, images * number)
             updates[-1] += time.perf_counter() - start
             del maps, masks
-        held = memory("VmRSS")
-        if held is not None:
+        if COUNTED:
+            held = memory("VmRSS")
             forget_peak()
         start, start_cpu = time.perf_counter(), time.process_time()
         metrics.compute()
         computes.append(time.perf_counter() - start)
         cpu.append(time.process_time() - start_cpu)
-        if turn == 0 and held is not None:
-            extra = memory("VmHWM") - held
-            state = held - before - pixels * 4 / 2**20
-    used = f", {extra:.0f} MB in compute, {state:.0f} MB in the state (allocator included)" if held is not None else ""
+        if turn == 0 and COUNTED:
+            extra, state = memory("VmHWM") - held, held - before - pixels * 4 / 2**20
+            used = f", {extra:.0f} MB in compute, {state:.0f} MB in the state (allocator included)"
     return (
         f"{categories * images} maps of {size}x{size} in {categories} categories ({pixels / 1e6:.1f} M pixels), every "
         f"metric per category, mean and pooled: update {updates[0]:.2f} s (with labelled "

@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lightning_modules.decisions import HELD_OUT, Decider, Decision
+from lightning_modules.decisions import HELD_OUT, Decider
+from lightning_modules.metrics.thresholds import Threshold
 
 
 def thresholds(
@@ -41,11 +42,11 @@ def thresholds(
 
 def _of_category(decider: Decider, name: str) -> dict[str, Any]:
     decision, scale = decider.decide(0.0, name), decider.colour_scale(name)
-    known = decision.threshold is not None and not decision.reason
+    threshold = None if decision.reason else decision.threshold
     return {
-        "image": decision.threshold.value if known else None,
+        "image": threshold.value if threshold else None,
         "pixel": decision.pixel_threshold.value if decision.pixel_threshold else None,
-        "false_alarms_at_most": _rate(decision) if known else None,
+        "false_alarms_at_most": _rate(threshold, decision.basis) if threshold else None,
         "normal_images": decider.count(name),
         "basis": decision.basis,
         "reason": decision.reason,
@@ -53,7 +54,6 @@ def _of_category(decider: Decider, name: str) -> dict[str, Any]:
     }
 
 
-def _rate(decision: Decision) -> float | None:
+def _rate(threshold: Threshold, basis: str) -> float | None:
     """What the rule promises per good image; None for a rule without a promise, and of images that were not held out."""
-    rate = decision.threshold.rate
-    return None if math.isnan(rate) or decision.basis != HELD_OUT else rate
+    return None if math.isnan(threshold.rate) or basis != HELD_OUT else threshold.rate

@@ -48,6 +48,8 @@ def paper_table(
     """
     if source not in SOURCES:
         raise SpecError(f"source {source!r} is unknown; choose from {', '.join(SOURCES)}")
+    if dataset is not None:
+        spec = on_data(spec, dataset, records, printed=source == "both")
     if spec.rows is None:
         raise SpecError(f"{spec.name} is the table of sweep {spec.sweep}, not of a paper; use `sweep {spec.sweep}`")
     if source != "runs" and "source" not in spec.where:
@@ -55,7 +57,6 @@ def paper_table(
     printed = read_published() if published is None else published
     pool = Pool(records, rms_std)
     if dataset is not None:
-        spec = on_data(spec, dataset, records, printed=source == "both")
         pool.categories = found_categories(records)
     keys = known_keys([stored for stored in records if stored.record.sweep == spec.sweep], None)
     rows = [Row(row.labels, row.group, row.rule, row.default, apart=row.apart) for row in spec.rows]
@@ -78,7 +79,7 @@ def paper_table(
     if source != "published" and not table.has_runs:
         table.caption = table.caption.replace(NO_RUN, f"{NO_RUN} {_why_none(spec, table, records)}")
     if source == "both" and spec.own_papers is not None:
-        _add_own_papers(table, spec, printed)
+        _add_own_papers(table, spec, spec.own_papers, printed)
     return table
 
 
@@ -89,7 +90,7 @@ def _why_none(spec: Spec, table: Table, records: Sequence[StoredRecord]) -> str:
         name: list(dict.fromkeys(filter(None, (key.get(name) for key in keys)))) for name in ("method", "dataset")
     }
     setting = {"unified": ", one model for all categories", "per_category": ", one model per category"}.get(
-        spec.setting, ""
+        spec.setting or "", ""
     )
     data = " or ".join(map(names.dataset_label, wanted["dataset"]))
     few = [names.method_label(method) for method in wanted["method"]]
@@ -110,8 +111,10 @@ def _why_none(spec: Spec, table: Table, records: Sequence[StoredRecord]) -> str:
     return f"{asked} There are {listed}" + (f"; and {len(found) - 5} more kinds." if len(found) > 5 else ".")
 
 
-def _add_own_papers(table: Table, spec: Spec, printed: Mapping[tuple[str, ...], Printed]) -> None:
-    """Beside a column with a number far from its method's own paper, a column of the own papers' numbers; and a footnote."""
+def _add_own_papers(table: Table, spec: Spec, points: float, printed: Mapping[tuple[str, ...], Printed]) -> None:
+    """Beside a column with a number `points` or more from its method's own paper, a column of the own papers' numbers; and
+    a footnote.
+    """
     own = {
         (dataset, category, method, variant, metric): (paper, number)
         for (source, paper, dataset, category, method, variant, metric), number in printed.items()
@@ -122,15 +125,15 @@ def _add_own_papers(table: Table, spec: Spec, printed: Mapping[tuple[str, ...], 
         column, cells, far = table.columns[j], [], []
         for line in table.cells:
             key, value = line[j].key, line[j].published
-            wanted = (key.get("dataset"), key.get("category"), key.get("method"), setting, key.get("metric"))
-            paper, number = own.get(wanted, ("", None))
+            dataset, category, method, metric = (key.get(k, "") for k in ("dataset", "category", "method", "metric"))
             shown = Value(reason="its own paper's number is not known here")
-            if number is not None:
+            if known := own.get((dataset, category, method, setting, metric)):
+                paper, number = known
                 shown = Value(number.value, note=f"{paper}; {number.certainty}: {number.note}", printed=True)
-                gap = None if value is None or value.mean is None else value.mean - number.value
-                if gap is not None and abs(gap) >= spec.own_papers:
-                    name = f"{names.method_label(key['method'])}, {names.metric_label(key['metric'])}"
-                    far.append(f"{name}: {value.mean:g} here, {number.value:g} in {paper} ({number.note})")
+                here = None if value is None else value.mean
+                if here is not None and abs(here - number.value) >= points:
+                    name = f"{names.method_label(method)}, {names.metric_label(metric)}"
+                    far.append(f"{name}: {here:g} here, {number.value:g} in {paper} ({number.note})")
             cells.append(Cell(published=shown, key={**key, "source": OWN_PAPERS}))
         if not far:
             continue

@@ -144,7 +144,7 @@ def missing_values(table: Table) -> list[str]:
     names_of = [f"{column.group} {column.label}".strip() for column in table.columns]
     whole: dict[str, list[str]] = {}
     for j, name in enumerate(names_of):
-        ours = [line[j].runs for line in table.cells if line[j].runs is not None]
+        ours = [value for line in table.cells if (value := line[j].runs) is not None]
         reasons = {value.reason if value.mean is None else "" for value in ours}
         if len(ours) > 1 and len(reasons) == 1 and reasons != {""}:
             whole.setdefault(reasons.pop(), []).append(name)

@@ -60,17 +60,18 @@ def curve_table(spec: Spec, records: Sequence[StoredRecord], sweep: SweepCells |
         rows.append(Row(entry.labels, default=entry.default))
         if mine:
             check_cell(mine, Query("image_auroc", mine[0].record.datasets[0]["name"]))
-        curves = {name: [read_curve(stored, name) for stored in mine] for name in (LOSS, DETECTION, LOCALISATION)}
         line: list[Cell] = []
         for name, width in ((LOSS, 2), (DETECTION, 4), (LOCALISATION, 4)):
-            silent = [stored.name for stored, curve in zip(mine, curves[name], strict=True) if curve is None]
+            read = [(stored.name, read_curve(stored, name)) for stored in mine]
+            silent = [run for run, curve in read if curve is None]
             if not mine or silent:
                 reason = f"no {name} in the history of {', '.join(silent)}" if silent else "no run"
                 missing.append(f"{label}: {reason}")
                 line += [Cell(runs=Value(reason=reason))] * width
                 continue
-            last_epochs.update(curve.epochs[-1] for curve in curves[name])
-            line += [Cell(runs=value) for value in _summary(name, curves[name], mine)]
+            curves = [curve for _, curve in read if curve is not None]
+            last_epochs.update(curve.epochs[-1] for curve in curves)
+            line += [Cell(runs=value) for value in _summary(name, curves, mine)]
         cells.append(line)
     used = [(Query("image_auroc", d["name"]), stored) for stored in records for d in stored.record.datasets]
     check_table(used, where=f"the curves of sweep {spec.sweep}")

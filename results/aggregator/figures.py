@@ -137,13 +137,18 @@ def run_figure(stored: StoredRecord) -> Figure | None:
 def loss_axis(axis: Any) -> None:
     """A log axis for a loss, its ticks as plain numbers: 0.2, 0.5, 1, also where it spans less than a decade."""
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
+    _plain_ticks(axis.yaxis)
     low, high = axis.get_ylim()
     if 0 < high < 2.5 * low:  # between two of those ticks: ticks at equal steps
         axis.yaxis.set_major_locator(MaxNLocator(4))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Ticks of a log axis at 1, 2, 5, 10, ... as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _draw_curve(axis: Any, curves: Sequence[Curve], colour: str, scale: float, log: bool) -> None:
@@ -161,10 +166,10 @@ def ablation_bars(table: Table, records: Sequence[StoredRecord]) -> Figure:
     shown = [
         (j, column)
         for j, column in enumerate(table.columns)
-        if column.ranked and any(row[j].runs is not None and row[j].runs.mean is not None for row in table.cells)
+        if column.ranked and any(row[j].ours is not None for row in table.cells)
     ][:4]
     by_name = {stored.name: stored for stored in records}
-    labels = [" · ".join(text for text in row.labels if text) + (" ★" if row.default else "") for row in table.rows]
+    labels = [name + (" ★" if row.default else "") for name, row in zip(_names(table), table.rows, strict=True)]
     with rc_context(STYLE):
         height = 0.9 + 0.3 * len(table.rows)
         figure = Figure(figsize=(2.2 + 2.6 * max(1, len(shown)), height), layout="constrained")
@@ -193,6 +198,14 @@ def ablation_bars(table: Table, records: Sequence[StoredRecord]) -> Figure:
     return figure
 
 
+def _names(table: Table) -> list[str]:
+    """The rows' names, with their groups where two rows would have the same one."""
+    names = [" · ".join(filter(None, row.labels)) for row in table.rows]
+    if len(set(names)) < len(names):
+        names = [": ".join(filter(None, (row.group, name))) for row, name in zip(table.rows, names, strict=True)]
+    return names
+
+
 def sweep_figure(spec: Spec, table: Table, records: Sequence[StoredRecord]) -> Figure:
     """The figure of a sweep's table: lines over the spec's `x` where it has one, else bars."""
     return lines_figure(spec, table, records) if spec.kind == "lines" else ablation_bars(table, records)
@@ -201,7 +214,8 @@ def sweep_figure(spec: Spec, table: Table, records: Sequence[StoredRecord]) -> F
 def lines_figure(spec: Spec, table: Table, records: Sequence[StoredRecord]) -> Figure:
     """A panel per ranked column: the score over the spec's `x`, a line per combination of the other parameters.
 
-    Dots are the seeds, the line is their mean. Values of `x` stand at equal distances, in the table's order.
+    Dots are the seeds, the line is their mean. Values of `x` stand at equal distances, in the table's order. Lines that are equal
+    everywhere, as of a method that does not heed a parameter, are one.
     """
     label = str(spec.parameters[spec.x].get("label", spec.x))
     place = table.row_headers.index(label)
@@ -214,8 +228,9 @@ def lines_figure(spec: Spec, table: Table, records: Sequence[StoredRecord]) -> F
     shown = [
         (j, column)
         for j, column in enumerate(table.columns)
-        if column.ranked and any(table.cells[i][j].runs and table.cells[i][j].runs.mean is not None for i, _ in rows)
+        if column.ranked and any(table.cells[i][j].ours is not None for i, _ in rows)
     ]
+    lines = _equal_joined(lines, table, [j for j, _ in shown])
     by_name, pool = {stored.name: stored for stored in records}, Pool(records)
     colours = (BLUE, RED, GREEN, ORANGE, GREY)
     with rc_context(STYLE):
@@ -227,14 +242,13 @@ def lines_figure(spec: Spec, table: Table, records: Sequence[StoredRecord]) -> F
             axis.set_axis_off()
         for axis, (j, column) in zip(axes.flat, shown, strict=False):
             for number, (name, points) in enumerate(lines.items()):
-                found = [(x, table.cells[i][j]) for x, i in points]
-                found = [(x, cell) for x, cell in found if cell.runs is not None and cell.runs.mean is not None]
+                found = [(x, table.cells[i][j]) for x, i in points if table.cells[i][j].ours is not None]
                 if not found:
                     continue
                 style = {"color": colours[number % len(colours)], "ls": ("-", "--", ":")[number // len(colours) % 3]}
-                axis.plot([x for x, _ in found], [cell.runs.mean for _, cell in found], lw=1.6, label=name, **style)
+                axis.plot([x for x, _ in found], [cell.ours for _, cell in found], lw=1.6, label=name, **style)
                 for x, cell in found:
-                    mine = [by_name[name] for name in cell.runs.records if name in by_name]
+                    mine = [by_name[name] for name in cell.main.records if name in by_name]
                     dots = _seed_dots(mine, cell, _restricted(pool, cell))
                     axis.plot([x] * len(dots), dots, "o", ms=3, color=style["color"], alpha=0.6)
             axis.set_xticks(range(len(ticks)), ticks)
@@ -243,6 +257,20 @@ def lines_figure(spec: Spec, table: Table, records: Sequence[StoredRecord]) -> F
         handles, texts = axes.flat[0].get_legend_handles_labels()
         figure.legend(handles, texts, loc="outside lower center", ncols=min(3, max(1, len(texts))))
     return figure
+
+
+def _equal_joined(
+    lines: dict[str, list[tuple[int, int]]], table: Table, columns: Sequence[int]
+) -> dict[str, list[tuple[int, int]]]:
+    """The lines by name, those with the same values everywhere once, named by what their names have in common."""
+    found: dict[tuple, list[str]] = {}
+    for name, points in lines.items():
+        found.setdefault(tuple((x, table.cells[i][j].ours) for x, i in points for j in columns), []).append(name)
+    joined = {}
+    for same in found.values():
+        common = [part for part in same[0].split(", ") if all(part in name.split(", ") for name in same)]
+        joined[", ".join(common) or " = ".join(same)] = lines[same[0]]
+    return joined
 
 
 def _restricted(pool: Pool, cell: Cell) -> tuple[str, ...]:
@@ -265,22 +293,25 @@ def _seed_dots(records: Sequence[StoredRecord], cell: Cell, categories: Sequence
 
 def against_published(table: Table, metric: str) -> Figure | None:
     """A dot per category, ours (filled, whisker: std) against the paper's (ring); None if no category has both."""
-    pairs = []
+    pairs: list[tuple[str, float, float, float | None]] = []
     for row, line in zip(table.rows, table.cells, strict=True):
         for column, cell in zip(table.columns, line, strict=True):
-            if column.metric == metric and cell.difference is not None:
+            theirs, ours = cell.published, cell.runs
+            if column.metric != metric or theirs is None or ours is None:
+                continue
+            if theirs.mean is not None and ours.mean is not None:
                 method = f"{column.group} {column.label}".strip()
-                pairs.append((f"{category_label(row.labels[0])} · {method}", cell))
+                pairs.append((f"{category_label(row.labels[0])} · {method}", theirs.mean, ours.mean, ours.std))
     if not pairs:
         return None
     with rc_context(STYLE):
         figure = Figure(figsize=(5.2, 0.8 + 0.24 * len(pairs)), layout="constrained")
         axis = figure.subplots()
-        for i, (_, cell) in enumerate(pairs):
-            axis.plot([cell.published.mean, cell.runs.mean], [i, i], color="#c9ced6", lw=2, zorder=1)
-            axis.errorbar(cell.runs.mean, i, xerr=cell.runs.std, fmt="o", color=BLUE, ms=5, capsize=2, zorder=3)
-            axis.plot(cell.published.mean, i, "o", mfc="white", mec=RED, mew=1.4, ms=6, zorder=2)
-        axis.set_yticks(range(len(pairs)), [label for label, _ in pairs])
+        for i, (_, printed, mean, std) in enumerate(pairs):
+            axis.plot([printed, mean], [i, i], color="#c9ced6", lw=2, zorder=1)
+            axis.errorbar(mean, i, xerr=std, fmt="o", color=BLUE, ms=5, capsize=2, zorder=3)
+            axis.plot(printed, i, "o", mfc="white", mec=RED, mew=1.4, ms=6, zorder=2)
+        axis.set_yticks(range(len(pairs)), [label for label, *_ in pairs])
         axis.invert_yaxis()
         axis.set_xlabel(f"{metric_label(metric)} [%]")
         handles = [
@@ -295,16 +326,15 @@ def cost_against_quality(table: Table, records: Sequence[StoredRecord], metric: 
     """A point per row: a cost against a score; None if fewer than two rows state both or the cost is alike."""
     by_name = {stored.name: stored for stored in records}
     index = next((j for j, c in enumerate(table.columns) if c.metric == metric), None)
-    points = []
-    for row, line in zip(table.rows, table.cells, strict=True):
+    points: list[tuple[float, float, float | None, str, bool]] = []
+    for name, row, line in zip(_names(table), table.rows, table.cells, strict=True):
         value = line[index].runs if index is not None else None
         if value is None or value.mean is None:
             continue
-        prices = [cost(by_name[name], price) for name in value.records if name in by_name]
-        if prices and None not in prices:
-            points.append(
-                (sum(prices) / len(prices), value, " · ".join(text for text in row.labels if text), row.default)
-            )
+        stated = [cost(by_name[run], price) for run in value.records if run in by_name]
+        prices = [each for each in stated if each is not None]
+        if prices and len(prices) == len(stated):
+            points.append((sum(prices) / len(prices), value.mean, value.std, name, row.default))
     if len(points) < 2:
         return None
     prices = [point[0] for point in points]
@@ -314,19 +344,22 @@ def cost_against_quality(table: Table, records: Sequence[StoredRecord], metric: 
     with rc_context(STYLE):
         figure = Figure(figsize=(5.4, 3.4), layout="constrained")
         axis = figure.subplots()
-        for x, value, _, default in points:
+        for x, y, std, _, default in points:
             style: dict[str, Any] = {"fmt": "*", "ms": 10} if default else {"fmt": "o", "ms": 5}
-            axis.errorbar(x, value.mean, yerr=value.std, color=BLUE, capsize=2, elinewidth=0.8, **style)
+            axis.errorbar(x, y, yerr=std, color=BLUE, capsize=2, elinewidth=0.8, **style)
         if 0 < 4 * min(prices) < max(prices):  # methods without training have no parameters
             axis.set_xscale("log")
+            _plain_ticks(axis.xaxis)
         axis.margins(0.15)
         lowest, highest = axis.get_ylim()
         taken: list[tuple[float, float]] = []
-        for x, value, text, _ in sorted(points, key=lambda point: point[1].mean):
-            y = value.mean  # labels of neighbours are moved up until they can be read
+        for x, point, _, text, _ in sorted(points, key=lambda each: each[1]):
+            y = point
             while any(abs(y - other) < 0.05 * (highest - lowest) and 0.6 * at < x < 1.7 * at for at, other in taken):
-                y += 0.01 * (highest - lowest)
+                y += 0.01 * (highest - lowest)  # labels of neighbours are moved up until they can be read
             taken.append((x, y))
+            if y > point:
+                axis.plot([x, x], [point, y], color=GREY, lw=0.5, zorder=1)
             axis.text(x, y, f"   {text}", size=7, va="center")
         axis.set_xlabel(f"{label} [{unit}]")
         axis.set_ylabel(f"{metric_label(metric)} [%]")

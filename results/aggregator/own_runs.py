@@ -255,8 +255,7 @@ def _missing(rows: Sequence[Row], columns: Sequence[Column], cells: Sequence[Seq
     lines: dict[tuple[str, str], list[str]] = {}
     for row, line in zip(rows, cells, strict=True):
         for column, cell in zip(columns, line, strict=True):
-            if cell.runs.mean is None and cell.runs.reason != "not recorded":
-                lines.setdefault((" / ".join(filter(None, (row.group, *row.labels))), cell.runs.reason), []).append(
-                    column.label
-                )
+            if cell.main.mean is None and cell.main.reason != "not recorded":
+                title = " / ".join(filter(None, (row.group, *row.labels)))
+                lines.setdefault((title, cell.main.reason), []).append(column.label)
     return [f"{title}: {', '.join(labels)}: {reason}" for (title, reason), labels in lines.items()]

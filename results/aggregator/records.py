@@ -297,8 +297,8 @@ def _means_of_seven(scores: Mapping[ScoreKey, tuple[float, str]]) -> dict[ScoreK
     """The mean of the seven metrics of every category, where a record has them all; undefined where one is."""
     means = {}
     for key in [key for key in scores if key[1] == "category" and key[4] == SEVEN[0]]:
-        values = [scores.get((*key[:4], metric)) for metric in SEVEN]
-        if None not in values:
+        values = [scores[(*key[:4], metric)] for metric in SEVEN if (*key[:4], metric) in scores]
+        if len(values) == len(SEVEN):
             reason = next((reason for value, reason in values if math.isnan(value)), "")
             means[(*key[:4], "mean_of_seven")] = (math.fsum(value for value, _ in values) / len(SEVEN), reason)
     return means

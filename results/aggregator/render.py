@@ -45,7 +45,7 @@ def number_text(value: Value | None, column: Column, show_n: bool = False) -> st
     if value is None or value.mean is None:
         return DASH
     if column.scientific:
-        text = f"{value.mean:.3g}" + (f" ± {value.std:.2g}" if value.std is not None else "")
+        text = _significant(value.mean, 3) + (f" ± {_significant(value.std, 2)}" if value.std is not None else "")
     else:
         text = f"{value.mean:.{column.digits}f}"
         if value.std is not None:
@@ -58,6 +58,11 @@ def number_text(value: Value | None, column: Column, show_n: bool = False) -> st
     if value.reference:
         text += MARK
     return text.replace("-", "−") if not column.scientific else text
+
+
+def _significant(value: float, digits: int) -> str:
+    """Rounded to so many digits, and with the zeros of a large number: 1230, not 1.23e+03."""
+    return f"{float(f'{value:.{digits}g}'):g}"
 
 
 def signed(value: float, digits: int) -> str:
@@ -75,7 +80,8 @@ def cell_text(cell: Cell, table: Table, column: Column, decorate: Callable[[str,
 
 def shown_numbers(cell: Cell, table: Table, column: Column) -> list[tuple[str, str, str]]:
     """What stands in a cell: a number, its mark, and after it the difference to the paper's; two where both stand."""
-    show_n = bool(cell.runs) and cell.runs.n is not None and cell.runs.n < max(table.seeds, default=0)
+    seeds = None if cell.runs is None else cell.runs.n
+    show_n = seeds is not None and seeds < max(table.seeds, default=0)
     ours = number_text(cell.main, column, show_n), cell.main.mark
     if table.source != "both" or cell.published is None or cell.runs is None:
         return [(*ours, "")]

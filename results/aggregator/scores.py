@@ -50,10 +50,13 @@ class ConflictError(ValueError):
             for value, names in sorted(groups.items()):
                 shown = ", ".join(sorted(names)[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
                 lines.append(f"    {value}: {shown}")
+        choices = (
+            f"--{axis}={max(groups)}" for axis, groups in conflicts if axis in ("profile", "protocol", "setting")
+        )
         lines.append(
             "choose with --profile, --protocol, --compare, --setting, "
             "--newest (of several runs of one cell) or --runs 'sweep/run*' (make: "
-            "ARGS=--newest), or move the runs of one kind away"
+            f"ARGS={next(choices, '--newest')}), or move the runs of one kind away"
         )
         super().__init__("\n".join(lines))
 
@@ -119,7 +122,8 @@ class Pool:
             if not others:
                 of_others = self.find(replace(query, dataset=None, setting=None))
                 data = sorted({dataset_label(d["name"]) for stored in of_others for d in stored.record.datasets})
-                told = f" on {dataset_label(query.dataset)}, only on {' and '.join(data)}" if data else ""
+                if data and query.dataset is not None:
+                    told = f" on {dataset_label(query.dataset)}, only on {' and '.join(data)}"
             return Value(reason=f"no run{told}")
         key = (query.dataset, tuple(stored.name for stored in found))
         if key not in self._checked:
@@ -161,16 +165,17 @@ class Pool:
         """The categories whose mean answers a query."""
         if query.category.startswith(OF):
             return self._of_so_many(query)
-        if query.category not in ("mean",) and (query.dataset, query.category) not in PARTIAL_MEANS:
+        dataset = query.dataset or ""
+        partial = PARTIAL_MEANS.get((dataset, query.category))
+        if query.category != "mean" and partial is None:
             return (query.category,)
-        partial = PARTIAL_MEANS.get((query.dataset, query.category))
-        return partial or self.categories.get(query.dataset) or DATASET_CATEGORIES.get(query.dataset) or ()
+        return partial or self.categories.get(dataset) or DATASET_CATEGORIES.get(dataset) or ()
 
     def _of_so_many(self, query: Query) -> tuple[str, ...]:
         """The categories of the records that have exactly so many of the data set; () if they are not all the same."""
         count = int(query.category.removeprefix(OF))
         found = {
-            tuple(sorted(plain(query.dataset, name) for name in dataset["categories"]))
+            tuple(sorted(plain(dataset["name"], name) for name in dataset["categories"]))
             for stored in self.records
             for dataset in stored.record.datasets
             if dataset["name"] == query.dataset and len(dataset["categories"]) == count
@@ -217,10 +222,10 @@ def _seed_values(records: list[StoredRecord], query: Query, needed: Sequence[str
 
 def _cost(records: Sequence[StoredRecord], metric: str) -> Value:
     """Mean over seeds of a cost that the records state."""
-    values = [cost(stored, metric) for stored in records]
-    names = tuple(sorted(stored.name for stored in records))
-    silent = [stored.name for stored, value in zip(records, values, strict=True) if value is None]
-    if silent:
+    stated = [(stored.name, cost(stored, metric)) for stored in records]
+    names = tuple(sorted(name for name, _ in stated))
+    values = [value for _, value in stated if value is not None]
+    if silent := [name for name, value in stated if value is None]:
         return Value(reason=f"{metric} is not recorded in {', '.join(silent[:3])}", records=names)
     std = statistics.stdev(values) if len(values) > 1 and metric != "parameters" else None
     marked = any(stored.reference for stored in records)
@@ -300,7 +305,7 @@ def distinct(records: Iterable[StoredRecord]) -> list[StoredRecord]:
     return sorted(kept, key=lambda stored: stored.name)
 
 
-def kinds(records: Sequence[StoredRecord], compared: bool = False) -> list[tuple[str, list[StoredRecord]]]:
+def kinds(records: Sequence[StoredRecord], compared: bool = False) -> list[tuple[str, Sequence[StoredRecord]]]:
     """The records by profile and protocol, which no table mixes; the name is empty if there is only one kind.
 
     Where reference records or controls are among them, also by data, if one name of a data set stands for several.
@@ -311,24 +316,35 @@ def kinds(records: Sequence[StoredRecord], compared: bool = False) -> list[tuple
     for stored in records:
         record = stored.record
         key: tuple[str, ...] = (record.profile, record.protocol)
-        if compared and record.cell.get(COMPARE):
-            key += (str(record.cell[COMPARE]), record.setting)
+        if compared:
+            key += experiment_of(stored)
         found.setdefault(key, []).append(stored)
     several = len(found) > 1
     return [
         (".".join(filter(None, (".".join(key) * several, name))), part)
         for key, mine in sorted(found.items())
-        for name, part in _by_data(mine)
+        for name, part in by_data(mine)
     ]
 
 
-def _by_data(records: list[StoredRecord]) -> list[tuple[str, list[StoredRecord]]]:
+def by_data(records: Sequence[StoredRecord]) -> list[tuple[str, Sequence[StoredRecord]]]:
+    """The records by data, each with a name for it, if reference records or controls have several data sets of one name.
+
+    Otherwise they are one group without a name. Data that a sweep varies (shots, categories) differ on purpose.
+    """
+    given: dict[str, set[str]] = {}
+    for stored in records:
+        for key, value in stored.record.cell.items():
+            if key.startswith("data.init_args."):
+                given.setdefault(key, set()).add(canonical(value))
+    apart = any(stored.reference or stored.record.sweep in CONTROLS for stored in records)
+    if not apart or any(len(values) > 1 for values in given.values()):
+        return [("", records)]
     groups: dict[tuple, list[StoredRecord]] = {}
     for stored in records:
         groups.setdefault(data_of(stored), []).append(stored)
     names = [name for data in groups for name in {name for name, _, _ in data}]
-    apart = any(stored.reference or stored.record.sweep in CONTROLS for stored in records)
-    if len(names) == len(set(names)) or not apart:
+    if len(names) == len(set(names)):
         return [("", records)]
     titles = ["-".join(f"{name}-{print_[:6]}" for name, _, print_ in data) for data in groups]
     return list(zip(titles, groups.values(), strict=True))
@@ -341,6 +357,12 @@ def data_of(stored: StoredRecord) -> tuple[tuple[str, tuple[str, ...], str], ...
         for d in stored.record.datasets
     )
     return tuple(sorted(sets))
+
+
+def experiment_of(stored: StoredRecord) -> tuple[str, ...]:
+    """Experiment and setting of a cell of the sweep `methods`, which no table mixes; () of any other record."""
+    compare = stored.record.cell.get(COMPARE)
+    return (str(compare), stored.record.setting) if compare else ()
 
 
 def axis_value(stored: StoredRecord, axis: str, dataset: str = "") -> str:
@@ -405,7 +427,7 @@ def check_table(used: Sequence[tuple[Query, StoredRecord]], varies: Iterable[str
                 group = (record.method, query.setting if axis == "setting" else None)
             if axis == "data":
                 group = (query.dataset, tuple(record.category_keys) if record.setting == "per_category" else ())
-            groups[group][axis_value(stored, axis, query.dataset)][stored.name] = None
+            groups[group][axis_value(stored, axis, query.dataset or "")][stored.name] = None
     conflicts = [
         (axis, {value: list(names) for value, names in values.items()})
         for axis, groups in seen.items()

@@ -193,6 +193,8 @@ def _entries(raw: Any, allowed: Sequence[str], where: str, axis: str) -> tuple[E
         if not isinstance(item, Mapping):
             item = {axis: str(item)}
         _check_keys(item, allowed, where)
+        if any(isinstance(label, bool) for label in (item.get("label"), *item.get("labels", ()))):
+            raise SpecError(f"{where}: {item.get('labels', item.get('label'))}: on, off, yes and no need quotes")
         if item.get("runs") is not False:
             _check_keys(item.get("runs") or {}, _RUNS, f"{where}: runs")
         entries += _expand(item)

@@ -45,8 +45,8 @@ class SweepCells:
     def cells(self, order: Sequence[str] | None = None) -> list[dict[str, Any]] | None:
         """The grid's cells without seeds, first key slowest, values in the file's order; None for a search."""
         keys = list(order or self.varying)
-        axes = [self.values.get(key) for key in keys]
-        if any(axis is None for axis in axes):
+        axes = [values for key in keys if (values := self.values.get(key)) is not None]
+        if len(axes) < len(keys):
             return None
         return [dict(zip(keys, values, strict=True)) for values in itertools.product(*axes)]
 

@@ -43,6 +43,11 @@ class Cell:
         return self.runs if self.runs is not None else self.published if self.published is not None else Value()
 
     @property
+    def ours(self) -> float | None:
+        """The mean of our runs, if there is one."""
+        return None if self.runs is None else self.runs.mean
+
+    @property
     def difference(self) -> float | None:
         """Ours minus published, where both exist."""
         if self.published is None or self.runs is None or self.published.mean is None or self.runs.mean is None:

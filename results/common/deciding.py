@@ -33,7 +33,7 @@ EXTENDS = re.compile(r"trainer\.(max_\w+|min_\w+|devices|num_nodes|strategy)(\.|
 LATER = {
     "data.init_args.shots": None, "data.init_args.contamination": 0.0, "data.init_args.contamination_reserved": None,
     "data.init_args.epoch_images": None, "data.init_args.category_count": None, "data.init_args.tiles": None,
-    "data.init_args.fold": None,
+    "data.init_args.fold": None, "data.init_args.repeat": 1,
 }  # fmt: skip
 """Options that earlier versions did not have, with the value that means what those did: older runs stay comparable."""
 

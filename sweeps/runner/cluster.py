@@ -92,6 +92,7 @@ def register(options: argparse.Namespace, console: Console) -> int:
         f"On each machine, in a clone of this repository: make agents SWEEP={found[1]}\n"
         f"On SLURM: SWEEP={found[1]} sbatch sweeps/slurm.sh",
         highlight=False,
+        soft_wrap=True,  # a command in one piece can be copied
     )
     return 0
 
@@ -240,7 +241,7 @@ def _place(folder: Path, name: str) -> Path:
     except untrusted.UntrustedError as error:
         raise SweepError(f"The record of W&B run {name} is damaged: {error}.") from None
     parts = [record.get("sweep"), record.get("run")]
-    for part in parts:
-        if not isinstance(part, str) or not _NAME.fullmatch(part):
-            raise SweepError(f"The record of W&B run {name} names the sweep and run {parts!r}; it cannot be filed.")
-    return RECORDS.joinpath(*parts)
+    fit = [part for part in parts if isinstance(part, str) and _NAME.fullmatch(part)]
+    if len(fit) < len(parts):
+        raise SweepError(f"The record of W&B run {name} names the sweep and run {parts!r}; it cannot be filed.")
+    return RECORDS.joinpath(*fit)

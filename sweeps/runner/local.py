@@ -60,9 +60,7 @@ class Job:
     exit_code: int | None = None
     log_lines: list[str] = field(default_factory=list)
     started: float = 0.0
-    process: CellProcess | None = None
-    lock: Lock | None = None
-    slot: int = 0
+    pid: int | None = None
 
     @property
     def work(self) -> Path:
@@ -111,13 +109,23 @@ class Job:
             "parameters": self.cell.parameters,
             "host": socket.gethostname(),
             "runner": os.getpid(),
-            "pid": self.process.pid if self.process else None,
+            "pid": self.pid,
             "started": self.started or None,
             "seconds": self.seconds,
             "exit_code": self.exit_code,
             "last_lines": self.log_lines,
         }
         write_json(self.work / STATE, content)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A job at work: its process, the lock that both hold, and the slot that it takes."""
+
+    job: Job
+    process: CellProcess
+    lock: Lock
+    slot: int
 
 
 def _clear(job: Job) -> None:
@@ -155,6 +163,7 @@ class Runner:
         self._interrupts = 0
         self._stop_reason = ""
         self._looked_elsewhere = 0.0
+        self._running: list[Running] = []
         own = [job for job in jobs if AVAILABLE and WarmStarts.own(job.words, job.environment)]
         self._warm = WarmStarts(own[0].environment, output=subprocess.DEVNULL) if own else None
 
@@ -173,7 +182,7 @@ class Runner:
             self._warm.prepare()
         try:
             with self._signals(), self._display.live(self._jobs):
-                while self._running() or (self._waiting() and not self.interrupted):
+                while self._running or (self._waiting() and not self.interrupted):
                     try:
                         self._step()
                     except OSError as error:
@@ -181,21 +190,18 @@ class Runner:
                     self._display.refresh()
                     time.sleep(_POLL)
         finally:
-            for job in self._running():
-                job.process.kill()
+            for running in self._running:
+                running.process.kill()
             if self._warm is not None:
                 self._warm.close()
 
     def _step(self) -> None:
-        for job in self._running():
-            if (code := job.process.poll()) is not None:
-                self._end(job, code)
+        for running in tuple(self._running):
+            if (code := running.process.poll()) is not None:
+                self._end(running, code)
         while self._free and not self.interrupted:
             if not self._start_next():
                 break
-
-    def _running(self) -> list[Job]:
-        return [job for job in self._jobs if job.state == RUNNING]
 
     def _waiting(self) -> list[Job]:
         return [job for job in self._jobs if job.state == WAITING]
@@ -252,12 +258,14 @@ class Runner:
         environment["WANDB_SWEEP_PARAM_PATH"] = str(path.resolve())
         (job.work / "progress.json").unlink(missing_ok=True)
         job.started = time.time()
-        job.process = CellProcess(job.words, environment, job.log, lock.descriptor, self._warm)
+        process = CellProcess(job.words, environment, job.log, lock.descriptor, self._warm)
         self._free.pop()
-        job.slot, job.lock, job.state = slot, lock, RUNNING
+        self._running.append(Running(job, process, lock, slot))
+        job.pid, job.state = process.pid, RUNNING
         self._display.started(job)
 
-    def _end(self, job: Job, code: int) -> None:
+    def _end(self, running: Running, code: int) -> None:
+        job = running.job
         job.seconds = time.time() - job.started
         job.exit_code = code
         job.log_lines = last_lines(job.log)
@@ -273,11 +281,12 @@ class Runner:
             job.state = FAILED
             if code == 0:
                 job.log_lines.append(f"The program ended without an error, but wrote no {job.record}.")
-        self._free.append(job.slot)
+        self._running.remove(running)
+        self._free.append(running.slot)
         try:
             job.write_state()
         finally:
-            job.lock.release()
+            running.lock.release()
             self._display.ended(job, "killed from outside, out of memory?" if code == -signal.SIGKILL else "")
 
     def _machine_fault(self, log_lines: list[str]) -> str:
@@ -300,8 +309,8 @@ class Runner:
             return
         self._stop_reason = reason
         self._display.say(f"[bold red]{escape(reason)}[/] Finished cells are kept; nothing is lost.")
-        for job in self._running():
-            job.process.terminate()
+        for running in self._running:
+            running.process.terminate()
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -317,12 +326,12 @@ class Runner:
         self._interrupts += 1
         if self._interrupts == 1:
             self._display.say("Stopping: running cells save their state and go on next time. Ctrl-C again kills them.")
-            for job in self._running():
-                job.process.terminate()
+            for running in self._running:
+                running.process.terminate()
         else:
             self._display.say("Killing the cells.")
-            for job in self._running():
-                job.process.kill()
+            for running in self._running:
+                running.process.kill()
 
 
 def check_writable(folder: Path) -> None:

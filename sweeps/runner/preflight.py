@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,6 +26,9 @@ from sweeps.runner.expansion import Cell, unique
 PROGRAM = "lightning_modules"
 # Parameters that decide which other keys exist.
 _CHOOSES_KEYS = re.compile(rf"config|model|data|{METHOD}|{COMPARE}|.*\.class_path")
+# Options that nothing but the parser looks at before the model is made: it checks every value that one of them is given in a
+# command, not only the last.
+_OWN = re.compile(r"model\.init_args(?!\.image_size$)")
 _STANDS_FOR_FILES = ("config", METHOD, COMPARE)
 
 
@@ -38,15 +43,16 @@ class Check:
         # Another program than ours, as in tests, has no parser to ask.
         if PROGRAM not in command.resolve(sweep.command, variables):
             return
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "sweeps.runner.preflight"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=dict(variables),
-        )
-        self._process.stdin.write(json.dumps(self._question()))
-        self._process.stdin.close()
+        with tempfile.TemporaryFile("w+") as question:  # a pipe would hold this process up until the other one reads
+            json.dump(self._question(), question)
+            question.seek(0)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "sweeps.runner.preflight"],
+                stdin=question,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=dict(variables),
+            )
 
     def finish(self) -> list[str | None]:
         """Wait for the answer; SweepError if the program would refuse a key or a value of a cell.
@@ -55,8 +61,8 @@ class Check:
         """
         if self._process is None:
             return [None] * len(self._cells)
-        answer = self._process.stdout.read()
-        if self._process.wait():
+        answer, _ = self._process.communicate()
+        if self._process.returncode:
             raise SweepError(f"{self._sweep.path} could not be checked: {PROGRAM} does not start; see above.")
         problem, lacking = json.loads(answer.splitlines()[-1])
         if problem is not None:
@@ -164,19 +170,45 @@ def _among(name: str, options: tuple[str, ...]) -> bool:
 
 
 def _accepted(parser: Any, group: dict[str, Any]) -> bool:
-    """Whether the program takes cells that together have every value; then no value has to be asked for by itself."""
+    """Whether the program takes cells that together have every value; then no value has to be asked for by itself.
+
+    The method's own options are all in the first cell's command; its own values come last there, so they count.
+    """
     from sweeps.runner.program import Refusal
 
+    together = _together(group)
     left = {(key, value) for key, value, _ in group["values"]}
     cells = [({(key, str(value)) for key, value in given.items()}, words) for _, given, words in group["cells"]]
     while left:
         own, words = max(cells, key=lambda cell: len(cell[0] & left))
+        more = sorted(together & left - own)
+        last = sorted(together & own) if more else []
         try:
-            parser.parse(words)
+            parser.parse([*words, *(f"--{key}={value}" for key, value in more + last)])
         except Refusal:
             return False
-        left -= own
+        left -= own | together
     return bool(group["values"])
+
+
+def _together(group: dict[str, Any]) -> set[tuple[str, str]]:
+    """The values that one command may have one after another, each in the place of the one before.
+
+    Of mappings with other keys, and of nested ones, a later one would leave parts of an earlier one.
+    """
+    found: dict[str, list[Any]] = {}
+    for _, given, _ in group["cells"]:
+        for key, value in given.items():
+            found.setdefault(key, []).append(value if isinstance(value, Mapping) else {key: value})
+    return {
+        (key, value)
+        for key, value, _ in group["values"]
+        if _OWN.match(key)
+        and len({tuple(parts) for parts in found[key]}) == 1
+        and not any(
+            "image_size" in parts or any(isinstance(p, Mapping) for p in parts.values()) for parts in found[key]
+        )
+    }
 
 
 def _first_problem(parser: Any, group: dict[str, Any]) -> dict[str, Any] | None:
@@ -209,6 +241,7 @@ def _known(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, b
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is answered by the asker
     asked = json.load(sys.stdin)
     refused = _answer(asked)
     print(json.dumps([refused, [] if refused else _lacking(asked)]))

@@ -57,8 +57,7 @@ class CellProcess:
         with log.open("ab") as output:
             output.write(f"$ {' '.join(words)}\n".encode())
             output.flush()
-            own = warm.own(words, environment) if warm is not None else None
-            if own is not None:
+            if warm is not None and (own := warm.own(words, environment)) is not None:
                 # Without the warmed process (a source file has an error) the program says itself what is wrong, in its log.
                 with contextlib.suppress(ChildProcessError):
                     self.pid = warm.start(*own, output.fileno(), held)

@@ -34,7 +34,7 @@ from sweeps.runner.state import DONE, RECORDS, WORK
 
 AGAIN = WORK / "verify"
 """Where `make verify` trains."""
-LARGEST = 15_000_000
+LARGEST = 20_000_000
 """Bytes that the reference records may take together."""
 _PICTURES = ("default", "all", "none")
 
@@ -148,8 +148,8 @@ def plan(entry: Entry, threads: int, say: Callable[[str], None], results: Path |
             there[(stored.cell, record.seed)] = stored
     found = {}
     for job in jobs:
-        if stored := there.get((cell_key(job.cell.parameters), job.cell.parameters.get(expansion.SEED, 0))):
-            found[job.run] = stored
+        if known := there.get((cell_key(job.cell.parameters), job.cell.parameters.get(expansion.SEED, 0))):
+            found[job.run] = known
     if results is not None:
         for job in jobs:
             job.results = results

@@ -83,7 +83,7 @@ def _same_code(record: Mapping[str, Any], job: Job, sweep: CheckedSweep, variabl
 def _fingerprints(sets: Iterable[Dataset]) -> dict[str, str]:
     from datamodules.reading import DatasetConfig, read_datasets  # late: it reads the data
 
-    configs = [DatasetConfig(data.name, str(data.root), data.categories) for data in sets]
+    configs = [DatasetConfig(data.name, str(data.root), data.categories or ()) for data in sets]
     with warnings.catch_warnings():  # the cells that run say what is odd in the data
         warnings.simplefilter("ignore")
         return dict(read_datasets(configs).fingerprints)

@@ -26,7 +26,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sweeps.runner.process import die_with_parent
 
@@ -37,6 +39,15 @@ AVAILABLE = sys.platform.startswith("linux")
 _LIBRARIES = ("albumentations", "matplotlib.figure", "timm", "torch")
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _LARGEST = 1 << 20  # bytes of a request
+
+
+@dataclass(frozen=True)
+class _Warmed:
+    """The warmed process, this side's end of the socket to it, and when the files that it imported were changed."""
+
+    process: subprocess.Popen[bytes]
+    socket: socket.socket
+    sources: dict[Path, int]
 
 
 class WarmStarts:
@@ -52,9 +63,7 @@ class WarmStarts:
         self._environment = dict(environment)
         self._output = output
         self._root = root
-        self._sources: dict[Path, int] = {}
-        self._server: subprocess.Popen[bytes] | None = None
-        self._socket: socket.socket | None = None
+        self._warmed: _Warmed | None = None
 
     @staticmethod
     def own(words: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], dict[str, str]] | None:
@@ -78,17 +87,20 @@ class WarmStarts:
 
     def prepare(self) -> None:
         """Let the imports begin; a later `start` waits for their end."""
-        sources = self._modified()
-        if self._server is not None and self._server.poll() is None and sources == self._sources:
-            return
+        self._prepared()
+
+    def _prepared(self) -> _Warmed:
+        """The warmed process of the source files as they are now; started if there is none."""
+        sources, warmed = self._modified(), self._warmed
+        if warmed is not None and warmed.process.poll() is None and warmed.sources == sources:
+            return warmed
         self.close()
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
-        self._sources = sources
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for end in (self._socket, theirs):
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (ours, theirs):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LARGEST)
         with theirs:
-            self._server = subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(theirs.fileno())],
                 env=self._environment,
                 cwd=self._root,
@@ -98,6 +110,8 @@ class WarmStarts:
                 pass_fds=[theirs.fileno()],
                 preexec_fn=die_with_parent(),
             )
+        self._warmed = _Warmed(process, ours, sources)
+        return self._warmed
 
     def start(
         self,
@@ -120,7 +134,7 @@ class WarmStarts:
             OSError: the warmed process ended, for example because a source file cannot be imported; what it printed is on
                 this process's standard error.
         """
-        self.prepare()
+        warmed = self._prepared()
         request = {
             "arguments": list(arguments),
             "environment": dict(environment),
@@ -130,20 +144,19 @@ class WarmStarts:
         message = json.dumps(request).encode(errors="surrogateescape")
         answer = b""
         with contextlib.suppress(ConnectionError):
-            socket.send_fds(self._socket, [message], [output, *inherit])
-            answer = self._socket.recv(64)
+            socket.send_fds(warmed.socket, [message], [output, *inherit])
+            answer = warmed.socket.recv(64)
         if not answer:
-            raise ChildProcessError(f"The warmed {PROGRAM} ended with exit code {self._server.wait()}.")
+            raise ChildProcessError(f"The warmed {PROGRAM} ended with exit code {warmed.process.wait()}.")
         return int(answer)
 
     def close(self) -> None:
         """End the warmed process; programs that it started go on."""
-        if self._socket is not None:
-            self._socket.close()
-        if self._server is not None:
-            self._server.kill()
-            self._server.wait()
-        self._server = self._socket = None
+        if self._warmed is not None:
+            self._warmed.socket.close()
+            self._warmed.process.kill()
+            self._warmed.process.wait()
+        self._warmed = None
 
     def _modified(self) -> dict[Path, int]:
         files = (file for room in ROOMS for file in (self._root / room).rglob("*.py"))
@@ -153,14 +166,15 @@ class WarmStarts:
 def _serve(requests: socket.socket) -> None:
     """The warmed process's side; returns in the copy that is to become the program, and never in the warmed process."""
     # timm would import W&B, whose import makes a temporary folder that must be each program's own.
-    sys.modules["wandb"] = None
+    modules: dict[str, Any] = sys.modules
+    modules["wandb"] = None
     for name in (*_LIBRARIES, f"{PROGRAM}.running.command_line"):
         importlib.import_module(name)
     package = importlib.import_module(PROGRAM)
     for module in pkgutil.iter_modules(package.__path__):
         if not module.ispkg and module.name != "__main__":
             importlib.import_module(f"{PROGRAM}.{module.name}")
-    del sys.modules["wandb"]
+    del modules["wandb"]
     gc.collect()
     gc.freeze()  # what was imported stays in pages that all copies share
     while True:

@@ -186,7 +186,7 @@ def test_frames_and_orientation_are_remarked_on(make, tmp_path):
     assert {("warning", "several frames image"), ("warning", "turned image")} <= kinds(check("folder", tmp_path))
 
 
-@pytest.mark.parametrize("limit", [[], ["--max-megapixels", "500"]])
+@pytest.mark.parametrize("limit", [[], pytest.param(["--max-megapixels", "500"], marks=pytest.mark.program)])
 def test_the_limit_of_size_is_one_sentence_and_an_option(make, tmp_path, capsys, limit):
     base = make.mvtec(tmp_path, "nut") / "nut"
     Image.new("1", (20_000, 10_000)).save(base / "train/good/large.png")

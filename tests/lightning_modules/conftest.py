@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import logging
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,13 +15,18 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch import nn
 
 from lightning_modules.callbacks.epoch_seed import EpochSeed
 from lightning_modules.running.command_line import main
+from models import backbones
+from models.weight_files import state_sha256
 from results.aggregator.records import StoredRecord, read_record
 
 SIDE = 72  # not the size of the run, so that resizing takes part
 CATEGORIES = ("bolt", "disc")
+# Where a conftest imports Lightning, its logger does not propagate, and caplog would not see it before pytest 9.2.
+logging.getLogger("lightning.pytorch").propagate = True
 
 
 def _part(category: str, rng: np.random.Generator) -> np.ndarray:
@@ -106,6 +114,16 @@ class Project:
         self.config.write_text(yaml.safe_dump(config))
         return self
 
+    def copied(self, folder: Path) -> Project:
+        """The same configuration and finished or interrupted runs in another folder, to be changed there."""
+        other = Project(folder, self.data)
+        config = yaml.safe_load(other.config.read_text())
+        own = yaml.safe_load(self.config.read_text())
+        other.config.write_text(yaml.safe_dump(own | {name: config[name] for name in ("run", "cache")}))
+        for name in ("results", "cache"):
+            shutil.copytree(self.folder / name, folder / name)
+        return other
+
     def arguments(self, *more: str, command: str = "fit", name: str = "first", logger: bool = False) -> list[str]:
         """Arguments of one command; without `logger` nothing is logged."""
         quiet = [] if logger else ["--trainer.logger=false"]
@@ -144,6 +162,26 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _equal_backbones_are_calibrated_once() -> Iterator[None]:
+    """The statistics of a random backbone follow from its layers, weights and seed, and a run takes a tenth of its time for
+    them; what they are is tested with the models."""
+    calibrate, found = backbones._calibrate, {}
+
+    def calibrated(net: nn.Module, seed: int) -> None:
+        key = seed, str(net), state_sha256(net.state_dict())
+        if key in found:
+            net.load_state_dict(found[key])
+            net.eval()
+        else:
+            calibrate(net, seed)
+            found[key] = copy.deepcopy(net.state_dict())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbones, "_calibrate", calibrated)
+        yield
+
+
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two categories with masks; not to be changed by a test."""
@@ -156,15 +194,48 @@ def project(tmp_path: Path, data_root: Path) -> Project:
     return Project(tmp_path, data_root)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, data_root: Path) -> Project:
-    """A project whose run "first" has finished, with heat maps; not to be changed by a test."""
-    project = Project(tmp_path_factory.mktemp("trained"), data_root)
+@pytest.fixture(scope="session")
+def _original(tmp_path_factory: pytest.TempPathFactory, data_root: Path) -> Project:
+    """The run that `trained` and `finished` are copies of."""
+    project = Project(tmp_path_factory.mktemp("original"), data_root)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     project.run("--run.heatmaps=true")
     torch.set_num_threads(threads)
     return project
+
+
+@pytest.fixture(scope="module")
+def trained(_original: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project whose run "first" has finished, with heat maps; not to be changed by a test."""
+    return _original.copied(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture
+def finished(_original: Project, tmp_path: Path) -> Project:
+    """A project whose run "first" has finished, with heat maps, for a test that changes it."""
+    return _original.copied(tmp_path)
+
+
+@pytest.fixture
+def uncalibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random backbones keep batch norm's first statistics: for tests that only count what a large one has."""
+    monkeypatch.setattr(backbones, "_calibrate", lambda net, seed: None)
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> dict[int, dict[str, torch.Tensor]]:
+    """The network of the last training at the beginning of each epoch, by epoch index and by the names in a checkpoint."""
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    original = EpochSeed.on_train_epoch_start
+
+    def keep(self, trainer, module):
+        state = {name: value.clone() for name, value in module.state_dict().items()}
+        found[trainer.current_epoch] = state
+        original(self, trainer, module)
+
+    monkeypatch.setattr(EpochSeed, "on_train_epoch_start", keep)
+    return found
 
 
 class Interruption(BaseException):

@@ -26,6 +26,7 @@ def report(tmp_path, monkeypatch, capsys):
     return report
 
 
+@pytest.mark.program
 @pytest.mark.filterwarnings("ignore")
 def test_the_benchmark_measures_pace_memory_work_sweep_growth_and_float16(report):
     (row,) = report["methods"]
@@ -121,6 +122,7 @@ def test_the_table_of_scoring_fits_80_columns_and_says_why_an_engine_is_missing(
     assert "compiled: no C++ compiler [c++] is on PATH" in written.getvalue()
 
 
+@pytest.mark.program
 @pytest.mark.filterwarnings("ignore")
 def test_the_parts_of_the_memory_bank_methods_agree_with_anomalibs():
     pytest.importorskip("anomalib", reason="make baselines installs anomalib")

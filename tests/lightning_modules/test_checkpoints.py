@@ -21,11 +21,19 @@ def uninterrupted(tmp_path_factory, data_root, make_project):
     return project
 
 
+@pytest.fixture(scope="module")
+def stopped():
+    """The interrupted project, once a test has made it."""
+    return []
+
+
 @pytest.fixture
-def interrupted(project, cut_off):
+def interrupted(stopped, project, cut_off, tmp_path_factory):
     """A project whose run stopped at the start of its fourth epoch."""
-    cut_off(project, "--trainer.max_epochs=4", at=3)
-    return project
+    if not stopped:
+        cut_off(project, "--trainer.max_epochs=4", at=3)
+        stopped.append(project)
+    return stopped[0].copied(tmp_path_factory.mktemp("copy"))
 
 
 def _cut(file):

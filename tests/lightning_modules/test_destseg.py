@@ -45,12 +45,13 @@ def test_the_record_names_the_source_of_the_anomalies(make):
     assert segmentation.epoch.max() == 4
 
 
-def test_each_phase_leaves_the_other_network_alone_and_a_resumed_training_is_the_uninterrupted_one(make, cut_off):
+def test_each_phase_leaves_the_other_network_alone_and_a_resumed_training_is_the_uninterrupted_one(
+    make, begun, cut_off
+):
     project = make()
-    states = {}
-    for epoch in (1, 2, 3):  # the second phase begins in the middle of training, at step 6 of 15
-        cut_off(project, at=epoch, name="cut")
-        states[epoch] = project.weights("cut")
+    cut_off(project, at=3, name="cut")
+    # The second phase begins in the middle of training, at step 6 of 15.
+    states = {1: begun[1], 2: begun[2], 3: project.weights("cut")}
     project.fit(name="whole")
     project.run(name="cut")
     whole, resumed = project.weights("whole"), project.weights("cut")
@@ -79,7 +80,7 @@ def test_a_training_of_a_number_of_steps_ends_there_and_knows_its_epochs(make):
     assert int(record.history.step.max()) == 7
 
 
-def test_the_defaults_are_the_released_setting():
+def test_the_defaults_are_the_released_setting(uncalibrated):
     with pytest.warns(UserWarning, match="RANDOM"):
         module = DeSTSeg(BackboneConfig("resnet18.tv_in1k", (2, 3, 4), weights="random"))
     recipe = module.recipe

@@ -107,20 +107,18 @@ def test_checkpoints_hold_no_tensor_of_the_backbone(trained):
     assert not [name for name in names if name.startswith("extractor.")]
 
 
-def test_a_finished_run_is_not_replaced_unless_asked_for(project):
-    project.fit("--trainer.max_epochs=1")
+def test_a_finished_run_is_not_replaced_unless_asked_for(finished):
     with pytest.raises(SystemExit, match="already a finished run"):
-        project.run()
-    record = project.fit("--trainer.max_epochs=1", "--run.overwrite=true", "--seed_everything=3")
+        finished.run()
+    record = finished.fit("--trainer.max_epochs=1", "--run.overwrite=true", "--seed_everything=3")
     assert record.record.seed == 3
 
 
-def test_a_run_is_a_function_of_its_seed(project):
-    project.fit(name="a")
-    project.fit(name="b")
-    project.fit("--seed_everything=1", name="c")
-    assert project.losses("a") == project.losses("b")
-    assert project.losses("a") != project.losses("c")
+def test_a_run_is_a_function_of_its_seed(project, trained):
+    project.fit(name="same")
+    project.fit("--seed_everything=1", name="other")
+    assert project.losses("same") == trained.losses()
+    assert project.losses("other") != trained.losses()
 
 
 def test_the_curve_has_one_point_per_interval_and_leaves_the_training_as_it_is(project):

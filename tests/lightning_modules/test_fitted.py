@@ -137,7 +137,7 @@ def test_anomalibs_rule_changes_border_and_score():
     assert scored.image_scores[2] > 0
 
 
-def test_rd4ad_trains_with_the_released_optimiser(fitted):
+def test_rd4ad_trains_with_the_released_optimiser(uncalibrated):
     with pytest.warns(UserWarning, match="RANDOM WEIGHTS"):
         net = RD4AD(BackboneConfig("wide_resnet50_2.tv_in1k", (2, 3, 4), weights="random"))
     assert sum(p.numel() for p in net.parameters() if p.requires_grad) == 83_802_624

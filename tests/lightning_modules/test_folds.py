@@ -78,14 +78,14 @@ def test_scores_of_folds_may_have_a_rate_but_promise_none():
 
 
 def test_a_run_with_folds_trains_on_all_images_and_its_thresholds_are_of_models_that_had_not_seen_them(project, capsys):
-    options = ("--run.folds=3", "--trainer.max_epochs=1")
+    options = ("--run.folds=2", "--trainer.max_epochs=1")
     project.run(*options)
     stored = project.record()
     kept = pd.read_csv(stored.path / "normal_scores.csv")
     assert len(kept) == 12
     assert set(kept["split"]) == {"fold"}
     parts = project.results / "work/single/first/runs/folds"
-    first = pd.read_csv(parts / "fold1of3/normal_scores.csv").set_index("id")
+    first = pd.read_csv(parts / "fold1of2/normal_scores.csv").set_index("id")
     mine = kept.set_index("id").loc[first.index]
     assert (mine["image_score"] == first["image_score"]).all()
     thresholds = pd.read_csv(stored.path / "thresholds.csv")
@@ -98,7 +98,7 @@ def test_a_run_with_folds_trains_on_all_images_and_its_thresholds_are_of_models_
     times = {path: path.stat().st_mtime_ns for path in sorted(parts.glob("*/record.json"))}
     shutil.rmtree(stored.path)
     with pytest.raises(SystemExit, match=r"were trained otherwise:\n  trainer.max_epochs: 1 then, 2 now"):
-        project.run("--run.folds=3", "--trainer.max_epochs=2")
+        project.run("--run.folds=2", "--trainer.max_epochs=2")
     project.run(*options)
     assert {path: path.stat().st_mtime_ns for path in times} == times
     plain = project.fit("--trainer.max_epochs=1", name="plain").metrics

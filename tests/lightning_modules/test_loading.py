@@ -236,7 +236,9 @@ def with_file(project, tmp_path):
     return project
 
 
-def test_a_backbone_from_a_file_is_known_by_its_content(with_file, tmp_path, photograph):
+def test_a_backbone_from_a_file_is_known_by_its_content_and_found_beside_the_run(
+    with_file, tmp_path, data_root, photograph
+):
     run, file = run_of(with_file), tmp_path / "weights" / "backbone.pth"
     before = load_run(run)(photograph).image_scores
     moved = file.rename(tmp_path / "moved.pth")
@@ -245,16 +247,11 @@ def test_a_backbone_from_a_file_is_known_by_its_content(with_file, tmp_path, pho
     assert torch.equal(load_run(run, backbone_file=moved)(photograph).image_scores, before)
     shutil.copy(moved, with_file.results / "work" / "single" / "first" / "backbone.pth")
     assert torch.equal(load_run(run)(photograph).image_scores, before)
+    scores, _ = predicted(with_file, data_root / "bolt" / "test", run)
+    assert scores[str(photograph)] == pytest.approx(before.item(), rel=1e-5)
     torch.save({"conv_stem.weight": torch.zeros(1)}, file)
     with pytest.raises(ValueError, match="is not the file of the run's backbone"):
         load_run(run, backbone_file=file)
-
-
-def test_predict_finds_the_backbones_file_beside_the_run(with_file, tmp_path, data_root):
-    file = tmp_path / "weights" / "backbone.pth"
-    file.rename(with_file.results / "work" / "single" / "first" / "backbone.pth")
-    scores, _ = predicted(with_file, data_root / "bolt" / "test", run_of(with_file))
-    assert scores.notna().all()
 
 
 def test_weights_that_are_not_in_timms_cache_are_asked_for_and_not_downloaded(trained, tmp_path, monkeypatch):

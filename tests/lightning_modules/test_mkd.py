@@ -1,5 +1,7 @@
 """MKD's module: maps that need gradients in every command, its two readings of a map, and pixels in [0, 1]."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,15 +15,19 @@ from models.backbones import BackboneConfig
 BACKBONE = {"name": "test_efficientnet.r160_in1k", "levels": [2, 3, 4], "weights": "random", "padding": "default"}
 
 
+def configured(project, method: str = "mkd", **options):
+    return project.use("mkd.MKD", backbone=BACKBONE, image_size=64, **options)
+
+
 @pytest.fixture
-def make(tmp_path, data_root, make_project):
+def make(project):
     """A project of MKD with further arguments of its model."""
+    return partial(configured, project)
 
-    def made(**options):
-        arguments = {"backbone": BACKBONE, "image_size": 64, **options}
-        return make_project(tmp_path, data_root).use("mkd.MKD", **arguments)
 
-    return made
+@pytest.fixture
+def trained(trained_once):
+    return trained_once("mkd", configured)
 
 
 def module(**options) -> MKD:
@@ -29,15 +35,15 @@ def module(**options) -> MKD:
     return MKD(BackboneConfig(**BACKBONE), image_size=64, **options).eval()
 
 
-def test_fit_test_and_predict_make_maps_and_leave_the_source_alone(make, data_root):
-    project = make()
-    record = project.fit("--run.heatmaps=true")
+def test_fit_test_and_predict_make_maps_and_leave_the_source_alone(trained, data_root):
+    project = trained
+    record = project.record()
     assert record.metrics[record.metrics.metric == "pixel_auroc"].value.notna().all()
     assert set(record.metrics.variant.fillna("")) == {""}  # nothing stretched per image
     assert any("not stretched per image" in note for note in record.record.notes)
     assert any("pixels in [0, 1]" in note for note in record.record.notes)
-    again = [project.checkpoint(), project.config]
-    project.run(f"--ckpt_path={again[0]}", command="test", name="again")
+    project.run(f"--ckpt_path={project.checkpoint()}", "--run.heatmaps=true", command="test", name="again")
+    assert len(project.record("again").heatmaps)
     assert record.metrics.value.tolist() == pytest.approx(project.record("again").metrics.value.tolist(), nan_ok=True)
     images = f"--data.init_args.predict_root={data_root / 'bolt' / 'test'}"
     project.run(images, command="predict")
@@ -67,9 +73,8 @@ def test_an_images_map_and_score_do_not_depend_on_its_batch(kind):
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
-def test_both_networks_see_the_pixels_whatever_the_data_are_normalised_with(make):
-    project = make()
-    project.fit()
+def test_both_networks_see_the_pixels_whatever_the_data_are_normalised_with(trained):
+    project = trained
     given = ["--data.init_args.mean=[0.1,0.2,0.3]", "--data.init_args.std=[0.5,0.4,0.3]"]
     with pytest.warns(UserWarning, match="normalised with mean"):
         project.run(*given, f"--ckpt_path={project.checkpoint()}", command="test", name="given")
@@ -85,15 +90,10 @@ def test_a_loaded_run_recovers_pixels_with_its_own_mean_and_std(make):
     np.testing.assert_allclose(loaded.image_scores.numpy(), tested.image_score, rtol=1e-4)
 
 
-def test_features_are_cached_where_the_source_sees_the_normalised_pixels(make, capsys):
-    make(input="backbone").fit(name="backbone")
-    assert "No feature cache" not in capsys.readouterr().out
-    make(input="unit").fit(name="unit")
-
-
-def test_a_cached_training_is_the_uncached_one(make):
+def test_features_are_cached_where_the_source_sees_the_normalised_pixels_and_change_nothing(make, capsys):
     project = make(input="backbone")
     project.fit(name="cached")
+    assert "No feature cache" not in capsys.readouterr().out
     project.fit("--cache.mode=off", name="uncached")
     assert project.losses("cached") == pytest.approx(project.losses("uncached"), rel=1e-3)
 

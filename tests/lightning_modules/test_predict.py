@@ -136,7 +136,7 @@ def test_images_of_more_than_8_bits_get_the_scores_of_the_test_run(tmp_path, wri
     for path in root.rglob("*.png"):
         cv2.imwrite(str(path), cv2.imread(str(path), cv2.IMREAD_GRAYSCALE).astype(np.uint16) * 16)
     project = make_project(tmp_path, root, "folder")
-    project.run()
+    project.run("--trainer.max_epochs=1")
     images, run = root / "bolt" / "test", project.results / "runs" / "single" / "first"
     main(["predict", f"--config={run / 'config.yaml'}", f"--data.init_args.predict_root={images}"])
     predicted = pd.read_csv(project.results / "work/single/first/predictions/scores.csv").set_index("image").image_score
@@ -144,9 +144,8 @@ def test_images_of_more_than_8_bits_get_the_scores_of_the_test_run(tmp_path, wri
     assert predicted.to_dict() == pytest.approx(tested[predicted.index].to_dict(), rel=1e-5)
 
 
-def test_the_same_images_again_take_the_earlier_files_place_and_others_go_beside_it(tmp_path, data_root, make_project):
-    project = make_project(tmp_path, data_root)
-    project.run()
+def test_the_same_images_again_take_the_earlier_files_place_and_others_go_beside_it(finished, data_root):
+    project = finished
     work = project.results / "work" / "single" / "first"
     one = data_root / "bolt" / "test" / "good" / "000.png"
     for images, name, count in (

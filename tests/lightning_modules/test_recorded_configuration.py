@@ -50,21 +50,18 @@ def _predict(folder: Path, images: Path, *more: str) -> None:
     main(["predict", f"--config={folder / 'config.yaml'}", f"--data.init_args.predict_root={images}", *more])
 
 
-@pytest.mark.parametrize(
-    ("keys", "value"),
-    [
-        (("trainer", "callbacks"), [{"class_path": "trap.Trap"}]),
-        (("trainer", "plugins"), [{"class_path": "trap.Trap"}]),
-        (("trainer", "logger"), {"class_path": "trap.Trap"}),
-        (("trainer", "profiler"), {"class_path": "trap.Trap"}),
-        (("trainer", "strategy"), "trap.Trap"),
-        (("trainer", "default_root_dir"), "/nowhere"),
-    ],
-)
-def test_the_trainer_of_a_foreign_record_is_not_obeyed(record, data_root, monkeypatch, keys, value):
+def test_the_trainer_of_a_foreign_record_is_not_obeyed(record, data_root, monkeypatch):
     monkeypatch.chdir(record)
     monkeypatch.syspath_prepend("")
-    _edit(record, *keys, value=value)
+    for name, value in (
+        ("callbacks", [{"class_path": "trap.Trap"}]),
+        ("plugins", [{"class_path": "trap.Trap"}]),
+        ("logger", {"class_path": "trap.Trap"}),
+        ("profiler", {"class_path": "trap.Trap"}),
+        ("strategy", "trap.Trap"),
+        ("default_root_dir", "/nowhere"),
+    ):
+        _edit(record, "trainer", name, value=value)
     _predict(record, data_root / "disc" / "test")
     assert not (record / "ran").exists()
     assert (record.parents[2] / "work" / "single" / "first" / "predictions" / "scores.csv").is_file()

@@ -111,12 +111,12 @@ def test_a_run_without_any_training_says_so(project):
     assert any("NOTHING WAS TRAINED" in note for note in notes)
 
 
-def test_a_training_cut_by_its_steps_says_so_and_a_whole_one_does_not(project):
+def test_a_training_cut_by_its_steps_says_so_and_a_whole_one_does_not(project, trained):
     cut = ("--trainer.max_steps=1", "--data.init_args.batch_size=4")
     notes = project.fit(*cut).record.notes
     assert any("set by max_steps=1: it ended in epoch 1" in note for note in notes)
     assert not any("TRAINED" in note for note in notes)
-    assert not any("max_" in note or "CHANGED" in note for note in project.fit(name="whole").record.notes)
+    assert not any("max_" in note or "CHANGED" in note for note in trained.record().record.notes)
 
 
 def test_the_loss_of_an_epoch_cut_by_its_steps_is_recorded_and_looked_at(project, monkeypatch):
@@ -134,8 +134,7 @@ def test_the_loss_of_an_epoch_cut_by_its_steps_is_recorded_and_looked_at(project
         project.run("--trainer.max_steps=1", "--data.init_args.batch_size=4", name="not_finite")
 
 
-@pytest.mark.parametrize("way", ["--debug", "variable"])
-def test_the_traceback_can_be_had(project, monkeypatch, way):
+def test_the_traceback_can_be_had(project, monkeypatch):
     from lightning_modules.callbacks.epoch_seed import EpochSeed
 
     def fail(*args):
@@ -144,10 +143,11 @@ def test_the_traceback_can_be_had(project, monkeypatch, way):
     monkeypatch.setattr(EpochSeed, "on_train_epoch_start", fail)
     with pytest.raises(SystemExit, match=r"^error: ZeroDivisionError: as a bug would \(.*\n`--debug`"):
         project.run()
-    if way == "variable":
-        monkeypatch.setenv("UNIRECON_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
-        project.run(*(["--debug"] if way == "--debug" else []), name="second")
+        project.run("--debug", name="option")
+    monkeypatch.setenv("UNIRECON_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        project.run(name="variable")
 
 
 def test_a_disk_too_small_for_the_maps_of_the_test_set_is_refused_before_the_training(project, monkeypatch):
@@ -162,8 +162,8 @@ def test_a_disk_too_small_for_the_maps_of_the_test_set_is_refused_before_the_tra
     assert not project.checkpoint().exists()
 
 
-def test_a_disk_too_small_for_a_prediction_keeps_the_one_before(project, data_root, monkeypatch):
-    project.run("--trainer.max_epochs=1")
+def test_a_disk_too_small_for_a_prediction_keeps_the_one_before(finished, data_root, monkeypatch):
+    project = finished
     images = f"--data.init_args.predict_root={data_root / 'bolt' / 'test' / 'good'}"
     project.run(images, command="predict")
     scores = project.results / "work/single/first/predictions/scores.csv"

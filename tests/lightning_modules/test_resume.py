@@ -30,31 +30,24 @@ def uninterrupted(tmp_path_factory, data_root, make_project):
     return project
 
 
-@pytest.mark.parametrize(
-    ("option", "named"),
-    [
+def test_an_interrupted_run_goes_on_with_its_own_options_and_data_only(project, data_root, cut_off):
+    cut_off(project)
+    discs = f"[{{'name': 'folder', 'root': '{data_root}', 'categories': ['disc']}}]"
+    for option, named in (
         ("--model.init_args.optimizer.lr=0.01", "optimizer.init_args.lr: 0.001 then, 0.01 now"),
         ("--seed_everything=1", "seed_everything: 0 then, 1 now"),
-        (
-            "--data.init_args.datasets=[{'name': 'folder', 'root': 'ROOT', 'categories': ['disc']}]",
-            "fingerprint of the data",
-        ),
-    ],
-)
-def test_an_interrupted_run_goes_on_with_its_own_options_and_data_only(project, data_root, cut_off, option, named):
-    cut_off(project)
-    other = option.replace("ROOT", str(data_root))
-    with pytest.raises(SystemExit, match=named):
-        project.run(other)
+        (f"--data.init_args.datasets={discs}", "fingerprint of the data"),
+    ):
+        with pytest.raises(SystemExit, match=named):
+            project.run(option)
     project.run("--data.init_args.eval_batch_size=3", "--trainer.max_epochs=3")
     assert project.record().record.provenance["epochs"] == 3
 
 
-def test_overwriting_begins_an_interrupted_run_of_other_options_anew(project, cut_off):
-    project.run("--seed_everything=1", name="fresh")
-    cut_off(project)
-    project.run("--seed_everything=1", "--run.overwrite=true")
-    assert project.losses() == project.losses("fresh")
+def test_overwriting_begins_an_interrupted_run_of_other_options_anew(project, cut_off, trained):
+    cut_off(project, "--seed_everything=1")
+    project.run("--run.overwrite=true")
+    assert project.losses() == trained.losses()
     record = project.record()
     before = {file: file.read_bytes() for file in record.path.rglob("*") if file.is_file()}
     main(["test", f"--config={record.path / 'config.yaml'}", "--trainer.logger=false"])
@@ -128,8 +121,8 @@ def test_the_program_writes_its_checkpoints_whole(project, monkeypatch):
     assert project.fit().record.provenance["epochs"] == 2
 
 
-def test_an_interrupted_replacement_goes_on_instead_of_beginning_again(project, cut_off, monkeypatch):
-    project.run(EPOCHS)
+def test_an_interrupted_replacement_goes_on_instead_of_beginning_again(finished, cut_off, monkeypatch):
+    project = finished
     anew = "--seed_everything=1", "--run.overwrite=true", EPOCHS
     cut_off(project, *anew, at=3)
     begun = []
@@ -173,8 +166,8 @@ def test_a_run_that_another_process_is_training_is_left_alone(project, monkeypat
     project.run("--trainer.max_epochs=1")
 
 
-def test_a_run_that_another_process_finished_meanwhile_is_not_trained_again(project, monkeypatch):
-    project.run("--trainer.max_epochs=1")
+def test_a_run_that_another_process_finished_meanwhile_is_not_trained_again(finished, monkeypatch):
+    project = finished
     record, kept, claim = project.results / "runs" / "single" / "first", project.results / "kept", resuming.claim
     record.rename(kept)
 
@@ -185,11 +178,11 @@ def test_a_run_that_another_process_finished_meanwhile_is_not_trained_again(proj
     monkeypatch.setattr(resuming, "claim", claim_at_last)
     monkeypatch.setattr(UniReconCLI, "before_fit", lambda self: pytest.fail("it is trained once more"))
     with pytest.raises(SystemExit, match="is already a finished run"):
-        project.run("--trainer.max_epochs=1")
+        project.run()
 
 
-def test_a_record_whose_replacing_was_cut_off_is_found_before_anything_is_trained(project, data_root, monkeypatch):
-    project.run("--trainer.max_epochs=1")
+def test_a_record_whose_replacing_was_cut_off_is_found_before_anything_is_trained(finished, data_root, monkeypatch):
+    project = finished
     record = project.results / "runs" / "single" / "first"
     hidden = record.with_name(".first.host-1-x.old")
     record.rename(hidden)
@@ -199,11 +192,11 @@ def test_a_record_whose_replacing_was_cut_off_is_found_before_anything_is_traine
     record.rename(hidden)
     monkeypatch.setattr(UniReconCLI, "before_fit", lambda self: pytest.fail("it is trained once more"))
     with pytest.raises(SystemExit, match="is already a finished run"):
-        project.run("--trainer.max_epochs=1")
+        project.run()
 
 
-def test_scoring_again_keeps_how_the_weights_came_about(project):
-    project.run(EPOCHS)
+def test_scoring_again_keeps_how_the_weights_came_about(finished):
+    project = finished
     trained = project.record()
     project.run("--run.overwrite=true", command="test")
     again = project.record()

@@ -53,7 +53,7 @@ def trained(**options) -> RLR:
     return net
 
 
-def test_the_defaults_are_the_released_readme_command_at_the_published_size():
+def test_the_defaults_are_the_released_readme_command_at_the_published_size(uncalibrated):
     with pytest.warns(UserWarning, match="RANDOM WEIGHTS"):
         net = RLR(BackboneConfig("tf_efficientnet_b6.aa_in1k", (3, 4), weights="random"))
     assert sum(p.numel() for p in net.parameters() if p.requires_grad) == 21_514_512

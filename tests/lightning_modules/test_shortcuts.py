@@ -27,6 +27,7 @@ def study(project, monkeypatch):
     return project
 
 
+@pytest.mark.program  # trains the networks of a sweep, and a decoder
 def test_all_networks_are_shown_early_and_late_by_one_decoder(study, capsys):
     arguments = [f"--results={study.results}", "--epochs=1", "--width=16"]
     shortcuts.main(arguments)
@@ -47,10 +48,9 @@ def test_all_networks_are_shown_early_and_late_by_one_decoder(study, capsys):
     assert "Cost" not in capsys.readouterr().out
 
 
-def test_a_sweep_without_the_study_is_told(project):
-    project.run()
+def test_a_sweep_without_the_study_is_told(trained):
     with pytest.raises(SystemExit, match=r"no run of seed 0 with a parameter model\.init_args\.network"):
-        shortcuts.main([f"--results={project.results}", "--sweep=single"])
+        shortcuts.main([f"--results={trained.results}", "--sweep=single"])
 
 
 def test_a_row_of_attention_is_what_eq_3_weighs_a_position_with():

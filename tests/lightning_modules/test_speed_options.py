@@ -15,7 +15,7 @@ from lightning_modules.callbacks.compile import Compile
 from lightning_modules.uniad import UniAD
 
 
-def test_bfloat16_training_has_float32_losses_and_nearly_the_same_course(project, monkeypatch):
+def test_bfloat16_training_has_float32_losses_and_nearly_the_same_course(project, trained, monkeypatch):
     kinds = set()
     original = UniAD.loss
 
@@ -24,12 +24,11 @@ def test_bfloat16_training_has_float32_losses_and_nearly_the_same_course(project
         kinds.add((pairs[0].reconstruction.dtype, value.dtype))
         return value
 
-    project.fit("--trainer.max_epochs=3", name="float32")
     monkeypatch.setattr(UniAD, "loss", loss)
-    record = project.fit("--trainer.max_epochs=3", "--trainer.precision=bf16-mixed", name="bfloat16")
+    record = project.fit("--trainer.precision=bf16-mixed", name="bfloat16")
     assert kinds == {(torch.bfloat16, torch.float32)}
     assert record.record.provenance["precision"] == "bf16-mixed"
-    np.testing.assert_allclose(project.losses("bfloat16"), project.losses("float32"), rtol=0.02)
+    np.testing.assert_allclose(project.losses("bfloat16"), trained.losses(), rtol=0.02)
 
 
 @pytest.mark.program
@@ -59,8 +58,15 @@ def test_cuda_graphs_are_refused_where_they_cannot_be(project):
         project.fit("--run.cuda_graphs=true", "--run.compile=true", "--trainer.accelerator=cpu", name="cpu")
 
 
+@pytest.fixture(scope="module")
+def wood(tmp_path_factory):
+    """A drawn benchmark of one category."""
+    plan = Plan(size=64, train=20, test=1, defects=1, categories=("wood",))
+    return generate(tmp_path_factory.mktemp("data"), plan, workers=1)
+
+
 @pytest.mark.parametrize("method", ["uniad", "identical_shortcut", "unias", "rlr", "ulsad", "dfr"])
-def test_what_is_compiled_is_what_a_step_of_the_method_computes(method, tmp_path, monkeypatch):
+def test_what_is_compiled_is_what_a_step_of_the_method_computes(method, wood, tmp_path, monkeypatch):
     """A part whose forward pass no step calls would be compiled in vain."""
     calls = {}
 
@@ -75,8 +81,7 @@ def test_what_is_compiled_is_what_a_step_of_the_method_computes(method, tmp_path
         part.forward = forward
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_with_a_counter)
-    data = generate(tmp_path / "data", Plan(size=64, train=20, test=1, defects=1, categories=("wood",)), workers=1)
-    module, make, _ = benchmark.prepare(method, benchmark.Options(), data)
+    module, make, _ = benchmark.prepare(method, benchmark.Options(), wood)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the trainer, about data loaders
         trainer = benchmark._trainer(str(tmp_path), Compile(), max_epochs=1, limit_train_batches=1)

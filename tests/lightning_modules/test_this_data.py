@@ -45,8 +45,8 @@ def test_a_cold_and_a_warm_cache_give_equal_numbers_when_the_network_is_built_fr
         assert torch.equal(project.weights("warm")[name], value), name
 
 
-def test_overwriting_begins_anew_whatever_time_the_checkpoint_bears(project):
-    project.run()
+def test_overwriting_begins_anew_whatever_time_the_checkpoint_bears(finished):
+    project = finished
     for shift in (3600, -3600):
         os.utime(project.checkpoint(), (time.time() + shift,) * 2)
         record = project.fit(
@@ -56,8 +56,8 @@ def test_overwriting_begins_anew_whatever_time_the_checkpoint_bears(project):
         assert record.record.seed == 1
 
 
-def test_overwriting_begins_anew_beside_a_checkpoint_of_the_future_that_nothing_was_noted_of(project):
-    project.run()
+def test_overwriting_begins_anew_beside_a_checkpoint_of_the_future_that_nothing_was_noted_of(finished):
+    project = finished
     (project.checkpoint().parent / "recorded.txt").unlink()
     os.utime(project.checkpoint(), (time.time() + 3600,) * 2)
     before = project.checkpoint().stat().st_ino

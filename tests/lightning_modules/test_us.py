@@ -1,9 +1,10 @@
 """Uninformed Students' stages: teachers before students, the maps' scale after them, and what a record says of both."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from lightning_modules.us import US, TeacherConfig
 from models.backbones import BackboneConfig
@@ -20,19 +21,24 @@ ARGUMENTS = {
 }
 
 
+def configured(project, method: str = "us", holdout: float = 0.2, **options):
+    return project.use("us.US", data={"holdout": holdout}, **ARGUMENTS | options)
+
+
 @pytest.fixture
-def make(tmp_path, data_root, make_project):
+def make(project):
     """A project of US with further arguments of its model; 10 training images and 2 held out."""
-
-    def made(holdout=0.2, **options):
-        return make_project(tmp_path, data_root).use("us.US", data={"holdout": holdout}, **ARGUMENTS | options)
-
-    return made
+    return partial(configured, project)
 
 
-def test_the_record_names_the_teachers_data_and_the_source_of_the_scale(make, data_root):
-    project = make(score_parts=True)
-    record = project.fit()
+@pytest.fixture
+def trained(trained_once):
+    return trained_once("us", partial(configured, score_parts=True))
+
+
+def test_the_record_names_the_teachers_data_and_the_source_of_the_scale(trained, data_root):
+    project = trained
+    record = project.record()
     notes = " ".join(record.record.notes)
     assert "teacher distilled on 10 training images, not ImageNet, 5 steps" in notes
     assert "maps on the scale of 2 held-out normal images" in notes
@@ -66,23 +72,18 @@ def test_students_learn_teachers_stay_and_the_scale_is_that_of_the_last_weights(
     assert net.network.has_statistics
 
 
-def test_a_resumed_training_is_the_uninterrupted_one(make, cut_off):
-    project = make()
-    cut_off(project, name="cut")
-    project.run(name="cut")
-    project.run(name="whole")
-    whole, resumed = project.weights("whole"), project.weights("cut")
+def test_a_resumed_training_is_the_uninterrupted_one(make, trained, cut_off):
+    project = make(score_parts=True)
+    cut_off(project)
+    project.run()
+    whole, resumed = trained.weights(), project.weights()
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
-    assert project.record("cut").record.notes == project.record("whole").record.notes
+    assert project.record().record.notes == trained.record().record.notes
 
 
-def test_a_finished_teacher_is_used_as_it_is(make):
-    project = make()
-    project.run(name="first")
-    first = project.weights("first")
-    config = yaml.safe_load(project.config.read_text())
-    config["model"]["init_args"]["teacher"] = {"file": str(project.checkpoint("first"))}
-    project.config.write_text(yaml.safe_dump(config))
+def test_a_finished_teacher_is_used_as_it_is(make, trained):
+    first = trained.weights()
+    project = make(teacher={"file": str(trained.checkpoint())})
     record = project.fit(name="second")
     second = project.weights("second")
     descriptors = [n for n in first if n.startswith("network.teachers.") and ".decode." not in n]

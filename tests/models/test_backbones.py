@@ -138,7 +138,7 @@ def test_stages_above_the_highest_level_are_not_computed():
         ("vit_small_patch14_reg4_dinov2.lvd142m", 14, (56, 84)),
         ("vit_small_patch14_dinov2.lvd142m", 14, (392, 392)),
         ("vit_small_patch16_dinov3.lvd1689m", 16, (64, 96)),
-        ("vit_base_patch16_clip_224.openai", 16, (240, 64)),
+        ("vit_xsmall_patch16_clip_224.tinyclip_yfcc15m", 16, (240, 64)),
         ("deit_tiny_distilled_patch16_224", 16, (96, 96)),
         ("test_vit2", 16, (64, 96)),
     ],
@@ -208,7 +208,7 @@ def test_dinov2s_own_file_loads(tmp_path):
         ),
         ("swin_tiny_patch4_window7_224", (64, 64), r"swin_tiny.* does not take images of 64x64 .*made for 224x224"),
         ("hiera_tiny_224", (64, 64), r"hiera_tiny_224 does not take images of 64x64"),
-        ("maxvit_tiny_tf_224", (64, 64), r"maxvit_tiny_tf_224 does not take images of 64x64"),
+        ("maxvit_rmlp_pico_rw_256", (72, 72), r"maxvit_rmlp_pico_rw_256 does not take images of 72x72"),
     ],
 )
 def test_a_size_that_a_transformer_does_not_take_is_refused_in_one_sentence(name, size, message):

@@ -153,3 +153,14 @@ def test_the_command_line_compares(runs, capsys):
     assert "A = unias, B = uniad" in capsys.readouterr().out
     assert main(["compare", "unias", "unias", "--metric", "image_auroc", "--root", str(runs.root)]) == 2
     assert "A and B share records" in capsys.readouterr().err
+
+
+def test_a_data_set_chooses_among_the_runs_of_a_method(runs, capsys):
+    for dataset in ("photos", "synthetic"):
+        for method, value in (("unias", 0.9), ("uniad", 0.8)):
+            runs.add(run=f"{method}-{dataset}", method=method, dataset=dataset, value=value)
+    words = ["compare", "unias", "uniad", "--metric", "image_auroc", "--root", str(runs.root), "--dataset"]
+    assert main([*words, "photos"]) == 0
+    assert "on photos" in capsys.readouterr().out
+    assert main([*words, "photo"]) == 2
+    assert "no run is of the data set 'photo'; runs are of photos, synthetic" in capsys.readouterr().err

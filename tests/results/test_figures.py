@@ -1,5 +1,6 @@
 """Curves and figures: the right epochs and numbers, drawn from the right runs."""
 
+import dataclasses
 import math
 
 import pytest
@@ -127,6 +128,15 @@ def test_cost_against_quality_needs_two_rows_that_state_both(runs, tmp_path):
     assert figures.cost_against_quality(table, records, "pixel_auroc", "parameters") is None
 
 
+def test_rows_of_the_same_name_are_told_apart_by_their_groups(runs, tmp_path):
+    table, records = bars(runs, tmp_path)
+    alone = figures.ablation_bars(table, records).axes[0].get_yticklabels()
+    assert not any(":" in label.get_text() for label in alone)
+    table.rows = [dataclasses.replace(row, labels=("same",), group=f"group {n}") for n, row in enumerate(table.rows)]
+    labels = [label.get_text() for label in figures.ablation_bars(table, records).axes[0].get_yticklabels()]
+    assert [label.removesuffix(" ★") for label in labels] == [f"group {n}: same" for n in range(len(table.rows))]
+
+
 def test_dots_against_published_pair_the_right_categories(runs):
     from results.aggregator.names import DATASET_CATEGORIES
 
@@ -147,6 +157,15 @@ def test_the_command_line_writes_the_curves_table_and_figure(runs, tmp_path, swe
     assert main(["figures", "uniad_1", *arguments]) == 2, "no run of MVTec AD: nothing to draw"
     assert main(["figures", "identical_shortcut", *arguments, "--suffix", "svg"]) == 0
     assert (tmp_path / "out" / "identical_shortcut.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize(("name", "said"), [("shot", "Did you mean 'shots'?"), ("", "there is no sweep or table ''")])
+def test_figures_of_nothing_are_refused_by_name_with_and_without_runs(runs, tmp_path, capsys, name, said):
+    shortcut(runs)
+    for root in (runs.root, tmp_path / "empty"):
+        assert main(["figures", name, "--root", str(root), "--out", str(tmp_path / "out")]) == 2
+        assert said in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_dots_of_a_variants_row_are_the_variants_own(runs):

@@ -156,6 +156,7 @@ def test_a_mistyped_table_gets_the_nearest_name():
         ("title: a\nrows: [{lable: x}]\ncolumns: [dsc]", "Did you mean .*'label'"),
         ("title: a\ncolumns: [dsc]", "without `sweep`, rows must be listed"),
         ("title: a\nrow_headers: [a, b]\nrows: [x]\ncolumns: [dsc]", "1 labels for 2 headers"),
+        ("title: a\nrow_headers: [a]\nrows: [{labels: [off]}]\ncolumns: [dsc]", "off, yes and no need quotes"),
         ("title: a\ncompare: up\nrows: [x]\ncolumns: [dsc]", "allowed: columns, rows, none"),
     ],
 )

@@ -90,6 +90,31 @@ def test_own_runs_under_other_conditions_are_never_refused_for_the_sake_of_a_ref
     assert "†" not in "".join(shown.values())
 
 
+def test_one_experiment_over_methods_is_not_refused_for_the_references_of_another(project, capsys):
+    for runs, experiment in ((project.reference, "recipe"), (project.own, "matched")):
+        for method in ("padim", "uniad"):
+            cell = {"method": method, "compare": experiment, "data.init_args.setting": "per_category"}
+            runs.add("methods", cell, run=f"{method}-{experiment}", method=method, setting="per_category")
+    text = project.table(capsys, "methods", "markdown", "--sweeps", "sweeps")
+    assert "90.0" in text
+    assert "†" not in text
+
+
+def test_experiments_over_methods_have_a_table_each_the_unified_one_first(project, capsys):
+    for setting in ("per_category", "unified"):
+        for method in ("padim", "uniad"):
+            cell = {"method": method, "compare": "recipe", "data.init_args.setting": setting}
+            project.reference.add("methods", cell, run=f"{method}-{setting}", method=method, setting=setting)
+    text = project.table(capsys, "methods", "markdown", "--sweeps", "sweeps")
+    titles = [
+        line for line in text.splitlines() if line.startswith("**") and "one model" in line and "against" not in line
+    ]
+    assert [title.rpartition(", ")[2] for title in titles] == [
+        "one model for all categories**",
+        "one model per category**",
+    ]
+
+
 def test_what_a_sweep_compares_on_purpose_may_differ_between_own_and_reference(runs_at, tmp_path):
     own, coming = runs_at(tmp_path / "a"), runs_at(tmp_path / "b")
     own.add("toy", {KEY: 1}, backbone={"name": "one", "weights": "imagenet"})
@@ -107,6 +132,15 @@ def test_references_on_two_layouts_of_one_data_set_stand_in_two_tables(runs_at, 
     records = list(reference.read_reference(tmp_path / "reference"))
     assert [name for name, _ in kinds(records)] == ["synthetic-beefbe", "synthetic-f00df0"]
     assert kinds([replace(stored, reference=False) for stored in records])[0][0] == ""
+
+
+def test_references_whose_data_the_sweep_varies_stand_in_one_table(runs_at, tmp_path):
+    coming = runs_at(tmp_path / "reference")
+    for count in (1, 2):
+        data = [{"name": "synthetic", "fingerprint": f"{count}" * 64, "categories": ["bolt", "gear"][:count]}]
+        coming.add("toy", {"data.init_args.category_count": count}, datasets=data)
+    records = list(reference.read_reference(tmp_path / "reference"))
+    assert [(name, len(mine)) for name, mine in kinds(records)] == [("", 2)]
 
 
 def test_make_tables_on_a_fresh_clone_writes_latex_from_references_beside_the_published_ones(project, tmp_path, capsys):

@@ -236,6 +236,8 @@ def test_records_that_are_not_comparable_never_meet_and_are_named(runs, sweep, c
     assert f"{axis} differs:" in message
     assert value in message
     assert "mask/neighbor_size=1-mask_places=__encoder__-seed0" in message
+    choice = f"--{axis}={value}" if axis == "profile" else "--protocol=clean" if axis == "protocol" else "--newest"
+    assert f"ARGS={choice})" in message, "what make is given is a choice that helps"
 
 
 def test_a_sweep_over_backbones_may_mix_backbones_and_nothing_else(runs, tmp_path):
@@ -655,6 +657,18 @@ def test_all_tables_are_written_without_a_damaged_record_and_the_exit_code_says_
     assert damaged.parent.name in capsys.readouterr().err.replace("\n", "")
 
 
-def test_a_sweeps_own_table_takes_no_data_set(runs, capsys):
-    assert main(["table", "methods", "--dataset", "photos", "--root", str(runs.root)]) == 2
+@pytest.mark.parametrize("name", ["methods", "hvq_components"], ids=["rows of the sweep", "rows of its own"])
+def test_a_sweeps_own_table_takes_no_data_set_and_is_in_no_paper(runs, capsys, name):
+    assert main(["table", name, "--dataset", "photos", "--root", str(runs.root)]) == 2
     assert "leave --dataset (DATASET=) out" in capsys.readouterr().err
+    assert main(["table", name, "--source", "published", "--root", str(runs.root)]) == 2
+    assert "leave --source (SOURCE=) out" in capsys.readouterr().err
+
+
+def test_a_sweeps_own_table_with_rows_of_its_own_is_the_sweeps(runs, tmp_path):
+    for hierarchy in (0, 1):
+        runs.add("hvq_components", {"model.init_args": {"hierarchy": hierarchy, "selector": "label"}})
+    assert main(["table", "hvq_components", "--root", str(runs.root), "--out", str(tmp_path)]) == 0
+    rows = [line.split(" | ") for line in (tmp_path / "hvq_components.md").read_text().splitlines()]
+    ours = {row[0]: row[5].strip("*") for row in rows if len(row) > 5}
+    assert (ours["| none"], ours["| 4"], ours["| all"]) == ("90.0", "90.0", "–")

@@ -19,13 +19,17 @@ NAMES = tuple("abcdefghij")
 
 @pytest.fixture
 def counted(runs):
-    """Runs of 1, 2, 4, 7 and 10 categories; with every further category all scores are a hundredth lower."""
+    """Runs of 1, 2, 4, 7 and 10 categories; with every further category all scores are a hundredth lower.
+
+    UniAD with fixed passes is 0.01 better than with fixed steps; nearest neighbours do not heed them.
+    """
     sweep = read_sweep(SWEEPS / "category_count.yaml")
     for cell in sweep.cells():
         count = cell[COUNT]
+        best = 0.8 if cell["method"] != "uniad" else 0.9 if cell["data.init_args.epoch_images"] == 160 else 0.91
         for seed in (0, 1):
             values = {
-                ("", name, metric): 0.9 - 0.01 * count + 0.02 * NAMES.index(name) + 0.001 * seed
+                ("", name, metric): best - 0.01 * count + 0.02 * NAMES.index(name) + 0.001 * seed
                 for name in NAMES
                 for metric in ("image_auroc", "pixel_auroc")
             }
@@ -45,23 +49,23 @@ def test_every_count_is_measured_on_the_same_categories(counted):
     assert ten[2].runs.mean == pytest.approx(100 * (0.9 - 0.1 + 0.03 + 0.0005))
     assert ten[0].runs.n == 2
     two = row(table, "UniAD", "fixed passes", "2")
-    assert two[0].runs.mean == pytest.approx(100 * (0.9 - 0.02 + 0.0005))
+    assert two[0].runs.mean == pytest.approx(100 * (0.91 - 0.02 + 0.0005))
     assert two[2].runs.mean is None, "a mean over two of the four would look like one over all"
 
 
-def test_the_figure_has_a_line_per_method_and_training_with_every_seed_as_a_dot(counted):
+def test_the_figure_has_a_line_per_method_and_training_equal_ones_once_with_every_seed_as_a_dot(counted):
     table, records, _ = counted
     figure = figures.sweep_figure(find_spec("category_count"), table, records)
     panel = figure.axes[0]
     assert [tick.get_text() for tick in panel.get_xticklabels()] == ["1", "2", "4", "7", "10"]
     lines = {line.get_label(): line for line in panel.lines if not line.get_label().startswith("_")}
-    assert len(lines) == 4
+    assert list(lines) == ["Nearest neighbours", "UniAD, fixed steps", "UniAD, fixed passes"]
     assert lines["UniAD, fixed steps"].get_ydata() == pytest.approx(
         [100 * (0.9005 - 0.01 * n) for n in (1, 2, 4, 7, 10)]
     )
     dots = sorted(y for line in panel.lines if line.get_label().startswith("_") for y in line.get_ydata())
-    assert len(dots) == 4 * 5 * 2
-    assert dots[-1] == pytest.approx(100 * (0.9 - 0.01 + 0.001))
+    assert len(dots) == 3 * 5 * 2
+    assert dots[-1] == pytest.approx(100 * (0.91 - 0.01 + 0.001))
 
 
 @pytest.mark.parametrize(("name", "key"), [("shots", "shots"), ("contamination", "contamination")])

@@ -192,7 +192,7 @@ class Server:
         return [run for run in self.runs.values() if run.name.startswith(sweep)]
 
     def _on_UpsertBucket(self, variables: dict[str, Any]) -> dict[str, Any]:
-        name = variables.get("name") or variables.get("id")
+        name = str(variables.get("name") or variables.get("id"))
         new = name not in self.runs
         run = self.runs.setdefault(name, Run(name))
         if variables.get("config"):
@@ -276,7 +276,7 @@ class Server:
         return {"updateArtifactManifest": {"artifactManifest": {"id": artifact, "file": file}}}
 
     def _on_CreateArtifactFiles(self, variables: dict[str, Any]) -> dict[str, Any]:
-        edges = [
+        edges: list[dict[str, Any]] = [
             {
                 "node": {
                     "storagePath": f"{file['artifactID']}/{file['name']}",

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 arguments = dict(word[2:].split("=", 1) for word in sys.argv[1:] if word.startswith("--") and "=" in word)
 sweep, run = arguments["run.sweep"], arguments.get("run.name") or os.environ["WANDB_RUN_ID"]
@@ -33,7 +34,8 @@ if end == "hang":
 if end == "leave":
     # Lightning leaves in order when it is told to stop, with code 0.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
-tracked, asked = None, False
+tracked: Any = None  # W&B's run
+asked = False
 
 
 class Asked(Exception):

@@ -14,10 +14,10 @@ from results.aggregator.records import read_records
 from results.aggregator.spec import spec_names
 from sweeps.runner import checked_sweep
 from sweeps.runner.errors import SweepError
-from sweeps.runner.reference import Entry, plan, read_plan
+from sweeps.runner.reference import LARGEST, Entry, plan, read_plan
 
 ROOT = Path(__file__).resolve().parents[2]
-TREE = 15_000_000
+
 PROGRAM = """
 import os, sys
 from pathlib import Path
@@ -158,4 +158,4 @@ def test_records_that_come_with_the_project_are_whole_small_and_of_trained_backb
     assert not records.damaged
     assert not [stored.name for stored in records if stored.record.random_weights]
     assert not [file for file in folder.rglob("*") if file.suffix == ".ckpt"]
-    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < TREE
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < LARGEST
