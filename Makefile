@@ -47,8 +47,8 @@ lint: setup  ## Check style with ruff and types with mypy.
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-readme: setup  ## Run every command of the READMEs in a copy of the repository, with short trainings: a quarter of an hour.
-	$(PY) tests/readme.py
+readme: setup  ## Run every command of the READMEs in a copy of the repository, with short trainings: a quarter of an hour. [ONLY=<pattern>].
+	$(PY) tests/readme.py $(if $(ONLY),"$$ONLY")
 
 train import: export METHOD := $(or $(value METHOD),uniad)
 train: setup  ## Train and evaluate once: METHOD= PROFILE= DATASET= DATA_ROOT= [CATEGORIES= BACKBONE= WEIGHTS= ALPHA= RULE= FOLDS= RUN= ARGS=].

@@ -1,5 +1,7 @@
 """Runs every command of the READMEs as a reader would, in a copy of the repository: `make readme`.
 
+`make readme ONLY="wandb-sweep|make agents"` runs those that fit a pattern (what they build on must be among them).
+
 The commands are taken as they stand. In the copy every profile trains for one epoch, the `paper` profiles are the `demo`
 ones (so no model hub is needed), small trees lie where the text names data, and W&B is a stand-in on this machine.
 """
@@ -120,8 +122,8 @@ def given(python: str) -> str:
     return "".join(code for call, code in GIVEN.items() if call in python)
 
 
-def main() -> int:
-    """Runs all of them; 1 if one failed."""
+def main(only: str = "") -> int:
+    """Runs all of them, or those that fit a pattern; 1 if one failed."""
     sys.path.insert(0, str(ROOT))
     from rich.console import Console
 
@@ -138,6 +140,8 @@ def main() -> int:
             environment.pop(name, None)
         for file in FILES:
             for block in blocks(file, (ROOT / file).read_text()):
+                if not re.search(only, block.text):
+                    continue
                 shown = block.text.splitlines()[0]
                 reason = why_not(block)
                 if reason:
@@ -188,4 +192,4 @@ def _copy(folder: Path) -> tuple[Path, dict[str, str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:2]))
