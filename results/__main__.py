@@ -64,7 +64,7 @@ def _sweep(options: argparse.Namespace) -> int:
         raise ValueError(f"no record of sweep {options.name} is left to show{_filters(options)}")
     missing = [
         _sweep_table(spec, part, sweep, options, f".{data}" if data else "")
-        for experiment in sorted({experiment_of(stored) for stored in records}, reverse=True)
+        for experiment in sorted({experiment_of(stored) for stored in records}, reverse=True)  # unified first
         for data, part in by_data([stored for stored in records if experiment_of(stored) == experiment])
     ]
     return int(options.strict and any(missing))
