@@ -23,7 +23,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 MAIN = """
 import json, os, sys, time
 from lightning_modules import VERSION
-print(json.dumps([sys.argv[1:], os.environ.get("MARK"), os.getcwd(), VERSION, __name__, __spec__.name, os.getpgid(0)]), flush=True)
+said = [sys.argv[1:], os.environ.get("MARK"), os.getcwd(), VERSION, __name__, __spec__.name, os.getpgid(0)]
+print(json.dumps(said), flush=True)
 print("error", file=sys.stderr, flush=True)
 if "sleep" in sys.argv:
     time.sleep(60)
