@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
+GIVEN_PROFILE := $(value PROFILE)
 PROFILE ?= demo
 # Values go through the environment, letter for letter: neither make nor the shell reads a `$`, a quote or a blank in them.
 # The first line is read by the command line itself, so that make, the sweep runner and `wandb agent` steer a run alike.
@@ -56,7 +57,7 @@ train: setup  ## Train and evaluate once: METHOD= PROFILE= DATASET= DATA_ROOT= [
 	$(PY) -m lightning_modules fit --config "sweeps/profiles/$$PROFILE/$$METHOD.yaml" $(if $(RUN),--run.name="$$RUN") \
 		$(if $(FOLDS),--run.folds="$$FOLDS") $(ARGS)
 
-import: export PROFILE := $(if $(filter file,$(origin PROFILE)),paper,$(PROFILE))
+import: export override PROFILE := $(or $(value GIVEN_PROFILE),paper)
 import: setup  ## A run record from an authors' checkpoint: CHECKPOINT= METHOD= DATASET= DATA_ROOT= [CATEGORIES= RUN= ARGS=].
 	$(PY) -m lightning_modules import --method "$$METHOD" --checkpoint "$$CHECKPOINT" $(if $(RUN),--run.name="$$RUN") $(ARGS)
 
@@ -110,23 +111,27 @@ agents: setup  ## One W&B agent per GPU: SWEEP=entity/project/sweep [GPUS=0,1 WO
 pull: setup  ## Fetch the run records of a W&B sweep: SWEEP=entity/project/sweep.
 	$(PY) -m sweeps pull "$$SWEEP"
 
-table: setup  ## One table of a paper: TABLE= [SOURCE=published|runs|both DATASET= FORMAT=terminal|markdown|csv|latex|html ARGS=].
-	$(PY) -m results table "$$TABLE" $(if $(SOURCE),--source "$$SOURCE") $(if $(DATASET),--dataset "$$DATASET") --format "$${FORMAT:-terminal}" $(ARGS)
+# Which runs a table or figure is of; the default PROFILE is for trainings.
+KIND = $(if $(GIVEN_PROFILE),--profile "$$PROFILE") $(if $(COMPARE),--compare "$$COMPARE") \
+	$(if $(SETTING),--setting "$$SETTING")
 
-tables: setup  ## Rebuild every table under results/tables/: [ARGS=--newest].
-	$(PY) -m results tables $(ARGS)
+table: setup  ## One table: TABLE= [SOURCE=published|runs|both DATASET= PROFILE= COMPARE= SETTING= FORMAT=terminal|markdown|csv|latex|html ARGS=].
+	$(PY) -m results table "$$TABLE" $(KIND) $(if $(SOURCE),--source "$$SOURCE") $(if $(DATASET),--dataset "$$DATASET") --format "$${FORMAT:-terminal}" $(ARGS)
 
-figures: setup  ## Figures of a sweep or of a paper's table: ABLATION= [ARGS=].
-	$(PY) -m results figures "$$ABLATION" $(ARGS)
+tables: setup  ## Rebuild every table under results/tables/: [PROFILE= COMPARE= SETTING= ARGS=--newest].
+	$(PY) -m results tables $(KIND) $(ARGS)
+
+figures: setup  ## Figures of a sweep or of a paper's table: ABLATION= [PROFILE= COMPARE= SETTING= ARGS=].
+	$(PY) -m results figures "$$ABLATION" $(KIND) $(ARGS)
 
 audit: setup  ## Check the papers' printed tables against themselves.
 	$(PY) -m results audit
 
-compare: setup  ## Paired tests between two methods, runs or cells: A= B= [ARGS=].
-	$(PY) -m results compare "$$A" "$$B" $(ARGS)
+compare: setup  ## Paired tests between two methods, runs or cells: A= B= [PROFILE= COMPARE= SETTING= ARGS=].
+	$(PY) -m results compare "$$A" "$$B" $(KIND) $(ARGS)
 
-report: setup  ## One self-contained HTML page of all tables, figures and heat maps: [ARGS=].
-	$(PY) -m results report $(ARGS)
+report: setup  ## One self-contained HTML page of all tables, figures and heat maps: [PROFILE= COMPARE= SETTING= ARGS=].
+	$(PY) -m results report $(KIND) $(ARGS)
 
 reconstructions: setup  ## Picture what a run reconstructs: RUN=<name or record folder> [ARGS="--epochs=100 --width=256"].
 	$(PY) -m lightning_modules.pictures.reconstructions "$$RUN" $(ARGS)

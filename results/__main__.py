@@ -18,7 +18,7 @@ from results.aggregator import methods_table, names, reference, render
 from results.aggregator.build import SOURCES, category_tables, paper_table, sweep_table
 from results.aggregator.curves import curve_table
 from results.aggregator.records import DamagedRecordWarning, RecordError, RecordSet, StoredRecord, read_records
-from results.aggregator.scores import ConflictError, by_data, data_of, distinct, experiment_of, kinds, newest, select
+from results.aggregator.scores import ConflictError, data_of, distinct, experiment_of, kinds, newest, select
 from results.aggregator.spec import Spec, SpecError, find_spec, spec_for_sweep, spec_names
 from results.aggregator.sweep_cells import SweepCells, read_sweep
 from results.aggregator.sweep_rows import varies
@@ -56,16 +56,15 @@ def _main(arguments: Sequence[str]) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    """A sweep's table on the terminal and as files, and its per-category tables; one for each experiment and data set."""
+    """A sweep's table on the terminal and as files, and its per-category tables; one table for each kind of run."""
     sweep = load_sweep(options.name, options.sweeps)
     spec = spec_for_sweep(_there(options))
     records = _records(options, options.name)
     if not records:
         raise ValueError(f"no record of sweep {options.name} is left to show{_filters(options)}")
     missing = [
-        _sweep_table(spec, part, sweep, options, f".{data}" if data else "")
-        for experiment in sorted({experiment_of(stored) for stored in records}, reverse=True)  # unified first
-        for data, part in by_data([stored for stored in records if experiment_of(stored) == experiment])
+        _sweep_table(spec, part, sweep, options, f".{kind}" if kind else "")
+        for kind, part in kinds(records, compared=True)
     ]
     return int(options.strict and any(missing))
 
@@ -152,14 +151,11 @@ def _everything(records: Sequence[StoredRecord], options: argparse.Namespace):
     controls = [stored for stored in records if stored.record.sweep in names.CONTROLS]
     for sweep in sorted({stored.record.sweep for stored in records if stored.record.cell}):
         for kind, mine in kinds([stored for stored in records if stored.record.sweep == sweep], compared=True):
-            suffix = f".{kind}" if kind else ""
-            if spec_for_sweep(sweep).kind == "methods":
-                suffix = f".{mine[0].record.profile}" if kind else ""  # the table's own name says the rest
             yield (
                 lambda s=sweep, m=mine: build_sweep(
                     spec_for_sweep(s), m, load_sweep(s, options.sweeps), False, controls
                 ),
-                suffix,
+                f".{kind}" if kind else "",
             )
     for name in spec_names():
         spec = find_spec(name)

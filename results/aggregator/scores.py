@@ -310,19 +310,18 @@ def kinds(records: Sequence[StoredRecord], compared: bool = False) -> list[tuple
 
     Where reference records or controls are among them, also by data, if one name of a data set stands for several.
 
-    compared: Keep apart the two experiments of the sweep `methods` and their settings, too.
+    compared: Keep apart the two experiments of the sweep `methods` and their settings, too (unified first). Their tables
+        have names of their own, so these names do not tell them.
     """
-    found: dict[tuple[str, ...], list[StoredRecord]] = {}
+    found: dict[tuple[str, str], dict[tuple[str, ...], list[StoredRecord]]] = {}
     for stored in records:
-        record = stored.record
-        key: tuple[str, ...] = (record.profile, record.protocol)
-        if compared:
-            key += experiment_of(stored)
-        found.setdefault(key, []).append(stored)
+        group = found.setdefault((stored.record.profile, stored.record.protocol), {})
+        group.setdefault(experiment_of(stored) if compared else (), []).append(stored)
     several = len(found) > 1
     return [
-        (".".join(filter(None, (".".join(key) * several, name))), part)
-        for key, mine in sorted(found.items())
+        (".".join(filter(None, (".".join(kind) * several, name))), part)
+        for kind, experiments in sorted(found.items())
+        for _, mine in sorted(experiments.items(), reverse=True)
         for name, part in by_data(mine)
     ]
 

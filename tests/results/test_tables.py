@@ -567,6 +567,27 @@ def test_a_csv_table_holds_every_digit_and_the_records_behind_it(runs, sweep):
     assert lines[0]["default"] == "yes"
 
 
+def test_runs_of_two_profiles_are_two_tables(runs, tmp_path):
+    (tmp_path / "mask.yaml").write_text(SWEEP)
+    fill(runs)
+    runs.add("mask", {SIZE: 7, PLACE: ["encoder"]}, 0, value=0.5, run="long", profile="paper")
+    out = tmp_path / "out"
+    arguments = ["--root", str(runs.root), "--sweeps", str(tmp_path), "--out", str(out)]
+    assert main(["sweep", "mask", *arguments]) == 0
+    values = {
+        kind: {line["value"] for line in csv.DictReader((out / f"mask.{kind}.clean.csv").open()) if line["value"]}
+        for kind in ("demo", "paper")
+    }
+    assert {float(value) for value in values["paper"]} == {50.0}
+    assert 50.0 not in {float(value) for value in values["demo"]}
+    shown = {path.name: path.read_text() for path in out.iterdir() if "categories" not in path.name}
+    assert main(["tables", *arguments]) == 0
+    assert {name: (out / name).read_text() for name in shown} == shown, "one table by either command has one name"
+    assert not (out / "mask.csv").exists()
+    assert main(["sweep", "mask", *arguments, "--profile", "paper"]) == 0
+    assert (out / "mask.csv").exists()
+
+
 def test_the_command_line_prints_writes_and_names_damaged_records(runs, tmp_path, capsys):
     (tmp_path / "mask.yaml").write_text(SWEEP)
     fill(runs)
