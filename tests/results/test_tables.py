@@ -379,6 +379,9 @@ def test_other_data_must_be_there_and_belong_to_no_sweep(runs):
         paper_table(find_spec("uniad_1"), "both", runs.read(), dataset="mvtec")
     with pytest.raises(SpecError, match="made from the sweep fusion"):
         paper_table(find_spec("rlr_1"), "both", runs.read(), dataset="synthetic")
+    runs.add(run="mine", dataset="mine", categories=("bolt", "mean"))
+    with pytest.raises(SpecError, match="mine has a category called mean"):
+        paper_table(find_spec("uniad_1"), "both", runs.read(), dataset="mine")
 
 
 def test_rows_may_be_variants_of_one_run_beside_the_printed_rows(runs):
