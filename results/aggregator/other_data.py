@@ -48,7 +48,7 @@ def on_data(spec: Spec, dataset: str, records: Sequence[StoredRecord], printed: 
         raise SpecError(f"no run is of the data set {dataset!r}; runs are of {', '.join(sorted(known)) or 'none'}")
     if "mean" in found:
         raise SpecError(
-            f"{dataset} has a category called mean, which is what the row of the mean over categories is called: rename its folder"
+            f"{dataset} has a category called mean, as the row of the mean over categories is called: rename its folder"
         )
     columns: tuple[Entry, ...] = tuple(column for column in spec.columns if column.where.get("method") != _OF_THE_DATA)
     notes = list(spec.notes)
