@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_modules.running.earlier import translated
 from lightning_modules.running.internals import keep_class_parsers, parser_options
+from lightning_modules.running.quick_parser import look_options_up
 from results.common.did_you_mean import did_you_mean
 
 _NOISE = ("Given value", "- Expected a <class 'NoneType'>", "Subtypes:", "Errors:", "Does not validate against any of")
@@ -21,6 +22,7 @@ _NOISE = ("Given value", "- Expected a <class 'NoneType'>", "Subtypes:", "Errors
 _load_yaml = get_loader("yaml")
 set_loader("yaml", lambda text: translated(_load_yaml(text)), (yaml.YAMLError,))
 keep_class_parsers()
+look_options_up()
 
 
 class PlainParser(LightningArgumentParser):
@@ -28,6 +30,10 @@ class PlainParser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"prog": "python -m lightning_modules", "allow_abbrev": False, **kwargs})
+
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        """A configuration as text. It was checked when it was read, and is not again."""
+        return super().dump(*args, **{"skip_validation": True, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises SystemExit with what was found, where, and the nearest name that would be accepted."""

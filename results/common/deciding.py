@@ -49,7 +49,7 @@ SHOWING = (
     "lightning_modules/running/checkpoints.py", "lightning_modules/running/decisions.py",
     "lightning_modules/running/finding.py", "lightning_modules/running/folds.py", "lightning_modules/running/loading.py",
     "lightning_modules/running/parser.py", "lightning_modules/running/preemption.py",
-    "lightning_modules/running/printing.py",
+    "lightning_modules/running/printing.py", "lightning_modules/running/quick_parser.py",
     "lightning_modules/running/quiet.py", "lightning_modules/running/resuming.py",
     "lightning_modules/running/requirements.py", "lightning_modules/running/submission.py",
     "lightning_modules/running/tracking.py",

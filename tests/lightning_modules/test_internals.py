@@ -7,13 +7,15 @@ import signal
 
 import lightning as L
 import pytest
+from jsonargparse import ActionConfigFile, _core
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import WandbLogger
 
 from lightning_modules.base import ReconstructionModule
-from lightning_modules.running import internals
+from lightning_modules.running import internals, quick_parser
 from lightning_modules.running.command_line import UniReconCLI
 from lightning_modules.running.parser import PlainParser
+from lightning_modules.running.settings import RunConfig
 
 
 def test_lightnings_command_line_takes_each_of_the_named_steps(tmp_path, monkeypatch):
@@ -76,6 +78,30 @@ def test_options_of_subcommands_are_found_for_suggestions():
     parser.add_argument("--seed", type=int)
     parser.add_subcommands().add_subcommand("fit", fit)
     assert {"seed", "epochs"} <= set(internals.parser_options(parser))
+
+
+def test_options_are_found_by_name_as_the_library_finds_them():
+    quick = next((vars(_core)[name] for name in quick_parser._NAMES if name in vars(_core)), None)
+    assert quick is not None, "jsonargparse has no such function any more: look_options_up may go"
+    parser, fit = PlainParser(), PlainParser()
+    fit.add_argument("--config", action="config")
+    fit.add_lightning_class_args(L.Trainer, "trainer")
+    fit.add_subclass_arguments(ReconstructionModule, "model")
+    fit.add_class_arguments(RunConfig, "run")
+    parser.add_argument("--fit", type=int)
+    parser.add_argument("--seed", "--fix", type=int)
+    parser.add_subcommands().add_subcommand("fit", fit)
+    parser.add_argument("--test", type=int)
+    ours = {word.lstrip("-") for action in fit._actions for word in (action.dest, *action.option_strings)}
+    names = {"fit", "seed", "fix", "test", "none", "fit.none", "help", *ours, *(f"fit.{name}" for name in ours)}
+    for of in (parser, fit):
+        for name in sorted(names):
+            assert quick(of, name) == quick.through_all(of, name)
+            assert quick(of, name, exclude=ActionConfigFile) == quick.through_all(of, name, exclude=ActionConfigFile)
+    assert quick(parser, "fit.trainer.max_epochs")[0] is not None
+    assert quick(parser, "later")[0] is None
+    parser.add_argument("--later", type=int)
+    assert quick(parser, "later")[0] is not None
 
 
 @pytest.mark.parametrize("first", [True, False])
