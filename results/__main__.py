@@ -100,13 +100,14 @@ def _sweep_table(
 
 def _table(options: argparse.Namespace) -> int:
     """One of the papers' tables, or a sweep's own."""
-    spec = find_spec(options.id)
+    options.name = options.id
+    spec = spec_for_sweep(_there(options))
     if spec.rows is None or spec.kind == "curves" or (spec.sweep and "source" not in spec.where):
         if options.source == "published":
             raise ValueError(f"no paper prints the table {spec.name}: leave --source (SOURCE=) out")
         if options.dataset:
             raise ValueError(f"{spec.name} shows every data set that its sweep ran on: leave --dataset (DATASET=) out")
-        options.name = spec.sweep
+        options.name = spec.sweep or spec.name
         options.categories = False
         return _sweep(options)
     if options.dataset and options.source == "published":
@@ -419,7 +420,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("name")
     sub.add_argument("--categories", action="store_true", help="also print the per-category table of each cell")
     sub = add("table", _table, [records, output], "one table of a paper, as printed, from our runs, or side by side")
-    sub.add_argument("id", help="see `python -m results list`")
+    sub.add_argument("id", help="a sweep, or see `python -m results list`")
     sub.add_argument("--source", choices=SOURCES, default="both", help="which numbers (default: %(default)s)")
     sub.add_argument("--dataset", metavar="NAME", help="the same table on this data set instead of the paper's")
     add("tables", _tables, [records, output], "rebuild everything under results/tables/")

@@ -570,6 +570,18 @@ def test_a_csv_table_holds_every_digit_and_the_records_behind_it(runs, sweep):
     assert lines[0]["default"] == "yes"
 
 
+def test_a_table_may_be_asked_for_by_the_name_of_its_sweep(runs, tmp_path, capsys):
+    runs.add("k_references", {"model.init_args": {"references": 1}}, 0, value=0.8)
+    arguments = ["--root", str(runs.root), "--out", str(tmp_path), "--format", "csv"]
+    assert main(["table", "k_references", *arguments]) == 0
+    named = capsys.readouterr().out
+    assert "80.0" in named
+    assert main(["table", "rlr_2", *arguments]) == 0
+    assert capsys.readouterr().out == named
+    assert main(["table", "k_reference", *arguments]) == 2
+    assert "Did you mean 'k_references'?" in capsys.readouterr().err
+
+
 def test_runs_of_two_profiles_are_two_tables(runs, tmp_path):
     (tmp_path / "mask.yaml").write_text(SWEEP)
     fill(runs)
