@@ -571,11 +571,12 @@ def test_a_csv_table_holds_every_digit_and_the_records_behind_it(runs, sweep):
 
 
 def test_a_table_may_be_asked_for_by_the_name_of_its_sweep(runs, tmp_path, capsys):
-    runs.add("k_references", {"model.init_args": {"references": 1}}, 0, value=0.8)
+    cell = {"references": 1, "diversity_weight": 0.0, "key_reference": "last"}
+    runs.add("k_references", {"model.init_args": cell}, 0, value=0.8125)
     arguments = ["--root", str(runs.root), "--out", str(tmp_path), "--format", "csv"]
     assert main(["table", "k_references", *arguments]) == 0
     named = capsys.readouterr().out
-    assert "80.0" in named
+    assert "81.25" in named
     assert main(["table", "rlr_2", *arguments]) == 0
     assert capsys.readouterr().out == named
     assert main(["table", "k_reference", *arguments]) == 2
