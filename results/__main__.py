@@ -102,11 +102,13 @@ def _table(options: argparse.Namespace) -> int:
     """One of the papers' tables, or a sweep's own."""
     options.name = options.id
     spec = spec_for_sweep(_there(options))
-    if spec.rows is None or spec.kind == "curves" or (spec.sweep and "source" not in spec.where):
+    named = options.id != spec.name  # by its sweep
+    if named or spec.rows is None or spec.kind == "curves" or (spec.sweep and "source" not in spec.where):
         if options.source == "published":
-            raise ValueError(f"no paper prints the table {spec.name}: leave --source (SOURCE=) out")
+            paper = f": that is TABLE={spec.name}" if named and spec.paper else ""
+            raise ValueError(f"no paper prints the table {options.id}{paper}; leave --source (SOURCE=) out")
         if options.dataset:
-            raise ValueError(f"{spec.name} shows every data set that its sweep ran on: leave --dataset (DATASET=) out")
+            raise ValueError(f"{options.id} shows every data set that its sweep ran on: leave --dataset (DATASET=) out")
         options.name = spec.sweep or spec.name
         options.categories = False
         return _sweep(options)

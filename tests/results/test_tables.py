@@ -570,17 +570,19 @@ def test_a_csv_table_holds_every_digit_and_the_records_behind_it(runs, sweep):
     assert lines[0]["default"] == "yes"
 
 
-def test_a_table_may_be_asked_for_by_the_name_of_its_sweep(runs, tmp_path, capsys):
+def test_a_sweeps_table_may_be_asked_for_by_the_sweeps_name(runs, tmp_path, capsys):
     cell = {"references": 1, "diversity_weight": 0.0, "key_reference": "last"}
-    runs.add("k_references", {"model.init_args": cell}, 0, value=0.8125)
+    runs.add("k_references", {"model.init_args": cell}, 0, value=0.8125, method="rlr")
+    runs.add("my_own", {SIZE: 7}, 0, value=0.7125)
     arguments = ["--root", str(runs.root), "--out", str(tmp_path), "--format", "csv"]
     assert main(["table", "k_references", *arguments]) == 0
-    named = capsys.readouterr().out
-    assert "81.25" in named
-    assert main(["table", "rlr_2", *arguments]) == 0
-    assert capsys.readouterr().out == named
+    assert "81.25" in capsys.readouterr().out, "the paper's table rlr_2 is of MVTec AD alone"
+    assert main(["table", "my_own", *arguments]) == 0
+    assert "71.25" in capsys.readouterr().out
+    assert main(["table", "k_references", "--source", "published", *arguments]) == 2
+    assert "TABLE=rlr_2" in capsys.readouterr().err.replace("\n", " ")
     assert main(["table", "k_reference", *arguments]) == 2
-    assert "Did you mean 'k_references'?" in capsys.readouterr().err
+    assert "Did you mean 'k_references'?" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_runs_of_two_profiles_are_two_tables(runs, tmp_path):
