@@ -194,7 +194,9 @@ def ablation_bars(table: Table, records: Sequence[StoredRecord]) -> Figure:
             axis.grid(axis="y", visible=False)
         axes[0].set_yticks(range(len(labels)), labels)
         axes[0].invert_yaxis()
-        figure.supxlabel("axis does not start at zero; dots: seeds", size=7, color=GREY)
+        of_rows = " · ".join(filter(None, table.row_headers))
+        said = f"rows: {of_rows}; " if of_rows else ""
+        figure.supxlabel(f"{said}axis does not start at zero; dots: seeds", size=7, color=GREY)
     return figure
 
 
