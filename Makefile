@@ -136,19 +136,20 @@ report: setup  ## One self-contained HTML page of all tables, figures and heat m
 reconstructions: setup  ## Picture what a run reconstructs: RUN=<name or record folder> [ARGS="--epochs=100 --width=256"].
 	$(PY) -m lightning_modules.pictures.reconstructions "$$RUN" $(ARGS)
 
-pipeline: setup  ## The way of an image from photograph to table, with a run's own numbers: RUN=<record folder> [ARGS=--image=3].
-	@test -n "$$RUN" || { echo 'error: pipeline needs RUN=<record folder>'; exit 2; }
+pipeline: setup  ## The way of an image from photograph to table, with a run's own numbers: RUN=<name or record folder> [ARGS=--image=3].
+	@test -n "$$RUN" || { echo 'error: pipeline needs RUN=<name or record folder>'; exit 2; }
 	$(PY) -m lightning_modules.pictures.pipeline "$$RUN" $(ARGS)
 
 shortcuts: setup  ## What the networks of identical_shortcut reconstruct, early and late, by one decoder: [ARGS=].
 	$(PY) -m lightning_modules.pictures.shortcuts $(ARGS)
 
-self-similarity: setup  ## What the frozen features of a run attend to: RUN=<record folder> [ARGS=--measure=cosine].
-	@test -n "$$RUN" || { echo 'error: self-similarity needs RUN=<record folder>'; exit 2; }
+self-similarity: setup  ## What the frozen features of a run attend to: RUN=<name or record folder> [ARGS=--measure=cosine].
+	@test -n "$$RUN" || { echo 'error: self-similarity needs RUN=<name or record folder>'; exit 2; }
 	$(PY) -m lightning_modules.pictures.self_similarity "$$RUN" $(ARGS)
 
-gallery: setup  ## Methods side by side on the same images: RUNS="<record folders>" or METHODS="uniad rlr" [REFERENCE= ARGS=].
-	@test -n "$$RUNS$$METHODS" || { echo 'error: gallery needs RUNS="<record folders>" or METHODS="<names>"'; exit 2; }
+gallery: setup  ## Methods side by side on the same images: RUNS="<names or record folders>" or METHODS="uniad rlr" [REFERENCE= ARGS=].
+	@test -n "$$RUNS$$METHODS" || { echo 'error: gallery needs RUNS="<names or record folders>" or METHODS="<names>"'; exit 2; }
+	@test -z "$$RUNS" -o -z "$$METHODS" || { echo 'error: gallery takes RUNS= or METHODS=, not both'; exit 2; }
 	$(PY) -m lightning_modules.pictures.gallery $(if $(RUNS),--runs $$RUNS,--methods $$METHODS) \
 		$(if $(REFERENCE),--reference "$$REFERENCE") $(ARGS)
 

@@ -292,7 +292,10 @@ def _there(options: argparse.Namespace) -> str:
     known = {*spec_names(), *(path.stem for path in options.sweeps.glob("*.yaml"))}
     known |= {path.name for place in places for path in place.glob("*") if path.is_dir()}
     if options.name not in known:
-        raise ValueError(f"there is no sweep or table {options.name!r}. {did_you_mean(options.name, sorted(known))}")
+        raise ValueError(
+            f"there is no sweep or table {options.name!r}. {did_you_mean(options.name, sorted(known))} `make sweeps` and "
+            "`python -m results list` name them."
+        )
     return options.name
 
 

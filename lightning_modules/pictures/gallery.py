@@ -29,6 +29,7 @@ from lightning_modules.decisions.pixels import scaled
 from lightning_modules.metrics.thresholds import PixelCollector
 from lightning_modules.pictures.heatmaps import RANKS, choose, overlay, to_rgb
 from lightning_modules.pictures.reconstructions import image_scores, trained
+from lightning_modules.running.finding import find_run
 from lightning_modules.running.quiet import quiet
 from lightning_modules.running.settings import work_folder
 from results.aggregator.names import category_label, method_label
@@ -237,15 +238,19 @@ def _main(arguments: Sequence[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--runs", type=Path, nargs="+", metavar="FOLDER", help="records, results/runs/SWEEP/RUN")
+    which.add_argument("--runs", type=Path, nargs="+", metavar="RUN", help="names, or records results/runs/SWEEP/RUN")
     which.add_argument("--methods", nargs="+", metavar="METHOD", help="of each method the newest run with a checkpoint")
     parser.add_argument("--reference", type=Path, help="record whose scores choose the images (default: the first run)")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of runs/ and figures/")
     options = parser.parse_args(arguments)
     quiet()
     try:
-        folders = options.runs or of_methods(options.methods, options.results / "runs")
-        print(write(folders, options.reference or folders[0], options.results / "figures"))
+        if options.runs:
+            folders = [find_run(run, options.results) for run in options.runs]
+        else:
+            folders = of_methods(options.methods, options.results / "runs")
+        reference = find_run(options.reference, options.results) if options.reference else folders[0]
+        print(write(folders, reference, options.results / "figures"))
     except (FileNotFoundError, ValueError) as error:  # also those of records and data
         raise SystemExit(f"error: {error}") from error
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lightning_modules.pictures.heatmaps import overlay, to_rgb
 from lightning_modules.pictures.reconstructions import image_scores, trained
+from lightning_modules.running.finding import find_run
 from lightning_modules.running.quiet import quiet
 from lightning_modules.running.settings import work_folder
 from results.common import trouble
@@ -135,12 +136,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m lightning_modules.pictures.pipeline", description=__doc__)
-    parser.add_argument("run", type=Path, help="record of a finished run, results/runs/SWEEP/RUN")
+    parser.add_argument("run", type=Path, help="a finished run: its name, or its record results/runs/SWEEP/RUN")
     parser.add_argument("--image", type=int, help="id of a test image (default: the defect with the median score)")
     parser.add_argument("--output", type=Path, help="the figure (default: pipeline.jpg beside the checkpoint)")
     options = parser.parse_args(arguments)
     quiet()
     try:
+        options.run = find_run(options.run)
         figure = draw(options.run, options.image)
     except (FileNotFoundError, ValueError) as error:  # also those of records and data
         raise SystemExit(f"error: {error}") from error

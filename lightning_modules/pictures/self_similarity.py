@@ -22,6 +22,7 @@ from datamodules import UnifiedDataModule
 from lightning_modules.base import ReconstructionModule
 from lightning_modules.pictures.heatmaps import to_rgb
 from lightning_modules.pictures.reconstructions import choose, image_scores, trained
+from lightning_modules.running.finding import find_run
 from lightning_modules.running.quiet import quiet
 from lightning_modules.running.settings import work_folder
 from results.common import trouble
@@ -99,12 +100,13 @@ def _main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m lightning_modules.pictures.self_similarity", description=__doc__.partition("\n\n")[2]
     )
-    parser.add_argument("run", type=Path, help="record of a finished run, results/runs/SWEEP/RUN")
+    parser.add_argument("run", type=Path, help="a finished run: its name, or its record results/runs/SWEEP/RUN")
     parser.add_argument("--measure", choices=MEASURES, default="attention", help="softmax as in Eq. 3, or the cosine")
     parser.add_argument("--output", type=Path, help="the figure (default: self_similarity.png beside the checkpoint)")
     options = parser.parse_args(arguments)
     quiet()
     try:
+        options.run = find_run(options.run)
         module, data = trained(options.run)
     except (FileNotFoundError, ValueError) as error:  # also those of records and data
         raise SystemExit(f"error: {error}") from error
@@ -112,6 +114,7 @@ def _main(arguments: Sequence[str]) -> None:
     chosen = choose(image_scores(options.run / "image_scores.csv"), data.table)
     output = options.output or work_folder(options.run) / "self_similarity.png"
     output.parent.mkdir(parents=True, exist_ok=True)
+    print(f"The features of {len(chosen)} images: seconds, nothing is trained.")
     ids = {name: anomalous for name, (_, anomalous) in chosen.items()}
     figure(module, data, ids, options.measure).savefig(output, dpi=110)
     print(output)

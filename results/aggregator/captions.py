@@ -196,6 +196,8 @@ def finish(table: Table, spec: Spec, pool: Pool) -> None:
         parts.append("Each place: printed | our runs (ours minus printed).")
     if table.source != "published":
         parts.append(describe_runs(used))
+        if used and any(column.metric in names.TIMES for column in table.columns):
+            parts.append("Times are of each run's machine and of what else it did.")
         table.warnings += shouts(used)
         table.notes += [
             *_notes_by_method(used), *version_notes(table, used), *falling_notes(table, used), *chance.notes(table, used),

@@ -352,7 +352,7 @@ def cost_against_quality(table: Table, records: Sequence[StoredRecord], metric: 
         if 0 < 4 * min(prices) < max(prices):  # methods without training have no parameters
             axis.set_xscale("log")
             _plain_ticks(axis.xaxis)
-        axis.margins(0.15)
+        axis.margins(x=0.3, y=0.15)
         lowest, highest = axis.get_ylim()
         taken: list[tuple[float, float]] = []
         for x, point, _, text, _ in sorted(points, key=lambda each: each[1]):
@@ -362,7 +362,8 @@ def cost_against_quality(table: Table, records: Sequence[StoredRecord], metric: 
             taken.append((x, y))
             if y > point:
                 axis.plot([x, x], [point, y], color=GREY, lw=0.5, zorder=1)
-            axis.text(x, y, f"   {text}", size=7, va="center")
+            box = {"facecolor": "white", "alpha": 0.75, "lw": 0, "pad": 0.3}  # over error bars
+            axis.annotate(text, (x, y), (6, 0), textcoords="offset points", size=7, va="center", bbox=box)
         axis.set_xlabel(f"{label} [{unit}]")
         axis.set_ylabel(f"{metric_label(metric)} [%]")
     return figure

@@ -22,6 +22,7 @@ COSTS = {
     "images_per_second": ("Speed", "images/s", 1),
     "peak_memory": ("Peak memory", "MiB", 0),
 }
+TIMES = ("seconds_per_epoch", "wall_seconds", "train_seconds", "images_per_second")
 DATASETS = {
     "mvtec_ad": "MVTec AD", "mvtec_loco": "MVTec LOCO", "mvtec_3d": "MVTec 3D", "visa": "VisA", "btad": "BTAD",
     "mpdd": "MPDD", "real_iad": "Real-IAD", "real_iad_sv": "Real-IAD (single view)",

@@ -32,7 +32,8 @@ def on_data(spec: Spec, dataset: str, records: Sequence[StoredRecord], printed: 
     """
     if spec.sweep or spec.rows is None:
         raise SpecError(
-            f"{spec.name} is made from the sweep {spec.sweep}; its own table shows whatever data it ran on: `sweep {spec.sweep}`"
+            f"{spec.name} is made from the sweep {spec.sweep}; its own table shows whatever data it ran on: "
+            f"make table TABLE={spec.sweep}"
         )
     conditions = [spec.where, *(entry.where for entry in (*spec.rows, *spec.columns))]
     if any(dataset == where.get("dataset") for where in conditions):

@@ -27,7 +27,7 @@ def folders(project):
 
 
 def test_runs_stand_side_by_side_on_the_images_of_the_first(two):
-    gallery.main(["--runs", *folders(two), f"--results={two.results}"])
+    gallery.main(["--runs", folders(two)[0], "second", f"--results={two.results}"])
     out = two.results / "figures"
     content = json.loads((out / "gallery.json").read_text())
     index = two.record().heatmaps

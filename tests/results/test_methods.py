@@ -109,6 +109,7 @@ def test_costs_stand_beside_the_scores(runs):
         33,
         1,
     ]
+    assert "Times are of each run's machine" in table.caption
 
 
 def test_a_centre_crop_is_named_beside_the_image_size(runs):
