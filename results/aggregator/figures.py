@@ -329,7 +329,9 @@ def cost_against_quality(table: Table, records: Sequence[StoredRecord], metric: 
     by_name = {stored.name: stored for stored in records}
     index = next((j for j, c in enumerate(table.columns) if c.metric == metric), None)
     points: list[tuple[float, float, float | None, str, bool]] = []
-    for name, row, line in zip(_names(table), table.rows, table.cells, strict=True):
+    alone = [row.labels[0] for row in table.rows]
+    labels = alone if len(set(alone)) == len(alone) else _names(table)
+    for name, row, line in zip(labels, table.rows, table.cells, strict=True):
         value = line[index].runs if index is not None else None
         if value is None or value.mean is None:
             continue
@@ -353,20 +355,28 @@ def cost_against_quality(table: Table, records: Sequence[StoredRecord], metric: 
             axis.set_xscale("log")
             _plain_ticks(axis.xaxis)
         axis.margins(x=0.3, y=0.15)
-        lowest, highest = axis.get_ylim()
-        taken: list[tuple[float, float]] = []
-        for x, point, _, text, _ in sorted(points, key=lambda each: each[1]):
-            y = point
-            while any(abs(y - other) < 0.05 * (highest - lowest) and 0.6 * at < x < 1.7 * at for at, other in taken):
-                y += 0.01 * (highest - lowest)  # labels of neighbours are moved up until they can be read
-            taken.append((x, y))
-            if y > point:
-                axis.plot([x, x], [point, y], color=GREY, lw=0.5, zorder=1)
-            box = {"facecolor": "white", "alpha": 0.75, "lw": 0, "pad": 0.3}  # over error bars
-            axis.annotate(text, (x, y), (6, 0), textcoords="offset points", size=7, va="center", bbox=box)
+        _label_points(axis, [(x, y, text) for x, y, _, text, _ in points])
         axis.set_xlabel(f"{label} [{unit}]")
         axis.set_ylabel(f"{metric_label(metric)} [%]")
     return figure
+
+
+def _label_points(axis: Any, points: Sequence[tuple[float, float, str]]) -> None:
+    """Names points at their right; a name that would lie on another is moved up, with a line to its point."""
+    limits = axis.get_xlim(), axis.get_ylim()
+    inside = axis.transData + axis.transAxes.inverted()
+    taken: list[tuple[float, float, float]] = []
+    for x, y, text in sorted(points, key=lambda each: each[1]):
+        left, at = inside.transform((x, y))
+        right, height = left + 0.03 + 0.016 * len(text), at
+        while any(abs(height - other) < 0.045 and left < end and start < right for start, end, other in taken):
+            height += 0.01
+        taken.append((left, right, height))
+        if height > at:
+            axis.plot([left, left], [at, height], color=GREY, lw=0.5, zorder=1, transform=axis.transAxes)
+        box = {"facecolor": "white", "alpha": 0.75, "lw": 0, "pad": 0.3}  # over error bars
+        axis.text(left + 0.02, height, text, size=7, va="center", bbox=box, transform=axis.transAxes)
+    axis.set(xlim=limits[0], ylim=limits[1])
 
 
 def critical_difference(ranks: Ranks) -> Figure:
