@@ -240,7 +240,7 @@ def _main(arguments: Sequence[str]) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--runs", type=Path, nargs="+", metavar="RUN", help="names, or records results/runs/SWEEP/RUN")
     which.add_argument("--methods", nargs="+", metavar="METHOD", help="of each method the newest run with a checkpoint")
-    parser.add_argument("--reference", type=Path, help="record whose scores choose the images (default: the first run)")
+    parser.add_argument("--reference", type=Path, help="run whose scores choose the images (default: the first)")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of runs/ and figures/")
     options = parser.parse_args(arguments)
     quiet()

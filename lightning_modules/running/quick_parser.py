@@ -28,12 +28,13 @@ def look_options_up() -> None:
 
 
 def _by_name(through_all: Any) -> Any:
-    known: WeakKeyDictionary[Any, tuple[list[Any], dict[str, list[Any]]]] = WeakKeyDictionary()
+    known: WeakKeyDictionary[Any, tuple[list[Any] | None, dict[str, list[Any]]]] = WeakKeyDictionary()
 
     def find(parser: Any, dest: str, exclude: Any = None) -> Any:
-        of, named = known.get(parser, ([], {}))
-        if of != parser._actions:  # options were added since
-            of, named = known[parser] = list(parser._actions), _named(parser._actions)
+        of, named = known.get(parser, (None, {}))
+        if of != parser._actions:  # not looked at yet, or options were added since
+            named = _named(parser._actions)
+            known[parser] = list(parser._actions), named
         return through_all(SimpleNamespace(_actions=named.get(dest, named[""])), dest, exclude=exclude)
 
     find.through_all = through_all  # type: ignore[attr-defined]

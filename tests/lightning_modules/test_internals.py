@@ -102,6 +102,7 @@ def test_options_are_found_by_name_as_the_library_finds_them():
     assert quick(parser, "later")[0] is None
     parser.add_argument("--later", type=int)
     assert quick(parser, "later")[0] is not None
+    assert quick(PlainParser(add_help=False), "none") == (None, None), "a parser without any option"
 
 
 @pytest.mark.parametrize("first", [True, False])
