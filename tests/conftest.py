@@ -3,6 +3,7 @@
 import gc
 import inspect
 import os
+import sys
 
 # Two test processes with two threads each on two cores would spend their time waiting for each other.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -29,9 +30,18 @@ STEERING = (
 for name in STEERING:
     os.environ.pop(name, None)
 
-# jsonargparse asks at every command line for its caller, which reads a line of source for each of the many frames below
-# pytest; none of those lines is looked at.
-inspect.stack.__defaults__ = (0,)  # `context`, in lines
+
+def _stack(context: int = 1) -> list[inspect.FrameInfo]:
+    """`inspect.stack`. jsonargparse asks it at every command line for its caller, and gets, of the many frames below pytest,
+    the three nearest without their source."""
+    frame = sys._getframe(1)
+    if not frame.f_globals["__name__"].startswith("jsonargparse."):
+        return inspect.getouterframes(frame, context)
+    frames = [frame, frame.f_back, frame.f_back.f_back]
+    return [inspect.FrameInfo(f, f.f_code.co_filename, f.f_lineno, f.f_code.co_name, None, None) for f in frames]
+
+
+inspect.stack = _stack
 
 
 def pytest_collection_finish() -> None:

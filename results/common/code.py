@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from results.common.deciding import shows_only
 
@@ -25,7 +26,7 @@ def code_hash(modules: Iterable[str], root: Path) -> str:
 
 def reached_packages(modules: Iterable[str], root: Path, packages: Collection[str]) -> list[str]:
     """Which of some packages the source files that the modules reach import, sorted."""
-    found = {name.partition(".")[0] for path in reached_files(modules, root) for name in _imports(path, root)}
+    found = {name.partition(".")[0] for path in reached_files(modules, root) for name in _read(path, root).imports}
     return sorted(found & set(packages))
 
 
@@ -39,26 +40,20 @@ def reached_files(modules: Iterable[str], root: Path) -> set[Path]:
     modules = list(modules)
     programs = {module.split(".")[0] for module in modules if module.endswith(".__main__")}
     found: set[Path] = set()
+    looked_up: set[str] = set()
     waiting = [file for module in modules for file in _module_files(module, root)]
     while waiting:
         path = waiting.pop()
         if path in found or shows_only(path.relative_to(root)):
             continue
         found.add(path)
-        for module in _imports(path, root):
+        source = _read(path, root)
+        for module in source.imports - looked_up:
             waiting += _module_files(module, root)
-        if path.relative_to(root).parts[0] not in programs and _looks_modules_up(path):
+        looked_up |= source.imports
+        if source.looks_modules_up and path.relative_to(root).parts[0] not in programs:
             waiting += [other for other in path.parent.glob("*.py") if other.name != "__main__.py"]
     return found
-
-
-def _looks_modules_up(path: Path) -> bool:
-    """Whether a source file imports modules whose names it does not write down."""
-    names = {"import_module", "iter_modules", "walk_packages", "__import__"}
-    return any(
-        (isinstance(node, ast.Name) and node.id in names) or (isinstance(node, ast.Attribute) and node.attr in names)
-        for node in ast.walk(_tree(path, path.stat().st_mtime_ns))
-    )
 
 
 def _module_files(dotted: str, root: Path) -> list[Path]:
@@ -74,21 +69,39 @@ def _module_files(dotted: str, root: Path) -> list[Path]:
     return files
 
 
-def _imports(path: Path, root: Path) -> Iterator[str]:
-    """Dotted names that a source file imports, wherever in it; relative ones are resolved."""
-    package = path.relative_to(root).parent.parts
-    for node in ast.walk(_tree(path, path.stat().st_mtime_ns)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
-            module = ".".join(part for part in (base, node.module) if part)
-            yield module
-            yield from (f"{module}.{alias.name}" for alias in node.names)
+class _Source(NamedTuple):
+    """What a source file reaches."""
+
+    imports: frozenset[str]
+    """Dotted names that it imports, wherever in it; relative ones are resolved."""
+    looks_modules_up: bool
+    """Whether it imports modules whose names it does not write down."""
+
+
+def _read(path: Path, root: Path) -> _Source:
+    return _source(path, path.stat().st_mtime_ns, path.relative_to(root).parent.parts)
 
 
 @cache
-def _tree(path: Path, _modified: int) -> ast.Module:
+def _source(path: Path, _modified: int, package: tuple[str, ...]) -> _Source:
+    imports: set[str] = set()
+    names: set[str] = set()
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.Import):
+            imports.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            imports.update([module, *(f"{module}.{alias.name}" for alias in node.names)])
+        elif isinstance(node, ast.Name):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            names.add(node.attr)
+    by_name = {"import_module", "iter_modules", "walk_packages", "__import__"}
+    return _Source(frozenset(imports), not names.isdisjoint(by_name))
+
+
+def _tree(path: Path) -> ast.Module:
     try:
         return ast.parse(path.read_text())
     except SyntaxError as error:
@@ -96,9 +109,9 @@ def _tree(path: Path, _modified: int) -> ast.Module:
 
 
 @cache
-def _normalised(path: Path, modified: int) -> str:
+def _normalised(path: Path, _modified: int) -> str:
     """The code of a file without comments, docstrings, layout and the words of its errors."""
-    tree = ast.parse(ast.unparse(_tree(path, modified)))
+    tree = _tree(path)
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(
             node

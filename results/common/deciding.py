@@ -89,5 +89,7 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def shows_only(file: str | PurePath) -> bool:
     """Whether a source file, relative to the repository, is one of `SHOWING`."""
-    path = PurePath(file)
-    return any(path == PurePath(known) or PurePath(known) in path.parents for known in SHOWING)
+    return f"{PurePath(file).as_posix()}/".startswith(_SHOWING)
+
+
+_SHOWING = tuple(f"{known}/" for known in SHOWING)
