@@ -29,6 +29,7 @@ def rows():
     return [Row("red", red), Row("red", red), Row("blue", blue)]
 
 
+@pytest.mark.program
 def test_blobs_have_the_published_size_and_are_seldom_empty():
     areas = np.array([draw_blobs(np.random.default_rng(seed), (256, 256)).mean() for seed in range(500)])
     assert areas.mean() == pytest.approx(0.052, abs=0.007)

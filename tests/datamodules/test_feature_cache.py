@@ -260,6 +260,7 @@ def test_an_entry_of_an_older_layout_is_told_in_one_line_and_built_anew(tmp_path
     assert len([line for line in told if "older layout" in line]) == 1
 
 
+@pytest.mark.program
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the process's memory from /proc")
 def test_a_process_does_not_grow_with_the_entry_that_it_builds_and_reads(tmp_path):
     """128 MiB of features may take some batches' worth of memory (4 MiB each), not their own size."""

@@ -133,7 +133,9 @@ def run_import(project, method: str, *more: str, file: str = "authors.pth") -> N
           "--trainer.logger=false", *more])  # fmt: skip
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=() if name == "uniad" else pytest.mark.program) for name in METHODS]
+)
 def test_a_record_of_the_authors_weights_can_be_tested_and_predicted_with(prepared, method, data_root):
     project = prepared(method)
     run_import(project, method)

@@ -256,6 +256,7 @@ def test_impossible_options_are_refused():
             kind(**options)
 
 
+@pytest.mark.program
 def test_parameter_counts_are_the_papers():
     def trainable(module):
         return sum(p.numel() for p in module.parameters() if p.requires_grad)

@@ -111,6 +111,7 @@ def test_the_figure_has_a_row_per_category_and_the_decoder_is_trained_once_unles
     assert "mean squared error" in capsys.readouterr().out
 
 
+@pytest.mark.program
 def test_a_decoder_that_was_interrupted_goes_on_to_the_same_weights(run):
     folder, _ = run
     file = work_folder(folder) / "visual_decoder" / "last.ckpt"

@@ -65,7 +65,13 @@ def wood(tmp_path_factory):
     return generate(tmp_path_factory.mktemp("data"), plan, workers=1)
 
 
-@pytest.mark.parametrize("method", ["uniad", "identical_shortcut", "unias", "rlr", "ulsad", "dfr"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "uniad",
+        *(pytest.param(m, marks=pytest.mark.program) for m in ("identical_shortcut", "unias", "rlr", "ulsad", "dfr")),
+    ],
+)
 def test_what_is_compiled_is_what_a_step_of_the_method_computes(method, wood, tmp_path, monkeypatch):
     """A part whose forward pass no step calls would be compiled in vain."""
     calls = {}

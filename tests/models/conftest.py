@@ -23,6 +23,8 @@ from models.head import AnomalyHead, HeadConfig
 # The networks here are tiny: on a shared machine more threads only wait for each other.
 torch.set_num_threads(1)
 
+FULL_SIZE = {"destseg": "full", "hvqtrans": "full", "fcdd": "fcdd.vgg", "mkd": "mkd_full"}
+"""Cases that `make test` leaves to `make test-all`: the same code runs in small ones."""
 FOLDER = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
 
 
@@ -181,7 +183,13 @@ def pytest_generate_tests(metafunc):
         return
     having = marker.kwargs.get("having")
     chosen = [case for case in cases_of(*marker.args) if having is None or case.has(having)]
-    metafunc.parametrize("case", chosen, ids=[case.tag for case in chosen])
+    metafunc.parametrize(
+        "case",
+        [
+            pytest.param(case, id=case.tag, marks=pytest.mark.program if FULL_SIZE.get(case.method) == case.tag else ())
+            for case in chosen
+        ],
+    )
 
 
 @pytest.fixture(name="assert_parity")

@@ -326,7 +326,7 @@ def in_the_ports_names(net: nn.Module) -> dict[str, torch.Tensor]:
     [
         ("tf_efficientnet_b0", (1, 2, 3, 4, 5)),
         ("tf_efficientnet_b0", (2,)),
-        ("tf_efficientnet_b6", (1, 2, 3, 4)),
+        pytest.param("tf_efficientnet_b6", (1, 2, 3, 4), marks=pytest.mark.program),
         ("tf_efficientnet_lite0", (1, 2, 3, 4)),
     ],
 )

@@ -20,6 +20,7 @@ def regional(extractor: FeatureExtractor, image_size: tuple[int, int]) -> Region
     return RegionalFeatures(extractor.channels, extractor.strides, image_size)
 
 
+@pytest.mark.program
 def test_vgg19_gives_3456_channels_on_a_64_by_64_grid_and_the_released_map_sizes(vgg):
     assert vgg.channels == [64] * 2 + [128] * 2 + [256] * 4 + [512] * 4
     maps = vgg(torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0)))

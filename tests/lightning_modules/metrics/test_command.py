@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -194,16 +195,26 @@ def test_a_mask_may_be_a_folder_or_have_a_suffix_in_capitals(tmp_path):
     assert marked == [5, 10]
 
 
-def test_files_beyond_the_limit_and_damaged_ones_are_one_sentence(tmp_path, capsys):
+@pytest.fixture
+def large_mask(tmp_path) -> Path:
+    """Two maps, and for one of them a mask of 200 megapixels."""
     save_map(tmp_path / "c" / "test" / "good" / "0.npy", np.zeros((4, 5), np.float32))
     save_map(tmp_path / "c" / "test" / "hole" / "0.npy", np.ones((4, 5), np.float32))
     mask = tmp_path / "c" / "ground_truth" / "hole" / "0_mask.png"
     mask.parent.mkdir(parents=True)
     Image.new("1", (20_000, 10_000)).save(mask)
+    return mask
+
+
+@pytest.mark.program
+def test_a_limit_of_size_may_be_raised(large_mask, tmp_path):
+    assert run([str(tmp_path), "--max-megapixels", "300"]) == 0
+
+
+def test_files_beyond_the_limit_and_damaged_ones_are_one_sentence(large_mask, tmp_path, capsys):
     assert run([str(tmp_path)]) == 2
     assert "20000 x 10000 pixels are more than 179 megapixels" in capsys.readouterr().err
-    assert run([str(tmp_path), "--max-megapixels", "300"]) == 0
-    for damaged in (mask.read_bytes()[:60], b"no image"):
-        mask.write_bytes(damaged)
+    for damaged in (large_mask.read_bytes()[:60], b"no image"):
+        large_mask.write_bytes(damaged)
         assert run([str(tmp_path)]) == 2
         assert capsys.readouterr().err.startswith("error: ")
