@@ -164,6 +164,7 @@ def publish(
     pictures: bool,
     root: str | Path = FOLDER,
     project: Path | None = None,
+    committed: bool = False,
 ) -> Path:
     """Write a run's record as a reference record, in place of the ones of the same cell and seed; returns its folder.
 
@@ -173,6 +174,7 @@ def publish(
         pictures: Whether it keeps its heat maps, made smaller.
         root: The reference folder.
         project: The folder that paths are made relative to; by default the current one.
+        committed: That the code which decides the result is known to be its commit's, whatever else had been changed.
 
     Raises:
         RecordError: the backbone was random, or a path of this machine is left in the record.
@@ -184,12 +186,13 @@ def publish(
     def bare(text: str) -> str:
         return text.replace(f"{here}/", "").replace(here, ".")
 
+    came = {**stored.record.provenance, CODE: dict(code), **({"git_dirty": False} if committed else {})}
     record = replace(
         stored.record,
         cell=_scrubbed(stored.record.cell, bare),
         backbone=_scrubbed(stored.record.backbone, bare),
         datasets=_scrubbed(stored.record.datasets, bare),
-        provenance=_scrubbed({**stored.record.provenance, CODE: dict(code)}, bare),
+        provenance=_scrubbed(came, bare),
         notes=_scrubbed(stored.record.notes, bare),
     )
     attachments: dict[str, bytes | str] = {}

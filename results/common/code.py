@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import subprocess
 from collections.abc import Collection, Iterable
 from functools import cache
 from pathlib import Path
@@ -67,6 +68,14 @@ def _module_files(dotted: str, root: Path) -> list[Path]:
             break
         files.append(file)
     return files
+
+
+def unchanged_since(commit: object, files: Iterable[str | Path]) -> bool:
+    """Whether git knows the commit and the files in the working tree are still its."""
+    if not str(commit).isalnum():
+        return False
+    command = ["git", "diff", "--quiet", str(commit), "--", *map(str, files)]
+    return subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
 
 
 class _Source(NamedTuple):

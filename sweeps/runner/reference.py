@@ -24,6 +24,7 @@ from results.aggregator.records import RecordError, StoredRecord, read_record
 from results.aggregator.spec import spec_for_sweep
 from results.aggregator.sweep_cells import cell_key
 from results.aggregator.verify import compare
+from results.common.code import reached_files, unchanged_since
 from results.common.did_you_mean import did_you_mean
 from results.common.files import read_json
 from sweeps.runner import checked_sweep, expansion, identity, prepare
@@ -256,8 +257,10 @@ def _publish(planned: Planned, jobs: list[Job], say: Callable[[str], None]) -> b
         first = stored.record.seed == planned.entry.seeds[0]
         wanted = {"all": True, "none": False, "default": reference.is_default(stored, spec)}[planned.entry.pictures]
         code = {"hash": job.identity["code"], "roots": planned.roots[job.run], "data": _places(planned.sets)}
+        files = reached_files(planned.roots[job.run], Path("."))
+        committed = unchanged_since(stored.record.provenance.get("git_commit"), files)
         try:
-            reference.publish(stored, code, first and wanted)
+            reference.publish(stored, code, first and wanted, committed=committed)
         except RecordError as error:
             say(f"[bold]left out:[/] {escape(str(error))}")
             complete = False

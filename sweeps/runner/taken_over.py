@@ -7,13 +7,12 @@ made it. In doubt the cell is run.
 
 from __future__ import annotations
 
-import subprocess
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from results.common.code import reached_files
+from results.common.code import reached_files, unchanged_since
 from results.common.files import read_json
 from sweeps.runner import command
 from sweeps.runner.checked_sweep import CheckedSweep
@@ -66,8 +65,7 @@ def _same_cell(record: Mapping[str, Any], job: Job, variables: Mapping[str, str]
 def _same_code(record: Mapping[str, Any], job: Job, sweep: CheckedSweep, variables: Mapping[str, str]) -> bool:
     """Whether the files that decide the cell's result are those of the commit that made the record."""
     came = record.get("provenance") or {}
-    commit = str(came.get("git_commit") or "")
-    if came.get("git_dirty") is not False or not commit.isalnum():
+    if came.get("git_dirty") is not False:
         return False
     configs = command.configs(sweep.command, variables, job.cell.parameters)
     if not job.environment.get("WEIGHTS"):  # then the profile's, which must be those of the record
@@ -75,9 +73,7 @@ def _same_code(record: Mapping[str, Any], job: Job, sweep: CheckedSweep, variabl
         if not {word for word in words if word} <= {(record.get("backbone") or {}).get("weights")}:
             return False
     files = reached_files(code_roots(sweep, variables, job.cell.parameters), Path("."))
-    paths = [str(path) for path in (*sorted(files), *configs, sweep.path)]
-    known = subprocess.run(["git", "diff", "--quiet", commit, "--", *paths], stderr=subprocess.DEVNULL)
-    return known.returncode == 0
+    return unchanged_since(came.get("git_commit"), (*sorted(files), *configs, sweep.path))
 
 
 def _fingerprints(sets: Iterable[Dataset]) -> dict[str, str]:

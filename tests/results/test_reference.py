@@ -191,7 +191,8 @@ def finished(runs, tmp_path):
     }
     runs.add(
         "toy", {KEY: "none"}, attachments=attachments, config=f"cache:\n  root: {tmp_path}/results/cache\n",
-        provenance={"git_commit": "c0ffee" * 6, "command": f"python -m lightning_modules fit --x={tmp_path}/y"},
+        provenance={"git_commit": "c0ffee" * 6, "git_dirty": True,
+                    "command": f"python -m lightning_modules fit --x={tmp_path}/y"},
     )  # fmt: skip
     return runs.read()[0]
 
@@ -208,6 +209,12 @@ def test_a_published_record_is_whole_and_names_no_place_of_the_machine(finished,
     with Image.open(io.BytesIO(stored.picture("bolt.jpg"))) as picture:
         assert picture.width == reference.WIDTH
     assert not reference.publish(finished, CODE, False, tmp_path / "plain", tmp_path).joinpath("heatmaps").exists()
+
+
+def test_changes_elsewhere_than_in_the_code_that_decides_are_no_changes(finished, tmp_path):
+    for committed in (False, True):
+        path = reference.publish(finished, CODE, False, tmp_path / "reference", tmp_path, committed=committed)
+        assert read_record(path).record.provenance["git_dirty"] is not committed
 
 
 def test_a_path_that_cannot_be_made_relative_is_refused_by_name(finished, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from results.common import deciding
-from results.common.code import code_hash, reached_files
+from results.common.code import code_hash, reached_files, unchanged_since
 from sweeps.runner import checked_sweep, command, identity, prepare
 from sweeps.runner.errors import SweepError
 from sweeps.runner.expansion import Cell
@@ -168,6 +168,21 @@ def test_place_of_weights_and_data_does_not_matter(repository: Path) -> None:
     before = name()
     (repository / "data").rename(repository / "elsewhere")
     assert name(root="elsewhere") == before
+
+
+def test_files_are_those_of_a_commit_until_one_of_them_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("decides.py", "shows.py"):
+        (tmp_path / name).write_text("1\n")
+    author = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+    for words in (("init", "-q"), ("add", "."), (*author, "commit", "-qm", "1")):
+        subprocess.run(["git", *words], check=True)
+    commit = subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip()
+    (tmp_path / "shows.py").write_text("2\n")
+    assert unchanged_since(commit, ["decides.py"])
+    assert not unchanged_since(commit, ["decides.py", "shows.py"])
+    for unknown in ("unknown", "c0ffee" * 6, None, "--cached"):
+        assert not unchanged_since(unknown, ["decides.py"])
 
 
 def test_code_of_this_repository_is_found_from_its_program() -> None:
