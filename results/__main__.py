@@ -99,11 +99,12 @@ def _sweep_table(
 
 
 def _table(options: argparse.Namespace) -> int:
-    """One of the papers' tables, or a sweep's own."""
+    """One of the papers' tables, or a sweep's own: by a sweep's name that too, unless --source asks for the paper's."""
     options.name = options.id
     spec = spec_for_sweep(_there(options))
     named = options.id != spec.name  # by its sweep
-    if named or spec.rows is None or spec.kind == "curves" or (spec.sweep and "source" not in spec.where):
+    by_sweep = named or (spec.sweep == options.id and options.source is None)
+    if by_sweep or spec.rows is None or spec.kind == "curves" or (spec.sweep and "source" not in spec.where):
         if options.source == "published":
             paper = f": that is TABLE={spec.name}" if named and spec.paper else ""
             raise ValueError(f"no paper prints the table {options.id}{paper}; leave --source (SOURCE=) out")
@@ -112,13 +113,14 @@ def _table(options: argparse.Namespace) -> int:
         options.name = spec.sweep or spec.name
         options.categories = False
         return _sweep(options)
-    if options.dataset and options.source == "published":
+    source = options.source or "both"
+    if options.dataset and source == "published":
         raise ValueError("--dataset is of runs; with --source published there are none: leave one of them out")
-    records: Sequence[StoredRecord] = _records(options) if options.source != "published" else ()
+    records: Sequence[StoredRecord] = _records(options) if source != "published" else ()
     if options.dataset:
         records = _on(options.dataset, records)
-    table = paper_table(spec, options.source, records, rms_std=options.std == "rms", dataset=options.dataset)
-    _show(table, options, f".{options.source}" + (f".{options.dataset}" if options.dataset else ""))
+    table = paper_table(spec, source, records, rms_std=options.std == "rms", dataset=options.dataset)
+    _show(table, options, f".{source}" + (f".{options.dataset}" if options.dataset else ""))
     return int(options.strict and bool(table.missing))
 
 
@@ -426,7 +428,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--categories", action="store_true", help="also print the per-category table of each cell")
     sub = add("table", _table, [records, output], "one table of a paper, as printed, from our runs, or side by side")
     sub.add_argument("id", help="a sweep, or see `python -m results list`")
-    sub.add_argument("--source", choices=SOURCES, default="both", help="which numbers (default: %(default)s)")
+    sub.add_argument("--source", choices=SOURCES, help="which numbers (default: both; of a sweep, its own table)")
     sub.add_argument("--dataset", metavar="NAME", help="the same table on this data set instead of the paper's")
     add("tables", _tables, [records, output], "rebuild everything under results/tables/")
     add("audit", _audit, [output], "check the papers' printed tables against themselves")

@@ -577,6 +577,11 @@ def test_a_sweeps_table_may_be_asked_for_by_the_sweeps_name(runs, tmp_path, caps
     arguments = ["--root", str(runs.root), "--out", str(tmp_path), "--format", "csv"]
     assert main(["table", "k_references", *arguments]) == 0
     assert "81.25" in capsys.readouterr().out, "the paper's table rlr_2 is of MVTec AD alone"
+    runs.add("fusion", {"model.init_args.fusion": "alpha"}, 0, value=0.6125, method="rlr")
+    assert main(["table", "fusion", *arguments]) == 0
+    assert "61.25" in capsys.readouterr().out, "the paper's table of the same name is of MVTec AD alone"
+    assert main(["table", "fusion", "--source", "both", *arguments]) == 0
+    assert "98.6" in capsys.readouterr().out
     assert main(["table", "my_own", *arguments]) == 0
     assert "71.25" in capsys.readouterr().out
     assert main(["table", "k_references", "--source", "published", *arguments]) == 2
