@@ -147,11 +147,11 @@ self-similarity: setup  ## What the frozen features of a run attend to: RUN=<nam
 	@test -n "$$RUN" || { echo 'error: self-similarity needs RUN=<name or record folder>'; exit 2; }
 	$(PY) -m lightning_modules.pictures.self_similarity "$$RUN" $(ARGS)
 
-gallery: setup  ## Methods side by side on the same images: RUNS="<names or record folders>" or METHODS="uniad rlr" [REFERENCE= ARGS=].
+gallery: setup  ## Methods side by side on the same images: RUNS="<names or record folders>" or METHODS="uniad rlr" [REFERENCE= OUT= ARGS=].
 	@test -n "$$RUNS$$METHODS" || { echo 'error: gallery needs RUNS="<names or record folders>" or METHODS="<names>"'; exit 2; }
 	@test -z "$$RUNS" -o -z "$$METHODS" || { echo 'error: gallery takes RUNS= or METHODS=, not both'; exit 2; }
 	$(PY) -m lightning_modules.pictures.gallery $(if $(RUNS),--runs $$RUNS,--methods $$METHODS) \
-		$(if $(REFERENCE),--reference "$$REFERENCE") $(ARGS)
+		$(if $(REFERENCE),--reference "$$REFERENCE") $(if $(OUT),--out "$$OUT") $(ARGS)
 
 bench: setup  ## Time and memory of every method against a plain loop, about a minute each: [ARGS=].
 	$(PY) -m lightning_modules.benchmarks.training $(ARGS)

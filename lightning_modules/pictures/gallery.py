@@ -242,6 +242,9 @@ def _main(arguments: Sequence[str]) -> None:
     which.add_argument("--methods", nargs="+", metavar="METHOD", help="of each method the newest run with a checkpoint")
     parser.add_argument("--reference", type=Path, help="run whose scores choose the images (default: the first)")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of runs/ and figures/")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the picture (default: figures/, where it replaces the last)"
+    )
     options = parser.parse_args(arguments)
     quiet()
     try:
@@ -250,7 +253,7 @@ def _main(arguments: Sequence[str]) -> None:
         else:
             folders = of_methods(options.methods, options.results / "runs")
         reference = find_run(options.reference, options.results) if options.reference else folders[0]
-        print(write(folders, reference, options.results / "figures"))
+        print(write(folders, reference, options.out or options.results / "figures"))
     except (FileNotFoundError, ValueError) as error:  # also those of records and data
         raise SystemExit(f"error: {error}") from error
 

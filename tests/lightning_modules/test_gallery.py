@@ -27,8 +27,8 @@ def folders(project):
 
 
 def test_runs_stand_side_by_side_on_the_images_of_the_first(two):
-    gallery.main(["--runs", folders(two)[0], "second", f"--results={two.results}"])
-    out = two.results / "figures"
+    out = two.folder / "pictures"
+    gallery.main(["--runs", folders(two)[0], "second", f"--results={two.results}", f"--out={out}"])
     content = json.loads((out / "gallery.json").read_text())
     index = two.record().heatmaps
     shown = sorted((image["category"], image["rank"]) for image in content["images"])
