@@ -131,8 +131,9 @@ def check_parameters(parameters: Any, path: Path) -> dict[str, dict[str, Any]]:
         for key, value in entry.items():
             if any(isinstance(one, float) and not math.isfinite(one) for one in _parts(value)):
                 raise ValueError(f"{where}: {key} is {value!r}; numbers must be finite.")
-        if any(value is None for value in (*entry.get("values", ()), entry.get("value", 0))):
+        if any(part is None for part in _parts([*entry.get("values", ()), entry.get("value", 0)])):
             raise ValueError(
-                f'{where}: null would reach the command line as the word None; write the string "null" in quotes.'
+                f'{where}: null would reach the command line as the word None; write the string "null" in quotes, '
+                'and a mapping that holds one as a whole: "{a: null}".'
             )
     return parameters

@@ -106,6 +106,7 @@ def test_bayes_says_that_it_needs_a_server(tmp_path: Path) -> None:
         ({"--a": {"value": 3}}, {}, "starts without hyphens"),
         ({"a": {"parameters": {"b": {"value": 1}}}}, {}, r"nested.*a\.key"),
         ({"a": {"values": []}}, {}, "at least one value"),
+        ({"a": {"values": [{"b": 1, "c": [None]}]}}, {}, "a mapping that holds one"),
         ({"a": {"values": [None, 1]}}, {}, 'write the string "null"'),
         ({"a": {"min": 3, "max": 1}}, {}, "min 3 is not below max 1"),
         ({"a": {"min": 3}}, {}, "max missing"),
