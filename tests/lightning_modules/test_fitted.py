@@ -76,7 +76,7 @@ def test_a_longer_training_is_refused(fitted):
         fitted("padim").run("--trainer.max_epochs=2", name="long")
 
 
-@pytest.mark.parametrize("method", ["patchcore", "padim"])
+@pytest.mark.parametrize("method", ["patchcore", pytest.param("padim", marks=pytest.mark.program)])
 def test_one_model_per_category(fitted, method):
     project = fitted(method)
     project.run("--data.init_args.setting=per_category", name="each")

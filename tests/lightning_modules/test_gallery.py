@@ -26,6 +26,7 @@ def folders(project):
     return [str(project.results / "runs" / "single" / name) for name in ("first", "second")]
 
 
+@pytest.mark.program
 def test_runs_stand_side_by_side_on_the_images_of_the_first(two):
     out = two.folder / "pictures"
     gallery.main(["--runs", folders(two)[0], "second", f"--results={two.results}", f"--out={out}"])

@@ -102,7 +102,9 @@ def test_an_image_without_a_class_is_refused_unless_one_is_named(trained, data_r
         project.run(images, "--model.init_args.predicted_class=bolts", command="predict")
 
 
-@pytest.mark.parametrize("options", ["plain", "moving", "classifier"])
+@pytest.mark.parametrize(
+    "options", ["plain", *(pytest.param(o, marks=pytest.mark.program) for o in ("moving", "classifier"))]
+)
 def test_a_resumed_training_is_the_uninterrupted_one(project, trained, cut_off, options):
     cut_off(configured(project, options))
     project.run()

@@ -114,6 +114,7 @@ def test_impossible_options_are_refused(options, message):
         MKD(BackboneConfig(**BACKBONE), image_size=72)
 
 
+@pytest.mark.program
 def test_a_file_of_a_cloner_with_biases_is_not_imported_without_them(make, tmp_path):
     project = make()
     torch.save(module(bias=True).network.state_dict(), tmp_path / "Cloner.pth")

@@ -103,6 +103,7 @@ def test_finished_run_that_is_handed_out_again_is_reported_and_not_trained(train
         trained.run(*more)
 
 
+@pytest.mark.program
 def test_models_of_single_categories_share_one_wandb_run_with_curves_table_and_record(project, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")

@@ -94,6 +94,7 @@ def test_a_run_comes_back_from_its_folder_with_the_weights_it_was_trained_to(run
         assert torch.equal(loaded(images).maps, module.eval()(images).maps)
 
 
+@pytest.mark.program
 def test_the_figure_has_a_row_per_category_and_the_decoder_is_trained_once_unless_damaged(run, capsys):
     folder, _ = run
     arguments = [str(folder), "--epochs=1", "--width=16"]

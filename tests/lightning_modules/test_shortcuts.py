@@ -73,6 +73,7 @@ def test_the_middle_of_a_defect_is_on_the_defect():
     assert ring[int(row * 20), int(column * 20)]
 
 
+@pytest.mark.program
 def test_a_run_is_pictured_with_a_row_per_position_and_a_column_per_level(trained):
     self_similarity.main([str(trained.results / "runs" / "single" / "first")])
     picture = trained.results / "work" / "single" / "first" / "self_similarity.png"

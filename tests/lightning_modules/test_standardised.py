@@ -14,7 +14,7 @@ from models.backbones import BackboneConfig
 OPTION = "--model.init_args.backbone.standardised=true"
 
 
-@pytest.mark.parametrize("cache", ["float32", "off"])
+@pytest.mark.parametrize("cache", ["float32", pytest.param("off", marks=pytest.mark.program)])
 def test_training_features_have_mean_zero_and_deviation_one_by_statistics_that_come_with_the_checkpoint(
     project, monkeypatch, cache
 ):

@@ -203,6 +203,7 @@ def released(root, tmp_path, tie, epochs):
     return module, source, curve
 
 
+@pytest.mark.program
 def test_as_released_keeps_quantiles_only_if_the_last_epoch_is_the_best(loco, tmp_path, monkeypatch):
     for values, expected, has_quantiles in (
         ([0.5, 0.9, 0.7], 1, False),
@@ -443,6 +444,7 @@ def test_dfr_finds_its_latent_size_in_the_first_training_images_and_learns(loco,
         trainer(tmp_path).validate(DFR(BACKBONE, image_size=64), datamodule=source, verbose=False)
 
 
+@pytest.mark.program
 def test_a_model_of_two_datasets_predicts_and_is_pictured(loco, tmp_path):
     for name, category in (("a", "anchor"), ("b", "bolt")):
         shutil.copytree(loco / category, tmp_path / name / category)

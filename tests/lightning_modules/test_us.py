@@ -54,7 +54,9 @@ def test_the_record_names_the_teachers_data_and_the_source_of_the_scale(trained,
     assert all(np.isfinite(np.load(path)).all() for path in maps)
 
 
-@pytest.mark.parametrize("options", [{"holdout": 0.0}, {"calibration": "train"}])
+@pytest.mark.parametrize(
+    "options", [{"holdout": 0.0}, pytest.param({"calibration": "train"}, marks=pytest.mark.program)]
+)
 def test_without_held_out_images_or_on_demand_the_training_images_give_the_scale_and_the_record_says_so(make, options):
     record = make(**options).fit()
     count = 12 if "holdout" in options else 10
@@ -107,6 +109,7 @@ def test_teachers_learn_from_a_folder_of_images(make, data_root):
     assert any("teacher distilled on 6 images of a folder" in note for note in record.record.notes)
 
 
+@pytest.mark.program
 def test_the_reimplementations_reading_trains_and_scores(make):
     record = make(
         target="decoded", teacher={"steps": 2, "batch_size": 4, "compactness": "samples", "triplet": 1.0}

@@ -30,6 +30,7 @@ def peak_memory(images: int, directory) -> int:
     return peak
 
 
+@pytest.mark.program
 def test_memory_stays_within_a_few_kilobytes_per_image(tmp_path, monkeypatch):
     monkeypatch.setattr(pixels, "STRETCH", 1 << 15)
     few, many = 60, 240
