@@ -35,7 +35,7 @@ def _stack(context: int = 1) -> list[inspect.FrameInfo]:
     """`inspect.stack`. jsonargparse asks it at every command line for its caller, and gets, of the many frames below pytest,
     the three nearest without their source."""
     frame = sys._getframe(1)
-    if not frame.f_globals["__name__"].startswith("jsonargparse."):
+    if not frame.f_globals.get("__name__", "").startswith("jsonargparse."):
         return inspect.getouterframes(frame, context)
     frames = [frame, frame.f_back, frame.f_back.f_back]
     return [inspect.FrameInfo(f, f.f_code.co_filename, f.f_lineno, f.f_code.co_name, None, None) for f in frames]

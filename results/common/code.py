@@ -71,11 +71,16 @@ def _module_files(dotted: str, root: Path) -> list[Path]:
 
 
 def unchanged_since(commit: object, files: Iterable[str | Path]) -> bool:
-    """Whether git knows the commit and the files in the working tree are still its."""
+    """Whether a commit has all these files, relative to the current folder, as they are now; False without git."""
+    paths = sorted({str(file) for file in files})
     if not str(commit).isalnum():
         return False
-    command = ["git", "diff", "--quiet", str(commit), "--", *map(str, files)]
-    return subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
+    try:
+        known = subprocess.run(["git", "ls-tree", "-r", "--name-only", str(commit), "--", *paths], capture_output=True)
+        same = subprocess.run(["git", "diff", "--quiet", str(commit), "--", *paths], stderr=subprocess.DEVNULL)
+    except OSError:
+        return False
+    return len(known.stdout.splitlines()) == len(paths) and same.returncode == 0
 
 
 class _Source(NamedTuple):

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from results.common import methods
-from results.common.code import code_hash, reached_packages
+from results.common.code import code_hash, reached_files, reached_packages
 from results.common.contents import content_hashes, data_hash
 from results.common.deciding import FREE, LIBRARIES, deciding
 from results.common.did_you_mean import did_you_mean
@@ -132,6 +132,14 @@ def _words_that_matter(sweep: CheckedSweep, environment: Mapping[str, str]) -> l
         and word not in ("${env}", "${interpreter}", "-u", ARGS)
         and not word.startswith(("SLURM_", "PROFILE="))
     ]
+
+
+def deciding_files(
+    sweep: CheckedSweep, environment: Mapping[str, str], parameters: Mapping[str, Any] | None = None
+) -> list[Path]:
+    """Source files, configurations and the sweep file that decide a cell's result, as paths below the current folder."""
+    source = reached_files(code_roots(sweep, environment, parameters), Path("."))
+    return [*sorted(source), *command.configs(sweep.command, environment, parameters or {}), sweep.path]
 
 
 def code_roots(

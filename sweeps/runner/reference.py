@@ -24,7 +24,7 @@ from results.aggregator.records import RecordError, StoredRecord, read_record
 from results.aggregator.spec import spec_for_sweep
 from results.aggregator.sweep_cells import cell_key
 from results.aggregator.verify import compare
-from results.common.code import reached_files, unchanged_since
+from results.common.code import unchanged_since
 from results.common.did_you_mean import did_you_mean
 from results.common.files import read_json
 from sweeps.runner import checked_sweep, expansion, identity, prepare
@@ -77,6 +77,8 @@ class Planned:
     """An entry with its jobs, the code that makes them, and the reference record of each, if there is one."""
 
     entry: Entry
+    sweep: checked_sweep.CheckedSweep
+    variables: Mapping[str, str]
     jobs: list[Job]
     roots: dict[str, list[str]]
     there: dict[str, StoredRecord]
@@ -155,7 +157,7 @@ def plan(entry: Entry, threads: int, say: Callable[[str], None], results: Path |
         for job in jobs:
             job.results = results
             job.words.append(f"--run.results={results}")
-    return Planned(entry, jobs, roots, found, sets)
+    return Planned(entry, sweep, variables, jobs, roots, found, sets)
 
 
 def _places(sets: list[identity.Dataset]) -> list[str]:
@@ -257,7 +259,7 @@ def _publish(planned: Planned, jobs: list[Job], say: Callable[[str], None]) -> b
         first = stored.record.seed == planned.entry.seeds[0]
         wanted = {"all": True, "none": False, "default": reference.is_default(stored, spec)}[planned.entry.pictures]
         code = {"hash": job.identity["code"], "roots": planned.roots[job.run], "data": _places(planned.sets)}
-        files = reached_files(planned.roots[job.run], Path("."))
+        files = identity.deciding_files(planned.sweep, planned.variables, job.cell.parameters)
         committed = unchanged_since(stored.record.provenance.get("git_commit"), files)
         try:
             reference.publish(stored, code, first and wanted, committed=committed)

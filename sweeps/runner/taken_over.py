@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from results.common.code import reached_files, unchanged_since
+from results.common.code import unchanged_since
 from results.common.files import read_json
 from sweeps.runner import command
 from sweeps.runner.checked_sweep import CheckedSweep
 from sweeps.runner.expansion import same
-from sweeps.runner.identity import Dataset, code_roots, lookup, read_config
+from sweeps.runner.identity import Dataset, deciding_files, lookup, read_config
 from sweeps.runner.local import Job
 from sweeps.runner.state import RECORDS
 
@@ -72,8 +72,7 @@ def _same_code(record: Mapping[str, Any], job: Job, sweep: CheckedSweep, variabl
         words = [lookup(read_config(path), f"{_BACKBONE}.weights") for path in configs]
         if not {word for word in words if word} <= {(record.get("backbone") or {}).get("weights")}:
             return False
-    files = reached_files(code_roots(sweep, variables, job.cell.parameters), Path("."))
-    return unchanged_since(came.get("git_commit"), (*sorted(files), *configs, sweep.path))
+    return unchanged_since(came.get("git_commit"), deciding_files(sweep, variables, job.cell.parameters))
 
 
 def _fingerprints(sets: Iterable[Dataset]) -> dict[str, str]:

@@ -26,7 +26,6 @@ def folders(project):
     return [str(project.results / "runs" / "single" / name) for name in ("first", "second")]
 
 
-@pytest.mark.program
 def test_runs_stand_side_by_side_on_the_images_of_the_first(two):
     out = two.folder / "pictures"
     gallery.main(["--runs", folders(two)[0], "second", f"--results={two.results}", f"--out={out}"])
@@ -44,6 +43,12 @@ def test_runs_stand_side_by_side_on_the_images_of_the_first(two):
     assert r"\includegraphics[width=\textwidth]{gallery.png}" in tex
     assert not re.search(r"(?<!\\)[_%]", tex.partition(r"\caption")[2]), "LaTeX would stop at it"
     assert 'alt="Methods side by side"' in page(read_records(two.results / "runs"), out, out)
+
+
+def test_without_a_folder_the_picture_goes_among_the_figures(two, monkeypatch, capsys):
+    monkeypatch.setattr(gallery, "write", lambda folders, reference, out: out)
+    gallery.main(["--runs", "first", f"--results={two.results}"])
+    assert capsys.readouterr().out.split()[-1] == str(two.results / "figures")
 
 
 def test_a_columns_scale_begins_at_the_99th_percentile_of_its_normal_pixels(two):

@@ -12,7 +12,6 @@ import torch
 from models.released import load_released
 from models.ulsad import ULSADNetwork
 
-program = pytest.mark.program
 pytestmark = pytest.mark.parity("ulsad")
 QUANTILES = {"qa_global": 0.3, "qb_global": 1.1, "qa_local": 0.5, "qb_local": 1.7}
 
@@ -72,7 +71,7 @@ def test_released_checkpoint_gives_the_released_outputs(case):
 
 
 @pytest.mark.parametrize(
-    "prefix", [pytest.param("", marks=program), pytest.param("model.", marks=program), "module.model."]
+    "prefix", ["module.model.", *(pytest.param(prefix, marks=pytest.mark.program) for prefix in ("", "model."))]
 )
 def test_a_checkpoint_saved_inside_a_wrapper_loads_and_a_foreign_one_is_refused(case, prefix):
     state = {prefix + key.removeprefix(case.key_prefix): value for key, value in released_state(case).items()}

@@ -181,8 +181,14 @@ def test_files_are_those_of_a_commit_until_one_of_them_changes(tmp_path: Path, m
     (tmp_path / "shows.py").write_text("2\n")
     assert unchanged_since(commit, ["decides.py"])
     assert not unchanged_since(commit, ["decides.py", "shows.py"])
+    assert not unchanged_since(commit, ["decides.py", "new.py"])
+    (tmp_path / "new.py").write_text("1\n")
+    assert not unchanged_since(commit, ["decides.py", "new.py"]), "it is not the commit's"
+    assert not unchanged_since(commit, [])
     for unknown in ("unknown", "c0ffee" * 6, None, "--cached"):
         assert not unchanged_since(unknown, ["decides.py"])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not unchanged_since(commit, ["decides.py"])
 
 
 def test_code_of_this_repository_is_found_from_its_program() -> None:
