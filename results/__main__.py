@@ -103,16 +103,24 @@ def _table(options: argparse.Namespace) -> int:
     options.name = options.id
     spec = spec_for_sweep(_there(options))
     named = options.id != spec.name  # by its sweep
-    by_sweep = named or (spec.sweep == options.id and options.source is None)
-    if by_sweep or spec.rows is None or spec.kind == "curves" or (spec.sweep and "source" not in spec.where):
+    printed = (
+        not named and spec.rows is not None and spec.kind != "curves" and (not spec.sweep or "source" in spec.where)
+    )
+    if not printed or (spec.sweep == options.id and options.source is None):
         if options.source == "published":
             paper = f": that is TABLE={spec.name}" if named and spec.paper else ""
             raise ValueError(f"no paper prints the table {options.id}{paper}; leave --source (SOURCE=) out")
+        also = " --source both (SOURCE=both) shows the paper's table of that name." if printed else ""
         if options.dataset:
-            raise ValueError(f"{options.id} shows every data set that its sweep ran on: leave --dataset (DATASET=) out")
+            raise ValueError(
+                f"{options.id} shows every data set that its sweep ran on: leave --dataset (DATASET=) out.{also}"
+            )
         options.name = spec.sweep or spec.name
         options.categories = False
-        return _sweep(options)
+        try:
+            return _sweep(options)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}{also}") from None
     source = options.source or "both"
     if options.dataset and source == "published":
         raise ValueError("--dataset is of runs; with --source published there are none: leave one of them out")

@@ -709,6 +709,14 @@ def test_a_sweeps_own_table_takes_no_data_set_and_is_in_no_paper(runs, capsys, n
     assert "leave --source (SOURCE=) out" in capsys.readouterr().err
 
 
+def test_without_runs_a_sweeps_table_names_the_papers_of_that_name_where_there_is_one(runs, capsys):
+    for options in ([], ["--dataset", "photos"]):
+        for name, printed in (("fusion", True), ("sar", False)):
+            assert main(["table", name, "--root", str(runs.root), *options]) == 2
+            told = " ".join(capsys.readouterr().err.split())
+            assert (told.endswith("--source both (SOURCE=both) shows the paper's table of that name.")) is printed
+
+
 def test_a_sweeps_own_table_with_rows_of_its_own_is_the_sweeps(runs, tmp_path):
     for hierarchy in (0, 1):
         runs.add("hvq_components", {"model.init_args": {"hierarchy": hierarchy, "selector": "label"}})
