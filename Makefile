@@ -130,6 +130,9 @@ audit: setup  ## Check the papers' printed tables against themselves.
 compare: setup  ## Paired tests between two methods, runs or cells: A= B= [PROFILE= COMPARE= SETTING= ARGS=].
 	$(PY) -m results compare "$$A" "$$B" $(KIND) $(ARGS)
 
+documents: setup  ## Fill the tables of README.md and results/DEMOS.md from the reference records: [ARGS=--check].
+	$(PY) -m results documents $(ARGS)
+
 report: setup  ## One self-contained HTML page of all tables, figures and heat maps: [PROFILE= COMPARE= SETTING= ARGS=].
 	$(PY) -m results report $(KIND) $(ARGS)
 
@@ -173,5 +176,5 @@ bench-start: setup  ## Time the start of a run on 60,000 small files: [ARGS=].
 	$(PY) -m lightning_modules.benchmarks.start $(ARGS)
 
 .PHONY: help setup baselines test test-all lint readme train import predict submission export export-requirements check-data data synthetic \
-	sweep sweeps reference verify wandb-sweep agents pull table tables audit figures compare report reconstructions pipeline gallery \
+	sweep sweeps reference verify wandb-sweep agents pull table tables audit figures documents compare report reconstructions pipeline gallery \
 	shortcuts self-similarity bench bench-metrics bench-inference bench-anomalib bench-start cache

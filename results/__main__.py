@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from results.aggregator import audit as auditing
-from results.aggregator import methods_table, names, reference, render
+from results.aggregator import documents, methods_table, names, reference, render
 from results.aggregator.build import SOURCES, category_tables, paper_table, sweep_table
 from results.aggregator.curves import curve_table
 from results.aggregator.records import DamagedRecordWarning, RecordError, RecordSet, StoredRecord, read_records
@@ -269,6 +269,22 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _documents(options: argparse.Namespace) -> int:
+    """Fill the tables of documents whose rows name a cell, `<!-- sweep: key=value -->`, from the reference records."""
+    different = False
+    for path in options.files or documents.DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        filled = documents.filled(text, str(path))
+        changed = [pair for pair in zip(text.splitlines(), filled.splitlines(), strict=True) if pair[0] != pair[1]]
+        for old, new in changed if options.check else ():
+            _say(f"{path}\n  has     {old}\n  records {new}")
+        if changed and not options.check:
+            path.write_text(filled, encoding="utf-8")
+        _say(f"{path}: {len(changed)} rows {'differ' if options.check else 'changed'}")
+        different |= bool(changed)
+    return int(options.check and different)
+
+
 def _list(options: argparse.Namespace) -> int:
     """Names of the tables."""
     for name in spec_names():
@@ -452,6 +468,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--suffix", choices=("png", "svg", "pdf"), default="png")
     sub = add("report", _report, [records], "one self-contained HTML page")
     sub.add_argument("--out", type=Path, default=Path("results/report.html"))
+    sub = add("documents", _documents, [], "the numbers of README.md and results/DEMOS.md")
+    sub.add_argument("files", nargs="*", type=Path)
+    sub.add_argument("--check", action="store_true", help="write nothing; name the rows that differ, and exit with 1")
     add("list", _list, [], "names of the papers' tables")
     return parser
 
