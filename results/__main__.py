@@ -273,13 +273,16 @@ def _documents(options: argparse.Namespace) -> int:
     """Fill the tables of documents whose rows name a cell, `<!-- sweep: key=value -->`, from the reference records."""
     different = False
     for path in options.files or documents.DOCUMENTS:
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_bytes().decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8: {error}") from error
         filled = documents.filled(text, str(path))
         changed = [pair for pair in zip(text.splitlines(), filled.splitlines(), strict=True) if pair[0] != pair[1]]
         for old, new in changed if options.check else ():
             _say(f"{path}\n  has     {old}\n  records {new}")
         if changed and not options.check:
-            path.write_text(filled, encoding="utf-8")
+            path.write_bytes(filled.encode())
         _say(f"{path}: {len(changed)} rows {'differ' if options.check else 'changed'}")
         different |= bool(changed)
     return int(options.check and different)

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from results.aggregator import names, reference
-from results.aggregator.records import StoredRecord
+from results.aggregator.records import RecordSet, StoredRecord
 from results.aggregator.render import DASH
 from results.aggregator.scores import Pool, Query
 from results.aggregator.sweep_cells import canonical, cell_key, describe_cell
@@ -22,6 +22,7 @@ from results.common.did_you_mean import did_you_mean
 DOCUMENTS = (Path("README.md"), Path("results/DEMOS.md"))
 METRICS = {label: metric for metric, label in names.METRICS.items()} | {"train s": "train_seconds"}
 """Heading -> metric."""
+_BAR = re.compile(r"(?<!\\)\|")
 _CELL = re.compile(r"<!-- (\w+)(?: on ([\w./]+))?: ((?:\S+=\S+ )+)-->")
 
 
@@ -42,7 +43,7 @@ def filled(text: str, name: str, root: Path = reference.FOLDER) -> str:
     """
 
     @cache
-    def records(sweep: str) -> Sequence[StoredRecord]:
+    def records(sweep: str) -> RecordSet:
         return reference.read_reference(root, sweep)
 
     lines = text.splitlines(keepends=True)
@@ -51,21 +52,28 @@ def filled(text: str, name: str, root: Path = reference.FOLDER) -> str:
         if not line.startswith("|"):
             head = []
             continue
-        cells = line.rstrip("\n").split("|")[1:-1]
+        _, *cells, end = _BAR.split(line)
         head = head or [cell.strip() for cell in cells]
-        if found := _CELL.search(cells[0]):
-            try:
-                mine = _of_cell(records(found[1]), *found.groups())
-                cells = [_cell(mine, METRICS.get(title), old) for title, old in zip(head, cells, strict=True)]
-            except ValueError as error:
-                raise DocumentError(f"{name}, line {number + 1}: {error}") from error
-            lines[number] = f"|{'|'.join(cells)}|\n"
+        if "<!--" not in cells[0]:
+            continue
+        try:
+            if not (named := _CELL.search(cells[0])):
+                raise ValueError("the comment must be like <!-- sweep on data: key=value key=value -->")
+            if len(cells) != len(head):
+                raise ValueError(f"the row has {len(cells)} columns, its table's header {len(head)}")
+            mine = _of_cell(records(named[1]), *named.groups())
+            cells = [_cell(mine, METRICS.get(title), old) for title, old in zip(head, cells, strict=True)]
+        except ValueError as error:
+            raise DocumentError(f"{name}, line {number + 1}: {error}") from error
+        lines[number] = f"|{'|'.join(cells)}|{end}"
     return "".join(lines)
 
 
-def _of_cell(records: Sequence[StoredRecord], sweep: str, data: str | None, conditions: str) -> list[StoredRecord]:
+def _of_cell(records: RecordSet, sweep: str, data: str | None, conditions: str) -> list[StoredRecord]:
     """The records of the one cell that a comment names, one per seed and, trained apart, per category."""
     wanted = [condition.partition("=")[::2] for condition in conditions.split()]
+    if records.damaged:
+        raise ValueError(f"a record of {sweep} is damaged: {records.damaged[0]}")
     if not records:
         raise ValueError(
             f"there are no reference records of a sweep {sweep}; `make reference ONLY={sweep}` makes what is planned"

@@ -43,6 +43,8 @@ def test_a_row_gets_its_cells_mean_over_categories_and_seeds_with_spread(runs):
         ("toy: sise=1", r"has no parameter 'sise'. Did you mean 'size'"),
         ("other: size=1", r"no reference records of a sweep other; `make reference ONLY=other`"),
         ("toy on photos: size=1", r"names 0$"),
+        ("toy size=1", r"line 3: the comment must be like <!-- sweep on data: key=value"),
+        ("toy: size=1 --> | 4 <!-- ", r"line 3: the row has 6 columns, its table's header 5"),
     ],
 )
 def test_a_row_that_names_no_one_cell_is_refused_by_its_line(runs, cell, message):
@@ -50,6 +52,22 @@ def test_a_row_that_names_no_one_cell_is_refused_by_its_line(runs, cell, message
         runs.add("toy", {"model.size": size, "kind": "a"})
     with pytest.raises(DocumentError, match=message):
         filled(HEAD + row(cell), "a.md", runs.root)
+
+
+def test_a_damaged_record_is_no_smaller_number_of_seeds(runs):
+    for seed in (0, 1):
+        folder = runs.add("toy", {"size": 1}, seed)
+    (folder / "metrics.csv").write_text("broken")
+    with pytest.raises(DocumentError, match=r"line 3: a record of toy is damaged: .*seed1"):
+        filled(HEAD + row("toy: size=1"), "a.md", runs.root)
+
+
+def test_line_ends_and_bars_in_words_stay(runs):
+    runs.add("toy", {"size": 1}, value=0.5)
+    text = (HEAD + row("toy: size=1")).replace("a method", r"a \| b").replace("\n", "\r\n").rstrip()
+    ours = filled(text, "a.md", runs.root)
+    assert ours.splitlines()[2] == r"| a \| b <!-- toy: size=1 --> | 50.0 | 50.0 | hand | – |"
+    assert ours.count("\r\n") == 2
 
 
 def test_the_command_writes_what_differs_or_only_names_it(runs, tmp_path, monkeypatch, capsys):
@@ -64,4 +82,9 @@ def test_the_command_writes_what_differs_or_only_names_it(runs, tmp_path, monkey
     assert main(["documents", "a.md"]) == 0
     assert path.read_text() == HEAD + row("toy: size=1", "50.0", "50.0", "hand", "–")
     assert main(["documents", "--check", "a.md"]) == 0
+    path.write_bytes(b"\xff")
+    assert main(["documents", "a.md"]) == 2
     assert main(["documents", "missing.md"]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "a.md is not UTF-8" in told
+    assert "missing.md" in told
