@@ -400,7 +400,7 @@ def _parser() -> argparse.ArgumentParser:
     records.add_argument("--profile", help="only runs of this profile (demo, paper)")
     records.add_argument("--protocol", help="only runs of this protocol (clean, as_released)")
     records.add_argument("--setting", help="only runs of this setting (unified, per_category)")
-    records.add_argument("--compare", help="of the sweep methods only this experiment (recipe, matched)")
+    records.add_argument("--compare", help="of the sweep methods only this experiment (recipe, matched, longer)")
     records.add_argument(
         "--runs", action="append", metavar="PATTERN", help="only runs whose sweep/run fits; may be repeated"
     )

@@ -1,7 +1,7 @@
 """The sweep `methods`: a cell is a method, which is a profile, with what all methods share laid over it.
 
-`--method=NAME` stands for the configuration `sweeps/profiles/$PROFILE/NAME.yaml`, and `--compare=recipe|matched`
-beside it for the options that `sweeps/comparisons/$PROFILE.yaml` gives to all. Both are read here alike for the program, the
+`--method=NAME` stands for the configuration `sweeps/profiles/$PROFILE/NAME.yaml`, and `--compare=recipe|matched|longer`
+beside it for the options that `sweeps/comparisons/$PROFILE.yaml` lays over it. Both are read here alike for the program, the
 local runner and W&B's agent.
 """
 
@@ -17,12 +17,13 @@ import yaml
 from results.common.did_you_mean import did_you_mean
 
 METHOD, COMPARE, SETTING = "method", "compare", "data.init_args.setting"
-"""Parameters of the sweep `methods`: which profile, which of the two experiments, one model for all or one each."""
+"""Parameters of the sweep `methods`: which profile, which experiment, one model for all or one each."""
 SWEEP = "methods"
 """Its name."""
-COMPARES = ("recipe", "matched")
+COMPARES = ("recipe", "matched", "longer")
+"""Its experiments: each method as its profile has it, all on one backbone, each with more training than its profile has."""
 PROFILES, SHARED = Path("sweeps/profiles"), Path("sweeps/comparisons")
-_KEYS = {"": ("shared", "matched"), "matched": ("shared", "own", "cannot")}
+_KEYS = {"": ("shared", "matched", "longer"), "matched": ("shared", "own", "cannot"), "longer": ("own", "cannot")}
 
 
 class CannotError(ValueError):
@@ -51,20 +52,26 @@ def shared(method: str, compare: str, name: str) -> dict[str, Any]:
     """The options that a method gets in an experiment, whatever its profile says, by dotted key.
 
     Raises:
-        CannotError: the method cannot have the matched backbone.
+        CannotError: the method cannot have the matched backbone, or no longer training.
         ValueError: no such experiment, or the file is not as it should be.
     """
     if compare not in COMPARES:
         raise ValueError(f"compare is {compare!r}; allowed: {', '.join(COMPARES)}.")
     content = _read(name)
     options = dict(content["shared"])
-    if compare == "matched":
-        matched = content["matched"]
-        if method in (matched.get("cannot") or {}):
-            raise CannotError(f"not for matched: {matched['cannot'][method]}")
-        options |= matched["shared"]
-        options |= (matched.get("own") or {}).get(method, {})
-    return options
+    if compare == "recipe":
+        return options
+    if compare not in content:
+        raise ValueError(
+            f"{SHARED / name}.yaml has no {compare}: profile {name} trains as long as it says. Use PROFILE=demo."
+        )
+    experiment = content[compare]
+    if method in (experiment.get("cannot") or {}):
+        raise CannotError(f"not for {compare}: {experiment['cannot'][method]}")
+    own = (experiment.get("own") or {}).get(method)
+    if compare == "longer" and not own:
+        raise CannotError(f"not for longer: {SHARED / name}.yaml says under longer, own nothing of {method}")
+    return options | experiment.get("shared", {}) | (own or {})
 
 
 def datasets(name: str) -> list[dict[str, Any]]:
@@ -79,7 +86,7 @@ def expand(arguments: Sequence[str], variables: Mapping[str, str]) -> tuple[list
 
     Args:
         arguments: The program's, the subcommand first.
-        variables: The environment; PROFILE (default demo) chooses the folder, BACKBONE is refused with `recipe`.
+        variables: The environment; PROFILE (default demo) chooses the folder, BACKBONE is only for `matched`.
 
     Raises:
         ValueError: no such method or experiment, or one without the other.
@@ -97,9 +104,9 @@ def expand(arguments: Sequence[str], variables: Mapping[str, str]) -> tuple[list
             raise ValueError(f"--{COMPARE}={given[COMPARE]} needs --{METHOD}=NAME, the profile that it is laid over.")
         return list(arguments), []
     name, compare = variables.get("PROFILE") or "demo", given.get(COMPARE)
-    if compare == "recipe" and (variables.get("BACKBONE") or "").strip():
+    if compare in ("recipe", "longer") and (variables.get("BACKBONE") or "").strip():
         raise ValueError(
-            f"BACKBONE={variables['BACKBONE']} would take each method's own backbone away, which COMPARE=recipe is about. "
+            f"BACKBONE={variables['BACKBONE']} would take each method's own backbone away, which COMPARE={compare} is about. "
             "Use COMPARE=matched."
         )
     path = profile(given[METHOD], name)
@@ -122,10 +129,14 @@ def _read(name: str) -> dict[str, Any]:
         ) from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} cannot be read as YAML: {error}") from error
-    for where, part in (("", content), ("matched", (content or {}).get("matched"))):
+    for part in (content, (content or {}).get("matched")):
         if not isinstance(part, dict) or "shared" not in part:
             raise ValueError(f"{path} must be a mapping with `shared`, and `matched` with another `shared` in it.")
+    for where, keys in _KEYS.items():
+        part = content.get(where, {}) if where else content
+        if not isinstance(part, dict):
+            raise ValueError(f"{path}: {where} is {part!r}; it is a mapping with {' and '.join(keys)}.")
         for key in part:
-            if key not in _KEYS[where]:
-                raise ValueError(f"{path}: unknown key {key!r}. {did_you_mean(str(key), _KEYS[where])}")
+            if key not in keys:
+                raise ValueError(f"{path}: unknown key {key!r}. {did_you_mean(str(key), keys)}")
     return content

@@ -49,6 +49,7 @@ class Entry:
         seeds: Every cell is trained once with each.
         dataset, root, categories: Data other than the profile's.
         setting: `unified` or `per_category`, in sweeps that can be either.
+        compare: Which experiment of the sweep `methods`; `recipe` if empty.
         only: Conditions like `method=uniad,padim` that choose among the sweep's cells.
         minutes: Of one worker per cell, for the estimate before any record tells it.
         pictures: Which cells keep heat maps: of the `default` row, `all` or `none`; always of the first seed only.
@@ -60,16 +61,17 @@ class Entry:
     root: str = ""
     categories: tuple[str, ...] = ()
     setting: str = ""
+    compare: str = ""
     only: tuple[str, ...] = ()
     minutes: float | None = None
     pictures: str = "default"
 
     @property
     def title(self) -> str:
-        """The sweep, and the data if it is not the profile's; the setting if it is chosen."""
+        """The sweep, and the data if it is not the profile's; setting and experiment if they are chosen."""
         place = self.root or self.dataset
         named = f"{self.sweep} on {place}" if place else self.sweep
-        return f"{named}, {self.setting}" if self.setting else named
+        return ", ".join(filter(None, (named, self.setting, self.compare)))
 
 
 @dataclass
@@ -133,6 +135,7 @@ def plan(entry: Entry, threads: int, say: Callable[[str], None], results: Path |
         ("DATA_ROOT", entry.root),
         ("CATEGORIES", ",".join(entry.categories)),
         ("SETTING", entry.setting),
+        ("COMPARE", entry.compare),
     ):
         if value:
             variables[key] = value

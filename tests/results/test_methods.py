@@ -17,6 +17,7 @@ from results.aggregator.records import LABELS_AT_TEST, SEVEN
 from results.aggregator.scores import Query, kinds, seed_means, select
 from results.aggregator.spec import find_spec
 from results.aggregator.sweep_cells import read_sweep
+from results.common.methods import COMPARES
 
 SPEC, SWEEP = find_spec("methods"), read_sweep("sweeps/methods.yaml")
 
@@ -86,14 +87,12 @@ def test_a_method_that_is_told_classes_stands_apart_without_a_rank(runs):
     assert any(LABELS_AT_TEST in warning for warning in table.warnings)
 
 
-def test_recipe_and_matched_and_the_two_settings_are_never_in_one_table(runs):
-    for compare, setting in itertools.product(("recipe", "matched"), ("unified", "per_category")):
+def test_the_experiments_and_the_two_settings_are_never_in_one_table(runs):
+    for compare, setting in itertools.product(COMPARES, ("unified", "per_category")):
         add(runs, "uniad", compare, setting=setting)
     records = runs.read()
     names = [sweep_table(SPEC, mine, SWEEP).name for _, mine in kinds(records, compared=True)]
-    assert names == [
-        "methods.recipe.unified", "methods.recipe.per_category", "methods.matched.unified", "methods.matched.per_category",
-    ]  # fmt: skip
+    assert names == [f"methods.{compare}.{setting}" for compare in COMPARES for setting in ("unified", "per_category")]
     with pytest.raises(ValueError, match="belong in one table"):
         sweep_table(SPEC, records, SWEEP)
     (one,) = select(records, compare="matched", setting="unified")

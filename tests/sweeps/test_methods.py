@@ -68,7 +68,7 @@ def test_data_that_the_user_names_replaces_the_shared_one() -> None:
 
 
 def test_recipe_leaves_backbone_and_image_size_to_the_profiles_and_matched_does_not() -> None:
-    recipe, matched = (options(of_cell("uniad", compare, PROFILE="paper")) for compare in methods.COMPARES)
+    recipe, matched = (options(of_cell("uniad", compare, PROFILE="paper")) for compare in ("recipe", "matched"))
     assert not [key for key in recipe if key.startswith("model.")]
     with_backbone = {options(of_cell(name, "matched", PROFILE="paper")).get("model.init_args.backbone.name")
                      for name in ("uniad", "padim", "rad", "dfr")}  # fmt: skip
@@ -79,6 +79,8 @@ def test_recipe_leaves_backbone_and_image_size_to_the_profiles_and_matched_does_
 def test_a_backbone_for_all_is_refused_where_each_method_is_to_have_its_own() -> None:
     with pytest.raises(SystemExit, match="COMPARE=matched"):
         of_cell("uniad", PROFILE="demo", BACKBONE="resnet18.tv_in1k")
+    with pytest.raises(SystemExit, match="COMPARE=longer is about"):
+        of_cell("uniad", "longer", PROFILE="demo", BACKBONE="resnet18.tv_in1k")
     words = options(of_cell("uniad", "matched", PROFILE="demo", BACKBONE="resnet18.tv_in1k"))
     assert words["model.init_args.backbone.name"] == "resnet18.tv_in1k"
 
@@ -86,7 +88,7 @@ def test_a_backbone_for_all_is_refused_where_each_method_is_to_have_its_own() ->
 def test_a_mistyped_method_or_experiment_is_named_with_what_there_is() -> None:
     with pytest.raises(SystemExit, match="Did you mean 'uniad'"):
         of_cell("unaid", PROFILE="demo")
-    with pytest.raises(SystemExit, match="allowed: recipe, matched"):
+    with pytest.raises(SystemExit, match="allowed: recipe, matched, longer"):
         of_cell("uniad", "recipes", PROFILE="demo")
     with pytest.raises(SystemExit, match="--method=NAME"):
         with_environment(["fit", "--compare=recipe"], {})
@@ -120,16 +122,16 @@ def test_a_list_that_is_one_value_is_not_taken_apart() -> None:
     assert expansion.select(cells, ["levels=4,3"], SWEEP) == cells[:1]
 
 
-def test_the_two_experiments_have_different_cells_and_each_methods_code_counts_alone() -> None:
+def test_the_experiments_have_different_cells_and_each_methods_code_counts_alone() -> None:
     found: dict[str, Any] = {}
     for compare in methods.COMPARES:
         variables = {"PROFILE": "demo", "COMPARE": compare}
         sweep = prepare.chosen(checked_sweep.load("methods"), variables)
         identifier = Identifier(sweep, variables, [])
-        for name in ("uniad", "padim"):
+        for name in ("uniad", "padim") if compare != "longer" else ("uniad",):
             (cell,) = expansion.select(sweep.cells(), [f"method={name}"], SWEEP)
             found[compare, name] = identifier.describe(cell, None)
-    assert len({json.dumps(value, default=str) for value in found.values()}) == 4
+    assert len({json.dumps(value, default=str) for value in found.values()}) == 5
     assert found["recipe", "uniad"]["code"] != found["recipe", "padim"]["code"]
     assert found["recipe", "uniad"]["configs"] == found["matched", "uniad"]["configs"]
     assert found["recipe", "uniad"]["shared"] != found["matched", "uniad"]["shared"]
@@ -144,6 +146,25 @@ def test_methods_that_cannot_have_the_matched_backbone_say_why(profile: str) -> 
     own = {name for name, method in import_methods().items() if not method.has_backbone}
     assert own == {name for name, reason in reasons.items() if "its own trunk" in reason}
     assert not methods_that_cannot(checked_sweep.load("methods").cells(), {"PROFILE": profile})
+
+
+def test_longer_is_the_recipe_with_three_times_the_training_of_every_method_that_trains() -> None:
+    once = {name for name, method in import_methods().items() if method.recipe.max_epochs == 1}
+    for name in once:
+        with pytest.raises(methods.CannotError, match="not for longer: it goes over the images once"):
+            methods.shared(name, "longer", "demo")
+    for name in sorted({*methods.methods("demo")} - once):
+        trainer = yaml.safe_load(methods.profile(name, "demo").read_text(encoding="utf-8"))["trainer"]
+        longer = methods.shared(name, "longer", "demo")
+        recipe = methods.shared(name, "recipe", "demo")
+        assert {key: longer[key] for key in recipe} == recipe
+        more = {key.removeprefix("trainer."): value for key, value in longer.items() if key.startswith("trainer.")}
+        assert more
+        assert {key: value / trainer[key] for key, value in more.items()} == dict.fromkeys(more, 3), name
+    cells = prepare.chosen(checked_sweep.load("methods"), {"COMPARE": "longer"}).cells()
+    assert set(methods_that_cannot(cells, {"PROFILE": "demo"})) == once
+    with pytest.raises(SweepError, match=r"paper.yaml has no longer.*Use PROFILE=demo"):
+        methods_that_cannot(cells, {"PROFILE": "paper"})
 
 
 def test_a_folder_of_pictures_that_is_missing_is_a_reason(tmp_path: Path) -> None:
@@ -165,6 +186,14 @@ def test_a_broken_file_of_shared_options_is_named(tmp_path: Path, monkeypatch: p
     (tmp_path / "demo.yaml").write_text(yaml.safe_dump({"shared": {}, "matched": {"shared": {}, "canot": {}}}))
     with pytest.raises(ValueError, match=r"unknown key 'canot'. Did you mean 'cannot'"):
         methods.shared("uniad", "recipe", "demo")
+    (tmp_path / "demo.yaml").write_text(
+        yaml.safe_dump({"shared": {}, "matched": {"shared": {}}, "longer": {"own": {}}})
+    )
+    with pytest.raises(methods.CannotError, match=r"demo.yaml says under longer, own nothing of uniad"):
+        methods.shared("uniad", "longer", "demo")
+    (tmp_path / "demo.yaml").write_text(yaml.safe_dump({"shared": {}, "matched": {"shared": {}}, "longer": 3}))
+    with pytest.raises(ValueError, match=r"longer is 3; it is a mapping with own and cannot"):
+        methods.shared("uniad", "longer", "demo")
 
 
 def test_a_method_that_the_matched_backbone_does_not_suit_is_left_out_with_the_constructors_words() -> None:

@@ -133,6 +133,8 @@ def test_an_entry_takes_a_part_of_a_sweep_in_the_setting_that_it_names() -> None
     cells = [job.cell.parameters for job in planned.jobs]
     assert {cell["method"] for cell in cells} == {"padim", "patchcore"}
     assert {cell["data.init_args.setting"] for cell in cells} == {"per_category"}
+    (job,) = plan(Entry("methods", compare="longer", only=("method=uniad",)), 1, lambda text: None).jobs
+    assert job.cell.parameters["compare"] == "longer"
 
 
 @pytest.mark.parametrize(
