@@ -208,7 +208,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _figures(options: argparse.Namespace) -> int:
-    """Figures of a sweep, or of a paper's table with our runs beside the printed numbers."""
+    """Figures of a sweep, for each kind of run apart, or of a paper's table with our runs beside the printed numbers."""
     from results.aggregator import figures
 
     drawn: dict[str, Figure | None] = {}
@@ -222,12 +222,13 @@ def _figures(options: argparse.Namespace) -> int:
         sweep, records = load_sweep(spec.sweep or spec.name, options.sweeps), _records(options, spec.sweep)
         if spec.kind == "curves":
             drawn[options.name] = figures.curves_figure(spec, records, sweep)
-        else:
-            table = build_sweep(spec, records, sweep, False)
-            drawn[options.name] = figures.sweep_figure(spec, table, records)
+        for kind, part in kinds(records, compared=True) if spec.kind != "curves" else ():
+            table = build_sweep(spec, part, sweep, False)
+            name = options.name + table.name.removeprefix(spec.name) + (f".{kind}" if kind else "")
+            drawn[name] = figures.sweep_figure(spec, table, part)
             metric = methods_table.quality(table)
             for price in methods_table.PRICES if spec.kind == "methods" else ("parameters", "seconds_per_epoch"):
-                drawn[f"{options.name}.{price}"] = figures.cost_against_quality(table, records, metric, price)
+                drawn[f"{name}.{price}"] = figures.cost_against_quality(table, part, metric, price)
     wanted = {name: figure for name, figure in drawn.items() if figure is not None}
     paths = [figures.save(figure, options.out / f"{name}.{options.suffix}") for name, figure in wanted.items()]
     if not paths:

@@ -17,7 +17,7 @@ import yaml
 
 from results.aggregator.names import CONTROLS, COSTS, DATASET_CATEGORIES, PARTIAL_MEANS, dataset_label, is_percent
 from results.aggregator.records import StoredRecord, data_options
-from results.aggregator.sweep_cells import SEED_KEYS, canonical, describe_cell
+from results.aggregator.sweep_cells import canonical, describe_cell
 from results.aggregator.table import Value
 from results.common.deciding import LIBRARIES as LIBRARIES_OF_METHODS
 from results.common.deciding import SEEDS, deciding
@@ -51,7 +51,9 @@ class ConflictError(ValueError):
                 shown = ", ".join(sorted(names)[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
                 lines.append(f"    {value}: {shown}")
         choices = (
-            f"--{axis}={max(groups)}" for axis, groups in conflicts if axis in ("profile", "protocol", "setting")
+            f"--{axis}={max(groups)}"
+            for axis, groups in conflicts
+            if axis in ("profile", "protocol", "compare", "setting")
         )
         lines.append(
             "choose with --profile, --protocol, --compare, --setting, "
@@ -310,7 +312,7 @@ def kinds(records: Sequence[StoredRecord], compared: bool = False) -> list[tuple
 
     Where reference records or controls are among them, also by data, if one name of a data set stands for several.
 
-    compared: Keep apart the two experiments of the sweep `methods` and their settings, too (unified first). Their tables
+    compared: Keep apart the experiments of the sweep `methods` and their settings, too (unified first). Their tables
         have names of their own, so these names do not tell them.
     """
     found: dict[tuple[str, str], dict[tuple[str, ...], list[StoredRecord]]] = {}
@@ -445,7 +447,8 @@ def check_cell(records: Sequence[StoredRecord], query: Query) -> None:
     conflicts: list[tuple[str, dict[str, list[str]]]] = []
     for title, values in (
         ("method", [stored.record.method for stored in records]),
-        ("cell", [describe_cell({k: v for k, v in s.record.cell.items() if k not in SEED_KEYS}) for s in records]),
+        (COMPARE, [str(stored.record.cell.get(COMPARE)) for stored in records]),
+        ("cell", [describe_cell({k: v for k, v in s.record.cell.items() if k != COMPARE}) for s in records]),
         *(("version of " + name, [_version_of(s, name) for s in records]) for name in LIBRARIES_OF_METHODS),
     ):
         if len(set(values)) > 1:

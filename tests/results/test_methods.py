@@ -99,6 +99,24 @@ def test_the_experiments_and_the_two_settings_are_never_in_one_table(runs):
     assert one.record.cell["compare"] == "matched"
 
 
+def test_figures_and_comparisons_keep_the_experiments_apart(runs, tmp_path, capsys):
+    for compare, value in (("recipe", 0.7), ("longer", 0.9)):
+        add(runs, "uniad", compare, value=value)
+        add(runs, "padim", compare, value=value)
+    where = ["--root", str(runs.root)]
+    assert main(["figures", "methods", *where, "--out", str(tmp_path / "out")]) == 0
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"methods.recipe.unified.png", "methods.longer.unified.png"} <= found
+    assert not (tmp_path / "out" / "methods.png").exists()
+    cells = ["compare", "methods:method=uniad", "methods:method=padim", *where]
+    assert main(cells) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "compare differs: longer: " in told
+    assert "cell differs" not in told
+    assert "(make: ARGS=--compare=recipe)" in told
+    assert main([*cells, "--compare", "longer"]) == 0
+
+
 def test_costs_stand_beside_the_scores(runs):
     provenance = {"train_seconds": 12.5, "images_per_second": 33.0, "peak_memory_bytes": 2**20, "git_dirty": False}
     add(runs, "uniad", provenance=provenance)
