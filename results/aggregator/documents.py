@@ -54,7 +54,7 @@ def filled(text: str, name: str, root: Path = reference.FOLDER) -> str:
             continue
         _, *cells, end = _BAR.split(line)
         head = head or [cell.strip() for cell in cells]
-        if "<!--" not in cells[0]:
+        if not cells or "<!--" not in cells[0]:
             continue
         try:
             if not (named := _CELL.search(cells[0])):

@@ -66,6 +66,7 @@ def test_line_ends_and_bars_in_words_stay(runs):
     runs.add("toy", {"size": 1}, value=0.5)
     text = (HEAD + row("toy: size=1")).replace("a method", r"a \| b").replace("\n", "\r\n").rstrip()
     ours = filled(text, "a.md", runs.root)
+    assert filled("| a\n|", "a.md", runs.root) == "| a\n|"
     assert ours.splitlines()[2] == r"| a \| b <!-- toy: size=1 --> | 50.0 | 50.0 | hand | – |"
     assert ours.count("\r\n") == 2
 
